@@ -9,13 +9,17 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 extras = {key.removesuffix("_requirements"): cfg[key].split() for key in cfg if key.endswith("_requirements")}
+readme = (here / "README.md").read_text(encoding="utf-8")
+# PyPI shows no relative picture: point at the files of the repository.
+raw = cfg["git_url"].replace("github.com", "raw.githubusercontent.com") + "/" + cfg["branch"]
+readme = readme.replace("](nbs/", f"]({raw}/nbs/").replace('src="nbs/', f'src="{raw}/nbs/')
 extras["all"] = sorted({need for name, needs in extras.items() if name != "dev" for need in needs})
 
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=readme,
     long_description_content_type="text/markdown",
     license="MIT",
     author=cfg["author"],
@@ -34,6 +38,9 @@ setup(
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
-    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],  # symbols that backticks link to
+    },
     zip_safe=False,
 )
