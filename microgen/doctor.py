@@ -72,7 +72,8 @@ def _check_data():
 def torchvision_line(
     torch: str, # version of torch with its build: '2.13.0', '2.13.0+cpu', '2.13.0+cu126'
 ) -> str: # pip command
-    "The command that installs the torchvision that belongs to this torch. Source: github.com/pytorch/vision#installation"
+    """The command that installs the torchvision that belongs to this torch.
+    Source: github.com/pytorch/vision#installation"""
     version = Version(torch)
     if version.major != 2: return "pip install --upgrade torch torchvision"
     index = f" --index-url https://download.pytorch.org/whl/{version.local}" if version.local else ""
@@ -85,11 +86,12 @@ def check_import(
     timeout: float = 120, # s
 ) -> str: # empty when it works, else the last line of the error
     "Import a module in a process of its own."
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in (path, os.environ.get("PYTHONPATH", "")) if p)}
-    try:
-        done = subprocess.run([sys.executable, "-c", f"import {module}"], env=env, capture_output=True, text=True, timeout=timeout)
+    paths = os.pathsep.join(p for p in (path, os.environ.get("PYTHONPATH")) if p)
+    call = dict(env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=timeout)
+    try: done = subprocess.run([sys.executable, "-c", f"import {module}"], **call)
     except subprocess.TimeoutExpired: return f"no answer within {timeout:g} s"
-    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    if done.returncode == 0: return ""
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 # %% ../nbs/94_doctor.ipynb #ffd8e2c2
 def check_torchvision(
@@ -98,20 +100,20 @@ def check_torchvision(
     "Does torchvision belong to the installed torch?"
     torch = _version("torch")
     vision = _version("torchvision", path)
-    if not vision: return Check("torchvision", "missing; not needed for simulation", "note", torchvision_line(torch) if torch else "")
-    if not torch: return Check("torchvision", f"{vision} without torch", "problem", "pip install torch")
+    if not torch: return Check("torchvision", vision or "missing", "problem", "pip install torch torchvision")
+    line = torchvision_line(torch)
+    if not vision: return Check("torchvision", "missing; not needed for simulation", "note", line)
     error = check_import("torchvision", path)
     if not error: return Check("torchvision", f"{vision}, belongs to torch {torch}")
-    return Check("torchvision", f"{vision} does not belong to torch {torch} ({error})", "problem", torchvision_line(torch))
+    return Check("torchvision", f"{vision} does not belong to torch {torch} ({error})", "problem", line)
 
 
 def _version(package, path=""):
     found = metadata.distributions(name=package, **({"path": [path, *sys.path]} if path else {}))
     version = next((d.version for d in found), "")
-    if package == "torch" and version and find_spec("torch"):  # the metadata of some wheels leave the build out
-        text = (resources.files("torch") / "version.py").read_text()
-        version = next((line.split("'")[1] for line in text.splitlines() if line.startswith("__version__")), version)
-    return version
+    if package != "torch" or not version or not find_spec("torch"): return version
+    text = (resources.files("torch") / "version.py").read_text()  # the metadata of some wheels leave the build out
+    return (re.findall(r"^__version__ = '(.+)'", text, re.M) or [version])[0]
 
 # %% ../nbs/94_doctor.ipynb #5a7b9f88
 def check_devices() -> list[Check]: # processor, memory, then every accelerator
@@ -119,7 +121,8 @@ def check_devices() -> list[Check]: # processor, memory, then every accelerator
     checks = [_check_cpu(), _check_memory()]
     try: import torch
     except Exception as e: # a broken torch raises whatever its loader raises
-        return checks + [Check("torch", f"does not load ({type(e).__name__}: {e})", "problem", "pip install --force-reinstall torch")]
+        why, line = f"does not load ({type(e).__name__}: {e})", "pip install --force-reinstall torch"
+        return checks + [Check("torch", why, "problem", line)]
     checks.append(Check("torch threads", str(torch.get_num_threads())))
     cuda = [(f"cuda:{i}", torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())]
     checks += [_check_device(name, f"{p.name}, {p.total_memory / 2**30:.0f} GiB") for name, p in cuda]
@@ -134,7 +137,8 @@ def _check_device(name, what):
     except Exception as e: # the driver's own errors
         line = "install the torch for your driver: https://pytorch.org/get-started/locally"
         return Check(name, f"{what}, fails: {str(e).splitlines()[0]}", "problem", line)
-    return Check(name, what) if total == 4 else Check(name, f"{what}, 1+1+1+1 gives {total}", "problem", "update the driver")
+    if total == 4: return Check(name, what)
+    return Check(name, f"{what}, 1+1+1+1 gives {total}", "problem", "update the driver")
 
 
 def _check_cpu():
@@ -158,10 +162,11 @@ def check_folder(
     try:
         with tempfile.TemporaryFile(dir=path) as f: f.write(b"microgen")
     except OSError as e:
-        return Check(f"folder {name}", f"cannot be written ({e.strerror})", "problem", "cd to a folder of yours, or give --out FOLDER")
+        why = f"cannot be written ({e.strerror})"
+        return Check(f"folder {name}", why, "problem", "give --out FOLDER, one of yours")
     free = shutil.disk_usage(path).free / 1e9
-    if free < needed_gb: return Check(f"folder {name}", f"writable, {free:.2f} GB free", "problem", "free some space, or give --out FOLDER")
-    return Check(f"folder {name}", f"writable, {free:.0f} GB free")
+    if free >= needed_gb: return Check(f"folder {name}", f"writable, {free:.0f} GB free")
+    return Check(f"folder {name}", f"only {free:.2f} GB free", "problem", "free some space")
 
 # %% ../nbs/94_doctor.ipynb #87abb4f3
 def doctor(

@@ -484,8 +484,10 @@ def test_size_of_a_room(room):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 > 40]
     if long:
         warnings.warn(f"{room.name} has functions above 40 lines: {', '.join(long)}")
-    wide = [f"{cell}: {len(line)}" for cell, source, _ in room.exported for line in source.splitlines() if len(line) > 120]
-    report([f"{room.name} [cell {w}] columns" for w in wide], "120 columns are the limit, 110 the aim.")
+    wide = [(cell, len(line)) for cell, source, _ in room.exported for line in source.splitlines() if len(line) > 110]
+    if wide:
+        warnings.warn(f"{room.name} has {len(wide)} exported lines above 110 columns, the longest {max(n for _, n in wide)}")
+    report([f"{room.name} [cell {cell}] {n} columns" for cell, n in wide if n > 140], "break the line; 110 columns are the aim.")
 
 
 def private_paths():
