@@ -16,7 +16,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from importlib import metadata, resources
-from importlib.util import find_spec
 
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -109,11 +108,8 @@ def check_torchvision(
 
 
 def _version(package, path=""):
-    found = metadata.distributions(name=package, **({"path": [path, *sys.path]} if path else {}))
-    version = next((d.version for d in found), "")
-    if package != "torch" or not version or not find_spec("torch"): return version
-    text = (resources.files("torch") / "version.py").read_text()  # the metadata of some wheels leave the build out
-    return (re.findall(r"^__version__ = '(.+)'", text, re.M) or [version])[0]
+    found = metadata.distributions(name=package, path=[p for p in (path, *sys.path) if p])
+    return next((d.version for d in found), "")
 
 # %% ../nbs/94_doctor.ipynb #5a7b9f88
 def check_devices() -> list[Check]: # processor, memory, then every accelerator

@@ -1,5 +1,6 @@
 """The laws of the package, one section each. A failure names the cell that breaks one, and how to mend it."""
 import ast
+import dataclasses
 import filecmp
 import importlib
 import inspect
@@ -382,26 +383,30 @@ def returns_nothing(function):
 
 
 def public_objects(room):
-    "Public functions, classes and methods of a room: (label, function or class)."
+    "Public functions, classes and methods of a room: (label, function or class, is it a property?)."
     module = importlib.import_module(room.module)
     for name in room.public:
         obj = getattr(module, name)
         if inspect.isfunction(obj):
-            yield name, obj
+            yield name, obj, False
         if not inspect.isclass(obj):
             continue
-        if not (issubclass(obj, BaseException) and "__init__" not in vars(obj)):
-            yield name, obj
+        if dataclasses.is_dataclass(obj) or "__init__" in vars(obj):
+            yield name, obj, False
         for n, m in vars(obj).items():
-            m = m.__func__ if isinstance(m, (classmethod, staticmethod)) else m.fget if isinstance(m, property) else m
-            if not n.startswith("_") and inspect.isfunction(m) and m.__module__.startswith("microgen"):
-                yield f"{name}.{n}", m
+            kind = isinstance(m, property)
+            m = m.__func__ if isinstance(m, (classmethod, staticmethod)) else m.fget if kind else m
+            inherited = any(hasattr(base, n) for base in obj.__mro__[1:])  # said once, where it is first defined
+            if not n.startswith("_") and inspect.isfunction(m) and m.__module__.startswith("microgen") and not inherited:
+                yield f"{name}.{n}", m, kind
 
 
 @each_room
 def test_law_7_every_public_function_is_documented(room):
-    found = sorted({f"{room.module}.{label}: {what}" for label, obj in public_objects(room) for what in documented(obj)})
-    report(found, "one parameter a line, each with a comment that gives its shape and unit, `-> type: # what it returns`; a one-line docstring.")
+    found = sorted({f"{room.module}.{label}: {what}" for label, obj, is_property in public_objects(room)
+                    for what in documented(obj) if not is_property or what == "no docstring"})
+    report(found, "one parameter a line, each with a comment that gives its shape and unit; `) -> float: # what it returns, nm` "
+                  "(the site shows the comment on a return value only beside an annotation); a one-line docstring.")
 
 
 @each_room

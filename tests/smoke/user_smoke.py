@@ -1,0 +1,73 @@
+"""What a user does in the first minutes, in an environment without the dev extra: run by .ci/run, or by hand.
+
+    python tests/smoke/user_smoke.py FOLDER
+"""
+import csv
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 else "smoke")
+START = time.perf_counter()
+
+
+def say(what):
+    print(f"{time.perf_counter() - START:6.1f} s  {what}", flush=True)
+
+
+def microgen(*words, code=0):
+    "Run the command line; its output. A wrong exit code or a traceback fails."
+    done = subprocess.run([Path(sys.executable).with_name("microgen"), *map(str, words)], capture_output=True, text=True, cwd=FOLDER)
+    text = done.stdout + done.stderr
+    assert done.returncode == code, f"microgen {' '.join(map(str, words))} gives {done.returncode}, not {code}:\n{text}"
+    assert "Traceback" not in text, text
+    return text
+
+
+def in_python():
+    "Import, simulate, find the columns again."
+    import numpy as np
+
+    import microgen
+    from microgen.stem.wall import displace
+
+    say(f"microgen {microgen.__version__} from {Path(microgen.__file__).parent.parent.name}")
+    columns = microgen.columns(microgen.load_structure("YMnO3"), fov=(3, 3))
+    moved = displace(columns, microgen.wall("typeC", fov=(3, 3)))
+    image = microgen.haadf(moved, pixel_size=0.02)
+    assert image.data.shape == (150, 150) and image.data.dtype == np.float32 and np.isfinite(image.data).all()
+    noisy = microgen.acquire(image, "good", rng=0)
+    inside = moved.table.query("element == 'Y' and 0.2 < y_nm < 2.8 and 0.2 < x_nm < 2.8")
+    found = microgen.measure(noisy, "YMnO3").columns
+    heavy = found[(found.element == "Y") & found.y_nm.between(0.2, 2.8) & found.x_nm.between(0.2, 2.8)]
+    assert abs(len(heavy) - len(inside)) <= 0.1 * len(inside), f"{len(heavy)} Y columns found, {len(inside)} are there"
+    say(f"simulated {len(inside)} Y columns, found {len(heavy)}")
+    return noisy
+
+
+def on_the_command_line(image):
+    "doctor, simulate, measure, and two mistakes."
+    text = microgen("doctor")
+    assert "torch" in text and "shipped structures" in text
+    say("doctor")
+    microgen("simulate", "--n", 4, "--size", 128, "--pixel-size", 0.03, "--walls", "UP,DN", "--seed", 1, "--workers", 2, "--out", "data")
+    with open(FOLDER / "data" / "metadata.csv", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 4 and {r["label"] for r in rows} == {"UP", "DN"}, rows
+    assert all((FOLDER / "data" / r["file_name"]).exists() for r in rows)
+    say("simulate")
+    image.save(FOLDER / "mine.tif")
+    microgen("measure", "mine.tif", "--structure", "YMnO3", "--out", "measured")
+    assert {"columns.csv", "walls.csv"} <= {p.name for p in (FOLDER / "measured").iterdir()}
+    say("measure")
+    assert "structures" in microgen("simulate", "--n", 1, "--structure", "Unobtainium", "--out", "no", code=1).lower()
+    assert not (FOLDER / "no" / "metadata.csv").exists()
+    microgen("measure", "not-there.tif", "--pixel-size", 0.02, code=1)
+    say("mistakes are one sentence")
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    on_the_command_line(in_python())
+    say("done")
