@@ -24,8 +24,8 @@ from ..core import InputError, ReadError
 # %% ../../nbs/10_stem.crystal.ipynb #25620285
 def _shipped() -> dict:
     "Name of each shipped structure and its file."
-    folder = files("microgen") / "structures"
-    return {name.removesuffix(".cif"): folder / name for name in sorted(f.name for f in folder.iterdir()) if name.endswith(".cif")}
+    found = [f for f in (files("microgen") / "structures").iterdir() if f.name.endswith(".cif")]
+    return {f.name.removesuffix(".cif"): f for f in sorted(found, key=lambda f: f.name)}
 
 # %% ../../nbs/10_stem.crystal.ipynb #f5eeaaec
 def _number(text) -> float:
@@ -56,13 +56,14 @@ def _parse(text: str, poscar: bool) -> Structure:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if poscar: return Structure.from_str(text, fmt="poscar")
-        return CifParser.from_str(text, occupancy_tolerance=1.01).parse_structures(primitive=False, on_error="raise")[0]
+        cif = CifParser.from_str(text, occupancy_tolerance=1.01)
+        return cif.parse_structures(primitive=False, on_error="raise")[0]
 
 # %% ../../nbs/10_stem.crystal.ipynb #e72fc864
 def _complaint(structure: Structure) -> str | None:
     "Why a parsed structure cannot be a crystal, or None."
-    lengths, cell = np.array(structure.lattice.abc), structure.lattice.matrix
-    if not np.isfinite(cell).all() or not np.isfinite(structure.frac_coords).all(): return "a number is not finite"
+    lengths = np.array(structure.lattice.abc)
+    if not np.isfinite(structure.cart_coords).all(): return "a number is not finite"
     if lengths.min() < 1 or lengths.max() > 1000: return f"no crystal has cell lengths {lengths.round(3)} Å"
     if structure.volume < 1e-3 * lengths.prod(): return "the cell angles enclose no volume"
     unknown = [str(e) for e in structure.composition if isinstance(e, DummySpecies)]
@@ -80,13 +81,14 @@ def _contradictions(tags: dict, structure: Structure) -> list:
     try: declared = Composition(tags.get("_chemical_formula_sum") or "").fractional_composition
     except ValueError: return found
     actual = structure.composition.element_composition.fractional_composition
-    if declared and "H" not in declared and max(abs(declared[e] - actual[e]) for e in {*declared, *actual}) > 0.01:
+    off = max((abs(declared[e] - actual[e]) for e in {*declared, *actual}), default=0)
+    if declared and "H" not in declared and off > 0.01:
         found.append(f"it declares the formula {tags['_chemical_formula_sum']}, "
                      f"but its atoms make {structure.composition.reduced_formula}")
     return found
 
 # %% ../../nbs/10_stem.crystal.ipynb #50099cde
-def load_structure(name_or_path, # shipped name such as "YMnO3", path of a CIF or POSCAR file, or a pymatgen Structure
+def load_structure(name_or_path, # shipped name such as "YMnO3", path of a CIF or POSCAR file, or a Structure
                    max_bytes=2**24 # largest file that is read, bytes
                    ) -> Structure: # pymatgen structure, Å
     """Load a shipped structure by its name, or a structure file by its path.
@@ -125,7 +127,7 @@ def _read_structure(path: Path) -> Structure:
         raise ReadError(path, "pymatgen", f"no crystal structure in it ({cause})") from error
     if complaint: raise ReadError(path, "pymatgen", complaint)
     for clash in contradictions:
-        warnings.warn(f"{path.name} contradicts itself: {clash}. Check it before you trust its distances.", stacklevel=3)
+        warnings.warn(f"{path.name} contradicts itself: {clash}. Check it before you use it.", stacklevel=3)
     structure.properties["name"] = path.stem
     return structure
 
@@ -182,7 +184,7 @@ def trimer(structure: Structure # any structure; a 30-atom P6_3cm cell is recogn
 
 # %% ../../nbs/10_stem.crystal.ipynb #a56878b2
 def reference(structure: Structure # h-RMnO3 in its 30-atom cell
-              ) -> Structure: # same cell and species at the paraelectric positions; site properties "trimer", "site"
+              ) -> Structure: # same cell, paraelectric positions; site properties "trimer" and "site"
     """Put the ions of an h-RMnO3 cell on their paraelectric positions: R on the mid-plane, Mn at x = 1/3.
 
     Raises: InputError when the structure is not h-RMnO3."""
@@ -222,7 +224,7 @@ def _indices(name: str, value) -> np.ndarray:
     "Three integers without common divisor, not all zero."
     try: v = np.asarray(value, dtype=float)
     except (TypeError, ValueError): v = np.zeros(3)
-    if v.shape != (3,) or not np.isfinite(v).all() or (v != v.round()).any() or not v.any() or np.abs(v).max() > 50:
+    if v.shape != (3,) or not (np.abs(v) <= 50).all() or (v != v.round()).any() or not v.any():
         raise InputError(f"{name} = {value!r} is no direction in the crystal: "
                          "give three integers up to 50, not all zero, such as (1, 0, 0).")
     v = v.astype(int)
@@ -230,7 +232,7 @@ def _indices(name: str, value) -> np.ndarray:
 
 # %% ../../nbs/10_stem.crystal.ipynb #ac3fbeaa
 def _frame(lattice: Lattice, zone, up, rotation_deg=0.0) -> tuple:
-    "Basis (t1, t2, zone) of the lattice and image axes (right, down, beam), both 3 × 3, rows in Å or unit length."
+    "Basis (t1, t2, zone) of the lattice, rows in Å, and image axes (right, down, beam), unit rows."
     zone, up = _indices("zone", zone), _indices("up", up)
     basis = _complete(zone) @ lattice.matrix
     beam = basis[2] / np.linalg.norm(basis[2])
@@ -246,24 +248,26 @@ def _frame(lattice: Lattice, zone, up, rotation_deg=0.0) -> tuple:
 
 # %% ../../nbs/10_stem.crystal.ipynb #8de70f28
 def _merge(flat: np.ndarray, labels: np.ndarray, net: np.ndarray, tolerance: float) -> tuple:
-    "Group of each site by equal projection (modulo the net) and label, and the whole net steps to its group's first site."
+    "Group of each site by label and projection (modulo the net), and whole net steps to its group's first."
     group, steps = np.full(len(flat), -1), np.zeros((len(flat), 2), dtype=int)
     inverse = np.linalg.inv(net)
     for i in range(len(flat)):
         if group[i] >= 0: continue
         offset = (flat - flat[i]) @ inverse
         whole = offset.round()
-        same = (np.linalg.norm((offset - whole) @ net, axis=1) < tolerance) & (labels == labels[i]) & (group < 0)
+        near = np.linalg.norm((offset - whole) @ net, axis=1) < tolerance
+        same = near & (labels == labels[i]) & (group < 0)
         group[same], steps[same] = group.max() + 1, whole[same].astype(int)
     return group, steps
 
 # %% ../../nbs/10_stem.crystal.ipynb #ac36e740
 def _nodes(net: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    "Integer nodes (i, j) of a planar net that can reach the box low to high, whatever the site's offset in the cell."
+    "Integer nodes (i, j) of a planar net whose cells can reach the box from low to high."
     corners = np.array([[x, y] for x in (low[0], high[0]) for y in (low[1], high[1])]) @ np.linalg.inv(net)
     i, j = (np.arange(np.floor(a), np.ceil(b) + 1) for a, b in zip(corners.min(0) - 1, corners.max(0) + 1))
     if len(i) * len(j) > 2e6:
-        raise InputError(f"The field of view holds {len(i) * len(j):.0e} cells of the crystal: make fov smaller.")
+        raise InputError(f"The field of view holds {len(i) * len(j):.0e} cells of the crystal: "
+                         "make fov smaller.")
     return np.stack(np.meshgrid(i, j, indexing="ij"), -1).reshape(-1, 2)
 
 # %% ../../nbs/10_stem.crystal.ipynb #38bae2a0
@@ -277,8 +281,8 @@ class Columns:
     name: str # structure
     u0_pm: float = 0.0 # trimerisation amplitude of h-RMnO3, pm; 0 for other crystals
     p0_pm: float = 0.0 # uniform R shift, pm
-    polar_deg: float = 0.0 # direction of +c in the image, degrees counter-clockwise from up; nan along the beam
-    depth_disp_pm: np.ndarray | None = None # (N, D) displacement of each column in D slices of equal depth, pm
+    polar_deg: float = 0.0 # direction of +c, degrees counter-clockwise from up; nan along the beam
+    depth_disp_pm: np.ndarray | None = None # (N, D) displacement of each column in D equal slices, pm
 
     def __len__(self): return len(self.table)
 
@@ -292,7 +296,7 @@ def _finite(name: str, value, n: int) -> np.ndarray:
     try: numbers = np.broadcast_to(np.asarray(value, dtype=float), n)
     except (TypeError, ValueError): numbers = np.array([np.nan])
     if not np.isfinite(numbers).all():
-        raise InputError(f"{name} = {value!r} must be {'a finite number' if n == 1 else f'{n} finite numbers'}.")
+        raise InputError(f"{name} = {value!r} must be {n} finite number{'s' if n > 1 else ''}.")
     return numbers
 
 # %% ../../nbs/10_stem.crystal.ipynb #b32105e1
@@ -314,11 +318,12 @@ def _sites(cell: Structure) -> dict:
     rows = [(e.symbol, float(occupancy), str(label[i]), n[i], i)
             for i, s in enumerate(cell) for e, occupancy in s.species.items()]
     element, occupancy, site, trimer, index = map(np.array, zip(*rows))
-    return {"element": element, "occupancy": occupancy, "site": site, "trimer": trimer, "cart": cell.cart_coords[index]}
+    return {"element": element, "occupancy": occupancy, "site": site, "trimer": trimer,
+            "cart": cell.cart_coords[index]}
 
 # %% ../../nbs/10_stem.crystal.ipynb #279e8b4f
 def _unite(sites: dict, place: np.ndarray, group: np.ndarray) -> dict:
-    "Arrays with one entry per column of the projected cell: xy (Å), element, site, trimer, atoms per repeat, weights."
+    "Arrays with one entry per column of the projected cell: xy (Å), element, site, trimer, atoms, weights."
     members = group == np.arange(group.max() + 1)[:, None] # groups × sites
     weight = members * sites["occupancy"]
     atoms = weight.sum(1)
@@ -332,11 +337,12 @@ def _unite(sites: dict, place: np.ndarray, group: np.ndarray) -> dict:
 def _polar_deg(cell: Structure, axes: np.ndarray) -> float:
     "Direction of +c in the image, degrees counter-clockwise from up; nan when c lies along the beam."
     x, y = (axes @ cell.lattice.matrix[2])[:2]
-    return float(np.degrees(np.arctan2(-x, -y)).round(9) + 0.0) if np.hypot(x, y) > 1e-3 * cell.lattice.c else float("nan")
+    if np.hypot(x, y) < 1e-3 * cell.lattice.c: return float("nan")
+    return float(np.degrees(np.arctan2(-x, -y)).round(9) + 0.0)
 
 # %% ../../nbs/10_stem.crystal.ipynb #9fbd60eb
 def _layers(cell: Structure, axes: np.ndarray, sites: np.ndarray, xy: np.ndarray) -> np.ndarray:
-    "Index of the plane along c of each column, counted from the lowest; -1 unless h-RMnO3 with c in the image plane."
+    "Index of the plane along c, counted from the lowest; -1 unless h-RMnO3 with c in the image plane."
     c = axes @ cell.lattice.matrix[2]
     roles = _roles(cell)
     if roles is None or abs(c[2]) > 1e-3 * cell.lattice.c: return np.full(len(xy), -1)
@@ -362,10 +368,12 @@ def _project(cell, basis, axes, fov, margin, origin, repeats, tolerance) -> pd.D
     depth = unit["weight"] @ np.mod(place[:, 2, None] + nodes @ climb + 1e-6, repeat)
     table = pd.DataFrame({
         "y_nm": (xy[:, 1] + shift[1]) / 10, "x_nm": (xy[:, 0] + shift[0]) / 10,
-        "element": unit["element"][which], "site": unit["site"][which], "n_atoms": unit["atoms"][which] * repeats,
+        "element": unit["element"][which], "site": unit["site"][which],
+        "n_atoms": unit["atoms"][which] * repeats,
         "depth_nm": (depth[which, node] + (repeats - 1) / 2 * repeat) / 10, "trimer": unit["trimer"][which],
         "layer": _layers(cell, axes, unit["site"][which], xy)})
-    return table.iloc[np.lexsort((table.element, table.x_nm.round(6), table.y_nm.round(6)))].reset_index(drop=True)
+    order = np.lexsort((table.element, table.x_nm.round(6), table.y_nm.round(6)))
+    return table.iloc[order].reset_index(drop=True)
 
 # %% ../../nbs/10_stem.crystal.ipynb #18056ea1
 def columns(structure, # pymatgen Structure, shipped name or path of a CIF file
@@ -423,12 +431,13 @@ def supercell(structure, # pymatgen Structure, shipped name or path of a CIF fil
     if None in period:
         warnings.warn(f"The crystal has no period along a side of the image for zone {zone} and up {up}: "
                       "the block is cut there and does not continue periodically.", stacklevel=2)
-    size = np.array([10 * s if p is None else np.ceil(10 * s / p - 1e-9) * p for s, p in zip((w, h, thickness), period)])
+    whole = lambda s, p: s if p is None else np.ceil(s / p - 1e-9) * p
+    size = np.array([whole(10 * s, p) for s, p in zip((w, h, thickness), period)])
     return _block(structure, basis @ axes.T, axes, size)
 
 # %% ../../nbs/10_stem.crystal.ipynb #8ad90d2c
 def _block(structure: Structure, steps: np.ndarray, axes: np.ndarray, size: np.ndarray) -> Structure:
-    "Atoms of a crystal inside a box that starts at its origin; steps are the lattice vectors in the frame of the box."
+    "Atoms inside a box that starts at the crystal's origin; steps are the lattice vectors in its frame."
     eps, repeat = 1e-3, steps[2, 2]
     nodes = _nodes(steps[:2, :2], np.zeros(2), size[:2])
     place = (structure.cart_coords @ axes.T)[:, None] + nodes @ steps[:2]
@@ -437,5 +446,5 @@ def _block(structure: Structure, steps: np.ndarray, axes: np.ndarray, size: np.n
     stack = np.arange(round(size[2] / repeat))[:, None] * [0, 0, repeat]
     xyz = (place[site, node][:, None] + stack).reshape(-1, 3)
     which = np.repeat(site, len(stack))
-    return Structure(Lattice.orthorhombic(*size), [structure[i].species for i in which], xyz, coords_are_cartesian=True,
-                     labels=[structure.labels[i] for i in which])
+    return Structure(Lattice.orthorhombic(*size), [structure[i].species for i in which], xyz,
+                     coords_are_cartesian=True, labels=[structure.labels[i] for i in which])
