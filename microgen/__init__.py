@@ -5,7 +5,7 @@ import lazy_loader as _lazy
 # Names load their module when first used, so that `import microgen` costs milliseconds.
 __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
-    submodules=["core", "io", "plot", "stem", "scan", "data", "report", "tour", "cli"],
+    submodules=["core", "io", "plot", "stem", "scan", "data", "doctor", "report", "tour", "cli"],
     submod_attrs={
         "core": ["Micrograph", "as_micrograph", "MicrogenError", "ReadError", "InputError", "MissingExtra"],
         "io": ["read"],
@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "stem.crystal": ["load_structure", "columns"],
         "stem.wall": ["wall", "displace", "truth_maps"],
         "stem.render": ["Probe", "haadf"],
-        "stem.column": ["measure"],
+        "stem.measure": ["measure"],
         "data.build": ["Recipe", "build"],
     },
 )
