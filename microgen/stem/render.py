@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
+from importlib.resources import files
 
 import numpy as np
 import pandas as pd
@@ -282,7 +282,7 @@ def thermal_nm(
 @lru_cache(maxsize=1)
 def _shipped():
     "The shipped calibration: dict with `provenance` and a DataFrame `rows`."
-    held = json.loads((Path(__file__).parents[1] / "tables" / "haadf.json").read_text(encoding="utf-8"))
+    held = json.loads((files("microgen") / "tables" / "haadf.json").read_text(encoding="utf-8"))
     return {"provenance": held["provenance"], "rows": pd.DataFrame(held["rows"])}
 
 def _at_thickness(rows, thickness_nm):
