@@ -62,8 +62,8 @@ def _need(test, sentence):
 
 def _positive(field, *above_zero):
     for name, v in vars(field).items():
-        ok = v is None or isinstance(v, (str, Field)) or name == "fields" or np.isfinite(v).all()
-        if name in above_zero and v is not None: ok = ok and np.min(v) > 0
+        if v is None or name in ("name", "path", "fields"): continue
+        ok = not isinstance(v, str) and np.isfinite(v).all() and (name not in above_zero or np.min(v) > 0)
         _need(ok, f"{name} is {v}; give a finite number{' above 0' if name in above_zero else ''}.")
 
 # %% ../../nbs/10c_stem.field.ipynb #49f54616
@@ -235,7 +235,7 @@ def _quench(seed, shape, time):
     r = np.random.default_rng(seed)
     psi = 0.1 * (r.standard_normal(shape) + 1j * r.standard_normal(shape))
     ky, kx = (2 * np.pi * np.fft.fftfreq(n, _GRID) for n in shape)
-    n = max(1, int(np.ceil(time / 0.25)))
+    n = max(1, int(np.ceil(time / 0.4)))
     step = 1 / (1 + time / n * (ky[:, None]**2 + kx**2))
     for _ in range(n):
         q2, conj = psi.real**2 + psi.imag**2, psi.conj()

@@ -32,8 +32,8 @@ ALIASES = {"UP": WallKind(_PI, _PI), "DN": WallKind(0., 0.),
            "typeC": WallKind(_PI, STATES["beta-"], 90., 3.), "typeD": WallKind(_PI, 0.),
            "HH": WallKind(_PI, 0., 0.), "TT": WallKind(0., _PI, 0.)}
 _SCENES = {"vortex": (Vortex, {"sign": 1}), "antivortex": (Vortex, {"sign": -1}), "network": (Network, {})}
-_SAME = {"typei": "typeA", "typeii": "typeD", "tdw": "typeA", "steppedtypei": "typeC", "steppedtypeii": "typeB",
-         "interlocked": "typeC", "headtohead": "HH", "tailtotail": "TT", "down": "DN"}
+_SAME = {"typei": "typeA", "typeii": "typeD", "tdw": "typeA", "steppedtypei": "typeC", "interlocked": "typeC",
+         "steppedtypeii": "typeB", "headtohead": "HH", "tailtotail": "TT", "down": "DN"}
 
 def _phi(state, name):
     plain = state.strip().lower().replace("−", "-").translate({945: "alpha", 946: "beta", 947: "gamma"})
@@ -93,15 +93,15 @@ def wall(
     Raises: InputError for an unknown name or parameter.
     """
     if isinstance(kind, Field): return kind
-    h, w = np.broadcast_to(np.asarray(fov, float), 2).tolist()
+    h, w = np.broadcast_to(_floats("fov", fov, (1, 2)), 2).tolist()
     at, sense, seed = _draw(rng)
-    center = (h * at[0], w * at[1]) if center is None else tuple(float(o) for o in center)
+    center = (h * at[0], w * at[1]) if center is None else _floats("center", center, (2,))
     drawn = dict(center=center, roughness_seed=seed, seed=seed, fov=(h, w))
-    if width_nm is not None: drawn["width_nm"] = float(width_nm)
+    if width_nm is not None: drawn["width_nm"], = _floats("width_nm", width_nm, (1,))
     if "step_nm" in over: over["step"] = over.pop("step_nm") / (over.get("column_nm") or COLUMN_NM)
     if str(kind).lower() in _SCENES: cls, what = _SCENES[kind.lower()]
     else:
-        k = resolve(kind) if isinstance(kind, str) else WallKind(*map(float, kind))
+        k = resolve(kind) if isinstance(kind, str) else WallKind(*_floats("kind", kind, (2, 3, 4)))
         what = {**k._asdict(), "step": k.step * sense, "phi": k.phi_left}
         cls = Domain if np.isclose(np.cos(k.phi_left - k.phi_right), 1, atol=1e-12) else Wall
     known, extra = [o.name for o in fields(cls)], ", ".join(set(over) - _OPTIONS)
@@ -114,6 +114,14 @@ _OPTIONS = {o.name for cls in (Domain, Wall, Vortex, Network) for o in fields(cl
 
 def _need(test, sentence):
     if not test: raise InputError(sentence)
+
+def _floats(name, value, count):
+    "Tuple of finite numbers, as many as one of `count`"
+    try: v = np.asarray(value, float).ravel()
+    except (TypeError, ValueError): v = np.empty(0)
+    many = " or ".join(map(str, count))
+    _need(v.size in count and np.isfinite(v).all(), f"{name} is {value!r}; give {many} finite number(s).")
+    return tuple(v.tolist())
 
 def _draw(rng):
     "Centre (share of the field of view), sense of the steps and a seed"
