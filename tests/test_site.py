@@ -140,7 +140,8 @@ def processed(tmp_path_factory):
     text = "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs(n_workers=2)"
     (top / "proc.py").write_text(text)
     done = subprocess.run([sys.executable, "proc.py"], cwd=top, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(top)})
-    assert done.returncode == 0, f"nbdev cannot process the notebooks: {done.stderr[-3000:]}"
+    why = [line for line in done.stderr.splitlines() if re.match(r"(\w+\.)*\w*(Error|Exception)\b", line)]
+    assert done.returncode == 0, "nbdev cannot process the notebooks:\n" + "\n".join(dict.fromkeys(why))
     shutil.rmtree(info)
     return top / "_proc"
 
