@@ -25,7 +25,7 @@ class Field:
         y_nm, # image row, nm, any shape
         x_nm, # image column, nm, broadcast against y_nm
         z_nm=0., # depth below the middle plane of the specimen, nm
-    ): # Q, phi
+    ) -> tuple: # Q; phi in [0, 2 pi) radians
         "Order parameter at these points."
         return evaluate(self, y_nm, x_nm, z_nm)[:2]
 
@@ -121,7 +121,7 @@ class Wall(Field):
 
     def __post_init__(self):
         _positive(self, "width_nm", "roughness_length_nm", "step_layers", "column_nm", "layer_nm")
-        _need(abs(self.inclination_deg) <= 80, f"inclination_deg is {self.inclination_deg}; stay within ±80°.")
+        _need(abs(self.inclination_deg) <= 80, f"inclination_deg is {self.inclination_deg}; stay in ±80°.")
         _need(self.path in ("short", "up", "down"), f"path is {self.path!r}; give 'short', 'up' or 'down'.")
         _need(0 <= self.q_dip < 1, f"q_dip is {self.q_dip}; give a share from 0 to 1.")
 
@@ -151,7 +151,7 @@ class Wall(Field):
         y_nm, # image row, nm
         x_nm, # image column, nm
         z_nm=0., # depth below the middle plane, nm
-    ): # nm
+    ) -> np.ndarray: # nm
         "Signed distance to the wall; positive on the right."
         up, right = self.center[0] - y_nm, x_nm - self.center[1]
         if self.step: right = right - self.step_nm * self._steps(y_nm)
@@ -294,7 +294,7 @@ _FIELDS = {o.__name__: o for o in (Domain, Wall, Vortex, Network, Sum)}
 
 def field_from_dict(
     d: dict, # what `to_dict` gave, for example read from JSON
-) -> Field:
+) -> Field: # the field again
     """Field from its plain dict.
 
     Raises: InputError when the dict is not one of a field.

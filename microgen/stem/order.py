@@ -61,7 +61,7 @@ def polarisation(
 # %% ../../nbs/10b_stem.order.ipynb #f60e9974
 def state_of(
     phi, # trimerisation angle, radians, any shape
-): # name of the nearest domain state: str, or array of str
+) -> str | np.ndarray: # name of the nearest domain state: str, or array of str
     """Name of the domain state nearest to an angle."""
     k = np.mod(np.rint(np.asarray(phi) / (np.pi / 3)).astype(int), 6)
     names = np.array(list(STATES))[k]

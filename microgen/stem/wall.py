@@ -42,7 +42,7 @@ def _phi(state, name):
 
 # %% ../../nbs/11_stem.wall.ipynb #f968b12d
 def resolve(
-    name: str, # "UP", "typeC", "Type II", "HH", "alpha+" (a state), "alpha+|beta-" (a pair), "alpha+|beta-@45"
+    name: str, # "UP", "typeC", "Type II", "HH", state "alpha+", pair "alpha+|beta-", "alpha+|beta-@45"
 ) -> WallKind: # phi left, phi right, normal, step
     """Wall behind a name of the literature.
 
@@ -192,7 +192,7 @@ def displace(
     columns, # `Columns` of an h-RMnO3 crystal
     field, # (y_nm, x_nm, z_nm) -> (Q, phi)
     mn_o_pm: float = 0., # column-to-column shift of the Mn-O layers against R, pm (16 was measured)
-): # Columns: y_nm, x_nm moved; table gains y0_nm, x0_nm, disp_pm, Q, phi, domain; depth_disp_pm (N, D) or None
+) -> "Columns": # y_nm, x_nm moved; table gains y0_nm, x0_nm, disp_pm, Q, phi, domain
     """Columns of a crystal that carries an order-parameter field.
 
     Raises: InputError when the crystal has no trimerised R columns in this view.
@@ -225,7 +225,8 @@ def truth_maps(
     Raises: InputError when the crystal has no trimerised R columns in this view.
     """
     y0, x0, n = _reference(columns)
-    (y0, x0, n), field, z = (o[n >= 0] for o in (y0, x0, n)), _on_rows(field, columns), _depths(columns, field)
+    y0, x0, n = (o[n >= 0] for o in (y0, x0, n))
+    field, z = _on_rows(field, columns), _depths(columns, field)
     pixel = np.broadcast_to(np.asarray(pixel_size, float), 2)
     py, px = np.arange(shape[0])[:, None] * pixel[0], np.arange(shape[1]) * pixel[1]
     Q, phi, core = (np.stack(o, -1) for o in zip(*(evaluate(field, *_frame(columns, py, px), o) for o in z)))
@@ -248,7 +249,7 @@ def _nearest(y, x, py, px):
 # %% ../../nbs/11_stem.wall.ipynb #084f63e1
 def label(
     field: Field, # field of the image
-) -> dict: # label, field, phi_left, phi_right, delta_phi, normal_deg, width_nm, step_nm, ... charge, character
+) -> dict: # label, field, phi_left, phi_right, delta_phi, normal_deg, width_nm, ..., charge, character
     """Label of a field: its name and the numbers behind it; None where a number has no meaning."""
     name = field.name or ("sum" if isinstance(field, Sum) else _name_of(field))
     d = dict(label=name, field=type(field).__name__) | dict.fromkeys(_LABEL)
