@@ -166,7 +166,7 @@ def _step(s, image, px, B, weight): # state, image (H*W,), pixel size, backgroun
     J = sparse.diags(root) @ sparse.hstack([J, sparse.csc_matrix(K), B], format="csr")
     typical = np.array([np.median(s.A[s.group == g]) for g in range(len(s.sigma))])[s.group]
     own = np.stack([np.full(N, 1e2), np.full(N, 1e2), (0.5 * typical) ** -2, np.full(N, 10.0)][:n], 1).ravel()
-    prior = np.r_[own, np.ones(K.shape[1] - s.fixed.shape[1]), np.zeros(s.fixed.shape[1] + B.shape[1])]
+    prior = np.r_[own, np.full(K.shape[1] - s.fixed.shape[1], 40.0), np.zeros(s.fixed.shape[1] + B.shape[1])]
     pull = np.zeros_like(prior)
     pull[: n * N] = np.stack([s.y0 - s.y, s.x0 - s.x, typical - s.A, -np.log(s.t)][:n], 1).ravel()
     M = (J.T @ J).tocsc()
