@@ -81,7 +81,7 @@ def bound_charge(
     return float(np.round(jump * n[1] / np.hypot(*n), 12)) + 0.
 
 # %% ../../nbs/11_stem.wall.ipynb #b76cd72d
-def wall_names() -> pd.DataFrame: # name, also, left, right, normal_deg, step (R columns), charge; one row per name
+def wall_names() -> pd.DataFrame: # name, also, left, right, normal_deg, step (R columns), charge
     """Table of the names that `wall` knows, besides any pair of states."""
     also = {name: ", ".join(k for k, o in _SAME.items() if o == name) for name in ALIASES}
     rows = [dict(name=name, also=also[name], left=state_of(k.phi_left), right=state_of(k.phi_right),
