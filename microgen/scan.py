@@ -10,6 +10,7 @@ __all__ = ['PRESETS', 'Scan', 'preset', 'scan_field', 'scan_image', 'scan_maps',
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
+from math import inf
 
 import numpy as np
 import torch
@@ -89,17 +90,17 @@ _WHOLE = {"harmonics", "roll_every"}
 def _value(name, value):
     "One setting, checked: a number, a range as a tuple, or None for an infinite dose."
     if value is None and name == "dose_e_A2": return None
-    try: numbers = np.atleast_1d(np.asarray(value, dtype=float))
+    try: numbers = [float(v) for v in (value if isinstance(value, (tuple, list)) else [value])]
     except (TypeError, ValueError): raise InputError(f"Scan: {name} is {value!r}; give a number or a pair (low, high).") from None
-    if name == "dose_e_A2" and numbers.size == 1 and numbers[0] == np.inf: return None
+    if name == "dose_e_A2" and numbers == [inf]: return None
     top = _AT_MOST.get(name, 1e9)
     low = -top if name in _SIGNED else 0.
-    good = np.isfinite(numbers).all() and numbers.min() >= low and numbers.max() <= top and numbers.ndim == 1
-    if not good or (name in _POSITIVE and numbers.min() <= 0) or numbers.size > 2 or numbers[0] > numbers[-1]:
+    good = len(numbers) in (1, 2) and all(low <= v <= top for v in numbers) and numbers[0] <= numbers[-1]
+    if not good or (name in _POSITIVE and numbers[0] <= 0):
         above = "more than 0" if name in _POSITIVE else f"at least {low:g}"
         raise InputError(f"Scan: {name} is {value!r}; give a number or a pair (low, high), {above} and at most {top:g}.")
-    numbers = [int(v) if name in _WHOLE else float(v) for v in numbers]
-    return tuple(numbers) if np.ndim(value) else numbers[0]
+    numbers = [int(v) if name in _WHOLE else v for v in numbers]
+    return tuple(numbers) if isinstance(value, (tuple, list)) else numbers[0]
 
 def _pick(name, value, u):
     "The value at the share `u` of a range."
@@ -179,7 +180,7 @@ def scan_field(
     shape, # pixels (H, W)
     pixel_size, # nm per pixel: float or (y, x)
     rng=None # int, Generator or SeedSequence
-) -> np.ndarray: # d (2, H, W) = (dy, dx), nm: pixel p shows the specimen at p + d(p)
+) -> np.ndarray: # d (2, H, W) = (dy, dx), nm, float32: pixel p shows the specimen at p + d(p)
     """The displacement of the probe at every pixel of a scan.
 
     Raises: InputError when the settings still hold ranges.
@@ -189,13 +190,14 @@ def scan_field(
     smooth, lines, dwells = _streams(rng, 3)
     i, j = np.arange(h, dtype=float), np.arange(w, dtype=float)
     rows, columns = _motion(s, i, j, (w * s.dwell_us + s.flyback_us) * 1e-6, smooth)
-    d = 1e-3 * np.einsum("chr,rw->chw", rows, columns)
+    d = np.einsum("chr,rw->chw", (1e-3 * rows).astype(np.float32), columns.astype(np.float32)) # no BLAS: same bytes anywhere
     y, x = (i - i.mean()) * py, (j - j.mean()) * px
     shift = 1e-3 * s.line_jitter_pm * lines.standard_normal((2, h))
     shift[1, ::s.roll_every] += s.roll_px * px * lines.uniform(-1, 1, h)[::s.roll_every]
-    d[0] += (shift[0] + s.scale_y * y)[:, None]
-    d[1] += (shift[1] + s.shear * y)[:, None] + s.scale_x * x - 1e-3 * s.flyback_pm * np.exp(-j * s.dwell_us / s.settle_us)
-    if s.dwell_jitter_pm: d += 1e-3 * s.dwell_jitter_pm * dwells.standard_normal((2, h, w), dtype=np.float32)
+    shift += np.stack([s.scale_y * y, s.shear * y])
+    d += shift[:, :, None].astype(np.float32)
+    d[1] += (s.scale_x * x - 1e-3 * s.flyback_pm * np.exp(-j * s.dwell_us / s.settle_us)).astype(np.float32)
+    if s.dwell_jitter_pm: d += np.float32(1e-3 * s.dwell_jitter_pm) * dwells.standard_normal(d.shape, dtype=np.float32)
     return d
 
 def _numbers(s):
@@ -207,10 +209,32 @@ def _numbers(s):
 # %% ../nbs/15_scan.ipynb #71043a28
 def _places(d, pixel_size, rim):
     "Where each pixel looks in the input image: (2, H, W), in pixels."
-    (py, px), (h, w) = pixel_size, d.shape[1:]
-    return np.stack([d[0] / py + np.arange(rim, h + rim)[:, None], d[1] / px + np.arange(rim, w + rim)])
+    places = d.astype(np.float32) / np.asarray(pixel_size, dtype=np.float32)[:, None, None]
+    places[0] += np.arange(rim, d.shape[1] + rim, dtype=np.float32)[:, None]
+    places[1] += np.arange(rim, d.shape[2] + rim, dtype=np.float32)
+    return places
 
 def _crop(a, rim): return a[..., rim:a.shape[-2] - rim, rim:a.shape[-1] - rim]
+
+def _cubic(u):
+    "Two places whose linear look-ups make a cubic B-spline look-up at `u`, and the weight of the second."
+    i = np.floor(u)
+    f = u - i
+    rest, square = 1 - f, f * f
+    last, second = f * square / 6, 2 / 3 - square * (1 + rest) / 2
+    low = rest * rest * rest / 6 + second
+    high = 1 - low
+    return i - 1 + second / low, i + 1 + last / high, high
+
+def _look_up(stack, y, x, mode="bilinear"):
+    "Values (C, H, W) of `stack` (C, h, w) at places y, x (H, W) in pixels; the edge is a mirror."
+    h, w = stack.shape[1:]
+    grid = np.empty((1, *y.shape, 2), np.float32) # torch's order (x, y), -1 to 1 from first to last pixel
+    np.multiply(x, 2 / max(w - 1, 1), out=grid[0, ..., 0], casting="same_kind")
+    np.multiply(y, 2 / max(h - 1, 1), out=grid[0, ..., 1], casting="same_kind")
+    grid -= 1
+    values = torch.from_numpy(stack)[None]
+    return torch.nn.functional.grid_sample(values, torch.from_numpy(grid), mode, "reflection", align_corners=True)[0].numpy()
 
 def scan_image(
     image, # (H + 2 rim, W + 2 rim), a band-limited image
@@ -220,9 +244,10 @@ def scan_image(
 ) -> np.ndarray: # (H, W) float32: image at p + d(p)
     "The image that a displaced probe sees, by cubic splines."
     pixel_size = np.broadcast_to(np.asarray(pixel_size, float), 2)
-    coefficients = ndimage.spline_filter(np.asarray(image), 3, output=np.float64, mode="mirror")
-    places = _places(np.asarray(d), pixel_size, rim)
-    return ndimage.map_coordinates(coefficients, places, np.float32, 3, mode="mirror", prefilter=False)
+    coefficients = ndimage.spline_filter(np.asarray(image), 3, output=np.float32, mode="mirror")[None]
+    (y0, y1, wy), (x0, x1, wx) = (_cubic(place) for place in _places(np.asarray(d), pixel_size, rim))
+    up, down = ((a := _look_up(coefficients, y, x0)) + wx * (_look_up(coefficients, y, x1) - a) for y in (y0, y1))
+    return (up + wy * (down - up))[0]
 
 # %% ../nbs/15_scan.ipynb #12d71418
 _NEAREST = {"wall", "disp_pm", "domain", "mask", "label"} # constant over a column or a domain: no values in between
@@ -246,26 +271,21 @@ def scan_maps(
 def _sample(maps, places, mode):
     "Maps at places (2, H, W) in pixels."
     if not maps: return {}
-    stack = torch.from_numpy(np.stack([np.asarray(m, dtype=np.float64) for m in maps.values()]))
-    scale = 2 / np.maximum(np.array(stack.shape[1:]) - 1, 1)
-    grid = torch.from_numpy(np.ascontiguousarray(np.stack([places[1] * scale[1] - 1, places[0] * scale[0] - 1], -1)))
-    out = torch.nn.functional.grid_sample(stack[None], grid[None], mode, "border", align_corners=True)[0].numpy()
-    return dict(zip(maps, out))
+    stack = np.stack([np.asarray(m, dtype=np.float32) for m in maps.values()])
+    return dict(zip(maps, _look_up(stack, *places, mode)))
 
 # %% ../nbs/15_scan.ipynb #a5b66491
-def _mean_field(d, at, sigma):
-    "Field (2, N) that a fit of columns at `at` (2, N) px sees; `sigma` (2,) px is the width of a column."
-    reach, weights, where = np.ceil(2.5 * sigma).astype(int), [], []
-    for c, r, s, n in zip(at, reach, sigma, d.shape[1:]):
-        index = np.rint(c).astype(int)[:, None] + np.arange(-r, r + 1)
-        u = (index - c[:, None]) / s
-        g = np.exp(-u**2)
-        weights.append([w / w.sum(1, keepdims=True) for w in (g, u**2 * g)])
-        where.append(np.clip(index, 0, n - 1))
-    (gy, hy), (gx, hx) = weights
-    window = d[:, where[0][:, :, None], where[1][:, None, :]]
-    return np.stack([np.matmul(np.matmul(hy[:, None], window[0]), gx[..., None])[:, 0, 0],
-                     np.matmul(np.matmul(gy[:, None], window[1]), hx[..., None])[:, 0, 0]])
+def _mean_field(d, sigma):
+    "Field (2, H, W) as a fit of columns sees it; `sigma` (y, x) is the width of a column, px."
+    out = np.empty_like(d)
+    for along in (0, 1): # the component of d: weight u^2 exp(-u^2) along itself, exp(-u^2) across
+        smooth = d[along]
+        for axis, width in enumerate(sigma):
+            u = np.arange(-np.ceil(2.7 * width), np.ceil(2.7 * width) + 1) / width
+            kernel = np.exp(-u**2) * (u**2 if axis == along else 1)
+            smooth = ndimage.correlate1d(smooth, kernel / kernel.sum(), axis, mode="nearest")
+        out[along] = smooth
+    return out
 
 def scan_table(
     table, # DataFrame with y_nm, x_nm in the input image
@@ -280,12 +300,9 @@ def scan_table(
     """
     d, size = np.asarray(d), np.broadcast_to(np.asarray(pixel_size, float), 2)
     r = table[["y_nm", "x_nm"]].to_numpy(float).T - rim * size[:, None]
-    q = r
-    for step in range(4):
-        at = q / size[:, None]
-        if step < 2: move = np.stack([ndimage.map_coordinates(part, at, order=1, mode="nearest") for part in d])
-        else: move = _mean_field(d, at, column_nm / size)
-        q = r - move
+    q, mean = r, _mean_field(d, column_nm / size)
+    for _ in range(4):
+        q = r - np.stack([ndimage.map_coordinates(part, q / size[:, None], order=1, mode="nearest") for part in mean])
     return table.assign(y_nm=q[0], x_nm=q[1])
 
 # %% ../nbs/15_scan.ipynb #3766337a
@@ -296,9 +313,9 @@ def _smooth(shape, sigma_px, rng):
         step = max(s, 1.)
         nodes = np.arange(-3 * step, n + 3 * step, step)
         kernel = np.exp(-((np.arange(n)[:, None] - nodes) / s)**2)
-        bases.append(kernel / np.sqrt((kernel**2).sum(1, keepdims=True)))
-    noise = rng.standard_normal((bases[0].shape[1], bases[1].shape[1]))
-    return np.einsum("ik,kj->ij", np.einsum("ik,kl->il", bases[0], noise), bases[1].T)
+        bases.append((kernel / np.sqrt((kernel**2).sum(1, keepdims=True))).astype(np.float32))
+    noise = rng.standard_normal((bases[0].shape[1], bases[1].shape[1]), dtype=np.float32)
+    return np.einsum("ik,kj->ij", np.einsum("ik,kl->il", bases[0], noise), np.ascontiguousarray(bases[1].T))
 
 def dirty(
     image, # (H, W), fraction of the beam
@@ -314,11 +331,12 @@ def dirty(
     if s.ramp:
         (vy, vx), half = _unit(s.ramp_deg), np.array([h, w]) / 2
         reach = abs(vy) * half[0] + abs(vx) * half[1]
-        out *= (1 + s.ramp / 2 * (vy * (np.arange(h) - half[0] + 0.5)[:, None] + vx * (np.arange(w) - half[1] + 0.5)) / reach)
+        wy, wx = (s.ramp / 2 * v / reach * (np.arange(n) - n / 2 + 0.5) for v, n in ((vy, h), (vx, w)))
+        out *= (1 + wy).astype(np.float32)[:, None] + wx.astype(np.float32)
     if s.contamination:
-        out += s.contamination * level * np.exp(_smooth((h, w), s.contamination_nm / size, blobs) - 0.5)
+        out += np.float32(s.contamination * level) * np.exp(_smooth((h, w), s.contamination_nm / size, blobs) - np.float32(0.5))
     if s.background:
-        out += s.background * level * (1 + 0.3 * np.tanh(_smooth((h, w), np.array([h, w]) / 3, slow)))
+        out += np.float32(s.background * level) * (1 + np.float32(0.3) * np.tanh(_smooth((h, w), np.array([h, w]) / 3, slow)))
     return out
 
 # %% ../nbs/15_scan.ipynb #4293d258
@@ -371,11 +389,14 @@ def detect(
     s = _numbers(settings)
     if s.dose_e_A2 is None: return np.asarray(image, np.float32)
     shot, electronics = _streams(rng, 2)
-    counts = shot.poisson(np.maximum(image, 0) * np.float64(electrons(s, pixel_size))).astype(np.float32)
+    expected = np.maximum(image, 0, dtype=np.float64)
+    expected *= electrons(s, pixel_size)
+    counts = shot.poisson(expected).astype(np.float32)
     if s.gain_spread or s.readout_e:
         spread = np.sqrt(np.float32(s.gain_spread**2) * counts + np.float32(s.readout_e**2))
-        counts += spread * electronics.standard_normal(counts.shape, dtype=np.float32)
-    return counts + np.float32(s.offset_e)
+        spread *= electronics.standard_normal(counts.shape, dtype=np.float32)
+        counts += spread
+    return counts + np.float32(s.offset_e) if s.offset_e else counts
 
 def electrons(
     settings, # Scan (numbers only)
