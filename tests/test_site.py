@@ -2,6 +2,7 @@
 
 Quarto prints a warning for a broken link and still exits with 0; here it is a failure.
 """
+import ast
 import importlib.util
 import os
 import re
@@ -15,7 +16,7 @@ from urllib.parse import unquote
 import nbformat
 import pytest
 import yaml
-from house import NBS, ROOT, notebooks, report, settings, tracked
+from house import NBS, ROOT, code, dotted, notebooks, report, settings, tracked
 
 SITE = settings()["doc_host"] + settings()["doc_baseurl"]
 FORGE = settings()["git_url"]
@@ -95,6 +96,24 @@ def test_title_cell(path):
     assert len(lines) > 1 and lines[1].startswith("> "), f"{path.name}: the second line is `> what the page gives, in one line`"
     extra = [line for line in lines[2:] if not re.match(r"- \S+:\s", line)]
     assert not extra, f"{path.name}: nbdev drops what follows title and summary in the first cell, begin a new cell: {extra[0][:80]!r}"
+
+
+def draws(tree):
+    "Does a cell end in a statement that shows a picture?"
+    last = tree.body[-1] if tree.body else None
+    call = last.value if isinstance(last, ast.Expr) else None
+    return isinstance(call, ast.Call) and bool(re.match(r"show(_(?!doc)|$)", dotted(call.func).split(".")[-1]))
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda p: str(p.relative_to(NBS)))
+def test_pictures_are_stored(path):
+    found = []
+    for c in nbformat.read(path, as_version=4).cells:
+        if c.cell_type != "code" or re.search(r"^#\|\s*(export|hide|eval:\s*false)", c.source, re.M):
+            continue
+        if draws(code(c.source)) and not any("image/png" in o.get("data", {}) for o in c.outputs):
+            found.append(f"nbs/{path.relative_to(NBS)} [cell {c.id}] `{c.source.strip().splitlines()[-1][:80]}` has no picture")
+    report(found, "run the notebook again and store its outputs; the site shows what is stored.")
 
 
 # --- README
