@@ -18,7 +18,7 @@ from ..core import InputError
 # %% ../../nbs/11b_stem.probe.ipynb #78d7cc60
 def wavelength_nm(
     voltage_kV, # acceleration voltage, kV (float or tensor)
-): # de Broglie wavelength, nm (type of the input)
+) -> float: # de Broglie wavelength, nm (a tensor for a tensor)
     """The relativistic wavelength of an electron.
 
     Source: Kirkland, Advanced Computing in Electron Microscopy (2010), eq. 2.5.
@@ -43,23 +43,28 @@ class Probe:
     focal_spread_nm: float = 0. # standard deviation of the focus over time, nm
 
     def __post_init__(self):
-        limits = dict(voltage_kV=(1, 3000), semiangle_mrad=(0.1, 200), source_nm=(0, 1), focal_spread_nm=(0, 100))
+        limits = {"voltage_kV": (1, 3000), "semiangle_mrad": (0.1, 200), "source_nm": (0, 1),
+                  "focal_spread_nm": (0, 100)}
         for name, value in self.numbers().items():
             low, high = limits.get(name, (-1e5, 1e5))
             if not low <= value <= high:
                 raise InputError(f"Probe: {name} is {value:g}; give a value from {low:g} to {high:g}.")
 
-    def numbers(self): # dict of floats
+    def numbers(self) -> dict: # name to float
         "The parameters as plain numbers, without gradients."
         return {name: float(v.detach() if torch.is_tensor(v) else v) for name, v in vars(self).items()}
 
+    def detach(self) -> "Probe": # plain numbers
+        "The same probe as plain numbers, without gradients."
+        return Probe(**self.numbers())
+
     @property
-    def round(self): # bool
+    def round(self) -> bool: # no astigmatism
         "True when no astigmatism is set (a tensor may become astigmatic)."
         return not torch.is_tensor(self.a1_nm) and self.a1_nm == 0
 
     @property
-    def limit(self): # highest frequency the probe transfers, 1/nm
+    def limit(self) -> float: # highest frequency the probe transfers, 1/nm
         "2 alpha / lambda, the end of the incoherent transfer function."
         return 2e-3 * self.semiangle_mrad / wavelength_nm(self.voltage_kV)
 
@@ -77,7 +82,7 @@ def _aberrations(probe):
 def _lens(probe, t, cos2):
     "OTF at angles `t` (n,) and cosines `cos2` (m,) of twice the azimuth from the astigmatism: (n, m)."
     focus, cs, astig, spread = _aberrations(probe)
-    n = 12 + 2 * math.ceil(sum(abs(float(v)) for v in (focus, 2 * cs, astig, spread)))
+    n = 12 + 2 * math.ceil(2 * sum(map(abs, _aberrations(probe.detach()))))
     (u, wu), (s, ws) = _gauss_legendre(n), _gauss_legendre(n)
     t, cos2, psi = t[:, None, None, None], cos2[None, :, None, None], t[:, None] * (u + 1) / 2
     psi, y = psi[:, None, :, None], (torch.sin(psi)[..., None] * s)[:, None]
@@ -110,14 +115,14 @@ def transfer(
     probe, # Probe
     q, # spatial frequency, 1/nm: float, array or tensor of any shape
     angle=0., # azimuth of q, rad, from +x towards +y; matters with astigmatism only
-): # incoherent transfer function, same shape as q, without unit; 1 at q = 0, 0 beyond `probe.limit`
+) -> torch.Tensor: # same shape as q, without unit; 1 at q = 0, 0 beyond `probe.limit`
     """The incoherent optical transfer function of a probe, differentiable in all its parameters.
 
     Source: Kirkland (2010), chapter 3; Nellist and Pennycook, 10.1016/S0304-3991(98)00102-X.
     """
     q = torch.as_tensor(q)
     angle = torch.as_tensor(angle, dtype=q.dtype, device=q.device)
-    strength = [abs(float(v)) for v in _aberrations(probe)]
+    strength = [abs(v) for v in _aberrations(probe.detach())]
     nodes, to_radial = _chebyshev(32 + 4 * math.ceil(sum(strength)))
     around, to_angular = _chebyshev(1 if probe.round else 8 + 3 * math.ceil(strength[2]))
     table = to_radial @ _lens(probe, math.pi / 4 * (nodes + 1), around) @ to_angular.T

@@ -43,7 +43,8 @@ class _Frame:
         size = tuple(float(p) for p in np.broadcast_to(pixel_size, 2))
         rim = max(map(_rim, probes))
         period = tuple(float(p) for p in (period or [n * p + 2 * rim for n, p in zip(shape, size)]))
-        count = tuple(math.floor(max(float(o.limit) for o in probes) * p) + 1 for p in period)
+        limit = max(p.detach().limit for p in probes)
+        count = tuple(math.floor(limit * p) + 1 for p in period)
         return cls(tuple(shape), size, period, count)
 
     def waves(self, y, x):
@@ -84,7 +85,7 @@ def _filters(probes, frame, dtype, device):
 
 def _spread(sigma, frame):
     "Gaussian factors exp(-2 pi² sigma² q²) along y and x: sigma (...) to (..., K) and (..., L)."
-    q = [torch.arange(n, dtype=sigma.dtype, device=sigma.device) / p for n, p in zip(frame.count, frame.period)]
+    q = [torch.arange(n).to(sigma) / p for n, p in zip(frame.count, frame.period)]
     return [torch.exp(-2 * (math.pi * sigma[..., None] * v) ** 2) for v in q]
 
 def _columns_to_series(frame, y, x, weight, sigma=None):
@@ -117,15 +118,16 @@ def sum_columns(
     probe=Probe(), # one Probe, or a list of B
     sigma_nm=None, # Gaussian width added to each column, nm: tensor that broadcasts to (B, N)
     period_nm=None, # period (y, x) of a periodic image, nm; None: an open field
-): # image (B, H, W) in the dtype and on the device of y_nm; differentiable in all tensors
+) -> torch.Tensor: # image (B, H, W) in the dtype and on the device of y_nm; differentiable in all tensors
     """The exact band-limited incoherent image of point columns.
 
     Raises: `InputError` for shapes that do not agree.
     """
     probes = [probe] if isinstance(probe, Probe) else list(probe)
     if not y_nm.shape == x_nm.shape == weight.shape or y_nm.ndim != 2 or len(probes) not in (1, len(y_nm)):
-        raise InputError(f"sum_columns: y, x and weight must be (B, N) alike with one or B probes, not "
-                         f"{tuple(y_nm.shape)}, {tuple(x_nm.shape)}, {tuple(weight.shape)}, {len(probes)} probes.")
+        shapes = ", ".join(str(tuple(v.shape)) for v in (y_nm, x_nm, weight))
+        raise InputError(f"sum_columns: y, x, weight must be (B, N) alike with one or B probes, not {shapes} "
+                         f"with {len(probes)} probes.")
     frame = _Frame.of(shape, pixel_size, probes, period_nm)
     if period_nm is None:
         weight = _near(frame, y_nm, x_nm, weight)
@@ -143,13 +145,13 @@ def _near(frame, y, x, weight):
 # %% ../../nbs/12_stem.render.ipynb #a26d556c
 _B_A2 = {"Y": 0.45, "Mn": 0.35, "O": 0.65, "Sc": 0.45, "In": 0.5, "Ba": 0.4, "Sr": 0.6, "Pb": 0.8, "Ti": 0.45,
          "C": 0.2, "Si": 0.45, "Al": 0.4, "Fe": 0.35, "Cu": 0.55, "Ag": 0.7, "Au": 0.6, "Pt": 0.35} # at 300 K
-_RARE_EARTHS = ("Y", "Sc", "In", "La", "Ce", "Pr", "Nd", "Sm", "Eu", "Gd", "Tb", "Dy", "Ho", "Er", "Tm", "Yb", "Lu")
+_RARE_EARTHS = "Y Sc In La Ce Pr Nd Sm Eu Gd Tb Dy Ho Er Tm Yb Lu".split()
 _Y_NM2 = 4.7e-5 # one yttrium atom of a 5 nm crystal into 70-135 mrad at 200 kV, nm²: the shipped table
 
 @lru_cache(maxsize=None)
 def atomic_number(
     element, # symbol; a charge ("Mn3+") is ignored
-): # Z
+) -> int: # Z
     """The atomic number of an element.
 
     Raises: `InputError` for an unknown symbol.
@@ -162,7 +164,7 @@ def atomic_number(
 
 def thermal_nm(
     element, # symbol
-): # rms displacement along one axis, nm
+) -> float: # rms displacement along one axis, nm
     "The thermal width at 300 K, from the Debye-Waller factor B (0.5 Å² where none is tabulated)."
     return 0.1 * math.sqrt(_B_A2.get(str(element).rstrip("+-0123456789."), 0.5) / (8 * math.pi**2))
 
@@ -181,7 +183,7 @@ def _at_thickness(rows, thickness_nm):
     table = rows.groupby(keys, sort=False)[["thickness_nm", *values]].apply(
         lambda g: pd.Series({v: np.interp(at, g.thickness_nm, g[v]) for v in values})).reset_index()
     level = rows.drop_duplicates("thickness_nm").set_index("thickness_nm").background.loc[held]
-    table["background"] = np.interp(at, held, level) * min(1, thickness_nm / held[0]) * max(1, thickness_nm / at)
+    table["background"] = np.interp(at, held, level) * thickness_nm / at # in proportion outside the table
     return table
 
 def _power_law(elements, power):
@@ -207,8 +209,8 @@ def _manganite(elements, thickness_nm):
 def calibration(
     elements, # symbols
     thickness_nm, # crystal thickness, nm
-    source="auto", # "auto", an exponent n of Z^n, or a DataFrame with element, weight_nm2, sigma_pm (background)
-): # DataFrame element, component, weight_nm2 (per atom), sigma_pm, background (fraction of the beam)
+    source="auto", # "auto", exponent n of Z^n, or DataFrame element, weight_nm2, sigma_pm (background)
+) -> pd.DataFrame: # element, component, weight_nm2 (per atom), sigma_pm, background (fraction of the beam)
     """Weights, widths and background of a HAADF image.
 
     Raises: `InputError` for an unknown source or a table that lacks an element.
@@ -219,14 +221,15 @@ def calibration(
     if isinstance(source, pd.DataFrame):
         lacking = sorted(set(elements) - set(source.get("element", ())))
         if lacking or not {"weight_nm2", "sigma_pm"} <= set(source.columns):
-            raise InputError(f"The calibration table needs columns element, weight_nm2, sigma_pm and a row for each "
-                             f"element; it lacks {', '.join(lacking) or 'a column'}.")
+            raise InputError(f"The calibration table needs columns element, weight_nm2, sigma_pm and a row for "
+                             f"each element; it lacks {', '.join(lacking) or 'a column'}.")
         table = source[source.element.isin(elements)].reset_index(drop=True)
-        return table.assign(component=table.groupby("element").cumcount(), background=table.get("background", 0.))
+        count = table.groupby("element").cumcount()
+        return table.assign(component=count, background=table.get("background", 0.))
     if isinstance(source, (int, float)):
         return _power_law(elements, float(source))
     if source != "auto":
-        raise InputError(f"Unknown calibration {source!r}; use 'auto', an exponent such as 1.7, or a DataFrame.")
+        raise InputError(f"Unknown calibration {source!r}; use 'auto', an exponent like 1.7, or a DataFrame.")
     rare_earths = [e for e in elements if e in _RARE_EARTHS]
     if rare_earths and set(elements) <= {*rare_earths, "Mn", "O"} and "Mn" in elements:
         return _manganite(tuple(elements), round(float(thickness_nm), 6))
@@ -234,17 +237,17 @@ def calibration(
 
 # %% ../../nbs/12_stem.render.ipynb #e8bed8ae
 def _points(columns):
-    "Element to array (n, 3) of y, x (nm) and number of atoms; columns bent by more than 0.2 pm are split in depth."
+    "Element to array (n, 3) of y, x (nm), number of atoms; columns bent by over 0.2 pm are split in depth."
     table = columns.table
     points = table[["y_nm", "x_nm", "n_atoms"]].to_numpy(float)
     elements = table["element"].to_numpy(str)
     if not np.isfinite(points).all():
         raise InputError("A column has a position or an atom count that is not finite; remove that row.")
     bent = getattr(columns, "depth_disp_pm", None)
-    if bent is not None:
+    if bent is not None and np.isfinite(columns.polar_deg): # c lies in the image
         bent = np.asarray(bent, float)
         move = np.flatnonzero(np.ptp(bent, axis=1) > 0.2)
-        polar, depth = math.radians(getattr(columns, "polar_deg", 0.)), bent.shape[1]
+        polar, depth = math.radians(columns.polar_deg), bent.shape[1]
         shift = 1e-3 * (bent[move] - bent[move].mean(1, keepdims=True))[..., None]
         parts = points[move, None] * [1, 1, 1 / depth] - shift * [math.cos(polar), math.sin(polar), 0]
         keep = np.setdiff1d(np.arange(len(points)), move)
@@ -281,8 +284,8 @@ def _check_pixel(columns, pixel_size):
         return
     spacing = float(np.median(cKDTree(points).query(points, 2)[0][:, 1]))
     if max(np.broadcast_to(pixel_size, 2)) > spacing / 2 > 0:
-        raise InputError(f"The pixel size of {1e3 * np.max(pixel_size):.0f} pm is too coarse: the {heaviest} columns "
-                         f"are {1e3 * spacing:.0f} pm apart; use at most {500 * spacing:.0f} pm.")
+        raise InputError(f"The pixel size of {1e3 * np.max(pixel_size):.0f} pm is too coarse: the {heaviest} "
+                         f"columns are {1e3 * spacing:.0f} pm apart; use at most {500 * spacing:.0f} pm.")
 
 def haadf_batch(
     columns_list, # Columns of B images
@@ -291,7 +294,7 @@ def haadf_batch(
     probe=Probe(), # one Probe, or a list of B
     calibration="auto", # see `calibration`
     device=None, # torch device; None: CPU
-): # tensor (B, H, W) float32: fraction of the incident beam on the detector
+) -> torch.Tensor: # (B, H, W) float32: fraction of the incident beam on the detector
     """HAADF images of many sets of columns.
 
     Raises: `InputError` for no columns, a pixel too coarse for the lattice, or an unknown element.
@@ -300,7 +303,7 @@ def haadf_batch(
     if not columns_list or any(not len(c.table) for c in columns_list):
         raise InputError("There are no columns to render; enlarge the field of view or check the structure.")
     if len(probes) not in (1, len(columns_list)):
-        raise InputError(f"Give one probe or one per image: {len(probes)} probes for {len(columns_list)} images.")
+        raise InputError(f"Give one probe or one per image, not {len(probes)} for {len(columns_list)} images.")
     _check_pixel(columns_list[0], pixel_size)
     chunk = 16 if device in (None, "cpu") else 256 # memory: about 3 MB per image of 1200 columns
     parts = []
@@ -329,7 +332,7 @@ def haadf(
     probe=Probe(), # Probe
     shape=None, # pixels (H, W); None: the whole field of view
     calibration="auto", # see `calibration`
-): # Micrograph: fraction of the incident beam, float32
+) -> Micrograph: # fraction of the incident beam, float32
     """The HAADF image of columns.
 
     Raises: `InputError` for no columns, a pixel too coarse for the lattice, or an unknown element.
@@ -340,6 +343,7 @@ def haadf(
     shape = tuple(shape or (max(1, round(f / p)) for f, p in zip(columns.fov, size)))
     with torch.no_grad():
         image = haadf_batch([columns], shape, size, probe, calibration)[0].numpy()
-    about = {"detector": "HAADF", "unit": "fraction of the incident beam", "structure": getattr(columns, "name", ""),
-             "thickness_nm": float(columns.thickness_nm), "probe": probe.numbers()}
+    about = {"detector": "HAADF", "unit": "fraction of the incident beam",
+             "structure": getattr(columns, "name", ""), "thickness_nm": float(columns.thickness_nm),
+             "probe": probe.numbers()}
     return Micrograph(image, size, about, "microgen.stem.render")

@@ -1,0 +1,164 @@
+"""Calibrate the linear HAADF model against frozen-phonon PRISM images of YMnO3 along [100].
+
+    python benchmarks/calibrate_haadf.py simulate --data DIR     # abTEM; about 1.5 CPU-hours in all, resumable
+    python benchmarks/calibrate_haadf.py fit --data DIR          # seconds; prints the validation
+    python benchmarks/calibrate_haadf.py fit --data DIR --write  # also writes microgen/tables/haadf.json
+
+The table is fitted to the perfect crystal only (one domain, Phi = pi). It is validated on two walls that the fit
+never sees: A, a pi/3 wall of finite width, and D, an abrupt pi wall. Needs the `dev` extra (abTEM).
+"""
+import argparse
+import json
+import os
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from scipy.optimize import least_squares
+
+from microgen.stem.render import Probe, sum_columns
+
+# YMnO3 at 300 K, Å: van Aken et al., Acta Cryst. C57, 230 (2001); R heights u0 cos(Phi + 2 pi n/3) + p0 cos 3 Phi
+A_FE, C = 6.1387, 11.4071
+A = A_FE / np.sqrt(3)
+U0, P0 = 0.314, -0.037
+APICAL = 0.0865
+SITES = [("Y", 0, 0, 0), ("Y", 0, 0, .5), ("Mn", 1/3, 2/3, .25), ("Mn", 2/3, 1/3, .75), ("O", 0, 0, .25),
+         ("O", 0, 0, .75), ("O", 1/3, 2/3, APICAL), ("O", 2/3, 1/3, APICAL + .5), ("O", 2/3, 1/3, -APICAL),
+         ("O", 1/3, 2/3, -APICAL + .5)]
+THERMAL_A = {"Y": 0.075, "Mn": 0.067, "O": 0.091} # rms per axis, from B of 0.45, 0.35, 0.65 Å²
+ELEMENTS = tuple(THERMAL_A)
+OPTICS = {"voltage_kV": 200., "semiangle_mrad": 22., "inner_mrad": 70., "outer_mrad": 135., "source_nm": 0.}
+REPEATS = {5: 8, 10: 16} # nominal thickness, nm: unit cells along the beam
+WALL_LENGTH = 12 * A # Å, four periods of three columns
+WALL_XI = 1.48 # Å, sine-Gordon width of the elementary wall
+
+
+def bulk(x):
+    return np.pi
+
+
+def wall_a(x):
+    "Phi from pi to 4 pi/3 and back: two elementary walls in the periodic cell."
+    step = [np.arctan(np.exp((x - at * WALL_LENGTH) / WALL_XI)) for at in (.25, .75)]
+    return np.pi + 2 / 3 * (step[0] - step[1])
+
+
+def wall_d(x):
+    return np.pi if .25 * WALL_LENGTH < x < .75 * WALL_LENGTH else 0.
+
+
+# name: (Phi(x), periods of 10.6 Å along x and of 11.4 Å along c, PRISM interpolation, first seed)
+CELLS = {"bulk": (bulk, (2, 2), (2, 2), 0), "A": (wall_a, (4, 1), (2, 1), 100), "D": (wall_d, (4, 1), (2, 1), 200)}
+
+
+def atoms(phi, nx, ny, nz):
+    "Periodic cell: x along the R row, y along c, z along the beam."
+    import ase
+    size = nx * 3 * A, ny * C, nz * A_FE
+    symbols, positions = [], []
+    for element, fx, fy, fz in SITES:
+        for h in range(-4 * nz - 4, 4 * nz + 5):
+            for k in range(-4 * nx - 4 * nz - 6, 4 * nx + 4 * nz + 7):
+                x, z = (fy + k - (fx + h) / 2) * A, (fx + h) * A * np.sqrt(3) / 2
+                if not (-1e-6 <= x < size[0] - 1e-6 and -1e-6 <= z < size[2] - 1e-6):
+                    continue
+                lift = U0 * np.cos(phi(x) + 2 * np.pi * ((h + k) % 3) / 3) + P0 * np.cos(3 * phi(x))
+                for layer in range(ny):
+                    symbols.append(element)
+                    positions.append((x, ((fz + layer) * C + lift * (element == "Y")) % size[1], z))
+    return ase.Atoms(symbols, positions=positions, cell=size, pbc=True)
+
+
+def prism(cell, scan, seed, periods, interpolation):
+    """One phonon configuration: image (x, y) and its sampling in Å.
+
+    PRISM repeats the probe every cell / interpolation. What scatters out of its window arrives in the next one: at
+    10 nm and 135 mrad a window of 10.6 Å mixes in a fifth of the neighbours' image. Walls need 21 Å; the
+    perfect crystal does not, because its period is 5.3 Å.
+    """
+    import abtem
+    import dask
+    dask.config.set(scheduler="synchronous")
+    abtem.config.set({"device": "cpu", "precision": "float32", "diagnostics.progress_bar": False})
+    phonons = abtem.FrozenPhonons(cell, num_configs=1, sigmas=THERMAL_A, seed=seed)
+    potential = abtem.Potential(phonons, gpts=(180 * periods[0], 192 * periods[1]), slice_thickness=2., projection="infinite",
+                                parametrization="lobato")
+    matrix = abtem.SMatrix(potential=potential, energy=1e3 * OPTICS["voltage_kV"], interpolation=interpolation,
+                           semiangle_cutoff=OPTICS["semiangle_mrad"], downsample=False)
+    grid = abtem.GridScan(start=(0, 0), end=scan, sampling=0.28, endpoint=False)
+    detector = abtem.AnnularDetector(inner=OPTICS["inner_mrad"], outer=OPTICS["outer_mrad"])
+    image = matrix.scan(scan=grid, detectors=detector).compute()
+    return np.asarray(image.array).squeeze().astype("f4"), image.sampling
+
+
+def simulate(folder, thicknesses, counts):
+    "Simulate what is missing; one file per configuration."
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in range(max(counts.values())):
+        for thickness in thicknesses:
+            for name in (n for n in counts if seed < counts[n]):
+                path = folder / f"{name}_{thickness}_{seed}.npz"
+                if path.exists():
+                    continue
+                phi, periods, interpolation, first = CELLS[name]
+                cell, start = atoms(phi, *periods, REPEATS[thickness]), time.process_time()
+                scan = 2 * 5.316 if name == "bulk" else WALL_LENGTH, C
+                image, sampling = prism(cell, scan, first + seed, periods, interpolation)
+                part = path.with_suffix(".part.npz")
+                np.savez(part, image=image, sampling=sampling, pos=cell.positions, cell=cell.cell.lengths(),
+                         el=np.array(cell.get_chemical_symbols()), cpu=time.process_time() - start)
+                part.rename(path)
+                print(f"{path.name}: {len(cell)} atoms, {image.shape} probes, "
+                      f"{time.process_time() - start:.0f} CPU-s", flush=True)
+
+
+def load(folder, name, thickness):
+    "Images (configurations, y, x), columns {element: (y, x, atoms)} in nm, pixel size and period (y, x) in nm."
+    files = [np.load(f) for f in sorted(folder.glob(f"{name}_{thickness}_*.npz"), key=lambda f: (len(f.name), f.name))]
+    if not files:
+        raise SystemExit(f"No images {name}_{thickness}_*.npz in {folder}; run `simulate` first.")
+    first, columns = files[0], {}
+    for element in ELEMENTS:
+        flat = np.round(first["pos"][first["el"] == element][:, 1::-1] / 10, 6)
+        places, count = np.unique(flat, axis=0, return_counts=True)
+        columns[element] = torch.as_tensor(np.c_[places, count].T[:, None])
+    return (np.stack([f["image"].T for f in files]).astype(float), columns, tuple(first["sampling"][::-1] / 10),
+            tuple(float(v) for v in first["cell"][1::-1] / 10))
+
+
+def basis(columns, shape, pixel, period, widths):
+    "One image per element and width (nm), of weight 1 nm² per atom: lists of (H, W)."
+    probe = Probe(OPTICS["voltage_kV"], OPTICS["semiangle_mrad"], source_nm=0.)
+    return [[sum_columns(*columns[e], shape, pixel, probe, torch.tensor(s), period)[0].numpy() for s in widths[e]]
+            for e in ELEMENTS]
+
+
+def design(data, p):
+    """Images that the weights multiply, for widths p = (Y, Mn, O, wide, share of wide): (pixels, 4).
+
+    Each element has a core of its own width and a wide foot, common to all: the channelled probe spreads as it goes
+    through the crystal.
+    """
+    images, columns, pixel, period = data
+    parts = basis(columns, images.shape[1:], pixel, period, {e: (w, p[3]) for e, w in zip(ELEMENTS, p)})
+    mixed = [((1 - p[4]) * core + p[4] * foot).ravel() for core, foot in parts]
+    return np.stack([*mixed, np.ones(mixed[0].size)], 1)
+
+
+def fit(data):
+    "Widths (nm) and share by least squares; weights and background follow linearly. Returns both."
+    target = data[0].mean(0).ravel()
+
+    def solve(p):
+        matrix = design(data, p)
+        weights = np.linalg.lstsq(matrix, target, rcond=None)[0]
+        return weights, (matrix @ weights - target) / target.std()
+
+    start, low, high = [.016, .016, .015, .06, .2], [.005] * 3 + [.03, 0], [.04] * 3 + [.12, .5]
+    best = least_squares(lambda p: solve(p)[1], start, bounds=(low, high), diff_step=1e-3, x_scale=start)
+    return best.x, solve(best.x)[0]
