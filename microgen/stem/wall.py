@@ -240,9 +240,10 @@ def truth_maps(
     py, px = np.arange(shape[0])[:, None] * pixel[0], np.arange(shape[1]) * pixel[1]
     Q, phi, core = (np.stack(o, -1) for o in zip(*(evaluate(field, *_frame(columns, py, px), o) for o in z)))
     P = polarisation(Q, phi).mean(-1)
-    Qr, phir, _ = evaluate(field, *(o[:, None] for o in _frame(columns, y0, x0)), z)
+    at = _frame(columns, y0, x0)
+    Qr, phir, _ = evaluate(field, *(o[:, None] for o in at), z)
     u = displacement(Qr, phir, n[:, None], columns.u0_pm, columns.p0_pm).mean(1)
-    maps = dict(zip(MAPS, (*_mean(Q, phi), u[_nearest(y0, x0, py, px)], P, core.any(-1))))
+    maps = dict(zip(MAPS, (*_mean(Q, phi), u[_nearest(*at, *_frame(columns, py, px))], P, core.any(-1))))
     return {k: np.broadcast_to(v, shape).astype(np.float32) for k, v in maps.items()}
 
 def _nearest(y, x, py, px):
@@ -250,10 +251,9 @@ def _nearest(y, x, py, px):
     rows, cols = np.unique(y.round(4)), np.unique(x.round(4))
     if len(rows) * len(cols) != len(y):
         return cKDTree(np.stack([y, x], -1)).query(np.stack(np.broadcast_arrays(py, px), -1))[1]
-    i, j = (np.abs(o.reshape(-1, 1) - grid).argmin(1) for o, grid in ((py, rows), (px, cols)))
     index = np.empty((len(rows), len(cols)), int)
     index[np.searchsorted(rows, y.round(4)), np.searchsorted(cols, x.round(4))] = np.arange(len(y))
-    return index[i[:, None], j]
+    return index[tuple(np.searchsorted((g[1:] + g[:-1]) / 2, o) for g, o in ((rows, py), (cols, px)))]
 
 # %% ../../nbs/11_stem.wall.ipynb #084f63e1
 def label(
