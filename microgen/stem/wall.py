@@ -247,13 +247,16 @@ def truth_maps(
     return {k: np.broadcast_to(v, shape).astype(np.float32) for k, v in maps.items()}
 
 def _nearest(y, x, py, px):
-    "Index of the point (y, x) nearest to each pixel; at once when the points fill a grid"
+    "Index of the point (y, x) nearest to each pixel: at once on a grid of rows and columns, by search in its gaps"
     rows, cols = np.unique(y.round(4)), np.unique(x.round(4))
-    if len(rows) * len(cols) != len(y):
-        return cKDTree(np.stack([y, x], -1)).query(np.stack(np.broadcast_arrays(py, px), -1))[1]
-    index = np.empty((len(rows), len(cols)), int)
+    search = lambda at: cKDTree(np.stack([y, x], -1)).query(at)[1]
+    if len(rows) * len(cols) > 2 * len(y): return search(np.stack(np.broadcast_arrays(py, px), -1))
+    index = np.full((len(rows), len(cols)), -1)
     index[np.searchsorted(rows, y.round(4)), np.searchsorted(cols, x.round(4))] = np.arange(len(y))
-    return index[tuple(np.searchsorted((g[1:] + g[:-1]) / 2, o) for g, o in ((rows, py), (cols, px)))]
+    found = index[tuple(np.searchsorted((g[1:] + g[:-1]) / 2, o) for g, o in ((rows, py), (cols, px)))]
+    gap = found < 0
+    found[gap] = search(np.stack(np.broadcast_arrays(py, px), -1)[gap])
+    return found
 
 # %% ../../nbs/11_stem.wall.ipynb #084f63e1
 def label(
