@@ -154,7 +154,7 @@ def _variance(line, model): # (read variance, gain), (H*W,) -> (H*W,) variance o
     return np.maximum(v, 0.02 * np.median(v) + 1e-300)
 
 # %% ../../nbs/13_stem.column.ipynb #f5c8a41b
-def _step(s, image, px, B, weight): # state, image (H*W,), pixel size, background basis, (H*W,) -> state moved, residual
+def _step(s, image, px, B, weight, fresh): # state, image (H*W,), pixel size, background basis, (H*W,), bool -> residual
     "One Gauss-Newton step of all columns, the shared profiles, the fixed columns and the background."
     w = _windows(s.y, s.x, s.image_shape, px, 5 * s.sigma.max())
     E, P, D = _profile(w, s)
@@ -165,14 +165,15 @@ def _step(s, image, px, B, weight): # state, image (H*W,), pixel size, backgroun
     K = np.c_[_shared_jacobian(w, s, E, D), s.fixed]
     J = sparse.diags(root) @ sparse.hstack([J, sparse.csc_matrix(K), B], format="csr")
     typical = np.array([np.median(s.A[s.group == g]) for g in range(len(s.sigma))])[s.group]
-    own = np.stack([np.full(N, 1e2), np.full(N, 1e2), (0.5 * typical) ** -2, np.full(N, 10.0)][:n], 1).ravel()
+    own = np.stack([np.full(N, s.prior), np.full(N, s.prior), (0.5 * typical) ** -2, np.full(N, 10.0)][:n], 1).ravel()
     prior = np.r_[own, np.full(K.shape[1] - s.fixed.shape[1], 40.0), np.zeros(s.fixed.shape[1] + B.shape[1])]
     pull = np.zeros_like(prior)
     pull[: n * N] = np.stack([s.y0 - s.y, s.x0 - s.x, typical - s.A, -np.log(s.t)][:n], 1).ravel()
-    M = (J.T @ J).tocsc()
-    s.normal = M + sparse.diags(prior + 1e-10 * M.diagonal())
-    lu = splu(s.normal, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=dict(SymmetricMode=True))
-    _move(s, lu.solve(J.T @ (root * residual) + prior * pull), n, K.shape[1] - s.fixed.shape[1])
+    if fresh:
+        M = (J.T @ J).tocsc()
+        s.normal = M + sparse.diags(prior + 1e-10 * M.diagonal())
+        s.lu = splu(s.normal, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=dict(SymmetricMode=True))
+    _move(s, s.lu.solve(J.T @ (root * residual) + prior * pull), n, K.shape[1] - s.fixed.shape[1])
     return residual
 
 def _move(s, step, n, n_shared): # state, solution, parameters per column, shared parameters: moves the state in place
@@ -210,13 +211,14 @@ def fit_columns(micrograph,          # Micrograph, or anything `as_micrograph` t
     Source: maximum likelihood for counting noise, 10.1016/j.ultramic.2005.03.001"""
     return _fit(micrograph, start, sigma_nm, widths, background_nm, max_steps)[0]
 
-def _fit(micrograph, start, sigma_nm=None, widths="shared", background_nm=1.5, max_steps=25):
+def _fit(micrograph, start, sigma_nm=None, widths="shared", background_nm=1.5, max_steps=25, prior_nm=0.1):
     "The fit behind `fit_columns`: table and namespace (model image, residual, noise line)."
     m, px = _check_image(micrograph), np.array(as_micrograph(micrograph).pixel_size)
     image = m.data.astype(float).ravel()
     scale = np.ptp(image)
     image = (image - image.min()) / scale
     table, s = _start(m, start, sigma_nm, widths, px)
+    s.prior = prior_nm**-2
     B = sparse.kron(*(_spline_basis(n, p, background_nm) for n, p in zip(m.data.shape, px)), format="csc")
     s.b = np.full(B.shape[1], np.percentile(image, 5))
     at = np.rint(np.c_[s.y, s.x] / px).astype(int).clip(0, np.array(m.data.shape) - 1)
@@ -224,11 +226,11 @@ def _fit(micrograph, start, sigma_nm=None, widths="shared", background_nm=1.5, m
     weight, se = np.full(image.size, 1 / image.var()), np.inf
     for i in range(max_steps):
         if i == 4: s.stage, s.ladder, s.shape_w = 1, _LADDER, np.zeros((len(s.sigma), len(_LADDER) - 1))
-        residual = _step(s, image, px, B, weight)
+        residual = _step(s, image, px, B, weight, fresh=i < 8 or i % 4 == 0)
         if i < 12: line = _noise_line(image - residual, residual, 3 * len(s.A) + B.shape[1])
         weight = 1 / _variance(line, image - residual)
         information = s.normal.diagonal()[:: 4 if s.free_width else 3][: len(s.A)]
-        if i > 5 and np.quantile(s.moved[s.inside] / np.maximum(information**-0.5, 2e-4)[s.inside], 0.95) < 0.02: break
+        if i > 5 and np.quantile(s.moved[s.inside] / np.maximum(information**-0.5, 2e-4)[s.inside], 0.95) < 0.05: break
     return _table(s, table, m, scale), SimpleNamespace(
         model=(image - residual).reshape(m.data.shape) * scale + m.data.min(), residual=residual.reshape(m.data.shape) * scale,
         read_sd=np.sqrt(line[0]) * scale, gain=line[1] * scale, steps=i + 1)

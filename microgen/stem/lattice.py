@@ -111,7 +111,7 @@ def reference_columns(micrograph,        # Micrograph, or anything `as_micrograp
                       zone=(1, 0, 0),    # zone axis [u, v, w]
                       up=(0, 0, 1),      # crystal direction that points up in the image
                       rotation_deg=None, # rotation of the crystal, degrees counter-clockwise (None: found within ±90)
-                     ): # DataFrame y_nm, x_nm (in the image), y0_nm, x0_nm (in the crystal), element, site, trimer, layer, fixed
+                     ): # DataFrame y_nm, x_nm (in the image), yc_nm, xc_nm (in the crystal), element, site, trimer, layer, fixed
     """Lay a structure over an image: expected position and name of every column. `attrs["T"]` is the affine map.
 
     Raises: InputError when the lattice of the structure is not in the image."""
@@ -128,14 +128,14 @@ def reference_columns(micrograph,        # Micrograph, or anything `as_micrograp
     yx = (crystal - centre) @ T.T + centre + shift
     inside = ((yx > -0.3) & (yx < m.fov + np.array(0.3))).all(1)
     motif, crystal, yx = motif[inside], crystal[inside], yx[inside]
-    for few in (True, False, False):
+    for few in (True, False):
         A = np.c_[crystal - centre, np.ones(len(crystal))]
         fit = np.linalg.lstsq(A, yx, rcond=None)[0]
         T, origin = fit[:2].T, fit[2] - fit[:2].T @ centre
         use = _spanning(g) if few else slice(None)
         yx = A @ fit + _distortion(image, px, T, origin, g[use], F[use], A @ fit)
     edge = (np.array(image.shape) - 1) * px
-    out = motif.assign(y0_nm=crystal[:, 0], x0_nm=crystal[:, 1], y_nm=yx[:, 0], x_nm=yx[:, 1])
+    out = motif.assign(yc_nm=crystal[:, 0], xc_nm=crystal[:, 1], y_nm=yx[:, 0], x_nm=yx[:, 1])
     out = out[((yx > -0.25) & (yx < edge + 0.25)).all(1)].reset_index(drop=True)
     out.attrs["T"] = T.tolist()
     return out
@@ -146,7 +146,7 @@ def assign(table,             # DataFrame y_nm, x_nm, as find_columns or fit_col
            structure,         # pymatgen Structure, shipped name or path of a CIF file
            tolerance_nm=0.09, # farther from the expected place a column gets no name, nm
            **kwargs,          # zone, up, rotation_deg of `reference_columns`
-          ): # the table with element, site, trimer, layer, y0_nm, x0_nm; element "" where nothing is expected
+          ): # the table with element, site, trimer, layer, yc_nm, xc_nm; element "" where nothing is expected
     """Name the columns of an image after a structure.
 
     Raises: InputError when the lattice of the structure is not in the image."""
@@ -157,8 +157,8 @@ def assign(table,             # DataFrame y_nm, x_nm, as find_columns or fit_col
     first = np.zeros(len(table), bool)
     first[order] = np.r_[True, np.diff(i[order]) > 0]
     named = first & (distance < tolerance_nm)
-    names = ref[["element", "site", "trimer", "layer", "y0_nm", "x0_nm"]].iloc[i].reset_index(drop=True)
-    none = dict(element="", site="", trimer=-1, layer=-1, y0_nm=np.nan, x0_nm=np.nan)
+    names = ref[["element", "site", "trimer", "layer", "yc_nm", "xc_nm"]].iloc[i].reset_index(drop=True)
+    none = dict(element="", site="", trimer=-1, layer=-1, yc_nm=np.nan, xc_nm=np.nan)
     for c, v in none.items(): names[c] = names[c].where(named, v)
     out = pd.concat([table.drop(columns=list(none), errors="ignore").reset_index(drop=True), names], axis=1)
     out.attrs.update(ref.attrs)
@@ -209,14 +209,14 @@ def _walk(yx, basis): # (N, 2), (2, 2) -> (N, 2) integer indices, (N,) net numbe
 # %% ../../nbs/13b_stem.lattice.ipynb #a2c74b18
 def sublattices(table, # DataFrame y_nm, x_nm, amplitude (or intensity)
                 min_share=0.1, # smallest share of all columns that makes a grain
-               ): # the table with site ("A", "B", ... bright to dim, "" outside lattices), grain, i, j, y0_nm, x0_nm (ideal place)
+               ): # the table with site ("A", "B", ... bright to dim, "" outside lattices), grain, i, j, yc_nm, xc_nm (ideal place)
     """Sort columns into sublattices by their translations and their brightness, grain by grain.
 
     Raises: InputError for a table of fewer than 12 columns."""
     if len(table) < 12: raise InputError(f"{len(table)} columns make no lattice: at least 12 are needed")
     yx = table[["y_nm", "x_nm"]].to_numpy(float)
     bright = table["amplitude" if "amplitude" in table else "intensity"].to_numpy(float)
-    out = table.assign(site="", grain=-1, i=0, j=0, y0_nm=np.nan, x0_nm=np.nan)
+    out = table.assign(site="", grain=-1, i=0, j=0, yc_nm=np.nan, xc_nm=np.nan)
     left, grain = np.arange(len(table)), 0
     while len(left) >= max(12, min_share * len(table)) and grain < 4:
         spacing = np.median(cKDTree(yx[left]).query(yx[left], k=2)[0][:, 1])
@@ -244,7 +244,7 @@ def _name(out, left, yx, bright, index, net, nets, grain): # writes site, indice
         for p in np.unique(parity): parts.append((A[parity == p].mean(), left[k][parity == p], ij[parity == p], ideal[parity == p]))
     for name, (_, rows, ij, ideal) in zip("ABCDEFGH", sorted(parts, key=lambda q: -q[0])):
         out.loc[rows, "site"], out.loc[rows, "grain"] = name, grain
-        out.loc[rows, ["i", "j"]], out.loc[rows, ["y0_nm", "x0_nm"]] = ij, ideal
+        out.loc[rows, ["i", "j"]], out.loc[rows, ["yc_nm", "xc_nm"]] = ij, ideal
 
 def _contrast(yx, bright, parity): # -> contrast of two classes against their neighbours of the other class, 0 to 1
     if min(np.bincount(parity, minlength=2)) < 4: return 0.0
