@@ -10,23 +10,18 @@ import errno
 import json
 import os
 import shlex
-import struct
 import sys
 import uuid
-import warnings
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, is_dataclass
+from contextlib import contextmanager
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 
-from .core import (InputError, Micrograph, MicrogenError, MissingExtra, ReadError, UncalibratedError, UnitError, WriteError,
-                           check_image, require, to_nm)
-from .core import _THREE_WAYS, _pixel_size
+from .core import (InputError, Micrograph, MicrogenError, MissingExtra, ReadError, UncalibratedError, UnitError,
+                           WriteError, _pixel_size, _THREE_WAYS, check_image, to_nm)
+from .formats import NoScale, Unreadable, plain, reader_of
 
 # %% ../nbs/01_io.ipynb #594e6fd0
 _CURE = {errno.ENOSPC: "the disk is full; free some space or choose another folder", errno.EDQUOT: "the disk quota is used up",
@@ -70,23 +65,12 @@ def write_text(
     return Path(path)
 
 # %% ../nbs/01_io.ipynb #3366d290
-def _plain(obj):
-    "NumPy, paths and dataclasses as what JSON knows; NaN and infinity as null."
-    if is_dataclass(obj) and not isinstance(obj, type): return _plain(asdict(obj))
-    if isinstance(obj, dict): return {str(k): _plain(v) for k, v in obj.items()}
-    if isinstance(obj, (list, tuple, set, frozenset)): return [_plain(v) for v in (sorted(obj) if isinstance(obj, (set, frozenset)) else obj)]
-    if hasattr(obj, "tolist"): return _plain(obj.tolist())
-    if isinstance(obj, bytes): return obj.decode("utf-8", "replace")
-    if isinstance(obj, float): return obj if np.isfinite(obj) else None
-    return obj if obj is None or isinstance(obj, (bool, int, str)) else str(obj)
-
-# %% ../nbs/01_io.ipynb #e4d7a9fc
 def write_json(
     path, # the file
     obj, # dicts, lists, numbers, text, arrays, dataclasses
 ) -> Path: # the file
     "Write JSON atomically: two spaces of indent, keys in the order given, NaN as null."
-    return write_text(path, json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_text(path, json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 # %% ../nbs/01_io.ipynb #24e3c588
 def write_csv(
@@ -157,7 +141,7 @@ def write_tiff(
     data, (py, px) = check_image(data, "data"), _pixel_size(pixel_size)
     if bits not in (16, 32): raise InputError(f"bits={bits!r} must be 32 (float) or 16 (unsigned integer).")
     (pixels, slope, offset) = _as_16_bit(data) if bits == 16 else (data, 1.0, 0.0)
-    extra = {"unit": "nm", "axes": "YX" if data.ndim == 2 else "CYX", "Info": json.dumps(_plain(metadata or {}), ensure_ascii=False)}
+    extra = {"unit": "nm", "axes": "YX" if data.ndim == 2 else "CYX", "Info": json.dumps(plain(metadata or {}), ensure_ascii=False)}
     if (slope, offset) != (1.0, 0.0): extra |= {"cf": 0, "c0": repr(offset), "c1": repr(slope), "vunit": "counts"}
     tags = [(code, "s", 0, "nm", True) for code in (65003, 65004)]
     tags += [(code, "d", 1, float(v), True) for code, v in ((65009, px), (65010, py), (65024, offset), (65025, slope))]
@@ -165,333 +149,26 @@ def write_tiff(
         tifffile.imwrite(p, pixels, imagej=True, resolution=(_as_ratio(1 / px), _as_ratio(1 / py)), metadata=extra, extratags=tags)
     return Path(path)
 
-# %% ../nbs/01_io.ipynb #a5cfd071
-class _Cause(Exception):
-    "Why a reader gives up, in words for the user."
-
-# %% ../nbs/01_io.ipynb #3e4e032a
-class _NoScale(_Cause):
-    "The image is there, its pixel size is not."
-
 # %% ../nbs/01_io.ipynb #50eb5b8f
-def _check_size(shape, itemsize, max_bytes, stored=None):
-    "Refuse a declared image that is empty, larger than the limit, or larger than what is stored of it."
-    shape = [int(n) for n in shape]
-    if not shape or min(shape) < 1: raise _Cause(f"it declares an image of {' × '.join(map(str, shape))} pixels")
-    size, pixels = prod(shape) * int(itemsize), " × ".join(map(str, shape))
-    if (needed := max(size, 4 * prod(shape))) > max_bytes:
-        raise _Cause(f"it declares {pixels} pixels, {needed / 2**20:.0f} MiB in memory, above the limit of {max_bytes / 2**20:.0f} MiB; "
-                     "if that is right, raise max_bytes=")
-    if stored is not None and size > stored: raise _Cause(f"it declares {pixels} pixels, {size} bytes, but holds {max(stored, 0)}: it is truncated")
-
-# %% ../nbs/01_io.ipynb #a4d9dd66
-def _frame_of(n, frame):
-    "The plane of a stack that the user wants; a stack of one needs no choice."
-    if frame is None and n == 1: return 0
-    if frame is None: raise _Cause(f"it holds a stack of {n} images; pick one with frame=0 to frame={n - 1}")
-    if not -n <= frame < n: raise _Cause(f"frame={frame} is not among its {n} images")
-    return frame % n
-
-# %% ../nbs/01_io.ipynb #f23a8e77
-def _dataset_of(names, dataset):
-    "The image that the user wants of a file that holds several, by name or number; one needs no choice."
-    names = list(names)
-    if dataset is None and len(names) == 1: return 0
-    if isinstance(dataset, str) and dataset in names: return names.index(dataset)
-    if isinstance(dataset, int) and -len(names) <= dataset < len(names): return dataset % len(names)
-    if not names: raise _Cause("it holds no image")
-    raise _Cause(f"it holds {len(names)} images ({', '.join(map(str, names[:20]))}); pick one with dataset=, by name or by number from 0")
-
-# %% ../nbs/01_io.ipynb #d49c6600
-def _scale_dm_tags(page, tif):
-    "DigitalMicrograph's tags, which microgen writes too: (y, x) scale and unit."
-    tags = {t.code: t.value for t in page.tags if 65003 <= t.code <= 65011}
-    if {65003, 65004, 65009, 65010} <= set(tags): return (tags[65010], tags[65009]), (tags[65004], tags[65003])
-
-# %% ../nbs/01_io.ipynb #465584df
-def _scale_imagej(page, tif):
-    "ImageJ: unit in the description, pixels per unit in the resolution tags."
-    if not page.is_imagej: return None
-    described, tags = tif.imagej_metadata or {}, page.tags
-    if "XResolution" not in tags or "YResolution" not in tags: return None
-    x, y = (Fraction(*tags[k].value) for k in ("XResolution", "YResolution"))
-    unit = described.get("unit") or ""
-    return (float(1 / y), float(1 / x)), (described.get("yunit") or unit, unit)
-
-# %% ../nbs/01_io.ipynb #94b60357
-def _scale_fei(page, tif):
-    "FEI and Thermo Fisher: metres, in the section of the beam that scanned."
-    meta = tif.fei_metadata if page.is_fei else None
-    for section in ("Scan", "EScan", "IScan", "EBeam", "IBeam") if meta else ():
-        found = meta.get(section) or {}
-        if "PixelWidth" in found and "PixelHeight" in found: return (found["PixelHeight"], found["PixelWidth"]), ("m", "m")
-    if meta and "HFW" in (beam := meta.get("IRBeam") or {}):
-        return (float(beam["VFW"]) / page.shape[0], float(beam["HFW"]) / page.shape[1]), ("m", "m")
-
-# %% ../nbs/01_io.ipynb #593f5242
-def _scale_zeiss(page, tif):
-    "Zeiss SmartSEM: two keys with value and unit, rounded; the unrounded number in metres wins where it agrees."
-    meta = tif.sem_metadata if page.is_sem else None
-    named = [meta[k][1:3] for k in ("ap_image_pixel_size", "ap_pixel_size") if len(meta.get(k, ())) > 2] if meta else []
-    raw = meta.get("", ()) if meta else ()
-    exact = float(raw[3]) * 1024 / page.shape[1] if len(raw) > 3 else 0.0
-    if named and not abs(exact * 1e9 / to_nm(*named[0]) - 1) < 0.01: return (named[0][0],) * 2, (named[0][1],) * 2
-    if exact > 0: return (exact, exact), ("m", "m")
-
-# %% ../nbs/01_io.ipynb #1f2e1fa6
-def _scale_tvips(page, tif):
-    "TVIPS cameras: nm."
-    meta = tif.tvips_metadata if page.is_tvips else None
-    if meta and meta.get("PixelSizeX") and meta.get("PixelSizeY"): return (meta["PixelSizeY"], meta["PixelSizeX"]), ("nm", "nm")
-
-# %% ../nbs/01_io.ipynb #39726347
-def _scale_ome(page, tif):
-    "OME-TIFF: the schema's own unit is µm."
-    if not page.is_ome: return None
-    found = [e.attrib for e in ElementTree.fromstring(page.description).iter() if e.tag.endswith("}Pixels") and "PhysicalSizeX" in e.attrib]
-    if found:
-        a = found[0]
-        units = a.get("PhysicalSizeYUnit", "µm"), a.get("PhysicalSizeXUnit", "µm")
-        return (float(a.get("PhysicalSizeY", a["PhysicalSizeX"])), float(a["PhysicalSizeX"])), units
-
-# %% ../nbs/01_io.ipynb #53b60c0d
-_TIFF_SCALES = (_scale_fei, _scale_zeiss, _scale_tvips, _scale_dm_tags, _scale_imagej, _scale_ome)
-
-# %% ../nbs/01_io.ipynb #ff29e7f2
-def _tiff_metadata(page, tif) -> dict:
-    "What the maker wrote: our own JSON, or the maker's dictionary."
-    described = (tif.imagej_metadata or {}) if page.is_imagej else {}
-    info = described.get("Info", "")
-    if info.startswith("{"):
-        try: return json.loads(info)
-        except ValueError: pass
-    maker = page.is_fei and tif.fei_metadata or page.is_sem and tif.sem_metadata or page.is_tvips and tif.tvips_metadata
-    return _plain(dict(maker or {k: v for k, v in described.items() if k not in ("IJMetadata", "LUTs", "ROI", "Overlays")}))
-
-# %% ../nbs/01_io.ipynb #e3493f44
-def _tiff_pixels(path, tif, series, max_bytes, frame):
-    "One image of a series, (H, W), (C, H, W) or (H, W, S), after its place and size are checked."
-    axes, sizes = series.axes, series.shape
-    kept = next((i for i, a in enumerate(axes) if a in "YXSC"), 0)
-    if set(axes[kept:]) - set("YXSC"): raise _Cause(f"its axes {axes} are in an order that microgen does not read")
-    shape, n, end = sizes[kept:], prod(sizes[:kept]), os.path.getsize(path)
-    _check_size(shape, series.dtype.itemsize, max_bytes)
-    _check_size([prod(series.keyframe.chunks)], series.dtype.itemsize, max_bytes)
-    k, size = _frame_of(n, frame), prod(shape) * series.dtype.itemsize
-    if series.dataoffset is not None and n > 1:  # ImageJ keeps a stack in one piece behind its first page
-        _check_size(shape, series.dtype.itemsize, max_bytes, end - series.dataoffset - k * size)
-        return np.fromfile(path, series.dtype.newbyteorder(tif.byteorder), prod(shape), offset=series.dataoffset + k * size).reshape(shape)
-    each = len(series.pages) // n
-    pages = series.pages[k * each:(k + 1) * each] if each else []
-    if not pages or any(p is None or not p.databytecounts or any(o <= 0 or c <= 0 or o + c > end for o, c in zip(p.dataoffsets, p.databytecounts)) for p in pages):
-        raise _Cause("its pixels lie outside the file: it is truncated or damaged")
-    return (series.asarray() if n == 1 else np.stack([p.asarray() for p in pages])).reshape(shape)
-
-# %% ../nbs/01_io.ipynb #2255980e
-def _read_tiff(path, max_bytes, frame, dataset):
-    "TIFF by tifffile: pixels, scale, unit, metadata, and whether colours come last."
-    import tifffile
-    with tifffile.TiffFile(path) as tif:
-        series = tif.series[_dataset_of(range(len(tif.series)), 0 if dataset is None else dataset)]
-        page, axes = series.keyframe, [a for a in series.axes if a in "YXSC"]
-        data = _tiff_pixels(path, tif, series, max_bytes, frame)
-        if "S" in axes: data = np.moveaxis(data, axes.index("S"), -1)
-        line = (tif.imagej_metadata or {}) if page.is_imagej else {}
-        if line.get("cf") == 0 and line.get("c1"): data = (line["c0"] + line["c1"] * data.astype(np.float64)).astype(np.float32)
-        scale = unit = None
-        for maker in _TIFF_SCALES:
-            with suppress(KeyError, ValueError, TypeError, IndexError, ZeroDivisionError, ElementTree.ParseError):
-                if scale is None and (found := maker(page, tif)): scale, unit = found
-        return data, scale, unit, _tiff_metadata(page, tif), "S" in axes
-
-# %% ../nbs/01_io.ipynb #c2712749
-def _read_picture(path, max_bytes, frame, dataset):
-    "PNG, JPEG and BMP by Pillow, whose own guard against bombs stays on."
-    from PIL import Image
-    with Image.open(path, formats=("PNG", "JPEG", "BMP")) as picture:
-        _check_size((picture.height, picture.width, len(picture.getbands())), 1, max_bytes)
-        if picture.mode not in ("1", "L", "LA", "I", "I;16", "F", "RGB", "RGBA"): picture = picture.convert("RGB")
-        data = np.asarray(picture)
-        return data, None, None, {}, data.ndim == 3
-
-# %% ../nbs/01_io.ipynb #cd23f47d
-def _text(value) -> str:
-    "Text of an HDF5 attribute, whether bytes, str or an array of one."
-    value = np.ravel(value)[0] if np.size(value) else ""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-# %% ../nbs/01_io.ipynb #ca3cb6f2
-def _attributes(group, depth=6) -> dict:
-    "Attributes of a tree of groups as nested dicts, without its arrays."
-    found = {k: v for k, v in group.attrs.items() if np.size(v) <= 64}
-    subgroups = {k: g for k in group if depth and (g := group.get(k, getclass=True)) is not None and g.__name__ == "Group"}
-    return _plain(found | {k: _attributes(group[k], depth - 1) for k in subgroups})
-
-# %% ../nbs/01_io.ipynb #d254c2ee
-def _hyperspy_images(file, path):
-    "HyperSpy's tree Experiments/NAME/data, with one axis group per dimension."
-    for name, group in file["Experiments"].items() if "Experiments" in file else ():
-        if "data" not in group: continue
-        axes = [group[f"axis-{i}"].attrs for i in range(group["data"].ndim)][-2:]
-        scale, unit = [abs(float(a["scale"])) for a in axes], [_text(a.get("units", "")).replace("_None_", "") for a in axes]
-        if unit == ["", ""] and path.suffix == ".hdf5" and all(0.002 <= s <= 0.05 for s in scale):
-            warnings.warn(f"{path.name} states no unit; its scale is read as nm, the habit of atomap's files. Give pixel_size= to say otherwise.", stacklevel=5)
-            unit = ["nm", "nm"]
-        yield name, group["data"], scale, unit, lambda g=group: _attributes(g["metadata"]) if "metadata" in g else {}
-
-# %% ../nbs/01_io.ipynb #d7ae4ce9
-def _velox_images(file, path):
-    "Velox: Data/Image/ID/Data (H, W, frames) with JSON beside it."
-    for name, group in file["Data/Image"].items() if "Data/Image" in file else ():
-        text = group["Metadata"]
-        if text.shape[0] > 2**24: raise _Cause("its metadata are longer than 16 MiB")
-        meta = json.loads(bytes(text[:, 0]).rstrip(b"\0").decode("utf-8", "replace"))
-        found = meta["BinaryResult"]
-        scale = [float(found["PixelSize"][k]) for k in ("height", "width")]
-        yield found.get("Detector") or name, group["Data"], scale, [found["PixelUnitY"], found["PixelUnitX"]], lambda m=meta: m
-
-# %% ../nbs/01_io.ipynb #0a881b3c
-def _berkeley_images(file, path):
-    "EMD of NCEM: groups with emd_group_type 1, their data and one vector with a unit per dimension."
-    for top in file.values():
-        for group in (top, *(top.values() if hasattr(top, "values") else ())):
-            if not hasattr(group, "keys") or "emd_group_type" not in group.attrs or "data" not in group: continue
-            dims = [group[f"dim{i + 1}"] for i in range(group["data"].ndim)][-2:]
-            scale = [abs(float(d[-1]) - float(d[0])) / (d.shape[0] - 1) if d.shape[0] > 1 else 0.0 for d in dims]
-            unit = [_text(d.attrs.get("units", "")).replace("_", "") for d in dims]
-            yield group.name.split("/")[-1], group["data"], scale, unit, lambda: _attributes(file["microscope"]) if "microscope" in file else {}
-
-# %% ../nbs/01_io.ipynb #1490de3c
-def _atomap_images(file, path):
-    "An atom lattice of atomap: its image; the pixel size stands with the sublattices, without a unit."
-    if "atom_lattice_type" not in file.attrs or "image_data" not in file: return
-    sizes = {float(g.attrs["pixel_size"]) for g in file.values() if "pixel_size" in g.attrs}
-    yield "image_data", file["image_data"], [min(sizes, default=0.0)] * 2, [_text(file.attrs.get("units", ""))] * 2, lambda: {}
-
-# %% ../nbs/01_io.ipynb #19957b6d
-def _read_hdf5(path, max_bytes, frame, dataset):
-    "HDF5 by h5py: one image of the layout that is there."
-    with require("h5py", "em").File(path, "r") as file:
-        found = next((f for layout in (_hyperspy_images, _velox_images, _berkeley_images, _atomap_images) if (f := list(layout(file, path)))), None)
-        if found is None: raise _Cause("it holds no image in the layout of HyperSpy, atomap, NCEM's EMD or Velox")
-        _, data, scale, unit, metadata = found[_dataset_of([f[0] for f in found], dataset)]
-        if data.external or data.is_virtual: raise _Cause("its pixels lie in other files; microgen reads one file at a time")
-        if data.ndim < 2: raise _Cause(f"it holds {data.ndim}-dimensional data, no image")
-        velox = data.ndim == 3 and "Data/Image" in file
-        shape, stack = (data.shape[:2], data.shape[2:]) if velox else (data.shape[-2:], data.shape[:-2])
-        _check_size(shape, data.dtype.itemsize, max_bytes)
-        if not data.id.get_storage_size(): raise _Cause("it declares an image but stores no pixel of it: it is truncated")
-        k = _frame_of(prod(stack), frame)
-        pixels = data[..., k] if velox else data[np.unravel_index(k, stack) if stack else ()]
-        return pixels, scale, unit, metadata(), False
-
-# %% ../nbs/01_io.ipynb #57f3f73b
-_DM_TYPES = {1: "i2", 2: "f4", 3: "c8", 6: "u1", 7: "i4", 9: "i1", 10: "u2", 11: "u4", 12: "f8", 13: "c16", 14: "u1", 23: "4u1"}
-
-# %% ../nbs/01_io.ipynb #aa7c819c
-def _dm_image(tags, key):
-    "Type, shape (…, y, x), offset, scale and unit of one image of a tag tree."
-    at = lambda name: tags[f"{key}.ImageData.{name}"]
-    n = next(i for i in range(1, 6) if f"{key}.ImageData.Dimensions.{i}" not in tags) - 1
-    shape = tuple(int(at(f"Dimensions.{i}")) for i in range(n, 0, -1))
-    scale = [abs(float(at(f"Calibrations.Dimension.{i}.Scale"))) for i in (2, 1)] if n > 1 else None
-    unit = [str(at(f"Calibrations.Dimension.{i}.Units")) for i in (2, 1)] if n > 1 else None
-    return int(at("DataType")), shape, int(at("Data.arrayOffset")), scale, unit
-
-# %% ../nbs/01_io.ipynb #61662c76
-def _read_dm(path, max_bytes, frame, dataset):
-    "Gatan .dm3 and .dm4: tags by ncempy, pixels at the place they name."
-    with require("ncempy.io.dm", "em").fileDM(path) as file: tags = dict(file.allTags)
-    keys = sorted({k.split(".ImageData.")[0] for k in tags if ".ImageData.DataType" in k}, key=lambda k: (len(k), k))
-    real = [k for k in keys if int(tags[f"{k}.ImageData.DataType"]) != 23] or keys  # 23 is the thumbnail's packed colour
-    key = real[_dataset_of([str(tags.get(f"{k}.Name", k.split(".")[-1])) for k in real], dataset)]
-    code, shape, offset, scale, unit = _dm_image(tags, key)
-    if code not in _DM_TYPES: raise _Cause(f"its pixels are of DigitalMicrograph's type {code}, which microgen does not read")
-    if len(shape) < 2: raise _Cause("it holds a spectrum, no image")
-    kind, stack = np.dtype(_DM_TYPES[code]), shape[:-2]
-    k, size = _frame_of(prod(stack), frame), prod(shape[-2:])
-    _check_size(shape[-2:], kind.itemsize, max_bytes, os.path.getsize(path) - offset - k * size * kind.itemsize)
-    data = np.fromfile(path, kind, size, offset=offset + k * size * kind.itemsize)
-    data = data.reshape(*shape[-2:], *kind.shape)[..., 2::-1] if code == 23 else data.reshape(shape[-2:])
-    notes = {k.removeprefix(f"{key}.ImageTags."): v for k, v in tags.items() if k.startswith(f"{key}.ImageTags.") and np.size(v) <= 64}
-    return data, scale, unit, _plain(notes), code == 23
-
-# %% ../nbs/01_io.ipynb #c3ca1006
-def _read_ser(path, max_bytes, frame, dataset):
-    "TIA .ser by ncempy; the size of the image is looked up before it is read."
-    size = os.path.getsize(path)
-    head = path.open("rb").read(30)
-    if len(head) < 30 or struct.unpack_from("<i", head, 18)[0] * 4 > size: raise _Cause("it is truncated, or lists more images than it can hold")
-    with require("ncempy.io.ser", "em").fileSER(path) as file:
-        if int(file.head["DataTypeID"]) != 0x4122: raise _Cause("it holds spectra, no image")
-        k = _frame_of(int(file.head["ValidNumberElements"]), frame)
-        start = int(file.head["DataOffsetArray"][k])
-        with path.open("rb") as f:
-            f.seek(start + 40)
-            kind, width, height = struct.unpack("<hii", f.read(10))
-        if kind not in file._dictDataType: raise _Cause(f"its pixels are of TIA's type {kind}, which microgen does not read")
-        _check_size((height, width), np.dtype(file._dictDataType[kind]).itemsize, max_bytes, size - start - 50)
-        data, meta = file.getDataset(k)
-    scale = [abs(float(c["CalibrationDelta"])) for c in meta["Calibration"][::-1]]
-    return data, scale, ["m" if s < 1e-3 else "1/m" if s > 1e3 else "" for s in scale], {}, False
-
-# %% ../nbs/01_io.ipynb #56eea1da
-def _read_mrc(path, max_bytes, frame, dataset):
-    "MRC by ncempy; the pixel size from the cell in the header, or from FEI's extended header."
-    head = np.frombuffer(path.open("rb").read(1024).ljust(1024, b"\0"), "<i4")
-    kinds = {0: 1, 1: 2, 2: 4, 6: 2}  # bytes per pixel of each mode
-    if head[3] not in kinds: raise _Cause(f"its mode is {head[3]}; microgen reads the real images 0, 1, 2 and 6, little-endian")
-    width, height, n = (int(v) for v in head[:3])
-    if n < 1: raise _Cause(f"it declares {n} images")
-    k, size = _frame_of(n, frame), os.path.getsize(path)
-    _check_size((height, width), kinds[head[3]], max_bytes, size - 1024 - int(head[23]) - k * width * height * kinds[head[3]])
-    with require("ncempy.io.mrc", "em").fileMRC(path) as file:
-        data = file.getSlice(k)
-        cell, grid, fei = file.volumeSize[1:], file.gridSize[1:], float(file.FEIinfo.get("pixel_size", 0))
-    known = (cell > 0).all() and (grid > 0).all()
-    if not known and 1e-13 < fei < 1e-6: return data, [fei, fei], ["m", "m"], {}, False
-    return data, [float(c) / int(g) for c, g in zip(cell, grid)] if known else None, ["Å", "Å"], {}, False
-
-# %% ../nbs/01_io.ipynb #bfd57112
-def _read_rosettasciio(path, max_bytes, frame, dataset):
-    "Any format that RosettaSciIO knows by the file's ending, read lazily so that the size is known first."
-    ending, plugins = path.suffix.lower().lstrip("."), require("rsciio", "gpl").IO_PLUGINS
-    plugin = next((p for p in plugins if ending in p["file_extensions"]), None)
-    if plugin is None: raise _Cause(f"no reader knows the ending {path.suffix!r}; microgen reads {', '.join(_READERS)}")
-    found = [d for d in require(plugin["api"], "gpl").file_reader(str(path), lazy=True) if len(d["axes"]) > 1]
-    chosen = found[_dataset_of([d["metadata"].get("General", {}).get("title") or i for i, d in enumerate(found)], dataset)]
-    data, axes = chosen["data"], chosen["axes"][-2:]
-    _check_size(data.shape[-2:], data.dtype.itemsize, max_bytes)
-    k = np.unravel_index(_frame_of(prod(data.shape[:-2]), frame), data.shape[:-2]) if data.ndim > 2 else ()
-    return np.asarray(data[k]), [abs(float(a["scale"])) for a in axes], [a.get("units") for a in axes], {}, False
-
-# %% ../nbs/01_io.ipynb #d042b7a5
-_READERS = {**dict.fromkeys((".tif", ".tiff"), ("tifffile", _read_tiff)),
-            **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp"), ("Pillow", _read_picture)),
-            **dict.fromkeys((".dm3", ".dm4"), ("ncempy", _read_dm)), ".ser": ("ncempy", _read_ser),
-            **dict.fromkeys((".mrc", ".mrcs", ".st", ".rec", ".ali"), ("ncempy", _read_mrc)),
-            **dict.fromkeys((".emd", ".hspy", ".hdf5", ".h5"), ("h5py", _read_hdf5))}
-
-# %% ../nbs/01_io.ipynb #dce1295c
 def _without_colour_axis(data, colour) -> np.ndarray:
     "(H, W, S) as (H, W): the grey channel or the luminance; with `colour` as (3, H, W). Alpha is dropped."
-    data = np.asarray(data)
     if data.shape[-1] < 3: return data[..., 0]
     data = data[..., :3].astype(np.float32)
     if colour: return np.moveaxis(data, -1, 0)
-    if (data == data[..., :1]).all(): return data[..., 0]
-    return data @ np.float32([0.299, 0.587, 0.114])
+    return data[..., 0] if (data == data[..., :1]).all() else data @ np.float32([0.299, 0.587, 0.114])
 
-# %% ../nbs/01_io.ipynb #bda8fd0e
-def _calibrated(path, reader, data, scale, unit, metadata, pixel_size) -> Micrograph:
-    "The micrograph of what a reader returned; the user's pixel size wins over the file's."
+# %% ../nbs/01_io.ipynb #a4d9dd66
+def _calibrated(path, raw, pixel_size, colour) -> Micrograph:
+    "The micrograph of what a reader found; the user's pixel size wins over the file's."
+    if pixel_size is None and raw.scale is None: raise NoScale(f"it holds no pixel size: {_THREE_WAYS}")
     if pixel_size is None:
-        if scale is None: raise _NoScale(f"it holds no pixel size: {_THREE_WAYS}")
-        pixel_size = [to_nm(s, u) for s, u in zip(scale, unit)]
-        if not all(0 < p < np.inf for p in pixel_size): raise _NoScale(f"its pixel size is {scale} {unit[0]}: {_THREE_WAYS}")
-    return Micrograph(data, tuple(pixel_size), metadata, str(path))
+        pixel_size = tuple(to_nm(s, u) for s, u in zip(raw.scale, raw.unit))
+        if not all(0 < p < np.inf for p in pixel_size):
+            raise NoScale(f"its pixel size is {raw.scale[0]:g} {raw.unit[0]}: {_THREE_WAYS}")
+    data = _without_colour_axis(raw.data, colour) if raw.colours_last else raw.data
+    return Micrograph(data, pixel_size, raw.metadata, str(path))
 
-# %% ../nbs/01_io.ipynb #6697e5f2
+# %% ../nbs/01_io.ipynb #f23a8e77
 def read(
     path, # the file: .tif .png .jpg .bmp .dm3 .dm4 .ser .emd .mrc .hspy .hdf5; others with the extra `gpl`
     pixel_size=None, # nm per pixel, one number or (py, px); wins over what the file says
@@ -504,14 +181,14 @@ def read(
     """Read a micrograph with its calibration.
     Raises: ReadError naming file, reader and cause; UncalibratedError, one of them, without a pixel size; MissingExtra."""
     path, given = Path(path), None if pixel_size is None else _pixel_size(pixel_size)
-    reader, load = _READERS.get(path.suffix.lower(), ("RosettaSciIO", _read_rosettasciio))
+    reader, load = reader_of(path)
     try:
-        if not path.is_file(): raise _Cause("it is a folder; name one file in it" if path.is_dir() else "there is no such file")
-        if not path.stat().st_size: raise _Cause("it is empty")
-        data, scale, unit, metadata, colours_last = load(path, max_bytes, frame, dataset)
-        data = _without_colour_axis(data, colour) if colours_last else data
-        return _calibrated(path, reader, data, scale, unit, metadata, given)
-    except (ReadError, MissingExtra): raise
-    except (_NoScale, UnitError) as e: raise UncalibratedError(path, reader, str(e)) from None
-    except (_Cause, InputError) as e: raise ReadError(path, reader, str(e)) from None
-    except Exception as e: raise ReadError(path, reader, f"it is damaged or not what its ending says ({type(e).__name__}: {e})") from e
+        if not path.exists(): raise Unreadable("there is no such file")
+        if path.is_dir() and path.suffix != ".zspy": raise Unreadable("it is a folder; name one file in it")
+        if not path.stat().st_size: raise Unreadable("it is empty")
+        return _calibrated(path, load(path, max_bytes, frame, dataset), given, colour)
+    except MissingExtra: raise
+    except (NoScale, UnitError) as e: raise UncalibratedError(path, reader, e) from None
+    except (Unreadable, InputError) as e: raise ReadError(path, reader, e) from None
+    except Exception as e:
+        raise ReadError(path, reader, f"it is damaged or not what its ending says ({type(e).__name__}: {e})") from e

@@ -17,8 +17,7 @@ from matplotlib_scalebar.scalebar import ScaleBar
 from .core import InputError, Micrograph, _pixel_size, check_positive
 
 # %% ../nbs/02_plot.ipynb #f3e420d4
-_STYLE = {"font.size": 9, "axes.titlesize": 9, "image.interpolation": "nearest", "image.origin": "upper", "legend.fontsize": 8,
-          "figure.dpi": 72, "savefig.dpi": 72, "savefig.facecolor": "white"}
+_STYLE = {"font.size": 9, "axes.titlesize": 9, "image.interpolation": "nearest", "image.origin": "upper", "legend.fontsize": 8} # used around artists only: entering it before a backend is chosen would undo the choice
 
 # %% ../nbs/02_plot.ipynb #fc0c59cc
 def _drawable(image, pixel_size) -> tuple:
@@ -47,7 +46,7 @@ def _axes(ax, shape, pixel, size):
     if ax is not None: return ax
     h, w = np.array(shape[:2]) * (pixel or (1, 1))
     figsize = np.clip(size * np.array([w, h]) / max(h, w), 1.2, None)
-    with plt.rc_context(_STYLE): return plt.subplots(figsize=figsize, dpi=72, layout="constrained")[1]
+    return plt.subplots(figsize=figsize, dpi=72, layout="constrained")[1]
 
 # %% ../nbs/02_plot.ipynb #d0645e93
 def show(
@@ -95,8 +94,8 @@ def show_grid(
     data, pixel = _drawable(images[0], pixel_size)
     h, w = np.array(data.shape[:2]) * (pixel or (1, 1))
     rows, unit = -(-len(images) // ncols), size / max(h, w)
-    with plt.rc_context(_STYLE):
-        fig, axs = plt.subplots(rows, ncols, figsize=(ncols * w * unit, rows * (h * unit + 0.2)), dpi=72, layout="constrained", squeeze=False)
+    figsize = (ncols * w * unit, rows * (h * unit + 0.2))
+    fig, axs = plt.subplots(rows, ncols, figsize=figsize, dpi=72, layout="constrained", squeeze=False)
     for ax in axs.flat[len(images):]: ax.set_axis_off()
     for i, (ax, one) in enumerate(zip(axs.flat, images)): show(one, pixel_size, ax=ax, title=titles[i] if titles is not None else None, **kw)
     return fig
@@ -249,7 +248,7 @@ def show_phase(
     if ax is None:
         pixel = _pixel_size(pixel_size) if pixel_size is not None else (1, 1)
         h, w = np.array(np.shape(phi)) * pixel * size / max(np.array(np.shape(phi)) * pixel)
-        with plt.rc_context(_STYLE): fig, ax = plt.subplots(figsize=(w + 1.3 * wheel, max(h, 1.3)), dpi=72, layout="constrained")
+        ax = plt.subplots(figsize=(w + 1.3 * wheel, max(h, 1.3)), dpi=72, layout="constrained")[1]
     show(phase_rgb(Q, phi), pixel_size, ax=ax, title=title)
     if wheel:
         box = ax.get_position()
