@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from scipy.optimize import least_squares
+from scipy.optimize import least_squares, nnls
 
 from microgen.stem.render import Probe, sum_columns
 
@@ -151,14 +151,97 @@ def design(data, p):
 
 
 def fit(data):
-    "Widths (nm) and share by least squares; weights and background follow linearly. Returns both."
+    "Widths (nm) and share by least squares; weights and background follow linearly, never negative."
     target = data[0].mean(0).ravel()
 
     def solve(p):
         matrix = design(data, p)
-        weights = np.linalg.lstsq(matrix, target, rcond=None)[0]
+        weights = nnls(matrix, target)[0]
         return weights, (matrix @ weights - target) / target.std()
 
     start, low, high = [.016, .016, .015, .06, .2], [.005] * 3 + [.03, 0], [.04] * 3 + [.12, .5]
     best = least_squares(lambda p: solve(p)[1], start, bounds=(low, high), diff_step=1e-3, x_scale=start)
     return best.x, solve(best.x)[0]
+
+
+def blurred(image, pixel, source_nm):
+    "Images (..., H, W) on a periodic field, blurred by the source."
+    q = [np.fft.fftfreq(n, p) for n, p in zip(image.shape[-2:], pixel)]
+    otf = np.exp(-2 * (np.pi * source_nm) ** 2 * (q[0][:, None] ** 2 + q[1] ** 2))
+    return np.fft.ifft2(np.fft.fft2(image) * otf).real
+
+
+def judge(data, p, weights, source_nm):
+    """How the model, unchanged, meets a set of images.
+
+    `phonons` is the share of the residual's variance that the finite number of phonon configurations explains;
+    `unlimited` is the correlation expected with infinitely many.
+    """
+    images, _, pixel, _ = data
+    model = (design(data, p) @ weights).reshape(images.shape[1:])
+    images, model = (blurred(v, pixel, source_nm) if source_nm else v for v in (images, model))
+    mean, n = images.mean(0), len(images)
+    noise = images.var(0, ddof=1).mean() / n if n > 1 else np.nan
+    residual = mean - model
+    correlation = np.corrcoef(mean.ravel(), model.ravel())[0, 1]
+    return {"configurations": n, "correlation": correlation,
+            "unlimited": correlation / np.sqrt(1 - noise / mean.var()),
+            "slope": np.polyfit(model.ravel(), mean.ravel(), 1)[0],
+            "rms_percent_of_peak": 100 * residual.std() / mean.max(), "phonons": noise / residual.var()}
+
+
+def rows_of(thickness_nm, p, weights):
+    "The table rows of one thickness."
+    rows = []
+    for i, element in enumerate(ELEMENTS):
+        for component, (sigma, share) in enumerate(((p[i], 1 - p[4]), (p[3], p[4]))):
+            rows.append({"thickness_nm": round(thickness_nm, 4), "element": element, "component": component,
+                         "weight_nm2": float(f"{weights[i] * share:.5g}"), "sigma_pm": round(1e3 * sigma, 2),
+                         "background": float(f"{weights[3]:.4g}")})
+    return rows
+
+
+def calibrate(folder, write=False):
+    "Fit each thickness to the bulk, judge it on bulk and walls, print, and write the table if asked."
+    rows, checks = [], []
+    for nominal, repeats in REPEATS.items():
+        p, weights = fit(load(folder, "bulk", nominal))
+        rows += rows_of(repeats * A_FE / 10, p, weights)
+        print(f"{nominal} nm: widths Y, Mn, O, foot {np.round(1e3 * p[:4], 1)} pm, share of the foot {p[4]:.2f}, "
+              f"background {weights[3]:.1e}, Y/Mn = (39/25)^{np.log(weights[0] / weights[1]) / np.log(39 / 25):.2f}")
+        for name in CELLS:
+            for source in (0., 0.035):
+                if list(folder.glob(f"{name}_{nominal}_*.npz")):
+                    found = judge(load(folder, name, nominal), p, weights, source)
+                    checks.append({"cell": name, "thickness_nm": nominal, "source_pm": 1e3 * source,
+                                   **{k: round(float(v), 4) for k, v in found.items()}})
+    keys = list(checks[0])
+    print(" ".join(f"{k:>14}" for k in keys))
+    for check in checks:
+        print(" ".join(f"{check[k]!s:>14}" for k in keys))
+    about = {"what": "YMnO3 along [100]: frozen-phonon PRISM, fitted on the perfect crystal, checked on walls A and D",
+             "optics": OPTICS, "thermal_A": THERMAL_A, "made_by": "benchmarks/calibrate_haadf.py",
+             "abtem": version("abtem"), "checks": checks}
+    if write:
+        path = Path(__file__).parents[1] / "microgen" / "tables" / "haadf.json"
+        lines = ",\n".join(json.dumps(r) for r in rows)
+        path.write_text(f'{{"provenance": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+        print(f"wrote {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["simulate", "fit"])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the simulated images")
+    parser.add_argument("--bulk", type=int, default=16, help="phonon configurations of the perfect crystal")
+    parser.add_argument("--walls", type=int, default=4, help="phonon configurations of each wall")
+    parser.add_argument("--write", action="store_true", help="write the shipped table")
+    args = parser.parse_args()
+    if args.task == "simulate":
+        simulate(args.data, list(REPEATS), {"bulk": args.bulk, "A": args.walls, "D": args.walls})
+    else:
+        calibrate(args.data, args.write)
+
+
+if __name__ == "__main__":
+    main()

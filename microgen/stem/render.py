@@ -146,7 +146,7 @@ def _near(frame, y, x, weight):
 _B_A2 = {"Y": 0.45, "Mn": 0.35, "O": 0.65, "Sc": 0.45, "In": 0.5, "Ba": 0.4, "Sr": 0.6, "Pb": 0.8, "Ti": 0.45,
          "C": 0.2, "Si": 0.45, "Al": 0.4, "Fe": 0.35, "Cu": 0.55, "Ag": 0.7, "Au": 0.6, "Pt": 0.35} # at 300 K
 _RARE_EARTHS = "Y Sc In La Ce Pr Nd Sm Eu Gd Tb Dy Ho Er Tm Yb Lu".split()
-_Y_NM2 = 4.7e-5 # one yttrium atom of a 5 nm crystal into 70-135 mrad at 200 kV, nm²: the shipped table
+_Y_NM2 = 5.1e-5 # one yttrium atom of a 5 nm crystal into 70-135 mrad at 200 kV, nm²: the shipped table
 
 @lru_cache(maxsize=None)
 def atomic_number(
@@ -171,39 +171,59 @@ def thermal_nm(
 # %% ../../nbs/12_stem.render.ipynb #022d1e96
 @lru_cache(maxsize=1)
 def _shipped():
-    "The shipped calibration: dict with `provenance` and a DataFrame `rows`."
-    held = json.loads((files("microgen") / "tables" / "haadf.json").read_text(encoding="utf-8"))
-    return {"provenance": held["provenance"], "rows": pd.DataFrame(held["rows"])}
-
-def _at_thickness(rows, thickness_nm):
-    "Interpolate between the calibrated thicknesses; atoms keep the last values outside them."
-    held = np.unique(rows.thickness_nm)
-    at = float(np.clip(thickness_nm, held[0], held[-1]))
-    keys, values = ["element", "component"], ["weight_nm2", "sigma_pm"]
-    table = rows.groupby(keys, sort=False)[["thickness_nm", *values]].apply(
-        lambda g: pd.Series({v: np.interp(at, g.thickness_nm, g[v]) for v in values})).reset_index()
-    level = rows.drop_duplicates("thickness_nm").set_index("thickness_nm").background.loc[held]
-    table["background"] = np.interp(at, held, level) * thickness_nm / at # in proportion outside the table
-    return table
+    "The shipped table: thicknesses (T,), element to weights and widths (2, components, T), background (T,)."
+    rows = json.loads((files("microgen") / "tables" / "haadf.json").read_text(encoding="utf-8"))["rows"]
+    held = sorted({r["thickness_nm"] for r in rows})
+    tables = {}
+    for e in dict.fromkeys(r["element"] for r in rows):
+        own = sorted((r["component"], r["thickness_nm"], r["weight_nm2"], r["sigma_pm"])
+                     for r in rows if r["element"] == e)
+        tables[e] = np.array(own)[:, 2:].reshape(-1, len(held), 2).transpose(2, 0, 1)
+    level = {r["thickness_nm"]: r["background"] for r in rows}
+    return np.array(held), tables, np.array([level[t] for t in held])
 
 def _power_law(elements, power):
-    "Weights that follow Z^power, anchored at yttrium, with thermal widths."
-    weight = [_Y_NM2 * (atomic_number(e) / 39) ** power for e in elements]
-    return pd.DataFrame({"element": elements, "component": 0, "weight_nm2": weight,
-                         "sigma_pm": [1e3 * thermal_nm(e) for e in elements], "background": 0.})
+    "Rows whose weights follow Z^power, anchored at yttrium, with thermal widths."
+    return [(e, 0, _Y_NM2 * (atomic_number(e) / 39) ** power, 1e3 * thermal_nm(e), 0.) for e in elements]
 
-@lru_cache(maxsize=256)
 def _manganite(elements, thickness_nm):
-    "The shipped table for R, Mn, O; another R scales the yttrium rows by (Z / 39)^n, n from Y against Mn."
-    table = _at_thickness(_shipped()["rows"], thickness_nm)
-    total = table.groupby("element").weight_nm2.sum()
-    power = math.log(total["Y"] / total["Mn"]) / math.log(39 / 25)
-    parts = []
-    for element in elements:
-        rows = table[table.element == (element if element in ("Mn", "O") else "Y")]
-        scale = (atomic_number(element) / 39) ** power if element in _RARE_EARTHS else 1
-        parts.append(rows.assign(element=element, weight_nm2=rows.weight_nm2 * scale))
-    return pd.concat(parts, ignore_index=True)
+    "Rows for R, Mn, O between the calibrated thicknesses; another R is yttrium times (Z / 39)^n, n from Y/Mn."
+    held, tables, background = _shipped()
+    at = float(np.clip(thickness_nm, held[0], held[-1]))
+    level = float(np.interp(at, held, background)) * thickness_nm / at # in proportion outside the table
+    now = {e: [[np.interp(at, held, v) for v in part] for part in table] for e, table in tables.items()}
+    power = math.log(sum(now["Y"][0]) / sum(now["Mn"][0])) / math.log(39 / 25)
+    rows = []
+    for e in elements:
+        weight, sigma = now[e if e in ("Mn", "O") else "Y"]
+        scale = (atomic_number(e) / 39) ** power if e in _RARE_EARTHS else 1
+        rows += [(e, i, float(w * scale), float(s), level) for i, (w, s) in enumerate(zip(weight, sigma))]
+    return rows
+
+def _own_table(elements, table):
+    "Rows of a user's DataFrame."
+    lacking = sorted(set(elements) - set(table.get("element", ())))
+    if lacking or not {"weight_nm2", "sigma_pm"} <= set(table.columns):
+        raise InputError("The calibration table needs columns element, weight_nm2, sigma_pm and a row for each "
+                         f"element; it lacks {', '.join(lacking) or 'a column'}.")
+    table = table[table.element.isin(elements)]
+    values = zip(table.element, table.groupby("element").cumcount(), table.weight_nm2, table.sigma_pm)
+    level = float(table.background.iloc[0]) if "background" in table else 0.
+    return [(str(e), int(i), float(w), float(s), level) for e, i, w, s in values]
+
+def _rows(elements, thickness_nm, source):
+    "Rows (element, component, weight_nm2, sigma_pm, background) of a calibration."
+    if not 0 < thickness_nm < math.inf:
+        raise InputError(f"The thickness is {thickness_nm:g} nm; give a positive number of nm.")
+    if isinstance(source, pd.DataFrame):
+        return _own_table(elements, source)
+    if isinstance(source, (int, float)):
+        return _power_law(elements, float(source))
+    if source != "auto":
+        raise InputError(f"Unknown calibration {source!r}; use 'auto', an exponent like 1.7, or a DataFrame.")
+    manganite = "Mn" in elements and any(e in _RARE_EARTHS for e in elements)
+    known = manganite and all(e in ("Mn", "O", *_RARE_EARTHS) for e in elements)
+    return _manganite(elements, thickness_nm) if known else _power_law(elements, 1.7)
 
 # %% ../../nbs/12_stem.render.ipynb #1b475c08
 def calibration(
@@ -215,31 +235,14 @@ def calibration(
 
     Raises: `InputError` for an unknown source or a table that lacks an element.
     """
-    elements = list(dict.fromkeys(str(e) for e in elements))
-    if not 0 < thickness_nm < math.inf:
-        raise InputError(f"The thickness is {thickness_nm:g} nm; give a positive number of nm.")
-    if isinstance(source, pd.DataFrame):
-        lacking = sorted(set(elements) - set(source.get("element", ())))
-        if lacking or not {"weight_nm2", "sigma_pm"} <= set(source.columns):
-            raise InputError(f"The calibration table needs columns element, weight_nm2, sigma_pm and a row for "
-                             f"each element; it lacks {', '.join(lacking) or 'a column'}.")
-        table = source[source.element.isin(elements)].reset_index(drop=True)
-        count = table.groupby("element").cumcount()
-        return table.assign(component=count, background=table.get("background", 0.))
-    if isinstance(source, (int, float)):
-        return _power_law(elements, float(source))
-    if source != "auto":
-        raise InputError(f"Unknown calibration {source!r}; use 'auto', an exponent like 1.7, or a DataFrame.")
-    rare_earths = [e for e in elements if e in _RARE_EARTHS]
-    if rare_earths and set(elements) <= {*rare_earths, "Mn", "O"} and "Mn" in elements:
-        return _manganite(tuple(elements), round(float(thickness_nm), 6))
-    return _power_law(elements, 1.7)
+    rows = _rows(list(dict.fromkeys(str(e) for e in elements)), thickness_nm, source)
+    return pd.DataFrame(rows, columns=["element", "component", "weight_nm2", "sigma_pm", "background"])
 
 # %% ../../nbs/12_stem.render.ipynb #e8bed8ae
 def _points(columns):
     "Element to array (n, 3) of y, x (nm), number of atoms; columns bent by over 0.2 pm are split in depth."
     table = columns.table
-    points = table[["y_nm", "x_nm", "n_atoms"]].to_numpy(float)
+    points = np.stack([table[name].to_numpy(float) for name in ("y_nm", "x_nm", "n_atoms")], 1)
     elements = table["element"].to_numpy(str)
     if not np.isfinite(points).all():
         raise InputError("A column has a position or an atom count that is not finite; remove that row.")
@@ -257,34 +260,32 @@ def _points(columns):
 
 def _pad(arrays):
     "Stack arrays (n_b, 3) to (B, max n, 3); padding has no atoms."
-    out = np.zeros((len(arrays), max(1, *map(len, arrays)) if len(arrays) > 1 else max(1, len(arrays[0])), 3))
+    out = np.zeros((len(arrays), max(map(len, arrays)), 3))
     for row, values in zip(out, arrays):
         row[:len(values)] = values
     return out
 
 def _element_filter(frame, rows, device):
     "Weights and widths of one element in each image of the batch: (B, K, 1, L, 1)."
-    count = max(map(len, rows))
-    values = np.zeros((2, len(rows), count))
-    for b, table in enumerate(rows):
-        values[0, b, :len(table)] = table.weight_nm2
-        values[1, b, :len(table)] = 1e-3 * table.sigma_pm
+    values = np.zeros((2, len(rows), max(map(len, rows))))
+    for b, own in enumerate(rows):
+        for i, (_, _, weight_nm2, sigma_pm, _) in enumerate(own):
+            values[:, b, i] = weight_nm2, 1e-3 * sigma_pm
     weight, sigma = torch.as_tensor(values, dtype=torch.float32, device=device)
     gy, gx = _spread(sigma, frame)
     return ((gy * weight[..., None]).mT @ gx)[:, :, None, :, None]
 
 # %% ../../nbs/12_stem.render.ipynb #19eba346
-def _check_pixel(columns, pixel_size):
+def _check_pixel(points, pixel_size):
     "Refuse pixels that cannot show the lattice: fewer than two per spacing of the heaviest columns."
     from scipy.spatial import cKDTree
-    table = columns.table
-    heaviest = max(set(table["element"]), key=atomic_number)
-    points = table.loc[table["element"] == heaviest, ["y_nm", "x_nm"]].to_numpy(float)
-    if len(points) < 2:
+    heaviest = max(points, key=atomic_number)
+    places = points[heaviest][:, :2]
+    if len(places) < 2:
         return
-    spacing = float(np.median(cKDTree(points).query(points, 2)[0][:, 1]))
-    if max(np.broadcast_to(pixel_size, 2)) > spacing / 2 > 0:
-        raise InputError(f"The pixel size of {1e3 * np.max(pixel_size):.0f} pm is too coarse: the {heaviest} "
+    spacing = float(np.median(cKDTree(places).query(places, 2)[0][:, 1]))
+    if max(pixel_size) > spacing / 2 > 0.01:
+        raise InputError(f"The pixel size of {1e3 * max(pixel_size):.0f} pm is too coarse: the {heaviest} "
                          f"columns are {1e3 * spacing:.0f} pm apart; use at most {500 * spacing:.0f} pm.")
 
 def haadf_batch(
@@ -303,8 +304,7 @@ def haadf_batch(
     if not columns_list or any(not len(c.table) for c in columns_list):
         raise InputError("There are no columns to render; enlarge the field of view or check the structure.")
     if len(probes) not in (1, len(columns_list)):
-        raise InputError(f"Give one probe or one per image, not {len(probes)} for {len(columns_list)} images.")
-    _check_pixel(columns_list[0], pixel_size)
+        raise InputError(f"Give one probe, or one per image: {len(probes)} for {len(columns_list)} images.")
     chunk = 16 if device in (None, "cpu") else 256 # memory: about 3 MB per image of 1200 columns
     parts = []
     for i in range(0, len(columns_list), chunk):
@@ -315,15 +315,17 @@ def haadf_batch(
 
 def _render(frame, columns_list, probes, source, device):
     points = [_points(c) for c in columns_list]
-    tables = [calibration(list(p), c.thickness_nm, source) for p, c in zip(points, columns_list)]
+    _check_pixel(points[0], frame.pixel_size)
+    tables = [_rows(list(p), c.thickness_nm, source) for p, c in zip(points, columns_list)]
     series = 0
     for element in sorted(set().union(*points)):
         held = _pad([p.get(element, np.zeros((0, 3))) for p in points])
         y, x, atoms = torch.as_tensor(held, dtype=torch.float32, device=device).unbind(-1)
         part = _columns_to_series(frame, y, x, _near(frame, y, x, atoms))
-        series = series + part * _element_filter(frame, [t[t.element == element] for t in tables], device)
+        own = [[row for row in table if row[0] == element] for table in tables]
+        series = series + part * _element_filter(frame, own, device)
     image = _series_to_image(frame, series, *_filters(probes, frame, series.dtype, device))
-    level = torch.tensor([float(t.background.iloc[0]) for t in tables], dtype=image.dtype, device=device)
+    level = torch.tensor([t[0][-1] for t in tables], dtype=image.dtype, device=device)
     return image + level[:, None, None]
 
 def haadf(
