@@ -274,6 +274,7 @@ def build(
 
     if workers is not None and workers < 1: raise InputError(f"workers is {workers}: give at least 1, or None.")
     out = Path(out).absolute()
+    _rehearse(recipe)
     _refuse_file(out)
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -284,6 +285,12 @@ def build(
     except Timeout:
         raise MicrogenError(f"Another process is writing {out}: wait for it, or choose another folder.") from None
     return out
+
+
+def _rehearse(recipe):
+    "Meet the errors of a structure, a thickness or a wall before anything is written."
+    for thickness in recipe.thickness_nm: crystal = columns(recipe.structure, (2, 2), thickness)
+    for name in recipe.walls: displace(crystal, wall(name, (2, 2)))
 
 
 def _refuse_file(out):
