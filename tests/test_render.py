@@ -289,7 +289,7 @@ def test_the_device_does_not_matter():
     (lambda: haadf(crystal([]), 0.02), "no columns"),
     (lambda: haadf(crystal([(0.5, 0.5, "Qq")]), 0.02), "not a chemical element"),
     (lambda: haadf(crystal([(0.5, 0.5, "Y")]), 0.), "positive"),
-    (lambda: haadf_batch([crystal([(0.5, 0.5, "Y")])], (8, 8), 0.02, [Probe()] * 2), "ne probe"),
+    (lambda: haadf_batch([crystal([(0.5, 0.5, "Y")])], (8, 8), 0.02, [Probe()] * 2), "one probe"),
     (lambda: calibration(["Y"], float("nan")), "thickness"),
 ])
 def test_bad_input_is_one_sentence(call, words):

@@ -187,7 +187,7 @@ def _power_law(elements, power):
     return [(e, 0, _Y_NM2 * (atomic_number(e) / 39) ** power, 1e3 * thermal_nm(e), 0.) for e in elements]
 
 def _manganite(elements, thickness_nm):
-    "Rows for R, Mn, O between the calibrated thicknesses; another R is yttrium times (Z / 39)^n, n from Y/Mn."
+    "Rows for R, Mn, O between the calibrated thicknesses; another R scales yttrium by (Z / 39)^n."
     held, tables, background = _shipped()
     at = float(np.clip(thickness_nm, held[0], held[-1]))
     level = float(np.interp(at, held, background)) * thickness_nm / at # in proportion outside the table
@@ -204,8 +204,8 @@ def _own_table(elements, table):
     "Rows of a user's DataFrame."
     lacking = sorted(set(elements) - set(table.get("element", ())))
     if lacking or not {"weight_nm2", "sigma_pm"} <= set(table.columns):
-        raise InputError("The calibration table needs columns element, weight_nm2, sigma_pm and a row for each "
-                         f"element; it lacks {', '.join(lacking) or 'a column'}.")
+        raise InputError("The calibration table needs columns element, weight_nm2, sigma_pm and a row for "
+                         f"each element; it lacks {', '.join(lacking) or 'a column'}.")
     table = table[table.element.isin(elements)]
     values = zip(table.element, table.groupby("element").cumcount(), table.weight_nm2, table.sigma_pm)
     level = float(table.background.iloc[0]) if "background" in table else 0.
@@ -278,13 +278,11 @@ def _element_filter(frame, rows, device):
 # %% ../../nbs/12_stem.render.ipynb #19eba346
 def _check_pixel(points, pixel_size):
     "Refuse pixels that cannot show the lattice: fewer than two per spacing of the heaviest columns."
-    from scipy.spatial import cKDTree
     heaviest = max(points, key=atomic_number)
     places = points[heaviest][:, :2]
-    if len(places) < 2:
-        return
-    spacing = float(np.median(cKDTree(places).query(places, 2)[0][:, 1]))
-    if max(pixel_size) > spacing / 2 > 0.01:
+    apart = np.hypot(*(places[:50, None] - places[None]).T)
+    spacing = np.median(np.where(apart > 0.05, apart, np.inf).min(0)) # nearer ones are slices of one column
+    if spacing / 2 < max(pixel_size) and np.isfinite(spacing):
         raise InputError(f"The pixel size of {1e3 * max(pixel_size):.0f} pm is too coarse: the {heaviest} "
                          f"columns are {1e3 * spacing:.0f} pm apart; use at most {500 * spacing:.0f} pm.")
 
