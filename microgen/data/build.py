@@ -280,6 +280,7 @@ def build(
     try:
         with FileLock(out / ".lock", timeout=0):
             _claim(recipe, out)
+            _sweep(out)
             _make_missing(recipe, out, workers, scheduler, progress)
             write_csv(out / "metadata.csv", metadata(recipe, out))
     except Timeout:
@@ -310,6 +311,12 @@ def _claim(recipe, out):
         name = next(key for key in asdict(held) if getattr(held, key) != getattr(recipe, key))
         raise InputError(f"{out} holds another dataset ({name} is {getattr(held, name)!r} there and "
                          f"{getattr(recipe, name)!r} here): choose a new folder.")
+
+
+def _sweep(out):
+    "Remove the temporary files of a run that was killed."
+    for part in ("images", "maps", "tables"):
+        for file in (out / part).rglob(".*.tmp"): file.unlink()
 
 
 def _make_missing(recipe, out, workers, scheduler, progress):
