@@ -160,7 +160,10 @@ def processed(tmp_path_factory):
     (top / "proc.py").write_text(text)
     done = subprocess.run([sys.executable, "proc.py"], cwd=top, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(top)})
     why = [line for line in done.stderr.splitlines() if re.match(r"(\w+\.)*\w*(Error|Exception)\b", line)]
-    assert done.returncode == 0, "nbdev cannot process the notebooks:\n" + "\n".join(dict.fromkeys(why))
+    assert done.returncode == 0, (
+        "nbdev cannot process the notebooks:\n" + "\n".join(dict.fromkeys(why)) +
+        "\nHow to mend it: building the site runs the cells that import or export; keep imports in a cell of their own, before any use."
+    )
     shutil.rmtree(info)
     return top / "_proc"
 
