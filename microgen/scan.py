@@ -90,18 +90,20 @@ _WHOLE = {"harmonics", "roll_every"}
 def _value(name, value):
     "One setting, checked: a number, a range as a tuple, or None for an infinite dose."
     if value is None and name == "dose_e_A2": return None
-    try: numbers = [float(v) for v in (value if isinstance(value, (tuple, list)) else [value])]
+    pair = isinstance(value, (tuple, list))
+    try: numbers = [float(v) for v in (value if pair else [value])]
     except (TypeError, ValueError): numbers = []
-    if name == "dose_e_A2" and numbers == [inf]: return None
-    top = _AT_MOST.get(name, 1e9)
+    if name == "dose_e_A2" and numbers == [inf] and not pair: return None
+    top, kind = _AT_MOST.get(name, 1e9), "whole number" if name in _WHOLE else "number"
     low = -top if name in _SIGNED else 0.
-    good = len(numbers) in (1, 2) and all(low <= v <= top for v in numbers) and numbers[0] <= numbers[-1]
+    good = len(numbers) == 1 + pair and all(low <= v <= top for v in numbers) and numbers[0] <= numbers[-1]
+    if name in _WHOLE: good = good and all(v.is_integer() for v in numbers)
     if not good or (name in _POSITIVE and numbers[0] <= 0):
         above = "more than 0" if name in _POSITIVE else f"at least {low:g}"
-        raise InputError(f"Scan: {name} is {value!r}; give a number or a pair (low, high), "
+        raise InputError(f"Scan: {name} is {value!r}; give a {kind} or a pair (low, high), "
                          f"{above} and at most {top:g}.")
     numbers = [int(v) if name in _WHOLE else v for v in numbers]
-    return tuple(numbers) if isinstance(value, (tuple, list)) else numbers[0]
+    return tuple(numbers) if pair else numbers[0]
 
 def _pick(name, value, u):
     "The value at the share u of a range."
