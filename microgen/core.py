@@ -160,7 +160,7 @@ def check_image(
     if not array.size: raise InputError(f"{name} has shape {array.shape}: it holds no pixel.")
     if array.ndim == 3 and array.shape[-1] in (3, 4) and array.shape[0] > 4:
         raise InputError(f"{name} has shape {array.shape}, channels last; use np.moveaxis({name}, -1, 0).")
-    with np.errstate(over="ignore"): return check_finite(name, array.astype(np.float32, copy=False))
+    with np.errstate(over="ignore"): return check_finite(name, np.ascontiguousarray(array, np.float32))
 
 # %% ../nbs/00_core.ipynb #c457c589
 def _pixel_size(pixel_size, unit="nm") -> tuple:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from fractions import Fraction
 from math import prod
 from pathlib import Path
+from traceback import clear_frames
 from xml.etree import ElementTree
 
 import numpy as np
@@ -155,9 +156,12 @@ def _tiff_metadata(page, tif) -> dict:
 
 # %% ../nbs/00b_formats.ipynb #ac40261d
 def _stored(page, end) -> bool:
-    "Whether all pixels of a page lie inside the file."
+    "Whether all pixels of a page lie inside the file, and uncompressed ones are as many as it declares."
     places = list(zip(page.dataoffsets, page.databytecounts)) if page is not None else []
-    return bool(places) and all(start > 0 and 0 < size <= end - start for start, size in places)
+    if not places or not all(start > 0 and 0 < size <= end - start for start, size in places): return False
+    key = page.keyframe
+    bits = key.imagewidth * key.imagelength * key.samplesperpixel * key.bitspersample
+    return key.compression != 1 or 8 * sum(page.databytecounts) >= bits
 
 # %% ../nbs/00b_formats.ipynb #2dd77ba4
 def _tiff_pixels(path, tif, series, max_bytes, frame):
@@ -264,7 +268,7 @@ def _hyperspy_images(file, path):
         scale, unit = [abs(float(a["scale"])) for a in axes], [_text(a.get("units", "")) for a in axes]
         if unit == ["", ""] and path.suffix.lower() == ".hdf5" and all(0.002 <= s <= 0.05 for s in scale):
             warnings.warn(f"{path.name} states no unit; its scale is read as nm, as in the files of atomap. "
-                          "Give pixel_size= to say otherwise.", stacklevel=6)
+                          "Give pixel_size= to say otherwise.", stacklevel=5)
             unit = ["nm", "nm"]
         yield name, group["data"], scale, unit, lambda g=group: _tree(g["metadata"]) if "metadata" in g else {}
 
@@ -322,6 +326,18 @@ def _load_hdf5(path, max_bytes, frame, dataset) -> Raw:
 # %% ../nbs/00b_formats.ipynb #4948ccf5
 _DM_TYPES = {1: "i2", 2: "f4", 3: "c8", 6: "u1", 7: "i4", 9: "i1", 10: "u2", 11: "u4", 12: "f8", 13: "c16", 14: "u1", 23: "4u1"}
 
+# %% ../nbs/00b_formats.ipynb #46b4e505
+def _dm_tags(path) -> dict:
+    "The tag tree by ncempy. The object is held here, so that it can close its memory map after a failure."
+    dm = require("ncempy.io.dm", "em")
+    file = object.__new__(dm.fileDM)
+    try:
+        file.__init__(path)
+        with file: return dict(file.allTags)
+    except Exception as e:
+        clear_frames(e.__traceback__)
+        raise Unreadable(f"its tree of tags is damaged ({type(e).__name__}: {e})") from None
+
 # %% ../nbs/00b_formats.ipynb #1190f831
 def _dm_image(tags, key) -> tuple:
     "Type, shape (…, y, x), offset, scale and unit of one image of a tag tree."
@@ -335,7 +351,7 @@ def _dm_image(tags, key) -> tuple:
 # %% ../nbs/00b_formats.ipynb #7525186e
 def _load_dm(path, max_bytes, frame, dataset) -> Raw:
     "Gatan .dm3 and .dm4: tags by ncempy, pixels at the place they name."
-    with require("ncempy.io.dm", "em").fileDM(path) as file: tags = dict(file.allTags)
+    tags = _dm_tags(path)
     keys = sorted({k.split(".ImageData.")[0] for k in tags if ".ImageData.DataType" in k}, key=lambda k: (len(k), k))
     real = [k for k in keys if int(tags[f"{k}.ImageData.DataType"]) != 23] or keys  # 23 is a thumbnail's packed colour
     key = real[_dataset_of([str(tags.get(f"{k}.Name", k.split(".")[-1])) for k in real], dataset)]

@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +26,7 @@ from .formats import NoScale, Unreadable, plain, reader_of
 # %% ../nbs/01_io.ipynb #594e6fd0
 _CURE = {errno.ENOSPC: "the disk is full; free some space or choose another folder", errno.EDQUOT: "the disk quota is used up",
          errno.EFBIG: "the file would be larger than this disk or user may write", errno.EACCES: "the folder is not writable",
-         errno.EPERM: "the folder is not writable", errno.EROFS: "the disk is read-only", errno.ENOTDIR: "its folder is a file",
+         errno.EPERM: "the folder is not writable", errno.EROFS: "the disk is read-only", errno.ENOTDIR: "its folder is a file", errno.EEXIST: "its folder is a file",
          errno.EISDIR: "it is a folder", errno.ENAMETOOLONG: "the name is too long"}
 
 # %% ../nbs/01_io.ipynb #fc72d986
@@ -53,7 +53,8 @@ def atomic_path(
         if os.name == "posix": _to_disk(path.parent, directory=True)
     except MicrogenError: raise
     except OSError as e: raise WriteError(path, _CURE.get(e.errno, e.strerror or e)) from e
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): temporary.unlink(missing_ok=True)
 
 # %% ../nbs/01_io.ipynb #54121081
 def write_text(
@@ -114,8 +115,8 @@ def provenance(
 
 # %% ../nbs/01_io.ipynb #6a08d9bb
 def _as_ratio(value) -> tuple:
-    "The fraction of two 32-bit integers that is nearest to a positive number."
-    top = 2**32 - 1
+    "The fraction of two 31-bit integers that is nearest to a positive number."
+    top = 2**31 - 1  # readers that take them for signed integers agree
     f = Fraction(value).limit_denominator(max(1, min(top, int(top / max(value, 1e-9)))))
     return f.numerator, f.denominator
 
@@ -144,7 +145,7 @@ def write_tiff(
     extra = {"unit": "nm", "axes": "YX" if data.ndim == 2 else "CYX", "Info": json.dumps(plain(metadata or {}), ensure_ascii=False)}
     if (slope, offset) != (1.0, 0.0): extra |= {"cf": 0, "c0": repr(offset), "c1": repr(slope), "vunit": "counts"}
     tags = [(code, "s", 0, "nm", True) for code in (65003, 65004)]
-    tags += [(code, "d", 1, float(v), True) for code, v in ((65009, px), (65010, py), (65024, offset), (65025, slope))]
+    tags += [(code, "d", 1, v, True) for code, v in ((65009, px), (65010, py))]
     with atomic_path(path) as p:
         tifffile.imwrite(p, pixels, imagej=True, resolution=(_as_ratio(1 / px), _as_ratio(1 / py)), metadata=extra, extratags=tags)
     return Path(path)

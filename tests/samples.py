@@ -99,6 +99,7 @@ def hspy(path, data, pixel=PIXEL_NM, unit="nm", names=("HAADF",)):
                 if unit is not None:
                     axis["units"] = unit
             group.create_group("metadata/General").attrs["title"] = name
+            group.create_group("original_metadata")
     return path
 
 
@@ -113,7 +114,7 @@ def emd(path, data, pixel=PIXEL_NM, unit="[n_m]"):
         group.create_dataset("data", data=data)
         for i, n in enumerate(data.shape):
             dim = group.create_dataset(f"dim{i + 1}", data=pixel * np.arange(n))
-            dim.attrs["name"], dim.attrs["units"] = "yx"[i - data.ndim], unit
+            dim.attrs["name"], dim.attrs["units"] = "zyx"[i - data.ndim], unit
     return path
 
 

@@ -1,0 +1,80 @@
+"""Damaged files: 500 seeded mutations of every format. A reader may succeed or raise ReadError, within two seconds; nothing else."""
+import logging
+import time
+import warnings
+from collections import Counter
+
+import numpy as np
+import pytest
+import samples
+from samples import FORMATS
+
+from microgen.core import ReadError
+from microgen.io import read
+
+pytest.importorskip("ncempy.io.dm", reason='the fuzz reads every format: pip install "microgen[em]"')
+N = 500
+EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
+
+
+def mutate(good, rng):
+    "One of six damages: flipped bits, overwritten bytes, a cut, an extreme number, deleted bytes, inserted bytes."
+    raw = bytearray(good)
+    at = lambda: int(rng.integers(min(len(raw), 512) if rng.random() < 0.5 else len(raw)))  # half of them in the header
+    damage, i, n = rng.integers(6), at(), int(rng.integers(1, 65))
+    if damage == 0:
+        for _ in range(1 + n % 8):
+            raw[at()] ^= 1 << int(rng.integers(8))
+    elif damage == 1:
+        raw[i:i + n % 16] = rng.bytes(len(raw[i:i + n % 16]))
+    elif damage == 2:
+        del raw[i:]
+    elif damage == 3:
+        size = int(rng.choice([2, 4, 8]))
+        raw[i:i + size] = (int(rng.choice(EXTREMES)) % 256**size).to_bytes(size, rng.choice(["little", "big"]))
+    elif damage == 4:
+        del raw[i:i + n]
+    else:
+        raw[i:i] = rng.bytes(n)
+    return bytes(raw)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_fuzz(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("tifffile"), "disabled", True)
+    path = samples.write(tmp_path, kind)
+    good, pixel_size = path.read_bytes(), None if kind not in ("png", "jpg") else 0.02
+    read(path, pixel_size)  # loads the libraries
+    seen, slowest = Counter(), (0.0, 0)
+    for seed in range(N):
+        path.write_bytes(mutate(good, np.random.default_rng([FORMATS.index(kind), seed])))
+        begin = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                image = read(path, pixel_size, max_bytes=2**26)
+                seen["read"] += 1
+                assert np.isfinite(image.data).all() and min(image.pixel_size) > 0, f"seed {seed} reads as nonsense"
+            except ReadError as e:
+                seen["refused"] += 1
+                assert str(path) in str(e) and "\n" not in str(e)
+            except Exception as e:
+                raise AssertionError(f"seed {seed} of {kind} raised {type(e).__name__}: {e}") from e
+        slowest = max(slowest, (time.perf_counter() - begin, seed))
+    assert slowest[0] < 2, f"seed {slowest[1]} of {kind} took {slowest[0]:.1f} s"
+    assert seen["refused"] > N // 5 and sum(seen.values()) == N, seen
+
+
+def test_other_files_under_every_name(tmp_path):
+    "A file of one format under the ending of another is refused by name, not misread."
+    made = {kind: samples.write(tmp_path, kind).read_bytes() for kind in FORMATS}
+    for kind in FORMATS:
+        ending = samples.ENDING.get(kind, kind)
+        for other, raw in made.items():
+            if ending == samples.ENDING.get(other, other) or {kind, other} in ({"png", "jpg"}, {"dm3", "dm4"}) \
+                    or {ending, samples.ENDING.get(other, other)} == {"emd", "hspy"}:
+                continue
+            path = tmp_path / f"{other}_as.{ending}"
+            path.write_bytes(raw)
+            with pytest.raises(ReadError):
+                read(path, pixel_size=0.02)
