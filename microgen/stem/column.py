@@ -83,6 +83,7 @@ def _check_image(obj): # -> Micrograph with (H, W) finite data that vary
 
 # %% ../../nbs/13_stem.column.ipynb #1027c692
 _LADDER = np.array([1.0, 0.7, 1.4, 2.0])  # widths of the Gaussians of a shared profile, relative to the group's sigma
+_MOVING = ("y", "x", "A", "t", "sigma", "shape_w", "fixed_A", "b")
 _MARGIN = 0.2                        # columns up to this far beyond the edge are fitted too: their tails reach in, nm
 
 def _windows(y, x, shape, px, radius): # centres (N,) nm, image shape, pixel size and radius nm -> namespace
@@ -154,27 +155,47 @@ def _variance(line, model): # (read variance, gain), (H*W,) -> (H*W,) variance o
     return np.maximum(v, 0.02 * np.median(v) + 1e-300)
 
 # %% ../../nbs/13_stem.column.ipynb #f5c8a41b
-def _step(s, image, px, B, weight, fresh): # state, image (H*W,), pixel size, background basis, (H*W,), bool -> residual
-    "One Gauss-Newton step of all columns, the shared profiles, the fixed columns and the background."
+def _evaluate(s, image, px, B): # state, image (H*W,), pixel size, background basis -> residual (H*W,)
+    "Draw the model; keep what the derivatives need."
     w = _windows(s.y, s.x, s.image_shape, px, 5 * s.sigma.max())
     E, P, D = _profile(w, s)
     if s.stage == 0: s.fixed = _fixed_images(s, px)
-    residual = image - _paint(w, s.A[:, None, None] * P) - s.fixed @ s.fixed_A - B @ s.b
+    s.drawn = w, E, P, D
+    return image - _paint(w, s.A[:, None, None] * P) - s.fixed @ s.fixed_A - B @ s.b
+
+def _normal_equations(s, residual, B, weight): # state, (H*W,), background basis, (H*W,) -> right-hand side; s.normal is set
+    "Normal matrix of all columns, the shared profiles, the fixed columns and the background."
+    w, E, P, D = s.drawn
     n, N, root = 4 if s.free_width else 3, len(s.A), np.sqrt(weight)
-    J = _local_jacobian(w, s, P, D, 3.2 * s.sigma.max())
+    J = _local_jacobian(w, s, P, D, 3.5 * s.sigma.max())
     K = np.c_[_shared_jacobian(w, s, E, D), s.fixed]
+    s.n_shared = K.shape[1] - s.fixed.shape[1]
     J = sparse.diags(root) @ sparse.hstack([J, sparse.csc_matrix(K), B], format="csr")
     typical = np.array([np.median(s.A[s.group == g]) for g in range(len(s.sigma))])[s.group]
     own = np.stack([np.full(N, s.prior), np.full(N, s.prior), (0.5 * typical) ** -2, np.full(N, 10.0)][:n], 1).ravel()
-    prior = np.r_[own, np.full(K.shape[1] - s.fixed.shape[1], 40.0), np.zeros(s.fixed.shape[1] + B.shape[1])]
+    prior = np.r_[own, np.full(s.n_shared, 400.0), np.zeros(s.fixed.shape[1] + B.shape[1])]
     pull = np.zeros_like(prior)
     pull[: n * N] = np.stack([s.y0 - s.y, s.x0 - s.x, typical - s.A, -np.log(s.t)][:n], 1).ravel()
-    if fresh:
-        M = (J.T @ J).tocsc()
-        s.normal = M + sparse.diags(prior + 1e-10 * M.diagonal())
-        s.lu = splu(s.normal, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=dict(SymmetricMode=True))
-    _move(s, s.lu.solve(J.T @ (root * residual) + prior * pull), n, K.shape[1] - s.fixed.shape[1])
-    return residual
+    s.normal = (J.T @ J).tocsc() + sparse.diags(prior)
+    return J.T @ (root * residual) + prior * pull
+
+def _improve(s, image, px, B, weight, residual): # -> residual after one step that does not make the fit worse
+    "One damped Gauss-Newton step."
+    rhs, cost = _normal_equations(s, residual, B, weight), weight @ residual**2
+    diagonal = s.normal.diagonal()
+    before = {k: getattr(s, k) for k in _MOVING}
+    for _ in range(8):
+        M = s.normal + sparse.diags((s.damping + 1e-10) * diagonal)
+        lu = splu(M, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=dict(SymmetricMode=True))
+        _move(s, lu.solve(rhs), 4 if s.free_width else 3, s.n_shared)
+        new = _evaluate(s, image, px, B)
+        if weight @ new**2 <= cost * (1 + 1e-4):
+            s.damping *= 0.1
+            return new
+        for k, v in before.items(): setattr(s, k, v)
+        s.damping = max(10 * s.damping, 1e-2)
+    s.moved = np.zeros(len(s.A))
+    return _evaluate(s, image, px, B)
 
 def _move(s, step, n, n_shared): # state, solution, parameters per column, shared parameters: moves the state in place
     own, shared, rest = np.split(step, [n * len(s.A), n * len(s.A) + n_shared])
@@ -182,7 +203,7 @@ def _move(s, step, n, n_shared): # state, solution, parameters per column, share
     s.y, s.x = s.y + np.clip(own[:, 0], -limit, limit), s.x + np.clip(own[:, 1], -limit, limit)
     s.A = s.A + own[:, 2]
     if n == 4: s.t = s.t * np.exp(np.clip(own[:, 3], -0.2, 0.2))
-    if s.stage == 0: s.sigma = s.sigma * np.exp(np.clip(shared, -0.3, 0.3))
+    if s.stage == 0: s.sigma = (s.sigma * np.exp(np.clip(shared, -0.15, 0.15))).clip(0.1 * s.spacing, 0.45 * s.spacing)
     else: s.shape_w = s.shape_w + shared.reshape(len(s.sigma), -1)
     s.fixed_A, s.b = s.fixed_A + rest[: len(s.fixed_A)], s.b + rest[len(s.fixed_A):]
     s.moved = np.abs(own[:, :2]).max(1)
@@ -203,7 +224,7 @@ def fit_columns(micrograph,          # Micrograph, or anything `as_micrograph` t
                 sigma_nm=None,       # first guess of the columns' sigma, nm (None: from the spacing)
                 widths="shared",     # "shared": one profile per element; "column": times a width of each column
                 background_nm=1.5,   # distance of the background's knots, nm
-                max_steps=25,        # steps at most
+                max_steps=20,        # steps at most
                ):                    # DataFrame: start's rows inside the image + amplitude, sigma_nm, y_se_nm, x_se_nm, ...
     """Fit all columns of an image together: positions, heights, profiles, background, and their standard errors.
 
@@ -211,7 +232,7 @@ def fit_columns(micrograph,          # Micrograph, or anything `as_micrograph` t
     Source: maximum likelihood for counting noise, 10.1016/j.ultramic.2005.03.001"""
     return _fit(micrograph, start, sigma_nm, widths, background_nm, max_steps)[0]
 
-def _fit(micrograph, start, sigma_nm=None, widths="shared", background_nm=1.5, max_steps=25, prior_nm=0.1):
+def _fit(micrograph, start, sigma_nm=None, widths="shared", background_nm=1.5, max_steps=20, prior_nm=0.1):
     "The fit behind `fit_columns`: table and namespace (model image, residual, noise line)."
     m, px = _check_image(micrograph), np.array(as_micrograph(micrograph).pixel_size)
     image = m.data.astype(float).ravel()
@@ -223,14 +244,16 @@ def _fit(micrograph, start, sigma_nm=None, widths="shared", background_nm=1.5, m
     s.b = np.full(B.shape[1], np.percentile(image, 5))
     at = np.rint(np.c_[s.y, s.x] / px).astype(int).clip(0, np.array(m.data.shape) - 1)
     s.A = np.maximum(image.reshape(m.data.shape)[tuple(at.T)] - s.b[0], 0.02)
-    weight, se = np.full(image.size, 1 / image.var()), np.inf
+    weight, residual = np.full(image.size, 1 / image.var()), _evaluate(s, image, px, B)
     for i in range(max_steps):
         if i == 4: s.stage, s.ladder, s.shape_w = 1, _LADDER, np.zeros((len(s.sigma), len(_LADDER) - 1))
-        residual = _step(s, image, px, B, weight, fresh=i < 8 or i % 4 == 0)
-        if i < 12: line = _noise_line(image - residual, residual, 3 * len(s.A) + B.shape[1])
-        weight = 1 / _variance(line, image - residual)
+        if i == 4: residual = _evaluate(s, image, px, B)
+        residual = _improve(s, image, px, B, weight, residual)
+        if i < 10: # from here on fixed weights, or noisy images go back and forth
+            line = _noise_line(image - residual, residual, 3 * len(s.A) + B.shape[1])
+            weight = 1 / _variance(line, image - residual)
         information = s.normal.diagonal()[:: 4 if s.free_width else 3][: len(s.A)]
-        if i > 5 and np.quantile(s.moved[s.inside] / np.maximum(information**-0.5, 2e-4)[s.inside], 0.95) < 0.05: break
+        if i > 5 and np.quantile(s.moved[s.inside] / np.maximum(information**-0.5, 2e-4)[s.inside], 0.95) < 0.15: break
     return _table(s, table, m, scale), SimpleNamespace(
         model=(image - residual).reshape(m.data.shape) * scale + m.data.min(), residual=residual.reshape(m.data.shape) * scale,
         read_sd=np.sqrt(line[0]) * scale, gain=line[1] * scale, steps=i + 1)
@@ -253,7 +276,7 @@ def _start(m, start, sigma_nm, widths, px): # -> (table of the columns to fit, s
         raise InputError(f"columns {spacing:.3f} nm apart cannot be fitted at {px.max():.3f} nm per pixel: 2.5 pixels are needed")
     group, names = pd.factorize(free["element"]) if "element" in free else (np.zeros(len(free), int), ["all"])
     return free, SimpleNamespace(y=y, x=x, y0=y, x0=x, inside=inside, t=np.ones(len(y)), group=group, stage=0, ladder=_LADDER[:1],
-        sigma=np.full(len(names), sigma_nm or min(0.28 * spacing, 0.08)), shape_w=np.zeros((len(names), 0)),
+        sigma=np.full(len(names), sigma_nm or min(0.28 * spacing, 0.08)), shape_w=np.zeros((len(names), 0)), spacing=spacing, damping=1e-3,
         free_width=widths == "column", image_shape=m.data.shape, fixed_table=start[(beyond < _MARGIN) & is_fixed],
         fixed_A=np.zeros(start[is_fixed]["element"].nunique() if is_fixed.any() else 0))
 
