@@ -21,7 +21,7 @@ import pandas as pd
 
 from ..core import InputError, Micrograph, MicrogenError, require
 from ..io import provenance, write_csv, write_json, write_parquet, write_tiff
-from ..scan import acquire, mistilt, preset
+from ..scan import acquire, mistilt, preset, rim_px
 from ..stem.crystal import columns
 from ..stem.render import Probe, haadf
 from ..stem.wall import MAPS, displace, label, truth_maps, wall
@@ -117,9 +117,6 @@ class Draw(NamedTuple):
     rng: object       # generator that the scan continues with
 
 
-_RIM_NM = 0.4
-
-
 def draw(
     recipe: Recipe, # what to simulate
     index: int,     # which image, from 0
@@ -130,7 +127,7 @@ def draw(
         raise InputError(f"There is no image {index} in a recipe of {recipe.n}: indices run from 0 to {recipe.n - 1}.")
     labels, splits = plan(recipe)
     rng = np.random.default_rng([recipe.seed, index])
-    rim = int(np.ceil(_RIM_NM / recipe.pixel_size))
+    rim = rim_px(recipe.preset, (recipe.size, recipe.size), recipe.pixel_size)
     side = (recipe.size + 2 * rim) * recipe.pixel_size
     thickness, rotation, defocus, roughness = (rng.uniform(*r) for r in (
         recipe.thickness_nm, recipe.rotation_deg, recipe.defocus_nm, recipe.roughness_nm))
