@@ -15,69 +15,8 @@ from scipy.special import expit
 from scipy.stats import chi2, norm
 
 from ..core import InputError, check_finite, check_positive
-from .law import FAMILIES, DetectionCurve, SizeLaw, _Image, _Likelihood
-
-# %% ../../nbs/36_count.size.ipynb #d45e77de
-def _solve(info, v): # (M, P, P), (M, P) -> (M, P), scaled so that parameters of any size are equal
-    s = 1 / np.sqrt(np.maximum(np.einsum("mii->mi", info), 1e-12))
-    scaled = info * s[:, :, None] * s[:, None] + 1e-9 * np.eye(info.shape[1])
-    return s * np.linalg.solve(scaled, (s * v)[..., None])[..., 0]
-
-def _maximise(like, family, psi, steps=100): # -> psi (P,), what the likelihood says there
-    at = like(family, psi[None])
-    for _ in range(steps):
-        d = _solve(at[2], at[1])
-        if (d * at[1]).sum() < 1e-7: break
-        t = min(1., 1 / np.abs(d).max())
-        while t > 1e-5 and not (new := like(family, psi[None] + t * d))[0][0] >= at[0][0]: t /= 2
-        if t <= 1e-5: break
-        psi, at = psi + t * d[0], new
-    return psi, at
-
-def _ends(like, family, psi, at, reach): # reach (R,) of 2 delta ell -> low, high (R, 3) of logit U
-    R, Q = len(reach), len(like.moments)
-    r, sign, q = (a.ravel() for a in np.meshgrid(np.arange(R), [-1., 1.], np.arange(Q), indexing="ij"))
-    target, rows = at[0][0] - np.asarray(reach)[r] / 2, np.arange(len(r))
-    now, here = np.repeat(psi[None], len(r), 0), [np.repeat(a, len(r), 0) for a in at]
-    for _ in range(40):
-        ell, score, info, L, dL = here
-        up, along = _solve(info, score), _solve(info, dL[rows, q])
-        room = (score * up).sum(1) - 2 * (target - ell)
-        d = up + (sign * np.sqrt(np.maximum(room, 0) / np.maximum((dL[rows, q] * along).sum(1), 1e-30)))[:, None] * along
-        done = (np.abs(ell - target) < 2e-3) & (np.einsum("mi,mij,mj->m", d, info, d) < 2e-3)
-        if done.all(): break
-        now = now + np.minimum(1, .7 / np.abs(d).max(1))[:, None] * d
-        here = like(family, now)
-    L = np.where(done, here[3][rows, q], sign * np.inf).reshape(R, 2, Q) # an end that is not found is no limit
-    return L[:, 0], L[:, 1]
-
-# %% ../../nbs/36_count.size.ipynb #d7ba6ae4
-def _chi2_sum_tail(x, weights): # P(sum of weights * chi2_1 > x); the smallest weights act as their mean
-    w = np.sort(weights)[::-1]
-    w, x = w[:24], x - w[24:].sum()
-    if x <= 0: return 1.
-    if x > 40 * w[0] + w.sum(): return 0.
-    u = (np.arange(6000) + .5) * (120 / w.sum() / 6000)
-    wu = w[:, None] * u
-    return float(np.clip(.5 + np.mean(np.sin(.5 * np.arctan(wu).sum(0) - .5 * x * u) / (u * np.exp(.25 * np.log1p(wu**2).sum(0)))) * u[-1] / np.pi, 0, 1))
-
-def _goodness(like, images, family, psi, info, nodes=48): # Anderson-Darling p value, all images together
-    theta, phi = psi[None, :FAMILIES[family].n], psi[None, FAMILIES[family].n:]
-    u, A2, blocks = (np.arange(nodes) + .5) / nodes, 0., []
-    for k, image in enumerate(images):
-        _, _, g, score, _ = like.image(k, family, theta, phi)
-        g = g[0] / g.sum()
-        cdf = np.cumsum(g) - g / 2
-        z = np.clip(np.sort(np.interp(image.x, like.x, cdf)), 1e-12, 1 - 1e-12)
-        n = len(z)
-        A2 -= n + np.sum((2 * np.arange(1, n + 1) - 1) * (np.log(z) + np.log1p(-z[::-1]))) / n
-        absorbed = np.cumsum((score[0] - (score[0] * g).sum(1, keepdims=True)) * g, 1)
-        blocks.append(np.sqrt(n) * np.array([np.interp(u, cdf, a) for a in absorbed]))
-    Psi = np.concatenate(blocks, 1)
-    free = np.kron(np.eye(len(images)), np.minimum(u[:, None], u) - u[:, None] * u)
-    sd = np.sqrt(np.tile(u * (1 - u), len(images)))
-    cov = free - Psi.T @ _solve(np.repeat(info, Psi.shape[1], 0), Psi.T).T
-    return _chi2_sum_tail(A2, np.linalg.eigvalsh(cov / sd[:, None] / sd) / nodes)
+from .law import FAMILIES, DetectionCurve, SizeLaw
+from .likelihood import Sizes, ThinnedLikelihood, goodness_of_fit, maximise, profile_ends
 
 # %% ../../nbs/36_count.size.ipynb #42906809
 def _floor(images, q, level): # lower confidence bound of the unseen share of the q-th moment, with no family
@@ -116,9 +55,9 @@ class Unseen:
 @dataclass(frozen=True)
 class SizeFit:
     "What a set of diameters says about all particles, seen and unseen."
-    unseen_number: Unseen
-    unseen_surface: Unseen
-    unseen_mass: Unseen
+    unseen_number: Unseen # share of the particles
+    unseen_surface: Unseen # share of their surface
+    unseen_mass: Unseen # share of their mass (of their volume: one density for all)
     refused: str | None # why the unseen number is refused, or None
     law: SizeLaw | None # best family; None when nothing could be fitted
     gof_p: float # goodness of fit of that family
@@ -131,51 +70,55 @@ class SizeFit:
         lines = [f"{sum(len(i.x) for i in self.images)} particles in {len(self.images)} image(s); unseen share of"]
         for name in ("number", "surface", "mass"): lines.append(f"  {name:8s} {getattr(self, 'unseen_' + name)}")
         if self.law is not None:
-            lines.append(f"{self.law.family}: median {self.law.median_nm:.3g} nm, GSD {self.law.gsd:.3g}, goodness of fit p = {self.gof_p:.2g}")
+            lines.append(f"{self.law.family}: median {self.law.median_nm:.3g} nm, GSD {self.law.gsd:.3g}, "
+                         f"goodness of fit p = {self.gof_p:.2g}")
         return "\n".join(lines)
 
-    def to_dict(self): # ready for JSON
-        shares = {f"unseen_{k}": asdict(getattr(self, f"unseen_{k}")) for k in ("number", "surface", "mass")}
-        law = None if self.law is None else asdict(self.law) | {"median_nm": self.law.median_nm, "gsd": self.law.gsd, "d32_nm": self.law.d32_nm}
-        clean = lambda v: None if isinstance(v, float) and not np.isfinite(v) else v
-        shares = {k: {a: clean(b) for a, b in v.items()} for k, v in shares.items()}
-        table = self.table.reset_index().to_dict("records")
-        return shares | {"refused": self.refused, "law": law, "gof_p": clean(self.gof_p), "settings": self.settings,
-                         "families": self.families.astype(object).to_dict("records"),
-                         "table": [{a: clean(b) for a, b in row.items()} for row in table]}
+    def to_dict(self) -> dict: # plain numbers, text and lists; NaN and infinity are None
+        "Everything but the sizes, ready for JSON."
+        law = self.law and asdict(self.law) | {"median_nm": self.law.median_nm, "gsd": self.law.gsd, "d32_nm": self.law.d32_nm}
+        return _plain({f"unseen_{k}": asdict(getattr(self, f"unseen_{k}")) for k in ("number", "surface", "mass")} |
+                      {"refused": self.refused, "law": law, "gof_p": self.gof_p, "settings": self.settings,
+                       "families": self.families.to_dict("records"), "table": self.table.reset_index().to_dict("records")})
+
+def _plain(v): # for JSON
+    if isinstance(v, dict): return {k: _plain(x) for k, x in v.items()}
+    if isinstance(v, (list, tuple)): return [_plain(x) for x in v]
+    if isinstance(v, (float, np.floating)): return float(v) if np.isfinite(v) else None
+    return v
 
 # %% ../../nbs/36_count.size.ipynb #85259d2a
-def _no_turn(like, best, log_d10, psi0): # why the best law does not turn over where it can be seen, or None
-    law = best["law"]
-    unseen = expit(best["at"][3][0, 0])
-    if np.log(law.mode_nm) >= log_d10: return None
-    said = f"the most common size, {law.mode_nm:.3g} nm, lies below {np.exp(log_d10):.3g} nm, where one particle in ten is found"
-    if unseen > .95: return f"{said}, and fewer than one particle in twenty is seen"
+def _no_turn(best, power, log_d10): # why the best law does not turn over where it can be seen, or None
+    if np.log(best["law"].mode_nm) >= log_d10: return None
+    said = (f"the most common size, {best['law'].mode_nm:.3g} nm, lies below {np.exp(log_d10):.3g} nm, "
+            "where one particle in ten is found")
+    if expit(best["at"][3][0, 0]) > .95: return f"{said}, and fewer than one particle in twenty is seen"
     if best["wide"]: return f"{said}, and the law is as wide as a law may be"
-    power = _maximise(like, "power law", np.r_[1., psi0])[1][0][0]
     if 2 * (best["at"][0][0] - power) < 10: return f"{said}, and a power law without any turning point fits as well"
     return None
 
-def _reasons(like, images, fits, two, log_d10, psi0): # why nothing is extrapolated, or None
+def _reasons(like, fits, two, log_d10): # why nothing is extrapolated, or None
     best = min(fits, key=lambda f: f["aic"])
     if like.n < 200: return f"{like.n} particles are too few to tell one size law from another; count 200 or more"
-    if two is not None and two["aic"] < best["aic"] - 6: return ("the sizes show two populations; count them apart, or add "
-                                                                '"lognormal2" to families if these two are all')
-    if best["gof_p"] < .01: return (f"no family fits (the best, {best['law'].family}, with p = {best['gof_p']:.1g}); look at the histogram, "
-                                    "the detection curve and the false detections")
-    return _no_turn(like, best, log_d10, psi0)
+    power = maximise(like, "power law", np.r_[1., like.phi0])[1][0][0]
+    if two is not None and two["aic"] < min(best["aic"], 2 - 2 * power) - 6:
+        return 'one population does not fit, two do; count them apart, or add "lognormal2" to families if these two are all'
+    said = _no_turn(best, power, log_d10)
+    if said or best["gof_p"] >= .01: return said
+    return (f"no family fits (the best, {best['law'].family}, with p = {best['gof_p']:.1g}); "
+            "look at the histogram, the detection curve and the false detections")
 
 # %% ../../nbs/36_count.size.ipynb #35d03ba9
-def _fit_family(like, images, family, psi0): # -> dict: law, psi, at, aic, gof_p, wide
+def _fit_family(like, images, family): # -> dict: law, psi, at, aic, gof_p, wide
     x = np.concatenate([i.x for i in images])
     starts = [FAMILIES[family].start(x.mean(), x.std())]
     if family == "lognormal2": starts = [_split(x, q) for q in (.15, .4, .75)]
-    found = [_maximise(like, family, np.r_[s, psi0]) for s in starts]
+    found = [maximise(like, family, np.r_[s, like.phi0]) for s in starts]
     psi, at = max(found, key=lambda f: f[1][0][0])
     n = FAMILIES[family].n
-    wide = bool((psi[1:n:2][:2] > FAMILIES[family].widest - .05).any())
-    return {"law": SizeLaw(family, tuple(map(float, psi[:n]))), "psi": psi, "at": at, "aic": 2 * n - 2 * at[0][0], "wide": wide,
-            "gof_p": _goodness(like, images, family, psi, at[2])}
+    wide = bool((psi[1:min(n, 4):2] > FAMILIES[family].widest - .05).any())
+    return {"law": SizeLaw(family, tuple(map(float, psi[:n]))), "psi": psi, "at": at, "aic": 2 * n - 2 * at[0][0],
+            "wide": wide, "gof_p": goodness_of_fit(like, images, family, psi, at[2])}
 
 def _split(x, q): # start of the mixture: the sizes below and above a quantile
     low, high = x[x <= np.quantile(x, q)], x[x > np.quantile(x, q)]
@@ -187,7 +130,7 @@ def _envelope(like, fits, level): # own ends of each family; the ends over all w
     low, high = np.full(3, np.inf), np.full(3, -np.inf)
     for f in fits:
         delta = f["aic"] - best
-        lo, hi = _ends(like, f["law"].family, f["psi"], f["at"], [own, max(0., reach - delta)])
+        lo, hi = profile_ends(like, f["law"].family, f["psi"], f["at"], [own, max(0., reach - delta)])
         f["own"] = expit(np.stack([lo[0], f["at"][3][0], hi[0]]))
         if delta < 6: low, high = np.minimum(low, lo[1]), np.maximum(high, hi[1])
     return expit(low), expit(high)
@@ -208,11 +151,12 @@ def _totals(images, shares, level): # DataFrame: visible and total number, surfa
     rows = {}
     for name, q, c, u in zip(("number", "surface_nm2", "volume_nm3"), (0, 2, 3), (1, np.pi, np.pi / 6), shares):
         a = w * c * d**q
-        visible, count = a.sum(), norm.ppf((1 + level) / 2) * np.sqrt((a**2).sum()) / a.sum() # error of counting, relative
+        visible, count = a.sum(), norm.ppf((1 + level) / 2) * np.sqrt((a**2).sum()) / a.sum() # relative error of counting
         total, least, most = (visible / max(1 - v, 1e-12) for v in (u.value, u.low, u.high))
-        low, high = total * np.exp(-np.hypot(count, np.log(total / least))), total * np.exp(np.hypot(count, np.log(most / total)))
-        if u.refused: low, high = least * np.exp(-count), np.inf
-        rows[name] = dict(visible=visible, total=total, total_low=low, total_high=high, unseen=u.value, unseen_low=u.low, unseen_high=u.high)
+        low = least * np.exp(-count) if u.refused else total * np.exp(-np.hypot(count, np.log(total / least)))
+        high = np.inf if u.refused else total * np.exp(np.hypot(count, np.log(most / total)))
+        rows[name] = dict(visible=visible, total=total, total_low=low, total_high=high,
+                          unseen=u.value, unseen_low=u.low, unseen_high=u.high)
     return pd.DataFrame(rows).T.rename_axis("quantity")
 
 # %% ../../nbs/36_count.size.ipynb #5ab60fdf
@@ -224,36 +168,40 @@ def _frame(d, fov, edge_weight): # -> share of particles of each size that lie w
         return (lambda s: np.clip(1 + a * s + b * s * s, .02, 1)), w
     if fov is None: return None, None
     h, w = (check_positive("fov", v) for v in np.broadcast_to(fov, 2))
-    if d.max() >= min(h, w): raise InputError(f"a particle of {d.max():.4g} nm does not fit into the field of view {h:.4g} x {w:.4g} nm; check the units.")
+    if d.max() >= min(h, w):
+        raise InputError(f"a particle of {d.max():.4g} nm does not fit into the field of view {h:.4g} x {w:.4g} nm; check the units.")
     inside = lambda s: np.clip(1 - s / h, .02, 1) * np.clip(1 - s / w, .02, 1)
     return inside, 1 / inside(d)
 
-def _one_image(d_nm, curve, fov, edge_weight, size_error): # -> _Image
+def _one_image(d_nm, curve, fov, edge_weight, size_error): # -> Sizes
     d = check_finite("d_nm", np.asarray(d_nm, float))
     if d.ndim != 1 or (d <= 0).any(): raise InputError("d_nm must be a list of diameters above zero, in nm.")
-    if not len(d): raise InputError("d_nm holds no particle, so nothing can be said about what was missed; leave this image out.")
-    if not callable(curve): raise InputError(f"p_det={curve!r} must be a DetectionCurve or a function of the diameter in nm.")
+    if not len(d): raise InputError("d_nm holds no particle, so nothing can be said about what was missed; leave it out.")
+    if not callable(curve): raise InputError(f"p_det={curve!r} must be a DetectionCurve or a function of d_nm.")
     p = np.broadcast_to(np.asarray(curve(d), float), d.shape)
     if not ((p >= 0) & (p <= 1)).all(): raise InputError("p_det must give probabilities between 0 and 1 for every diameter.")
     if (p == 0).any() and not size_error:
-        raise InputError(f"{int((p == 0).sum())} particles have sizes that p_det calls impossible to find; leave them out or soften the curve.")
-    return _Image(np.log(d), curve, *_frame(d, fov, edge_weight))
+        raise InputError(f"{int((p == 0).sum())} particles have sizes that p_det calls impossible to find; "
+                         "leave them out or soften the curve.")
+    return Sizes(np.log(d), curve, *_frame(d, fov, edge_weight))
 
-def _images(d_nm, p_det, fov, edge_weight, size_error): # one image or several -> [_Image]
-    many = len(d_nm) and np.ndim(d_nm[0]) > 0
-    sizes = list(d_nm) if many else [d_nm]
-    each = lambda v: list(v) if many and isinstance(v, (list, tuple)) and len(v) == len(sizes) and v is not None else [v] * len(sizes)
-    fovs = each(fov) if many and np.ndim(fov) == 2 or fov is not None and many and any(v is None for v in fov) else [fov] * len(sizes)
-    if isinstance(p_det, (list, tuple)) and len(p_det) != len(sizes): raise InputError(f"{len(p_det)} detection curves for {len(sizes)} images; give one for all, or one each.")
-    curves = list(p_det) if isinstance(p_det, (list, tuple)) else [p_det] * len(sizes)
-    return [_one_image(*a, size_error) for a in zip(sizes, curves, fovs, each(edge_weight))]
+def _images(d_nm, p_det, fov, edge_weight, size_error): # one image or several -> [Sizes]
+    if not (len(d_nm) and np.ndim(d_nm[0])): return [_one_image(d_nm, p_det, fov, edge_weight, size_error)]
+    n = len(d_nm)
+    framed = isinstance(fov, (list, tuple)) and any(f is None or np.ndim(f) for f in fov)
+    weighted = edge_weight is not None
+    curves = list(p_det) if isinstance(p_det, (list, tuple)) else [p_det] * n
+    fovs, weights = list(fov) if framed else [fov] * n, list(edge_weight) if weighted else [None] * n
+    for name, given in (("p_det", curves), ("fov", fovs), ("edge_weight", weights)):
+        if len(given) != n: raise InputError(f"{len(given)} values of {name} for {n} images; give one for all, or one each.")
+    return [_one_image(*each, size_error) for each in zip(d_nm, curves, fovs, weights)]
 
 # %% ../../nbs/36_count.size.ipynb #e271e842
 def fit_sizes(
-    d_nm, # (N,) diameters of the particles found, nm; for several images or magnifications of one sample, a list of these
+    d_nm, # (N,) diameters of the particles found, nm; several images or magnifications of one sample: a list of these
     p_det, # share found of each size: a DetectionCurve or a function of d_nm; one for all images, or a list
-    fov=None, # field of view (height, width), nm, if particles cut by the frame were left out; a list for several images
-    edge_weight=None, # (N,) frame-edge weights (ISO 13322-1) instead of fov; a list for several images
+    fov=None, # field of view (height, width), nm, if particles cut by the frame were left out; may be a list
+    edge_weight=None, # (N,) frame-edge weights (ISO 13322-1) instead of fov; several images: a list of these
     size_error: float = 0., # relative error (sd) of a single diameter, such as 0.1
     families: tuple = ("lognormal", "weibull", "gamma"), # size laws to consider; also "lognormal2", two populations
     level: float = .95, # confidence of the intervals
@@ -266,25 +214,28 @@ def fit_sizes(
     if not .5 <= level < 1: raise InputError(f"level={level!r} must be a confidence from 0.5 up to below 1.")
     images = _images(d_nm, p_det, fov, edge_weight, size_error)
     settings = {"families": list(families), "size_error": size_error, "level": level}
-    floors = [_floor(images, q, level) for q in _Likelihood.moments]
+    floors = [_floor(images, q, level) for q in ThinnedLikelihood.moments]
     x = np.concatenate([i.x for i in images])
     if len(x) < 20 or x.std() < 1e-3:
-        said = f"{len(x)} particles are too few to fit a size law" if len(x) < 20 else "all particles have the same size, so no law can be fitted"
-        shares = [Unseen(float("nan"), f, 1., said) for f in floors]
-        return SizeFit(*shares, said, None, float("nan"), pd.DataFrame(), _totals(images, shares, level), tuple(images), settings)
-    like = _Likelihood(images, size_error)
-    fits = [_fit_family(like, images, f, like.phi0) for f in families]
+        said = f"{len(x)} particles are too few" if len(x) < 20 else "all particles have the same size"
+        shares = [Unseen(float("nan"), f, 1., f"{said} to fit a size law") for f in floors]
+        return SizeFit(*shares, shares[0].refused, None, float("nan"), pd.DataFrame(),
+                       _totals(images, shares, level), tuple(images), settings)
+    like = ThinnedLikelihood(images, size_error)
+    fits = [_fit_family(like, images, f) for f in families]
     best = min(fits, key=lambda f: f["aic"])
-    two = _fit_family(like, images, "lognormal2", like.phi0) if "lognormal2" not in families and best["gof_p"] < .1 else None
-    reason = _reasons(like, images, fits, two, _log_d10(images, like.x), like.phi0)
+    two = _fit_family(like, images, "lognormal2") if "lognormal2" not in families and best["gof_p"] < .1 else None
+    reason = _reasons(like, fits, two, _log_d10(images, like.x))
     low, high = _envelope(like, fits, level)
     shares = [_share(k, fits, low, high, f, reason) for k, f in enumerate(floors)]
-    return SizeFit(*shares, shares[0].refused, best["law"], best["gof_p"], _family_table(fits), _totals(images, shares, level), tuple(images), settings)
+    return SizeFit(*shares, shares[0].refused, best["law"], best["gof_p"], _family_table(fits),
+                   _totals(images, shares, level), tuple(images), settings)
 
 def _known(families): # -> tuple of names
     names = (families,) if isinstance(families, str) else tuple(families)
     choice = [f for f in FAMILIES if f != "power law"]
-    if not names or set(names) - set(choice): raise InputError(f"families={families!r} must be some of {', '.join(choice)}.")
+    if not names or set(names) - set(choice):
+        raise InputError(f"families={families!r} must be some of {', '.join(choice)}.")
     return names
 
 def _log_d10(images, x): # ln of the smallest size at which some image finds a tenth of what it finds of large particles
@@ -295,7 +246,8 @@ def _family_table(fits): # DataFrame, best first
     best = min(f["aic"] for f in fits)
     rows = []
     for f in sorted(fits, key=lambda f: f["aic"]):
-        row = dict(family=f["law"].family, median_nm=f["law"].median_nm, gsd=f["law"].gsd, d32_nm=f["law"].d32_nm, delta_aic=f["aic"] - best, gof_p=f["gof_p"])
+        row = {"family": f["law"].family} | {k: getattr(f["law"], k) for k in ("median_nm", "gsd", "d32_nm")}
+        row |= {"delta_aic": f["aic"] - best, "gof_p": f["gof_p"]}
         for k, name in enumerate(("number", "surface", "mass")):
             row |= {f"unseen_{name}{end}": f["own"][i, k] for i, end in ((1, ""), (0, "_low"), (2, "_high"))}
         rows.append(row)
@@ -338,7 +290,8 @@ def _draw_law(fit, ax, bins):
 
 def _draw_curves(fit, ax):
     for curve in dict.fromkeys(i.curve for i in fit.images):
-        s = np.exp(np.linspace(*np.percentile(np.concatenate([i.x for i in fit.images]), [0, 100]) + [-1, .3], 200))
+        x = np.concatenate([i.x for i in fit.images])
+        s = np.exp(np.linspace(x.min() - 1, x.max() + .3, 200))
         ax.semilogx(s, np.broadcast_to(curve(s), s.shape), "k")
         if not isinstance(curve, DetectionCurve) or curve.covariance is None: continue
         draws = np.random.default_rng(0).multivariate_normal(np.zeros(3), curve.covariance, 200)
