@@ -1,5 +1,7 @@
 """The renderer against its laws: conservation, equivariance, band limit, independent sums, gradients."""
+import importlib
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,15 @@ SHARP = Probe(source_nm=0.)
 ABERRATED = Probe(defocus_nm=4., cs_um=2., a1_nm=2., a1_deg=25., focal_spread_nm=3., source_nm=0.03)
 PROBES = pytest.mark.parametrize("probe", [SHARP, Probe(), Probe(defocus_nm=-7), ABERRATED],
                                  ids=["sharp", "default", "defocus", "aberrated"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    "Small matrices are faster on one thread, above all where other work runs."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def points(n=40, size=1.28, batch=1, seed=0):
@@ -270,6 +281,22 @@ def test_a_batch_is_a_loop():
         alone = haadf(many[i], 0.02).data
         assert abs(batch[i].numpy() - alone).max() < 1e-6 * alone.max()
     assert np.array_equal(haadf(many[3], 0.02).data, haadf(many[3], 0.02).data) # the same bytes
+
+
+def test_walls_match_frozen_phonon_reference_images(monkeypatch):
+    "The shipped calibration on walls it was not fitted to: at least 0.99, where two or more configurations are averaged."
+    folder = Path(__file__).parents[1] / "benchmarks"
+    if not (folder / "haadf_reference.npz").exists():
+        pytest.skip("benchmarks/haadf_reference.npz is part of the source tree, not of the installed package")
+    monkeypatch.syspath_prepend(str(folder))
+    stem = importlib.import_module("stem")
+    found = stem.correlations(lambda c, shape, pixel: haadf(c, pixel, SHARP, shape).data)
+    counts = {f"{c} {t} nm": held["configurations"] for (c, t), held in stem.references().items()}
+    averaged = {k: v for k, v in found.items() if counts[k] > 1}
+    assert len(averaged) >= 3
+    assert min(averaged.values()) > 0.99, averaged
+    uncalibrated = stem.correlations(lambda c, shape, pixel: haadf(c, pixel, SHARP, shape, calibration=1.7).data)
+    assert all(found[k] > uncalibrated[k] + 0.01 for k in found)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
