@@ -114,7 +114,7 @@ class ThinnedLikelihood:
         weight = [FAMILIES[family].log_moment(q, theta) for q in self.moments]
         for k, n in enumerate(self.n_images):
             fp, s_fp, g, s, log_g = self._image(k, family, theta, phi)
-            P = g.sum(1) * self.h
+            P = np.maximum(g.sum(1) * self.h, 1e-280)
             mean = np.einsum("mg,mpg->mp", g, s) * self.h / P[:, None]
             ell = ell + log_g @ self.counts[k] - n * np.log(P)
             score = score + s @ self.counts[k] - n * mean
@@ -191,7 +191,8 @@ def profile_ends(
         if done.all(): break
         now = now + d / np.maximum(1, np.abs(d).max(1) / .7)[:, None]
         here = like(family, now)
-    L = np.where(done, here[3][rows, q], sign * np.inf).reshape(R, 2, Q) # an end that is not found is no limit
+    L = np.where(done, here[3][rows, q], sign * np.inf) # an end that is not found is no limit
+    L = np.where(np.abs(at[3][0, q]) > 16, at[3][0, q], L).reshape(R, 2, Q) # nothing is unseen
     return L[:, 0], L[:, 1]
 
 # %% ../../nbs/35c_count.likelihood.ipynb #30df75f4

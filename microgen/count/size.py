@@ -121,7 +121,7 @@ def _fit_family(like, images, family): # -> dict: law, psi, at, aic, gof_p, wide
             "wide": wide, "gof_p": goodness_of_fit(like, images, family, psi, at[2])}
 
 def _split(x, q): # start of the mixture: the sizes below and above a quantile
-    low, high = x[x <= np.quantile(x, q)], x[x > np.quantile(x, q)]
+    low, high = np.split(np.sort(x), [int(q * len(x))])
     return np.array([low.mean(), np.log(low.std() + .05), high.mean(), np.log(high.std() + .05), np.log(q / (1 - q))])
 
 def _envelope(like, fits, level): # own ends of each family; the ends over all with delta AIC < 6
@@ -180,7 +180,7 @@ def _one_image(d_nm, curve, fov, edge_weight, size_error): # -> Sizes
     if not callable(curve): raise InputError(f"p_det={curve!r} must be a DetectionCurve or a function of d_nm.")
     p = np.broadcast_to(np.asarray(curve(d), float), d.shape)
     if not ((p >= 0) & (p <= 1)).all(): raise InputError("p_det must give probabilities between 0 and 1 for every diameter.")
-    if (p == 0).any() and not size_error:
+    if (p == 0).any() and not size_error and not isinstance(curve, DetectionCurve):
         raise InputError(f"{int((p == 0).sum())} particles have sizes that p_det calls impossible to find; "
                          "leave them out or soften the curve.")
     return Sizes(np.log(d), curve, *_frame(d, fov, edge_weight))
@@ -217,7 +217,7 @@ def fit_sizes(
     floors = [_floor(images, q, level) for q in ThinnedLikelihood.moments]
     x = np.concatenate([i.x for i in images])
     if len(x) < 20 or x.std() < 1e-3:
-        said = f"{len(x)} particles are too few" if len(x) < 20 else "all particles have the same size"
+        said = f"{len(x)} particles are too few" if len(x) < 20 else "the sizes of the particles are too equal"
         shares = [Unseen(float("nan"), f, 1., f"{said} to fit a size law") for f in floors]
         return SizeFit(*shares, shares[0].refused, None, float("nan"), pd.DataFrame(),
                        _totals(images, shares, level), tuple(images), settings)
@@ -282,6 +282,7 @@ def _draw_law(fit, ax, bins):
         p = i.curve(s)
         share = np.sum(fit.law.pdf(s) * s * p * inside) * np.log(s[1] / s[0])
         seen = seen + len(i.x) / share * np.stack([density * p * inside, density * inside])
+    ax.set_ylim(0, min(1.1 * seen[1].max(), 4 * seen[0].max()))
     ax.plot(s, seen[0], "k", label=f"{fit.law.family}, seen")
     refused = fit.refused is not None
     ax.plot(s, seen[1], "k--", lw=1, alpha=.3 if refused else 1, label="all" + (" (not supported)" if refused else ""))
@@ -298,3 +299,4 @@ def _draw_curves(fit, ax):
         band = np.percentile([_shifted(curve, v)(s) for v in draws], [2.5, 97.5], 0)
         ax.fill_between(s, *band, color="tab:blue", alpha=.3)
     ax.set(xlabel="diameter, nm", ylabel="share found", ylim=(0, 1.02))
+    ax.xaxis.set_minor_formatter(plt.NullFormatter())
