@@ -299,5 +299,4 @@ def _table(s, table, m, scale): # state, table of the fitted columns, Micrograph
     out = table.assign(y_nm=s.y, x_nm=s.x, amplitude=s.A * scale, sigma_nm=half[s.group] * s.t, y_se_nm=se[:, 0],
         x_se_nm=se[:, 1], amplitude_se=se[:, 2] * scale)
     if s.free_width: out["sigma_se_nm"] = se[:, 3] * out.sigma_nm
-    edge = (np.array(m.data.shape) - 1) * m.pixel_size
-    return out[out.y_nm.between(0, edge[0]) & out.x_nm.between(0, edge[1])].reset_index(drop=True)
+    return out[s.inside].reset_index(drop=True)  # by where they were expected: the fitted place would select the errors too

@@ -6,6 +6,8 @@
 __all__ = ['reference_columns', 'assign', 'sublattices']
 
 # %% ../../nbs/13b_stem.lattice.ipynb #91e8fdc8
+import warnings
+
 import numpy as np
 import pandas as pd
 from pymatgen.core import Element
@@ -47,7 +49,7 @@ def _peaks(motif, net, n=16): # -> (n, 2) strongest reciprocal vectors 1/nm, the
     return g[strong], F[strong]
 
 # %% ../../nbs/13b_stem.lattice.ipynb #07541065
-def _align(image, px, g, F, rotations): # -> T (2, 2): image vector = T @ crystal vector (y, x)
+def _align(image, px, g, F, rotations): # -> T (2, 2): image vector = T @ crystal vector (y, x), is the lattice there
     "Affine map from the positions of the Fourier peaks: search over rotation and scale, then least squares."
     pad = [2 * n for n in image.shape]
     amplitude = np.fft.fftshift(np.abs(np.fft.fft2((image - image.mean()) * _taper(image.shape), pad)))
@@ -69,12 +71,12 @@ def _align(image, px, g, F, rotations): # -> T (2, 2): image vector = T @ crysta
         q = g @ S.T + np.einsum("go,oi->gi", a, o) / a.sum(1)[:, None]
         w = np.sqrt(np.abs(F) * np.log1p(a.max(1)))[:, None]
         S = np.linalg.lstsq(w * g, w * q, rcond=None)[0].T
-    return np.linalg.inv(S).T
+    return np.linalg.inv(S).T, np.median(np.sqrt(a.max(1))[:4]) > 5
 
 def _taper(shape): # -> (H, W) Hann window
     return np.outer(*(np.hanning(n) for n in shape))
 
-def _shift(image, px, T, g, F, centre): # -> (2,) shift nm: image position = T @ (crystal position - centre) + centre + shift
+def _shift(image, px, T, g, F, centre): # -> (2,) shift nm, agreement 0 to 1: image position = T @ (crystal position - centre) + centre + shift
     "Translation from the phases of the peaks, the smallest of all lattice translations that fit."
     q = g @ np.linalg.inv(T)
     H = _fourier((image - image.mean()) * _taper(image.shape), px, q)
@@ -83,7 +85,9 @@ def _shift(image, px, T, g, F, centre): # -> (2,) shift nm: image position = T @
     F = F * np.exp(2j * np.pi * (g - q) @ centre)
     fit = (np.exp(2j * np.pi * s @ q.T) @ (np.abs(F) * np.exp(1j * np.angle(H * np.conj(F))))).real
     top = peak_local_max(fit, threshold_abs=fit.max() - 0.03 * np.ptp(fit), exclude_border=False)
-    return s[tuple(top[np.argmin(np.hypot(*s[tuple(top.T)].T))])]
+    best = s[tuple(top[np.argmin(np.hypot(*s[tuple(top.T)].T))])]
+    here = np.sum(H * np.conj(F) * np.exp(2j * np.pi * q @ best)).real / np.linalg.norm(H) / np.linalg.norm(F)
+    return best, float(here)
 
 def _spanning(g): # (G, 2) -> indices of the shortest vectors that span the plane: long wavelengths cannot slip by a period
     order = np.argsort(np.hypot(*g.T))
@@ -112,7 +116,7 @@ def reference_columns(micrograph,        # Micrograph, or anything `as_micrograp
                       up=(0, 0, 1),      # crystal direction that points up in the image
                       rotation_deg=None, # rotation of the crystal, degrees counter-clockwise (None: found within ±90)
                      ): # DataFrame y_nm, x_nm (in the image), yc_nm, xc_nm (in the crystal), element, site, trimer, layer, fixed
-    """Lay a structure over an image: expected position and name of every column. `attrs["T"]` is the affine map.
+    """Lay a structure over an image: expected position and name of every column. `attrs` has the affine map `T` and the agreement of the Fourier peaks, `match`.
 
     Raises: InputError when the lattice of the structure is not in the image."""
     m, px = _check_image(micrograph), np.array(as_micrograph(micrograph).pixel_size)
@@ -121,23 +125,26 @@ def reference_columns(micrograph,        # Micrograph, or anything `as_micrograp
     motif, net = _motif(structure, tuple(map(float, m.fov)), zone, up)
     g, F = _peaks(motif, net)
     rotations = np.radians(np.arange(-90, 90.5, 1) if rotation_deg is None else rotation_deg + np.arange(-3, 3.1, 0.5))
-    T = _align(image, px, g, F, rotations)
-    shift = _shift(image, px, T, g, F, np.array(m.fov) / 2)
+    T, seen = _align(image, px, g, F, rotations)
+    shift, match = _shift(image, px, T, g, F, np.array(m.fov) / 2)
+    if not seen or match < 0.75:
+        raise InputError(f"the lattice of the structure is not in the image (agreement {match:.2f} of 1): check the pixel size, zone and structure")
+    if match < 0.88: warnings.warn(f"the image agrees with the structure only to {match:.2f} of 1: look at the overlay", stacklevel=2)
     crystal = motif[["y_nm", "x_nm"]].to_numpy()
     centre = np.array(m.fov) / 2
     yx = (crystal - centre) @ T.T + centre + shift
     inside = ((yx > -0.3) & (yx < m.fov + np.array(0.3))).all(1)
     motif, crystal, yx = motif[inside], crystal[inside], yx[inside]
-    for few in (True, False):
-        A = np.c_[crystal - centre, np.ones(len(crystal))]
-        fit = np.linalg.lstsq(A, yx, rcond=None)[0]
-        T, origin = fit[:2].T, fit[2] - fit[:2].T @ centre
-        use = _spanning(g) if few else slice(None)
-        yx = A @ fit + _distortion(image, px, T, origin, g[use], F[use], A @ fit)
+    A = np.c_[crystal - centre, np.ones(len(crystal))]
+    affine = lambda: np.linalg.lstsq(A, yx, rcond=None)[0]
+    for use in (_spanning(g), slice(None)):
+        fit = affine()
+        yx = A @ fit + _distortion(image, px, fit[:2].T, fit[2] - fit[:2].T @ centre, g[use], F[use], A @ fit)
+    T = affine()[:2].T
     edge = (np.array(image.shape) - 1) * px
     out = motif.assign(yc_nm=crystal[:, 0], xc_nm=crystal[:, 1], y_nm=yx[:, 0], x_nm=yx[:, 1])
     out = out[((yx > -0.25) & (yx < edge + 0.25)).all(1)].reset_index(drop=True)
-    out.attrs["T"] = T.tolist()
+    out.attrs.update(T=T.tolist(), match=match)
     return out
 
 # %% ../../nbs/13b_stem.lattice.ipynb #d52da053
@@ -168,11 +175,11 @@ def assign(table,             # DataFrame y_nm, x_nm, as find_columns or fit_col
 def _translations(yx, spacing): # (N, 2), nm -> the two shortest translations that hold for the most columns (2, 2), or None
     "Lattice translations: peaks in the map of difference vectors between columns."
     tree = cKDTree(yx)
-    pairs = tree.query_pairs(3.2 * spacing, output_type="ndarray")
+    pairs = tree.query_pairs(4.5 * spacing, output_type="ndarray")
     d = yx[pairs[:, 1]] - yx[pairs[:, 0]]
     d = np.r_[d, -d]
     cell = 0.06 * spacing
-    n = int(3.2 * spacing / cell) + 2
+    n = int(4.5 * spacing / cell) + 2
     image = np.histogram2d(*d.T, bins=2 * n + 1, range=[[-(n + 0.5) * cell, (n + 0.5) * cell]] * 2)[0]
     smooth = ndimage.gaussian_filter(image, 1.5)
     top = peak_local_max(smooth, min_distance=4, threshold_rel=0.2)
@@ -189,7 +196,8 @@ def _walk(yx, basis): # (N, 2), (2, 2) -> (N, 2) integer indices, (N,) net numbe
     "Index columns by stepping along the basis from column to column, following its slow changes."
     tree, N = cKDTree(yx), len(yx)
     steps = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])
-    reach = 0.28 * np.hypot(*basis.T).min()
+    closest = np.median(tree.query(yx, k=2)[0][:, 1])
+    reach = min(0.28 * np.hypot(*basis.T).min(), 0.42 * closest)
     distance, to = tree.query(yx[:, None] + steps @ basis, distance_upper_bound=reach)
     index, net, nets = np.zeros((N, 2), int), np.full(N, -1), 0
     for seed in np.argsort(np.hypot(*(yx - yx.mean(0)).T)):

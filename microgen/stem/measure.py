@@ -143,16 +143,21 @@ def _fit_wall(yx, n, u, se, right, phi, u0_pm, p0_pm): # columns around a wall; 
     left_phi, right_phi = far(~right & known, phi), far(right & known, phi)
     short = (right_phi - left_phi + np.pi) % (2 * np.pi) - np.pi
     jumps = [short] + ([short - 2 * np.pi * np.sign(short)] if abs(short) > 2.3 else [])
-    best, sigma = None, np.hypot(se, 0.5)
+    best, sigma, level = None, np.hypot(se, 0.5), _row_leveller(yx)
     for jump in jumps:
         for width in (0.3, 0.8):
-            fit = least_squares(lambda p: (_wall_heights(p, yx, n, u0_pm, p0_pm) - u) / sigma,
+            fit = least_squares(lambda p: level((_wall_heights(p, yx, n, u0_pm, p0_pm) - u) / sigma),
                 [start, theta, np.log(width), left_phi, jump, 1.0], loss="soft_l1", f_scale=3.0,
                 bounds=([-np.inf, theta - 1, np.log(0.02), -np.inf, -7, 0.2], [np.inf, theta + 1, np.log(4), np.inf, 7, 2]))
             if best is None or fit.cost < best.cost: best = fit
     chi2 = 2 * best.cost / max(len(u) - 6, 1)
     covariance = np.linalg.pinv(best.jac.T @ best.jac) * max(1.0, chi2)
     return best.x, covariance, chi2
+
+def _row_leveller(yx): # R columns -> function that takes its mean off each row: rows may be shifted as a whole by the scan
+    row = np.unique(np.round(yx[:, 0] / 0.02), return_inverse=True)[1]
+    count = np.bincount(row)
+    return lambda r: r - (np.bincount(row, r) / count)[row]
 
 def _wall_rows(p, yx, n, u, se, u0_pm, p0_pm, rows): # parameters of the straight wall, columns -> DataFrame y0, x0, x_se per row
     "Where the wall crosses each R row, with everything else as in the straight fit: the steps of a stepped wall."
@@ -161,7 +166,8 @@ def _wall_rows(p, yx, n, u, se, u0_pm, p0_pm, rows): # parameters of the straigh
         k = row == r
         if k.sum() < 5: continue
         f = lambda s: (_wall_heights(p + np.r_[s[0], np.zeros(5)], yx[k], n[k], u0_pm, p0_pm) - u[k]) / np.hypot(se[k], 0.5)
-        tries = [least_squares(f, [s], loss="soft_l1", f_scale=3.0, bounds=(-1.2, 1.2)) for s in (-0.4, 0.0, 0.4)]
+        g = lambda s: f(s) - f(s).mean()
+        tries = [least_squares(g, [s], loss="soft_l1", f_scale=3.0, bounds=(-1.2, 1.2)) for s in (-0.4, 0.0, 0.4)]
         fit = min(tries, key=lambda t: t.cost)
         y, sine = yx[k, 0].mean(), np.sin(p[1])
         out.append((y, (p[0] + fit.x[0] + y * np.cos(p[1])) / sine, 1 / max(np.linalg.norm(fit.jac), 1e-9) / abs(sine)))
@@ -281,12 +287,11 @@ def measure(micrograph,        # Micrograph, or anything `as_micrograph` takes
     start = reference_columns(m, structure, **kwargs) if structure is not None else find_columns(m)
     if not len(start): raise InputError("no columns stand out of the noise: give the structure, or a better image")
     T = np.array(start.attrs.get("T", np.eye(2)))
-    table, fit = _fit(m, start.assign(y_ref_nm=start.y_nm, x_ref_nm=start.x_nm), prior_nm=0.1 if structure is None else 0.06)
+    table, fit = _fit(m, start, prior_nm=0.1 if structure is None else 0.06)
     if structure is None:
         table = sublattices(table).assign(element="", trimer=-1, layer=-1)
-        table = table.assign(y_ref_nm=table.yc_nm, x_ref_nm=table.xc_nm)
     settings = dict(structure=str(structure) if isinstance(structure, str) else getattr(structure, "formula", None), T=T.tolist(),
-        read_sd=float(fit.read_sd), gain=float(fit.gain), steps=fit.steps, smooth_nm=smooth_nm)
+        read_sd=float(fit.read_sd), gain=float(fit.gain), steps=fit.steps, smooth_nm=smooth_nm, match=start.attrs.get("match"))
     table = _add_displacement(table, T, smooth_nm)
     constants = trimer(load_structure(structure)) if structure is not None else None
     walls = [pd.DataFrame(columns=["y_nm", "x_nm", *_WALL[2:]]), pd.DataFrame(columns=["y_nm", "x_nm", "x_se_nm", "wall"])]
@@ -294,12 +299,10 @@ def measure(micrograph,        # Micrograph, or anything `as_micrograph` takes
         table = _add_order(table, constants, triples)
         walls = find_walls(table[table.trimer >= 0], constants.u0_pm, constants.p0_pm)
         settings.update(u0_pm=constants.u0_pm, p0_pm=constants.p0_pm)
-    maps = _maps(table, m)
     settings["residual_sd"] = float(fit.residual.std())
-    table = table.rename(columns=dict(yc_nm="y_crystal_nm", xc_nm="x_crystal_nm")).drop(columns=["y_ref_nm", "x_ref_nm", "fixed", "weight",
-        "depth_nm", "intensity", "_s"], errors="ignore")
+    table = table.rename(columns=dict(yc_nm="y_crystal_nm", xc_nm="x_crystal_nm")).drop(columns=["fixed", "weight", "depth_nm", "intensity"], errors="ignore")
     first = [c for c in _COLUMNS if c in table]
-    return Measurement(table[first + [c for c in table if c not in first]], *walls, maps, m, fit.model, settings)
+    return Measurement(table[first + [c for c in table if c not in first]], *walls, _maps(table, m), m, fit.model, settings)
 
 _COLUMNS = ["y_nm", "x_nm", "element", "site", "disp_pm", "phi", "Q", "disp_se_pm", "phi_se", "Q_se", "y_se_nm", "x_se_nm", "polarity", "state",
             "trimer", "layer", "up_pm", "right_pm", "up_se_pm", "right_se_pm", "y0_nm", "x0_nm", "amplitude", "amplitude_se", "sigma_nm"]
@@ -312,6 +315,9 @@ def _add_displacement(table, T, smooth_nm): # fitted columns -> with up_pm, righ
         brightest = part.groupby("site").amplitude.median().idxmax()
         cage = (part.trimer < 0).to_numpy() if polar else (part.site == brightest).to_numpy()
         if part.site.nunique() < 2 or cage.sum() < 4: continue
+        A = np.c_[part[["yc_nm", "xc_nm"]].to_numpy(), np.ones(len(part))]
+        affine = np.linalg.lstsq(A[cage], part.loc[cage, ["y_nm", "x_nm"]].to_numpy(), rcond=None)[0]
+        part = part.assign(y_ref_nm=(A @ affine)[:, 0], x_ref_nm=(A @ affine)[:, 1])
         values, _ = displacements(part, cage, T, smooth_nm)
         rows = part.index[~cage]
         for c, v in zip(("up_pm", "right_pm", "up_se_pm", "right_se_pm"), values): table.loc[rows, c] = v[~cage]
@@ -337,7 +343,6 @@ def _add_order(table, constants, triples): # -> with phi, Q, errors, polarity, s
     state, region = _domains(yx, z, np.hypot(Q * phi_se, Q_se) / np.sqrt(2), a, rows)
     new = dict(phi=phi, Q=Q, phi_se=phi_se, Q_se=Q_se, polarity=np.sign(polarisation(Q, phi)), region=region)
     for c, v in new.items(): table.loc[r, c] = v
-    table["state"] = ""
     table.loc[r, "state"] = state_of(state * np.pi / 3)
     return table
 
