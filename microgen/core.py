@@ -13,6 +13,7 @@ import unicodedata
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -65,12 +66,13 @@ class WriteError(MicrogenError, OSError):
 def require(
     module: str, # module to import, such as "h5py" or "ncempy.io.dm"
     extra: str, # the extra of microgen that installs it, such as "em"
-): # the module
+) -> ModuleType: # the module
     """Import a module of an optional extra.
     Raises: MissingExtra with the pip line when it is not installed."""
     try: return importlib.import_module(module)
     except ImportError as e:
-        raise MissingExtra(f'{module} is not usable here ({e}); install it with: pip install "microgen[{extra}]"') from e
+        cure = f'install it with: pip install "microgen[{extra}]"'
+        raise MissingExtra(f"{module} is not usable here ({e}); {cure}") from e
 
 # %% ../nbs/00_core.ipynb #87b1d17e
 def as_rng(
@@ -80,45 +82,51 @@ def as_rng(
     Raises: InputError for anything that is no seed."""
     if isinstance(rng, np.random.Generator): return rng
     if rng is None or isinstance(rng, np.random.SeedSequence): return np.random.default_rng(rng)
-    if isinstance(rng, Integral) and not isinstance(rng, bool) and rng >= 0: return np.random.default_rng(int(rng))
+    if isinstance(rng, Integral) and not isinstance(rng, bool) and rng >= 0:
+        return np.random.default_rng(int(rng))
     if type(rng).__module__.startswith("torch"):
         import torch
         words = torch.randint(0, 2**32, (4,), generator=rng, device=rng.device)
         return np.random.default_rng([int(w) for w in words])
-    raise InputError(f"rng={rng!r} is no seed; give an integer from 0 up, a NumPy Generator or SeedSequence, or a torch Generator.")
+    raise InputError(f"rng={rng!r} is no seed; give an integer from 0 up, a NumPy Generator or SeedSequence, "
+                     "or a torch Generator.")
 
 # %% ../nbs/00_core.ipynb #b63f98fb
-_NM = {"fm": 1e-6, "pm": 1e-3, "å": 0.1, "a": 0.1, "angstrom": 0.1, "ångström": 0.1, "ångstrom": 0.1, "angström": 0.1,
-       "ang": 0.1, "nm": 1.0, "µm": 1e3, "um": 1e3, "micron": 1e3, "mm": 1e6, "cm": 1e7, "m": 1e9, "inch": 25.4e6}
+_NM = {"fm": 1e-6, "pm": 1e-3, "nm": 1.0, "µm": 1e3, "um": 1e3, "micron": 1e3, "mm": 1e6, "cm": 1e7, "m": 1e9,
+       "inch": 25.4e6,
+       **dict.fromkeys(("å", "a", "ang", "angstrom", "ångström", "ångstrom", "angström"), 0.1)}
 _LONG = {"pico": "pm", "nano": "nm", "micro": "um", "milli": "mm", "centi": "cm", "": "m"}
 _THREE_WAYS = ("give it as pixel_size= in nm per pixel, as --pixel-size NM on the command line, "
                "or save the file again with its calibration (pm, Å, nm, µm, mm or m)")
 
 # %% ../nbs/00_core.ipynb #bb28af53
 def _unit_key(unit) -> str:
-    "One spelling for each unit: 'Nanometers', '\\u00B5m' (as ImageJ writes it) and 'Å' become 'nm', 'µm' and 'å'."
+    "One spelling for each unit: 'Nanometers' is 'nm', '\\u00B5m' (as ImageJ writes it) is 'µm', 'Å' is 'å'."
     unit = unit.decode("utf-8", "replace") if isinstance(unit, bytes) else str(unit or "")
     unit = re.sub(r"\\u00[bB]5", "µ", unit).replace("μ", "µ")
     key = unicodedata.normalize("NFC", unit).strip(" \0[]()")
     if key == "M" or key in ("Mm", "MM"): return key  # a megametre is no millimetre
     key = key.lower()
     long = re.fullmatch(r"(pico|nano|micro|milli|centi|)met(?:er|re)s?", key)
-    return _LONG[long[1]] if long else key.removesuffix("s") if key in ("microns", "angstroms", "ångströms") else key
+    if long: return _LONG[long[1]]
+    return key.removesuffix("s") if key in ("microns", "angstroms", "ångströms") else key
 
 # %% ../nbs/00_core.ipynb #6426e4ce
 def to_nm(
     value, # length, number or array
     unit: str, # its unit: fm, pm, Å, nm, µm, mm, cm, m, and their usual spellings
-): # the length in nm, float or array
+) -> float: # the length in nm; an array for an array
     """Convert a length to nanometres.
     Raises: UnitError when the unit is missing, a pixel, an angle or a reciprocal length."""
     key = _unit_key(unit)
-    if key in _NM: return np.asarray(value, float)[()] * _NM[key] if np.ndim(value) else float(value) * _NM[key]
+    if key in _NM: return (np.asarray(value, float) if np.ndim(value) else float(value)) * _NM[key]
     if re.match(r"1\s*/|/", key) or re.search(r"(\^|\*\*)?\s*[-−]\s*1$|⁻¹$", key):
-        raise UnitError(f"the unit {unit!r} is a reciprocal length: this is a diffraction pattern or a Fourier transform, not an image.")
+        raise UnitError(f"the unit {unit!r} is a reciprocal length: this is a diffraction pattern or a "
+                        "Fourier transform, not an image.")
     if key in ("", "none", "<undefined>", "px", "pixel", "pixels", "pix"):
-        raise UnitError(f"the unit {str(unit or '')!r} is no length, so the pixel size is not known: {_THREE_WAYS}.")
-    raise UnitError(f"the unit {unit!r} is not a length that microgen knows (pm, Å, nm, µm, mm, m): {_THREE_WAYS}.")
+        unit = str(unit or "")
+        raise UnitError(f"the unit {unit!r} is no length, so the pixel size is not known: {_THREE_WAYS}.")
+    raise UnitError(f"the unit {unit!r} is not a length (pm, Å, nm, µm, mm, m): {_THREE_WAYS}.")
 
 # %% ../nbs/00_core.ipynb #da16d460
 def check_positive(
@@ -128,7 +136,8 @@ def check_positive(
     """Return a number that is finite and above zero.
     Raises: InputError naming the value."""
     try: number = float(value)
-    except (TypeError, ValueError): raise InputError(f"{name}={value!r} is no number; give one above zero.") from None
+    except (TypeError, ValueError):
+        raise InputError(f"{name}={value!r} is no number; give one above zero.") from None
     if not 0 < number < np.inf: raise InputError(f"{name}={value!r} must be a finite number above zero.")
     return number
 
@@ -143,7 +152,8 @@ def check_finite(
     bad = ~np.isfinite(array)
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise InputError(f"{name} holds {int(bad.sum())} values that are NaN or infinite, the first at {where}; crop or replace them.")
+        raise InputError(f"{name} holds {int(bad.sum())} values that are NaN or infinite, the first at "
+                         f"{where}; crop or replace them.")
     return array
 
 # %% ../nbs/00_core.ipynb #8f698166
@@ -154,9 +164,12 @@ def check_image(
     """Return an image as finite float32.
     Raises: InputError for complex data, a wrong number of axes, no pixels, NaN or infinity."""
     array = np.asarray(image)
-    if array.dtype.kind == "c": raise InputError(f"{name} is complex; take its modulus, phase or real part first.")
+    if array.dtype.kind == "c":
+        raise InputError(f"{name} is complex; take its modulus, phase or real part first.")
     if array.dtype.kind not in "biuf": raise InputError(f"{name} holds {array.dtype}, not numbers.")
-    if array.ndim not in (2, 3): raise InputError(f"{name} has shape {array.shape}; an image is (H, W) or (C, H, W): pick one of a stack.")
+    if array.ndim not in (2, 3):
+        raise InputError(f"{name} has shape {array.shape}; an image is (H, W) or (C, H, W): "
+                         "pick one of a stack.")
     if not array.size: raise InputError(f"{name} has shape {array.shape}: it holds no pixel.")
     if array.ndim == 3 and array.shape[-1] in (3, 4) and array.shape[0] > 4:
         raise InputError(f"{name} has shape {array.shape}, channels last; use np.moveaxis({name}, -1, 0).")
@@ -167,7 +180,8 @@ def _pixel_size(pixel_size, unit="nm") -> tuple:
     "(py, px) in nm of one number or a pair."
     if pixel_size is None: raise UnitError(f"the pixel size is not known: {_THREE_WAYS}.")
     pair = np.asarray(to_nm(np.asarray(pixel_size, float), unit)).ravel()
-    if len(pair) not in (1, 2): raise InputError(f"pixel_size={pixel_size!r} must be one number or a pair (y, x) in nm per pixel.")
+    if len(pair) not in (1, 2):
+        raise InputError(f"pixel_size={pixel_size!r} must be one number or a pair (y, x) in nm per pixel.")
     return tuple(check_positive("pixel_size", p) for p in (pair if len(pair) == 2 else pair.repeat(2)))
 
 # %% ../nbs/00_core.ipynb #cc0a4276
@@ -185,7 +199,7 @@ def _pair(name, value) -> tuple:
     "Two positive whole numbers of one or a pair."
     pair = np.ravel(value)
     if len(pair) not in (1, 2) or any(v != int(v) or v < 1 for v in pair):
-        raise InputError(f"{name}={value!r} must be a whole number of pixels above zero, or a pair (height, width) of them.")
+        raise InputError(f"{name}={value!r} must be a whole number of pixels above zero, or two of them.")
     return tuple(int(v) for v in np.broadcast_to(pair, 2))
 
 # %% ../nbs/00_core.ipynb #e19ce85f
@@ -218,21 +232,23 @@ class Micrograph:
         x: int, # left column, px
         height: int, # px
         width: int, # px
-    ): # a Micrograph of its own
+    ) -> "Micrograph": # the part, with its own pixels
         """Cut out a rectangle.
         Raises: InputError when it leaves the image."""
         H, W = self.shape[-2:]
         if not (0 <= y < y + height <= H and 0 <= x < x + width <= W):
-            raise InputError(f"the crop y={y}, x={x}, height={height}, width={width} leaves the image of {H} × {W} pixels.")
+            raise InputError(f"the crop y={y}, x={x}, height={height}, width={width} leaves the image of "
+                             f"{H} × {W} pixels.")
         return replace(self, data=self.data[..., y:y + height, x:x + width].copy())
 
     def resample(self,
         pixel_size, # new pixel size in nm, one number or (py, px)
-    ): # a Micrograph; its field of view changes by half a pixel at most
+    ) -> "Micrograph": # the same field of view to half a pixel
         "Change the pixel size, without aliasing; the centre of pixel (0, 0) stays where it is."
         new = _pixel_size(pixel_size)
         planes = [_resample(p, self.pixel_size, new) for p in self.data.reshape(-1, *self.shape[-2:])]
-        return replace(self, data=np.stack(planes).reshape(*self.shape[:-2], *planes[0].shape), pixel_size=new)
+        data = np.stack(planes).reshape(*self.shape[:-2], *planes[0].shape)
+        return replace(self, data=data, pixel_size=new)
 
     def tiles(self,
         size, # height and width in px, one number or a pair
@@ -242,12 +258,13 @@ class Micrograph:
         Raises: InputError when one tile is larger than the image."""
         (h, w), (sy, sx) = _pair("size", size), _pair("stride", size if stride is None else stride)
         H, W = self.shape[-2:]
-        if h > H or w > W: raise InputError(f"a tile of {h} × {w} pixels is larger than the image of {H} × {W}.")
+        if h > H or w > W:
+            raise InputError(f"a tile of {h} × {w} pixels is larger than the image of {H} × {W}.")
         return [self.crop(y, x, h, w) for y in range(0, H - h + 1, sy) for x in range(0, W - w + 1, sx)]
 
     def show(self,
         **kw, # as `microgen.plot.show`
-    ): # matplotlib Axes
+    ) -> object: # matplotlib Axes, in nm
         "Draw the image with its scale bar."
         import microgen
         return microgen.plot.show(self, **kw)
@@ -273,7 +290,7 @@ def _of_hyperspy(signal) -> tuple:
     "Data, pixel size and unit of a HyperSpy signal with two signal axes."
     axes = signal.axes_manager.signal_axes[::-1]  # HyperSpy counts x first
     if len(axes) != 2 or len(signal.axes_manager.navigation_axes):
-        raise InputError(f"the HyperSpy signal {signal!r} is no single image; pick one with .inav[i] or .transpose().")
+        raise InputError(f"the HyperSpy signal {signal!r} is no single image; pick one with .inav[i].")
     return np.asarray(signal.data), [abs(a.scale) for a in axes], [a.units for a in axes]
 
 # %% ../nbs/00_core.ipynb #55494fa4
@@ -283,7 +300,8 @@ def _of_xarray(array) -> tuple:
     for d in array.dims[-2:]:
         if d not in array.coords or array.sizes[d] < 2: return np.asarray(array.values), None, None
         step = np.diff(np.asarray(array.coords[d].values, float))
-        if not np.allclose(step, step.mean(), rtol=1e-3, atol=0): raise InputError(f"the coordinate {d!r} is not evenly spaced; interpolate it first.")
+        if not np.allclose(step, step.mean(), rtol=1e-3, atol=0):
+            raise InputError(f"the coordinate {d!r} is not evenly spaced; interpolate it first.")
         steps.append(abs(step.mean()))
         units.append(array.coords[d].attrs.get("units"))
     return np.asarray(array.values), steps, units
@@ -291,9 +309,11 @@ def _of_xarray(array) -> tuple:
 # %% ../nbs/00_core.ipynb #75fe3709
 def _of_napari(layer) -> tuple:
     "Data, pixel size and unit of a napari layer."
-    if getattr(layer, "rgb", False): raise InputError("a colour layer has its channels last; give layer.data as an array (C, H, W).")
+    if getattr(layer, "rgb", False):
+        raise InputError("a colour layer has its channels last; give layer.data as an array (C, H, W).")
     units = getattr(layer, "units", None)
-    return np.asarray(layer.data), list(layer.scale)[-2:], [str(u) for u in units][-2:] if units is not None else None
+    units = None if units is None else [str(u) for u in units][-2:]
+    return np.asarray(layer.data), list(layer.scale)[-2:], units
 
 # %% ../nbs/00_core.ipynb #8ada91e5
 def as_micrograph(
@@ -307,9 +327,11 @@ def as_micrograph(
     if isinstance(obj, Micrograph): return replace(obj, pixel_size=own or obj.pixel_size)
     if isinstance(obj, (str, Path)): raise InputError(f"{str(obj)!r} is a path; use microgen.read for files.")
     kind = type(obj).__name__
-    data, scale, units = (_of_hyperspy(obj) if hasattr(obj, "axes_manager") else _of_xarray(obj) if hasattr(obj, "coords") else
-                          _of_napari(obj) if hasattr(obj, "scale") else (obj, None, None))
+    known = {"axes_manager": _of_hyperspy, "coords": _of_xarray, "scale": _of_napari}
+    take = next((f for name, f in known.items() if hasattr(obj, name)), lambda array: (array, None, None))
+    data, scale, units = take(obj)
     if hasattr(data, "detach"): data = data.detach().cpu().numpy()
-    if own is None and scale is None: raise UnitError(f"the pixel size of this {kind} is not known: {_THREE_WAYS}.")
+    if own is None and scale is None:
+        raise UnitError(f"the pixel size of this {kind} is not known: {_THREE_WAYS}.")
     if own is None: own = tuple(to_nm(s, u) for s, u in zip(scale, units or (None, None)))
     return Micrograph(data, own, source=kind)

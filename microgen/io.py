@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
@@ -19,15 +20,19 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import (InputError, Micrograph, MicrogenError, MissingExtra, ReadError, UncalibratedError, UnitError,
-                           WriteError, _pixel_size, _THREE_WAYS, check_image, to_nm)
-from .formats import NoScale, Unreadable, plain, reader_of
+from .core import (_THREE_WAYS, InputError, Micrograph, MicrogenError, MissingExtra, ReadError,
+                           UncalibratedError, UnitError, WriteError, _pixel_size, check_image, to_nm)
+from .formats import reader_of
+from .raw import NoScale, Unreadable, plain
 
 # %% ../nbs/01_io.ipynb #594e6fd0
-_CURE = {errno.ENOSPC: "the disk is full; free some space or choose another folder", errno.EDQUOT: "the disk quota is used up",
-         errno.EFBIG: "the file would be larger than this disk or user may write", errno.EACCES: "the folder is not writable",
-         errno.EPERM: "the folder is not writable", errno.EROFS: "the disk is read-only", errno.ENOTDIR: "its folder is a file", errno.EEXIST: "its folder is a file",
-         errno.EISDIR: "it is a folder", errno.ENAMETOOLONG: "the name is too long"}
+_CURE = {errno.ENOSPC: "the disk is full; free some space or choose another folder",
+         errno.EFBIG: "the file would be larger than this disk or user may write; choose another folder",
+         errno.EROFS: "the disk is read-only; choose another folder",
+         errno.EISDIR: "it is a folder; give the name of a file",
+         errno.ENAMETOOLONG: "the name is too long; shorten it",
+         **dict.fromkeys((errno.EACCES, errno.EPERM), "the folder is not writable; choose another one"),
+         **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "its folder is a file; choose another folder")}
 
 # %% ../nbs/01_io.ipynb #fc72d986
 def _to_disk(path, directory=False):
@@ -40,9 +45,9 @@ def _to_disk(path, directory=False):
 @contextmanager
 def atomic_path(
     path, # the file to be written
-): # a context manager that yields a temporary Path in the same folder
+) -> Iterator[Path]: # a context manager that yields a temporary path in the same folder
     """Write a file completely or not at all: write the path it yields, and it takes the name on success.
-    Raises: WriteError when the disk is full, the folder is missing or not writable; the old file is intact."""
+    Raises: WriteError when the disk is full or the folder not writable; the old file is intact."""
     path = Path(path)
     temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -93,7 +98,7 @@ def write_parquet(
     return Path(path)
 
 # %% ../nbs/01_io.ipynb #b39e1847
-_RECORDED = ("microgen", "numpy", "scipy", "torch", "pandas", "pymatgen", "scikit-image", "tifffile")
+_RECORDED = ("numpy", "scipy", "torch", "pandas", "pymatgen", "scikit-image", "tifffile")
 
 # %% ../nbs/01_io.ipynb #470e2303
 def _version(package) -> str | None:
@@ -108,10 +113,11 @@ def provenance(
 ) -> dict: # keys command, versions, seed, and those of `extra`
     "Say how an output was made: command line, versions of the libraries, seed."
     name = Path(sys.argv[0] or "python").name
-    command = "(notebook)" if "ipykernel" in name or "ipykernel" in sys.modules and name.startswith("ipykernel") else shlex.join([name, *sys.argv[1:]])
+    command = "(notebook)" if name.startswith("ipykernel") else shlex.join([name, *sys.argv[1:]])
     from microgen import __version__
     versions = {"microgen": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
-    return {"command": command, "versions": versions | {p: _version(p) for p in _RECORDED[1:]}, "seed": seed, **extra}
+    versions |= {p: _version(p) for p in _RECORDED}
+    return {"command": command, "versions": versions, "seed": seed, **extra}
 
 # %% ../nbs/01_io.ipynb #6a08d9bb
 def _as_ratio(value) -> tuple:
@@ -122,7 +128,7 @@ def _as_ratio(value) -> tuple:
 
 # %% ../nbs/01_io.ipynb #3d06af57
 def _as_16_bit(data) -> tuple:
-    "uint16 image, slope and offset with data = offset + slope * image; whole numbers in range stay as they are."
+    "uint16 image, slope and offset: data = offset + slope * image; whole numbers in range stay as they are."
     low, high = float(data.min()), float(data.max())
     if 0 <= low and high <= 65535 and not (data % 1).any(): return data.astype(np.uint16), 1.0, 0.0
     slope = (high - low) / 65535 or 1.0
@@ -137,17 +143,20 @@ def write_tiff(
     bits: int = 32, # 32 (float) or 16 (unsigned integer)
 ) -> Path: # the file
     """Write a calibrated TIFF atomically, for ImageJ, HyperSpy, DigitalMicrograph and microgen.
-    Raises: InputError for data that are no image, UnitError without a pixel size, WriteError when the disk refuses."""
+    Raises: InputError when the data are no image, UnitError without a pixel size, WriteError."""
     import tifffile
     data, (py, px) = check_image(data, "data"), _pixel_size(pixel_size)
     if bits not in (16, 32): raise InputError(f"bits={bits!r} must be 32 (float) or 16 (unsigned integer).")
     (pixels, slope, offset) = _as_16_bit(data) if bits == 16 else (data, 1.0, 0.0)
-    extra = {"unit": "nm", "axes": "YX" if data.ndim == 2 else "CYX", "Info": json.dumps(plain(metadata or {}), ensure_ascii=False)}
-    if (slope, offset) != (1.0, 0.0): extra |= {"cf": 0, "c0": repr(offset), "c1": repr(slope), "vunit": "counts"}
+    about = json.dumps(plain(metadata or {}), ensure_ascii=False)
+    extra = {"unit": "nm", "axes": "YX" if data.ndim == 2 else "CYX", "Info": about}
+    if (slope, offset) != (1.0, 0.0):
+        extra |= {"cf": 0, "c0": repr(offset), "c1": repr(slope), "vunit": "a.u."}
     tags = [(code, "s", 0, "nm", True) for code in (65003, 65004)]
     tags += [(code, "d", 1, v, True) for code, v in ((65009, px), (65010, py))]
+    per_nm = _as_ratio(1 / px), _as_ratio(1 / py)
     with atomic_path(path) as p:
-        tifffile.imwrite(p, pixels, imagej=True, resolution=(_as_ratio(1 / px), _as_ratio(1 / py)), metadata=extra, extratags=tags)
+        tifffile.imwrite(p, pixels, imagej=True, resolution=per_nm, metadata=extra, extratags=tags)
     return Path(path)
 
 # %% ../nbs/01_io.ipynb #50eb5b8f
@@ -180,7 +189,7 @@ def read(
     max_bytes: int = 2**30, # largest image in memory, checked before it is read
 ) -> Micrograph: # float32 image, pixel size in nm, metadata, source
     """Read a micrograph with its calibration.
-    Raises: ReadError naming file, reader and cause; UncalibratedError, one of them, without a pixel size; MissingExtra."""
+    Raises: ReadError naming file, reader and cause (UncalibratedError without a pixel size), MissingExtra."""
     path, given = Path(path), None if pixel_size is None else _pixel_size(pixel_size)
     reader, load = reader_of(path)
     try:
@@ -192,4 +201,5 @@ def read(
     except (NoScale, UnitError) as e: raise UncalibratedError(path, reader, e) from None
     except (Unreadable, InputError) as e: raise ReadError(path, reader, e) from None
     except Exception as e:
-        raise ReadError(path, reader, f"it is damaged or not what its ending says ({type(e).__name__}: {e})") from e
+        why = f"it is damaged or not what its ending says ({type(e).__name__}: {e})"
+        raise ReadError(path, reader, why) from e

@@ -17,7 +17,9 @@ from matplotlib_scalebar.scalebar import ScaleBar
 from .core import InputError, Micrograph, _pixel_size, check_positive
 
 # %% ../nbs/02_plot.ipynb #f3e420d4
-_STYLE = {"font.size": 9, "axes.titlesize": 9, "image.interpolation": "nearest", "image.origin": "upper", "legend.fontsize": 8} # used around artists only: entering it before a backend is chosen would undo the choice
+_STYLE = {"font.size": 9, "axes.titlesize": 9, "image.interpolation": "nearest", "image.origin": "upper",
+          "legend.fontsize": 8}
+# It is entered around artists only: around the first figure it would undo matplotlib's choice of a backend.
 
 # %% ../nbs/02_plot.ipynb #fc0c59cc
 def _drawable(image, pixel_size) -> tuple:
@@ -28,16 +30,18 @@ def _drawable(image, pixel_size) -> tuple:
     if data.ndim == 3 and data.shape[0] == 3 and data.shape[-1] != 3: data = np.moveaxis(data, 0, -1)
     if data.ndim == 3 and data.shape[-1] == 3:
         data = np.clip(data if data.dtype == np.uint8 or data.max() <= 1 else data / 255, 0, 255)
-    elif data.ndim != 2: raise InputError(f"an image of shape {data.shape} cannot be drawn; show one channel, image[i].")
+    elif data.ndim != 2:
+        raise InputError(f"an image of shape {data.shape} cannot be drawn; show one channel, image[i].")
     return data, _pixel_size(pixel_size) if pixel_size is not None else None
 
 # %% ../nbs/02_plot.ipynb #6b5db3c5
 def _limits(data, vmin, vmax, cmap):
-    "Grey values from the 0.1 to the 99.9 percentile, so that one hot pixel does not darken the image; maps in full."
+    "Limits of grey from the 0.1 to the 99.9 percentile, so that a hot pixel darkens nothing; maps in full."
     if data.ndim == 3: return None, None
     finite = data[np.isfinite(data)] if data.dtype.kind == "f" else data
     if not finite.size: return vmin, vmax
-    low, high = np.percentile(finite, (0.1, 99.9)) if cmap == "gray" and data.size > 5000 else (finite.min(), finite.max())
+    clip = (0.1, 99.9) if cmap == "gray" and data.size > 5000 else (0, 100)
+    low, high = np.percentile(finite, clip)
     return low if vmin is None else vmin, high if vmax is None else vmax
 
 # %% ../nbs/02_plot.ipynb #5d312709
@@ -59,7 +63,7 @@ def show(
     size=3, # longer side of a new figure, inches
     vmin=None, # value of black; default: the 0.1 percentile for grey images, else the minimum
     vmax=None, # value of white; default: the 99.9 percentile for grey images, else the maximum
-): # matplotlib Axes, in nm
+) -> plt.Axes: # the axes, in nm
     """Draw an image with its scale bar, in nm, centre of pixel (0, 0) at the origin.
     Raises: InputError when the array is no image."""
     data, pixel = _drawable(image, pixel_size)
@@ -71,8 +75,8 @@ def show(
         ax.imshow(data, cmap=cmap, vmin=vmin, vmax=vmax, extent=extent)
         if title: ax.set_title(title)
     if scalebar and pixel:
-        ax.add_artist(ScaleBar(1, "nm", location="lower right", color="white", box_color="black", box_alpha=0.45,
-                               border_pad=0.3, length_fraction=0.3, font_properties={"size": 9}))
+        style = {"color": "white", "box_color": "black", "box_alpha": 0.45, "font_properties": {"size": 9}}
+        ax.add_artist(ScaleBar(1, "nm", location="lower right", border_pad=0.3, length_fraction=0.3, **style))
     ax.set_axis_off()
     return ax
 
@@ -84,7 +88,7 @@ def show_grid(
     ncols=4, # images in a row
     size=2.5, # width or height of each, inches
     **kw, # as `show`
-): # matplotlib Figure
+) -> plt.Figure: # the figure
     """Draw images side by side.
     Raises: InputError when there is none."""
     if isinstance(images, dict): titles, images = list(images), list(images.values())
@@ -97,17 +101,19 @@ def show_grid(
     figsize = (ncols * w * unit, rows * (h * unit + 0.2))
     fig, axs = plt.subplots(rows, ncols, figsize=figsize, dpi=72, layout="constrained", squeeze=False)
     for ax in axs.flat[len(images):]: ax.set_axis_off()
-    for i, (ax, one) in enumerate(zip(axs.flat, images)): show(one, pixel_size, ax=ax, title=titles[i] if titles is not None else None, **kw)
+    for ax, one, title in zip(axs.flat, images, titles if titles is not None else [None] * len(images)):
+        show(one, pixel_size, ax=ax, title=title, **kw)
     return fig
 
 # %% ../nbs/02_plot.ipynb #832a2589
 def _colour_numbers(ax, x, y, values, by, size):
     "Scatter with a colour bar: cyclic for angles, diverging for signed numbers, else sequential."
     top = float(np.nanmax(np.abs(values))) if len(values) else 1.0
-    if by.startswith("phi"): style = {"cmap": phase_cmap(), "vmin": 0, "vmax": 2 * np.pi}
+    if by.startswith("phi"):
+        values, style = values % (2 * np.pi), {"cmap": phase_cmap(), "vmin": 0, "vmax": 2 * np.pi}
     elif np.nanmin(values, initial=0) < 0: style = {"cmap": "RdBu_r", "vmin": -top, "vmax": top}
     else: style = {"cmap": "viridis"}
-    dots = ax.scatter(x, y, c=values % (2 * np.pi) if by.startswith("phi") else values, s=size, linewidths=0, **style)
+    dots = ax.scatter(x, y, c=values, s=size, linewidths=0, **style)
     ax.figure.colorbar(dots, ax=ax, label=by, shrink=0.8)
     return dots
 
@@ -119,18 +125,20 @@ def show_columns(
     ax=None, # matplotlib Axes; default: a new figure
     size=12, # area of a dot, points²
     **kw, # as `show`
-): # matplotlib Axes, in nm
+) -> plt.Axes: # the axes, in nm
     """Draw columns on the image, coloured by what they are or by what was measured.
     Raises: InputError when the table lacks a column."""
     _require_columns(table, "y_nm", "x_nm", by)
     ax = _under(image, table, ax, kw)
     x, y, values = (np.asarray(table[c]) for c in ("x_nm", "y_nm", by))
-    if values.dtype.kind in "fiu" and by not in ("trimer", "layer", "domain"): _colour_numbers(ax, x, y, values.astype(float), by, size)
+    if values.dtype.kind in "fiu" and by not in ("trimer", "layer", "domain"):
+        _colour_numbers(ax, x, y, values.astype(float), by, size)
     else:
         for i, name in enumerate(sorted(set(map(str, values)))):
             of = values.astype(str) == name
             ax.scatter(x[of], y[of], s=size, label=name, color=f"C{i % 10}", linewidths=0)
-        with plt.rc_context(_STYLE): ax.legend(loc="upper right", markerscale=1.5, borderpad=0.3, handletextpad=0.2)
+        with plt.rc_context(_STYLE):
+            ax.legend(loc="upper right", borderpad=0.3, handletextpad=0.2, framealpha=0.7)
     return ax
 
 # %% ../nbs/02_plot.ipynb #74e1c5de
@@ -154,19 +162,21 @@ def show_arrows(
     ax=None, # matplotlib Axes; default: a new figure
     polar_deg=0.0, # direction of +c for disp_pm, degrees counter-clockwise from up
     **kw, # as `show`
-): # matplotlib Axes, in nm
+) -> plt.Axes: # the axes, in nm
     """Draw displacements as arrows, red up and blue down, enlarged `scale` times.
     Raises: InputError when the table holds no displacement."""
     _require_columns(table, "y_nm", "x_nm", *(() if {"y0_nm", "x0_nm"} <= set(table) else ("disp_pm",)))
     check_positive("scale", scale)
     y, x = (np.asarray(table[c], float) for c in ("y_nm", "x_nm"))
-    if {"y0_nm", "x0_nm"} <= set(table): dy, dx = y - np.asarray(table["y0_nm"]), x - np.asarray(table["x0_nm"])
+    if {"y0_nm", "x0_nm"} <= set(table):
+        dy, dx = y - np.asarray(table["y0_nm"], float), x - np.asarray(table["x0_nm"], float)
     else:
         turn, u = np.radians(polar_deg), 1e-3 * np.asarray(table["disp_pm"], float)
         dy, dx = -u * np.cos(turn), -u * np.sin(turn)
     ax, real = _under(image, table, ax, kw), np.isfinite(dy) & np.isfinite(dx)
     colour = np.where(dy[real] <= 0, "#ff5a4d", "#5db2ff")
-    ax.quiver(x[real], y[real], dx[real], dy[real], color=colour, angles="xy", scale_units="xy", scale=1 / scale, width=0.008, pivot="mid")
+    style = {"angles": "xy", "scale_units": "xy", "scale": 1 / scale, "width": 0.008, "pivot": "mid"}
+    ax.quiver(x[real], y[real], dx[real], dy[real], color=colour, **style)
     ax.text(0.02, 0.98, f"arrows × {scale:g}", transform=ax.transAxes, va="top", color="white", fontsize=8,
             bbox={"facecolor": "black", "alpha": 0.45, "linewidth": 0, "pad": 1.5})
     return ax
@@ -179,15 +189,18 @@ def show_mask(
     color="#ffb000", # colour of the mask
     alpha=0.4, # its opacity
     **kw, # as `show`
-): # matplotlib Axes, in nm
+) -> plt.Axes: # the axes, in nm
     """Lay a transparent mask over the image.
     Raises: InputError when the shapes differ."""
     mask = np.asarray(mask) != 0
     ax = show(image, ax=ax, **kw)
     drawn = ax.images[-1]
     if mask.shape != drawn.get_array().shape[:2]:
-        raise InputError(f"the mask has shape {mask.shape}, the image {drawn.get_array().shape[:2]}; they must agree.")
-    ax.imshow(np.ma.masked_where(~mask, mask), cmap=ListedColormap([color]), alpha=alpha, extent=drawn.get_extent(), interpolation="nearest")
+        shape = drawn.get_array().shape[:2]
+        raise InputError(f"the mask has shape {mask.shape}, the image {shape}; they must agree.")
+    flat = np.ma.masked_where(~mask, mask)
+    style = {"extent": drawn.get_extent(), "interpolation": "nearest"}
+    ax.imshow(flat, cmap=ListedColormap([color]), alpha=alpha, **style)
     return ax
 
 # %% ../nbs/02_plot.ipynb #677bc5b2
@@ -196,9 +209,11 @@ _L, _C = 0.75, 0.124 # Oklab lightness and chroma: the most colourful ring that 
 # %% ../nbs/02_plot.ipynb #31036b40
 def _srgb(lightness, a, b) -> np.ndarray:
     "Oklab to sRGB in [0, 1] (B. Ottosson, https://bottosson.github.io/posts/oklab)."
-    lms = np.stack([lightness + 0.3963377774 * a + 0.2158037573 * b, lightness - 0.1055613458 * a - 0.0638541728 * b,
+    lms = np.stack([lightness + 0.3963377774 * a + 0.2158037573 * b,
+                    lightness - 0.1055613458 * a - 0.0638541728 * b,
                     lightness - 0.0894841775 * a - 1.2914855480 * b], -1) ** 3
-    linear = lms @ np.array([[4.0767416621, -1.2684380046, -0.0041960863], [-3.3077115913, 2.6097574011, -0.7034186147],
+    linear = lms @ np.array([[4.0767416621, -1.2684380046, -0.0041960863],
+                             [-3.3077115913, 2.6097574011, -0.7034186147],
                              [0.2309699292, -0.3413193965, 1.7076147010]])
     return np.where(linear > 0.0031308, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055, 12.92 * linear)
 
@@ -210,7 +225,8 @@ def phase_rgb(
     """Colour an order parameter: hue is the angle, darkness the lack of amplitude.
     Source: equation above; Oklab, https://bottosson.github.io/posts/oklab"""
     Q, phi = np.broadcast_arrays(np.clip(np.asarray(Q, float), 0, 1), np.asarray(phi, float))
-    return np.clip(_srgb(Q * _L, Q * _C * np.cos(phi + 0.4), Q * _C * np.sin(phi + 0.4)), 0, 1).astype(np.float32)
+    hue = phi + 0.4  # puts the six states on six colours that have names
+    return np.clip(_srgb(Q * _L, Q * _C * np.cos(hue), Q * _C * np.sin(hue)), 0, 1).astype(np.float32)
 
 # %% ../nbs/02_plot.ipynb #154f7115
 def phase_cmap() -> ListedColormap: # cyclic, for values from 0 to 2π
@@ -225,9 +241,11 @@ def _wheel(ax, labels):
     "Colour wheel: angle counter-clockwise from the right, amplitude from the centre."
     v, u = np.mgrid[1:-1:101j, -1:1:101j]
     r = np.hypot(u, v)
-    ax.imshow(np.dstack([phase_rgb(r, np.arctan2(v, u)), r <= 1]), extent=(-1, 1, -1, 1), interpolation="bilinear")
+    disc = np.dstack([phase_rgb(r, np.arctan2(v, u)), r <= 1])
+    ax.imshow(disc, extent=(-1, 1, -1, 1), interpolation="bilinear")
     for k, name in enumerate(labels):
-        ax.text(1.35 * np.cos(k * np.pi / 3), 1.35 * np.sin(k * np.pi / 3), name, ha="center", va="center", fontsize=8)
+        y, x = 1.35 * np.sin(k * np.pi / 3), 1.35 * np.cos(k * np.pi / 3)
+        ax.text(x, y, name, ha="center", va="center", fontsize=8)
     ax.set(xlim=(-1.7, 1.7), ylim=(-1.7, 1.7), aspect="equal")
     ax.set_axis_off()
 
@@ -241,7 +259,7 @@ def show_phase(
     wheel=None, # draw the colour wheel at the right; default: only in a new figure
     labels=_NAMES, # names at 0°, 60°, …, 300°
     size=3, # longer side of a new figure, inches
-): # matplotlib Axes, in nm
+) -> plt.Axes: # the axes, in nm
     "Draw an order parameter (Q, Φ) in one picture, with a colour wheel as its key."
     wheel = ax is None if wheel is None else wheel
     Q = np.broadcast_to(Q, np.shape(phi))
