@@ -11,6 +11,7 @@ the truth is a probit of the same band with an upper asymptote of 0.97, and each
 """
 import argparse
 import os
+import sys
 import time
 from itertools import product
 
@@ -92,12 +93,13 @@ def table(rows):
 
 def sizes(a):
     "Coverage study."
-    grid = ((1.5,), (.5,), (1000,)) if a.quick else ((1.3, 1.5, 1.8), (.1, .3, .5, .7, .9), (300, 1000, 5000))
+    grid = ((1.5,), (.5,), (1000,)) if a.quick else ((1.3, 1.5, 1.8), (.1, .3, .5, .7, .9), a.detected)
     jobs = list(product(FAMILIES, *grid))
     runs = 40 if a.quick else a.runs
     rows = Parallel(n_jobs=a.jobs)(delayed(cell)(*job, a.curve, runs) for job in jobs)
     rows = pd.DataFrame([r for cell_rows in rows for r in cell_rows])
     if a.out: rows.to_csv(a.out, index=False)
+    print("python benchmarks/counting.py " + " ".join(sys.argv[1:]))
     with pd.option_context("display.width", 160, "display.max_rows", None):
         for name in ("number", "surface"):
             part = table(rows[rows.quantity == name])
@@ -168,6 +170,7 @@ if __name__ == "__main__":
     p.add_argument("--quick", action="store_true", help="a few cells, for CI")
     p.add_argument("--runs", type=int, default=200, help="runs per cell")
     p.add_argument("--curve", choices=["known", "injected"], default="known")
+    p.add_argument("--detected", type=int, nargs="+", default=[300, 1000, 5000], help="numbers of detected particles")
     p.add_argument("--jobs", type=int, default=-1, help="processes")
     p.add_argument("--out", help="CSV file for every run")
     args = p.parse_args()

@@ -181,7 +181,7 @@ def profile_ends(
     r, sign, q = (a.ravel() for a in np.meshgrid(np.arange(R), [-1., 1.], np.arange(Q), indexing="ij"))
     target, rows = at[0][0] - np.asarray(reach)[r] / 2, np.arange(len(r))
     now, here = np.repeat(psi[None], len(r), 0), [np.repeat(a, len(r), 0) for a in at]
-    for _ in range(40):
+    for step in range(60):
         ell, score, info, L, dL = here
         up, along = _solve(info, score), _solve(info, dL[rows, q])
         room = (score * up).sum(1) - 2 * (target - ell)
@@ -189,7 +189,8 @@ def profile_ends(
         d = up + (sign * stride)[:, None] * along
         done = (np.abs(ell - target) < 2e-3) & (np.einsum("mi,mij,mj->m", d, info, d) < 2e-3)
         if done.all(): break
-        now = now + d / np.maximum(1, np.abs(d).max(1) / .7)[:, None]
+        careful = 1 if step < 8 else .5 if step < 25 else .2 # shares that saturate make full steps oscillate
+        now = now + careful * d / np.maximum(1, np.abs(d).max(1) / .7)[:, None]
         here = like(family, now)
     L = np.where(done, here[3][rows, q], sign * np.inf) # an end that is not found is no limit
     L = np.where(np.abs(at[3][0, q]) > 16, at[3][0, q], L).reshape(R, 2, Q) # nothing is unseen

@@ -97,11 +97,15 @@ def _no_turn(best, power, log_d10): # why the best law does not turn over where 
     if 2 * (best["at"][0][0] - power) < 10: return f"{said}, and a power law without any turning point fits as well"
     return None
 
+def _apart(theta): # are two lognormals two populations, rather than one of an odd shape? (Ashman's D > 2)
+    a, b = np.exp(theta[1]), np.exp(theta[3])
+    return abs(theta[0] - theta[2]) > 2 * np.sqrt((a * a + b * b) / 2) and .02 < expit(theta[4]) < .98
+
 def _reasons(like, fits, two, log_d10): # why nothing is extrapolated, or None
     best = min(fits, key=lambda f: f["aic"])
     if like.n < 200: return f"{like.n} particles are too few to tell one size law from another; count 200 or more"
     power = maximise(like, "power law", np.r_[1., like.phi0])[1][0][0]
-    if two is not None and two["aic"] < min(best["aic"], 2 - 2 * power) - 6:
+    if two is not None and two["aic"] < min(best["aic"], 2 - 2 * power) - 6 and _apart(two["law"].theta):
         return 'one population does not fit, two do; count them apart, or add "lognormal2" to families if these two are all'
     said = _no_turn(best, power, log_d10)
     if said or best["gof_p"] >= .01: return said
