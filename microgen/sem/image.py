@@ -6,8 +6,6 @@
 __all__ = ['BARS', 'texture', 'blur', 'secondary_electrons', 'charge', 'transmitted', 'count_electrons', 'grey_levels', 'overlay']
 
 # %% ../../nbs/31_sem.image.ipynb #3eb902b3
-import re
-
 import numpy as np
 from scipy import fft, ndimage, signal
 
@@ -17,7 +15,7 @@ from ..core import InputError, as_rng
 def texture(
     shape, # (H, W), px
     length_px, # correlation length, px
-    slope=3., # exponent of the power spectrum beyond the correlation length: 2 rough to 6 smooth
+    slope=3., # exponent of the power spectrum beyond that length: 2 rough to 6 smooth; None: only periods near it
     rng=None, # int, Generator or SeedSequence
 ) -> np.ndarray: # (H, W) float32 of mean 0 and standard deviation 1
     """Gaussian random surface with the power spectrum of a rough film.
@@ -25,7 +23,8 @@ def texture(
     size = tuple(fft.next_fast_len(n, real=True) for n in shape)
     spectrum = fft.rfft2(as_rng(rng).standard_normal(size, dtype=np.float32))
     q2 = (fft.fftfreq(size[0])**2)[:, None] + fft.rfftfreq(size[1])**2
-    spectrum *= ((1 + (2 * np.pi * length_px)**2 * q2)**(-slope / 4)).astype(np.float32)
+    if slope is None: spectrum *= np.exp(-(np.sqrt(q2) * length_px - 1)**2 / 0.35).astype(np.float32)
+    else: spectrum *= ((1 + (2 * np.pi * length_px)**2 * q2)**(-slope / 4)).astype(np.float32)
     spectrum[0, 0] = 0
     out = fft.irfft2(spectrum, size)[:shape[0], :shape[1]]
     return (out - out.mean()) / max(float(out.std()), 1e-9)
@@ -64,7 +63,7 @@ def _smooth(image, sigma_px):
     return along[:, low] * (1 - t) + along[:, np.minimum(low + 1, coarse.shape[1] - 1)] * t
 
 def secondary_electrons(
-    seen, # Seen (`microgen.sem.particle`): what each pixel sees of the particles
+    seen, # Seen (`microgen.sem.solid`): what each pixel sees of the particles
     tone, # (n,) signal of a flat piece of each particle; 1 is white
     support, # (H, W) signal of the bare support
     surface, # (H, W) height of the support, nm
@@ -86,7 +85,7 @@ def secondary_electrons(
         reach = max(s.shadow_nm / pixel_nm, 1.)
         around = _smooth(height, reach)
         if s.shade: around = ndimage.shift(around, (-np.sin(turn) * reach * s.shade, -np.cos(turn) * reach * s.shade), order=1, mode="nearest")
-        image *= np.exp(-s.shadow * np.maximum(around - height, 0) / max(s.shadow_nm, 1e-3))
+        image *= np.exp(-s.shadow * np.maximum(around - height / 2, 0) / s.shadow_nm)
     if s.glow: image += s.glow * _smooth(image - support, max(s.glow_nm / pixel_nm, 1.))
     return image, more
 
@@ -110,7 +109,8 @@ def transmitted(
     scene, # Scene with numbers only
 ) -> tuple: # (H, W) float32 signal before the probe; (m,) signal that each fragment adds
     """Signal of bright field or HAADF.
-    Source: bright field exp(-sum t/L); HAADF 1 - exp(-sum t/L), Rutherford: 1/L grows as density Z^1.7 / A."""
+    Source: bright field exp(-sum t/L); HAADF 1 - exp(-sum t/L), Rutherford: 1/L grows as density Z^1.7 / A.
+    HAADF is set so that its brightest pixels have the level asked for."""
     f, s = seen.fragments, scene
     own = f.cover * f.thick * strength[f.owner] / s.particle_mfp_nm
     sum_t = support_nm / s.support_mfp_nm
@@ -119,7 +119,8 @@ def transmitted(
     sign = 1 if s.mode == "haadf" else -1
     more = sign * np.exp(-below) * -np.expm1(-f.thick * strength[f.owner] / s.particle_mfp_nm)
     image = -np.expm1(-sum_t) if s.mode == "haadf" else np.exp(-sum_t)
-    return (s.particle_level * image + s.support_level).astype(np.float32), s.particle_level * more
+    level = s.particle_level / (1 if s.mode == "bf" else max(np.percentile(image, 99.8), 1e-9))
+    return (level * image + s.support_level).astype(np.float32), level * more
 
 # %% ../../nbs/31_sem.image.ipynb #3bc239f9
 def count_electrons(
