@@ -45,7 +45,7 @@ def _pixel_noise(image): # (H, W) -> standard deviation of pixel-to-pixel noise
 
 def find_columns(micrograph,      # Micrograph, or anything `as_micrograph` takes
                  spacing_nm=None, # shortest distance between columns, nm (None: estimated from the image)
-                ):                # DataFrame y_nm, x_nm, intensity (smoothed value at the peak), brightest first
+                ) -> pd.DataFrame: # y_nm, x_nm, intensity (smoothed value at the peak), brightest first
     """Find bright columns in an image, to a fraction of a pixel.
 
     Raises: InputError for an image of several channels, not finite, or without contrast."""
@@ -99,7 +99,8 @@ def _windows(y, x, shape, px, radius): # centres (N,) nm, image shape, pixel siz
         shape=shape, r_off=np.hypot(oy[:, None] * px[0], ox * px[1]))
 
 def _gauss(w, sigma): # windows, (N,) nm -> (N, h, w): unit-height Gaussians
-    return np.exp(-0.5 * (w.dy / sigma[:, None]) ** 2)[:, :, None] * np.exp(-0.5 * (w.dx / sigma[:, None]) ** 2)[:, None]
+    y, x = (np.exp(-0.5 * (d / sigma[:, None]) ** 2) for d in (w.dy, w.dx))
+    return y[:, :, None] * x[:, None]
 
 def _paint(w, v): # windows, (N, h, w) values -> (H*W,): their sum in the image
     full = np.bincount(w.flat.ravel(), v.ravel(), minlength=w.frame[0] * w.frame[1]).reshape(w.frame)
@@ -225,7 +226,7 @@ def fit_columns(micrograph,          # Micrograph, or anything `as_micrograph` t
                 widths="shared",     # "shared": one profile per element; "column": times a width of each column
                 background_nm=1.5,   # distance of the background's knots, nm
                 max_steps=20,        # steps at most
-               ):                    # DataFrame: start's rows inside the image + amplitude, sigma_nm, y_se_nm, x_se_nm, ...
+               ) -> pd.DataFrame:    # start's rows inside the image + amplitude, sigma_nm, y_se_nm, x_se_nm, amplitude_se
     """Fit all columns of an image together: positions, heights, profiles, background, and their standard errors.
 
     Raises: InputError when `start` lacks positions, has none inside the image, or the columns are finer than a pixel.
@@ -255,8 +256,8 @@ def _fit(micrograph, start, sigma_nm=None, widths="shared", background_nm=1.5, m
         information = s.normal.diagonal()[:: 4 if s.free_width else 3][: len(s.A)]
         if i > 5 and np.quantile(s.moved[s.inside] / np.maximum(information**-0.5, 2e-4)[s.inside], 0.95) < 0.15: break
     return _table(s, table, m, scale), SimpleNamespace(
-        model=(image - residual).reshape(m.data.shape) * scale + m.data.min(), residual=residual.reshape(m.data.shape) * scale,
-        read_sd=np.sqrt(line[0]) * scale, gain=line[1] * scale, steps=i + 1)
+        model=(image - residual).reshape(m.data.shape) * scale + m.data.min(),
+        residual=residual.reshape(m.data.shape) * scale, read_sd=np.sqrt(line[0]) * scale, gain=line[1] * scale, steps=i + 1)
 
 # %% ../../nbs/13_stem.column.ipynb #bc5cbe8e
 def _start(m, start, sigma_nm, widths, px): # -> (table of the columns to fit, state of the fit)
@@ -268,15 +269,18 @@ def _start(m, start, sigma_nm, widths, px): # -> (table of the columns to fit, s
     beyond = np.maximum(-yx, yx - (np.array(m.data.shape) - 1) * px).max(1)
     is_fixed = start["fixed"].to_numpy(bool) if "fixed" in start else np.zeros(len(start), bool)
     free = start[(beyond < _MARGIN) & ~is_fixed].reset_index(drop=True)
-    if not (beyond[~is_fixed] <= 0).any(): raise InputError("no column of start lies inside the image: is it in nm, y before x?")
+    if not (beyond[~is_fixed] <= 0).any():
+        raise InputError("no column of start lies inside the image: is it in nm, y before x?")
     y, x = free.y_nm.to_numpy(float), free.x_nm.to_numpy(float)
     inside = (beyond[(beyond < _MARGIN) & ~is_fixed] <= 0)
     spacing = np.median(cKDTree(np.c_[y, x]).query(np.c_[y, x], k=2)[0][:, 1]) if len(free) > 1 else 0.2
     if spacing < 2.5 * px.max():
-        raise InputError(f"columns {spacing:.3f} nm apart cannot be fitted at {px.max():.3f} nm per pixel: 2.5 pixels are needed")
+        raise InputError(f"columns {spacing:.3f} nm apart cannot be fitted at {px.max():.3f} nm per pixel: "
+                         f"they must be 2.5 pixels apart, so scan finer")
     group, names = pd.factorize(free["element"]) if "element" in free else (np.zeros(len(free), int), ["all"])
-    return free, SimpleNamespace(y=y, x=x, y0=y, x0=x, inside=inside, t=np.ones(len(y)), group=group, stage=0, ladder=_LADDER[:1],
-        sigma=np.full(len(names), sigma_nm or min(0.28 * spacing, 0.08)), shape_w=np.zeros((len(names), 0)), spacing=spacing, damping=1e-3,
+    return free, SimpleNamespace(y=y, x=x, y0=y, x0=x, inside=inside, t=np.ones(len(y)), group=group,
+        stage=0, ladder=_LADDER[:1], sigma=np.full(len(names), sigma_nm or min(0.28 * spacing, 0.08)),
+        shape_w=np.zeros((len(names), 0)), spacing=spacing, damping=1e-3,
         free_width=widths == "column", image_shape=m.data.shape, fixed_table=start[(beyond < _MARGIN) & is_fixed],
         fixed_A=np.zeros(start[is_fixed]["element"].nunique() if is_fixed.any() else 0))
 
@@ -299,4 +303,4 @@ def _table(s, table, m, scale): # state, table of the fitted columns, Micrograph
     out = table.assign(y_nm=s.y, x_nm=s.x, amplitude=s.A * scale, sigma_nm=half[s.group] * s.t, y_se_nm=se[:, 0],
         x_se_nm=se[:, 1], amplitude_se=se[:, 2] * scale)
     if s.free_width: out["sigma_se_nm"] = se[:, 3] * out.sigma_nm
-    return out[s.inside].reset_index(drop=True)  # by where they were expected: the fitted place would select the errors too
+    return out[s.inside].reset_index(drop=True)  # by the expected place: the fitted one would select errors

@@ -20,7 +20,7 @@ from .column import _check_image
 from .crystal import _frame, columns, load_structure
 
 # %% ../../nbs/13b_stem.lattice.ipynb #055549a5
-def _motif(structure, fov, zone, up): # -> (DataFrame of visible and fixed columns in crystal frame, reciprocal net (2, 2) 1/nm in y, x)
+def _motif(structure, fov, zone, up): # -> DataFrame in the crystal frame, reciprocal net (2, 2) 1/nm
     "Projected columns, coinciding ones joined to the heaviest, weak ones marked as fixed."
     t = columns(structure, fov=fov, zone=zone, up=up, margin=0.6 * np.hypot(*fov) - 0.5 * min(fov)).table
     z = np.array([Element(e).Z for e in t.element])
@@ -76,8 +76,8 @@ def _align(image, px, g, F, rotations): # -> T (2, 2): image vector = T @ crysta
 def _taper(shape): # -> (H, W) Hann window
     return np.outer(*(np.hanning(n) for n in shape))
 
-def _shift(image, px, T, g, F, centre): # -> (2,) shift nm, agreement 0 to 1: image position = T @ (crystal position - centre) + centre + shift
-    "Translation from the phases of the peaks, the smallest of all lattice translations that fit."
+def _shift(image, px, T, g, F, centre): # -> (2,) shift nm, agreement 0 to 1
+    "Smallest of the translations that fit the phases: image = T @ (crystal - centre) + centre + shift."
     q = g @ np.linalg.inv(T)
     H = _fourier((image - image.mean()) * _taper(image.shape), px, q)
     e = np.arange(-0.5, 0.501, 0.008)
@@ -91,8 +91,9 @@ def _shift(image, px, T, g, F, centre): # -> (2,) shift nm, agreement 0 to 1: im
 
 def _spanning(g): # (G, 2) -> indices of the shortest vectors that span the plane: long wavelengths cannot slip by a period
     order = np.argsort(np.hypot(*g.T))
-    other = next(i for i in order if abs(g[order[0], 0] * g[i, 1] - g[order[0], 1] * g[i, 0]) > 0.3 * np.hypot(*g[order[0]]) * np.hypot(*g[i]))
-    return np.array([order[0], other])
+    first, length = g[order[0]], np.hypot(*g.T)
+    sine = np.abs(first[0] * g[:, 1] - first[1] * g[:, 0]) / (length * length[order[0]])
+    return np.array([order[0], next(i for i in order if sine[i] > 0.3)])
 
 def _distortion(image, px, T, shift, g, F, at, smooth_nm=0.5): # at (N, 2) nm -> (N, 2) remaining smooth displacement, nm
     "Local displacement from the phases of the peaks (geometric phase analysis)."
@@ -115,8 +116,8 @@ def reference_columns(micrograph,        # Micrograph, or anything `as_micrograp
                       zone=(1, 0, 0),    # zone axis [u, v, w]
                       up=(0, 0, 1),      # crystal direction that points up in the image
                       rotation_deg=None, # rotation of the crystal, degrees counter-clockwise (None: found within ±90)
-                     ): # DataFrame y_nm, x_nm (in the image), yc_nm, xc_nm (in the crystal), element, site, trimer, layer, fixed
-    """Lay a structure over an image: expected position and name of every column. `attrs` has the affine map `T` and the agreement of the Fourier peaks, `match`.
+                     ) -> pd.DataFrame: # y_nm, x_nm in the image, yc_nm, xc_nm in the crystal, element, site, trimer, ...
+    """Lay a structure over an image: expected position and name of every column. `attrs` holds `T` and `match`.
 
     Raises: InputError when the lattice of the structure is not in the image."""
     m, px = _check_image(micrograph), np.array(as_micrograph(micrograph).pixel_size)
@@ -128,8 +129,10 @@ def reference_columns(micrograph,        # Micrograph, or anything `as_micrograp
     T, seen = _align(image, px, g, F, rotations)
     shift, match = _shift(image, px, T, g, F, np.array(m.fov) / 2)
     if not seen or match < 0.75:
-        raise InputError(f"the lattice of the structure is not in the image (agreement {match:.2f} of 1): check the pixel size, zone and structure")
-    if match < 0.88: warnings.warn(f"the image agrees with the structure only to {match:.2f} of 1: look at the overlay", stacklevel=2)
+        raise InputError(f"the lattice of the structure is not in the image (agreement {match:.2f} of 1): "
+                         "check the pixel size, the zone axis and the structure")
+    if match < 0.88:
+        warnings.warn(f"the image agrees with the structure only to {match:.2f} of 1: look at the overlay", stacklevel=2)
     crystal = motif[["y_nm", "x_nm"]].to_numpy()
     centre = np.array(m.fov) / 2
     yx = (crystal - centre) @ T.T + centre + shift
@@ -153,7 +156,7 @@ def assign(table,             # DataFrame y_nm, x_nm, as find_columns or fit_col
            structure,         # pymatgen Structure, shipped name or path of a CIF file
            tolerance_nm=0.09, # farther from the expected place a column gets no name, nm
            **kwargs,          # zone, up, rotation_deg of `reference_columns`
-          ): # the table with element, site, trimer, layer, yc_nm, xc_nm; element "" where nothing is expected
+          ) -> pd.DataFrame: # the table with element, site, trimer, layer, yc_nm, xc_nm; element "" where nothing is expected
     """Name the columns of an image after a structure.
 
     Raises: InputError when the lattice of the structure is not in the image."""
@@ -217,7 +220,7 @@ def _walk(yx, basis): # (N, 2), (2, 2) -> (N, 2) integer indices, (N,) net numbe
 # %% ../../nbs/13b_stem.lattice.ipynb #a2c74b18
 def sublattices(table, # DataFrame y_nm, x_nm, amplitude (or intensity)
                 min_share=0.1, # smallest share of all columns that makes a grain
-               ): # the table with site ("A", "B", ... bright to dim, "" outside lattices), grain, i, j, yc_nm, xc_nm (ideal place)
+               ) -> pd.DataFrame: # with site ("A", "B", ... bright to dim, "" for none), grain, i, j, yc_nm, xc_nm (ideal)
     """Sort columns into sublattices by their translations and their brightness, grain by grain.
 
     Raises: InputError for a table of fewer than 12 columns."""
@@ -249,7 +252,9 @@ def _name(out, left, yx, bright, index, net, nets, grain): # writes site, indice
         parity = models[np.argmax([0.04] + [_contrast(yx[left[k]], A, p) for p in models[1:]])]
         place = np.c_[ij, np.ones(len(ij))]
         ideal = place @ np.linalg.lstsq(place, yx[left[k]], rcond=None)[0]
-        for p in np.unique(parity): parts.append((A[parity == p].mean(), left[k][parity == p], ij[parity == p], ideal[parity == p]))
+        for p in np.unique(parity):
+            q = parity == p
+            parts.append((A[q].mean(), left[k][q], ij[q], ideal[q]))
     for name, (_, rows, ij, ideal) in zip("ABCDEFGH", sorted(parts, key=lambda q: -q[0])):
         out.loc[rows, "site"], out.loc[rows, "grain"] = name, grain
         out.loc[rows, ["i", "j"]], out.loc[rows, ["yc_nm", "xc_nm"]] = ij, ideal
