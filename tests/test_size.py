@@ -263,3 +263,17 @@ def test_calibration_precision():
     assert fit.d50_se / fit.d50 < .013 and abs(np.log(fit.d50 / 8)) < 4 * fit.d50_se / fit.d50 and abs(fit.upper - .97) < .03
     floor = fit_detection(d, rng.random(2000) < .1 + .9 * SOFT(d), chance=.1)
     assert abs(np.log(floor.d50 / 8)) < .06 and abs(logit(floor.upper) - logit(.97)) < 2
+
+
+def test_false_specks_are_left_out():
+    "One per cent of false detections where the curve is nearly zero: refused, or the same answer when such sizes are left out."
+    rng = np.random.default_rng(15)
+    d = observe(size_law("lognormal", 9, 1.4), SOFT, 2000, rng)
+    specks = np.r_[d, rng.uniform(2, 4, 20)]
+    weight = 1 / (1 - specks / 400)**2
+    clean, cut = fit_sizes(d, SOFT, min_detection=.02), fit_sizes(specks, SOFT, min_detection=.02)
+    assert fit_sizes(specks, SOFT).refused
+    for u, v in zip(shares(clean), shares(cut)):
+        assert np.allclose([u.value, u.low, u.high], [v.value, v.low, v.high], atol=1e-3)
+    framed = fit_sizes(specks, SOFT, edge_weight=weight, min_detection=.02)
+    assert abs(framed.unseen_surface.value - cut.unseen_surface.value) < .02 and len(show_sizes(framed).axes) == 3

@@ -177,7 +177,7 @@ def _frame(d, fov, edge_weight): # -> share of particles of each size that lie w
     inside = lambda s: np.clip(1 - s / h, .02, 1) * np.clip(1 - s / w, .02, 1)
     return inside, 1 / inside(d)
 
-def _one_image(d_nm, curve, fov, edge_weight, size_error): # -> Sizes
+def _one_image(d_nm, curve, fov, edge_weight, size_error, least): # -> Sizes
     d = check_finite("d_nm", np.asarray(d_nm, float))
     if d.ndim != 1 or (d <= 0).any(): raise InputError("d_nm must be a list of diameters above zero, in nm.")
     if not len(d): raise InputError("d_nm holds no particle, so nothing can be said about what was missed; leave it out.")
@@ -187,10 +187,15 @@ def _one_image(d_nm, curve, fov, edge_weight, size_error): # -> Sizes
     if (p == 0).any() and not size_error and not isinstance(curve, DetectionCurve):
         raise InputError(f"{int((p == 0).sum())} particles have sizes that p_det calls impossible to find; "
                          "leave them out or soften the curve.")
-    return Sizes(np.log(d), curve, *_frame(d, fov, edge_weight))
+    inside, weight = _frame(d, fov, edge_weight)
+    if not least: return Sizes(np.log(d), curve, inside, weight)
+    keep = p >= least
+    if not keep.any(): raise InputError(f"no particle has a size that is found with p >= {least:.3g}; lower min_detection.")
+    window = lambda s: (curve(s) >= least) * (1. if inside is None else inside(s))
+    return Sizes(np.log(d[keep]), curve, window, None if weight is None else weight[keep])
 
-def _images(d_nm, p_det, fov, edge_weight, size_error): # one image or several -> [Sizes]
-    if not (len(d_nm) and np.ndim(d_nm[0])): return [_one_image(d_nm, p_det, fov, edge_weight, size_error)]
+def _images(d_nm, p_det, fov, edge_weight, *rest): # one image or several -> [Sizes]
+    if not (len(d_nm) and np.ndim(d_nm[0])): return [_one_image(d_nm, p_det, fov, edge_weight, *rest)]
     n = len(d_nm)
     framed = isinstance(fov, (list, tuple)) and any(f is None or np.ndim(f) for f in fov)
     weighted = edge_weight is not None
@@ -198,7 +203,7 @@ def _images(d_nm, p_det, fov, edge_weight, size_error): # one image or several -
     fovs, weights = list(fov) if framed else [fov] * n, list(edge_weight) if weighted else [None] * n
     for name, given in (("p_det", curves), ("fov", fovs), ("edge_weight", weights)):
         if len(given) != n: raise InputError(f"{len(given)} values of {name} for {n} images; give one for all, or one each.")
-    return [_one_image(*each, size_error) for each in zip(d_nm, curves, fovs, weights)]
+    return [_one_image(*each, *rest) for each in zip(d_nm, curves, fovs, weights)]
 
 # %% ../../nbs/36_count.size.ipynb #e271e842
 def fit_sizes(
@@ -209,6 +214,7 @@ def fit_sizes(
     size_error: float = 0., # relative error (sd) of a single diameter, such as 0.1
     families: tuple = ("lognormal", "weibull", "gamma"), # size laws to consider; also "lognormal2", two populations
     level: float = .95, # confidence of the intervals
+    min_detection: float = 0., # leave out sizes that are found less often than this, where most detections are false
 ) -> SizeFit: # laws, unseen shares with intervals, totals
     """Fit size laws through a detection curve and say what was not seen.
     Raises: InputError for sizes, curves, weights or families that cannot be right.
@@ -216,8 +222,9 @@ def fit_sizes(
     families = _known(families)
     if not 0 <= size_error < .5: raise InputError(f"size_error={size_error!r} is a relative error; give a number from 0 to 0.5.")
     if not .5 <= level < 1: raise InputError(f"level={level!r} must be a confidence from 0.5 up to below 1.")
-    images = _images(d_nm, p_det, fov, edge_weight, size_error)
-    settings = {"families": list(families), "size_error": size_error, "level": level}
+    if not 0 <= min_detection < .5: raise InputError(f"min_detection={min_detection!r} must lie from 0 to below 0.5.")
+    images = _images(d_nm, p_det, fov, edge_weight, size_error, min_detection)
+    settings = {"families": list(families), "size_error": size_error, "level": level, "min_detection": min_detection}
     floors = [_floor(images, q, level) for q in ThinnedLikelihood.moments]
     x = np.concatenate([i.x for i in images])
     if len(x) < 20 or x.std() < 1e-3:
@@ -285,7 +292,8 @@ def _draw_law(fit, ax, bins):
         inside = 1 if i.inside is None else i.inside(s)
         p = i.curve(s)
         share = np.sum(fit.law.pdf(s) * s * p * inside) * np.log(s[1] / s[0])
-        seen = seen + len(i.x) / share * np.stack([density * p * inside, density * inside])
+        frame = np.where(np.asarray(inside) > 0, inside, 1) # sizes left out by min_detection are there all the same
+        seen = seen + len(i.x) / share * np.stack([density * p * inside, density * frame])
     ax.set_ylim(0, min(1.1 * seen[1].max(), 4 * seen[0].max()))
     ax.plot(s, seen[0], "k", label=f"{fit.law.family}, seen")
     refused = fit.refused is not None
