@@ -236,7 +236,8 @@ def main():
     print("r: correlation with the mean of " + ", ".join(
         f"{int(v['configurations'])} ({c} {t} nm)" for (c, t), v in references().items())
         + " phonon configurations. Their scatter is part of what is missing to 1: the abTEM rows give the correlation, and\n"
-          "the column error, that the reference itself has against infinitely many. `per CPU-s` counts all threads.")
+          "the column error, that the reference itself has against infinitely many (interpolation 4 or less, finer than the timed PRISM). `per CPU-s` counts all threads. On a busy\n"
+          "machine wall times mean little.")
     if args.json:
         args.json.write_text(json.dumps(table.to_dict("records"), indent=1), encoding="utf-8")
 
