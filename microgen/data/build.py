@@ -199,7 +199,8 @@ def make_item(
     image_path, maps_path, table_path = paths(out, index)
     one = simulate(recipe, index)
     write_parquet(table_path, one.table)
-    write_tiff(maps_path, np.stack([one.maps[name] for name in MAPS]), recipe.pixel_size, {"channels": MAPS})
+    write_tiff(maps_path, np.stack([one.maps[name] for name in MAPS]), recipe.pixel_size, {"channels": MAPS},
+               compress=True)
     one.image.save(image_path)
     return index
 
