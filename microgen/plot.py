@@ -150,7 +150,10 @@ def _require_columns(table, *names):
 # %% ../nbs/02_plot.ipynb #8e88ea7b
 def _under(image, table, ax, kw):
     "Axes with the image, or with a frame that holds the table when there is no image."
-    if image is not None: return show(image, ax=ax, **kw)
+    if image is not None:
+        ax = show(image, ax=ax, **kw)
+        ax.set_autoscale_on(False)  # columns of the rim do not widen the picture
+        return ax
     h, w = (max(float(np.max(table[c])), 1e-3) for c in ("y_nm", "x_nm"))
     return show(np.zeros((2, 2)), (h / 2, w / 2), ax=ax, cmap="gray_r", **kw)
 

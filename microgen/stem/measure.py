@@ -184,7 +184,7 @@ def _maps(table, m): # -> name -> (H, W) float32
     known = table[np.isfinite(table.disp_pm)]
     if not len(known): return {}
     grid = np.stack(np.meshgrid(*(np.arange(n) * p for n, p in zip(m.data.shape, m.pixel_size)), indexing="ij"), -1)
-    nearest = cKDTree(known[["y_nm", "x_nm"]]).query(grid)[1]
+    nearest = cKDTree(known[["y0_nm", "x0_nm"]]).query(grid)[1]
     maps = {"disp_pm": known.disp_pm.to_numpy()[nearest]}
     if "Q" in known and np.isfinite(known.Q).sum() > 3:
         nearest = cKDTree(known.loc[np.isfinite(known.Q), ["y_nm", "x_nm"]]).query(grid)[1]
