@@ -211,7 +211,7 @@ def complete(quick, row, found):
         from microgen.data.build import Recipe, build, simulate
     except ImportError:
         return
-    recipe = Recipe(n=24 if quick else 120, pixel_size=PIXEL, size=SIDE)
+    recipe = Recipe(n=240 if quick else 960, pixel_size=PIXEL, size=SIDE)
     made = timed(lambda: [simulate(recipe, i) for i in range(8)], 0, 1 if quick else 3)
     yield row("image, scan and labels", 8, made, "one process", found)
     with tempfile.TemporaryDirectory() as folder:
