@@ -169,20 +169,36 @@ def _messages(file, start):
             yield kind, body
 
 # %% ../nbs/00c_formats.ipynb #506bf910
-def _attributes(obj):
-    "Attributes of an HDF5 object, once the lengths of its texts are known to fit into the file."
-    info, end = require("h5py.h5o", "em").get_info(obj.id), os.path.getsize(obj.file.filename)
+def _heap_text(file, length, address, index) -> str:
+    "One text of an HDF5 global heap."
+    if not length: return ""
+    file.seek(address)
+    head = file.read(16)
+    heap, i = file.read(min(int.from_bytes(head[8:], "little"), 2**24)) if head[:4] == b"GCOL" else b"", 0
+    while i + 16 <= len(heap):
+        number, size = struct.unpack_from("<H6xQ", heap, i)
+        if number == index and length <= size: return heap[i + 16:i + 16 + length].decode("utf-8", "replace")
+        i += 16 + -(-size // 8) * 8
+    raise Unreadable("a text in it is missing: it is damaged")
+
+# %% ../nbs/00c_formats.ipynb #d5fab7ea
+def _attributes(obj) -> dict:
+    "Attributes of an HDF5 object: numbers and short texts by h5py, texts of any length from the heap."
+    start, texts = require("h5py.h5o", "em").get_info(obj.id).addr, {}
     with open(obj.file.filename, "rb") as file:
-        for kind, body in _messages(file, info.addr):
+        for kind, body in _messages(file, start):
             if kind != 12 or len(body) < 9: continue  # 12 is an attribute; inside: name, type, shape, value
-            sizes = [-(-n // 8) * 8 if body[0] == 1 else n for n in struct.unpack_from("<3H", body, 2)]
-            kind_at = 8 + (body[0] == 3) + sizes[0]
-            if kind_at >= len(body) or body[kind_at] & 15 != 9: continue  # 9: a text of any length
-            value = body[kind_at + sizes[1] + sizes[2]:]
-            for length, address, _ in struct.iter_unpack("<IQI", value[:len(value) // 16 * 16]):
-                if length > end or length and address > end:
-                    raise Unreadable("a text in it is longer than the file: it is damaged")
-    return obj.attrs
+            raw = struct.unpack_from("<3H", body, 2)
+            sizes, name_at = [-(-n // 8) * 8 if body[0] == 1 else n for n in raw], 8 + (body[0] == 3)
+            name = body[name_at:name_at + raw[0]].split(b"\0")[0].decode("utf-8", "replace")
+            of = name_at + sizes[0]
+            if of + 1 >= len(body) or body[of] & 15 in (0, 1, 3, 8): continue  # whole, float, short text, enum
+            any_length = body[of] & 15 == 9 and body[of + 1] & 15 == 1
+            places = body[of + sizes[1] + sizes[2]:] if any_length else b""
+            places = struct.iter_unpack("<IQI", places[:len(places) // 16 * 16])
+            found = [_heap_text(file, *p) for p in places]
+            texts[name] = found[0] if len(found) == 1 else found
+    return {k: obj.attrs[k] for k in obj.attrs if k not in texts} | texts
 
 # %% ../nbs/00c_formats.ipynb #c8b6e5d6
 def _text(value) -> str:
@@ -216,7 +232,8 @@ def _velox_images(file, path):
     "Velox: Data/Image/ID/Data (H, W, frames) with JSON beside it, as a column of bytes."
     for name, group in file["Data/Image"].items() if "Data/Image" in file else ():
         text = group["Metadata"]
-        if text.shape[0] > 2**24: raise Unreadable("its metadata are longer than 16 MiB")
+        if text.dtype != np.uint8 or text.shape[0] > 2**24:
+            raise Unreadable("its metadata are no text of 16 MiB or less")
         meta = json.loads(bytes(text[:, 0]).rstrip(b"\0").decode("utf-8", "replace"))
         about = meta["BinaryResult"]
         scale = [float(about["PixelSize"][k]) for k in ("height", "width")]
@@ -227,8 +244,11 @@ def _velox_images(file, path):
 def _berkeley_images(file, path):
     "EMD of Berkeley: groups with emd_group_type 1, their data, and one vector with a unit per dimension."
     groups = [g for top in file.values() for g in (top, *getattr(top, "values", tuple)())]
-    for group in (g for g in groups if hasattr(g, "keys") and "data" in g and "emd_group_type" in _attributes(g)):
+    groups = [g for g in groups if hasattr(g, "keys") and "data" in g]
+    for group in (g for g in groups if "emd_group_type" in _attributes(g)):
         dims = [group[f"dim{i + 1}"] for i in range(group["data"].ndim)][-2:]
+        if any(d.dtype.kind not in "iuf" or prod(d.chunks or (1,)) > 2**20 for d in dims):
+            raise Unreadable("its dimensions are no lists of numbers")
         scale = [abs(float(d[-1]) - float(d[0])) / max(d.shape[0] - 1, 1) for d in dims]
         unit = [_text(_attributes(d).get("units", "")).replace("_", "") for d in dims]
         yield group.name.split("/")[-1], group["data"], scale, unit, lambda: _tree(file["microscope"])
@@ -245,7 +265,8 @@ def _hdf5_pixels(data, frames_last, max_bytes, frame):
     "One image of an HDF5 dataset, after its place and size are checked."
     if data.external or data.is_virtual:
         raise Unreadable("its pixels lie in other files; microgen reads one file at a time")
-    if data.ndim < 2: raise Unreadable(f"it holds {data.ndim}-dimensional data, no image")
+    if data.ndim < 2 or data.dtype.kind not in "biufc":
+        raise Unreadable(f"it holds {data.ndim}-dimensional data of type {data.dtype}, no image")
     shape, stack = (data.shape[:2], data.shape[2:]) if frames_last else (data.shape[-2:], data.shape[:-2])
     check_size(shape, data.dtype.itemsize, max_bytes)
     if data.chunks: check_size(data.chunks, data.dtype.itemsize, max_bytes)

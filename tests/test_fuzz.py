@@ -1,4 +1,4 @@
-"""Damaged files: 500 seeded mutations of every format. A reader may succeed or raise ReadError, within two seconds; nothing else."""
+"""Damaged files: 500 seeded mutations of every format. A reader may succeed or raise ReadError, within two seconds of processor time; nothing else."""
 import logging
 import time
 import warnings
@@ -48,7 +48,7 @@ def test_fuzz(kind, tmp_path, monkeypatch):
     seen, slowest = Counter(), (0.0, 0)
     for seed in range(N):
         path.write_bytes(mutate(good, np.random.default_rng([FORMATS.index(kind), seed])))
-        begin = time.perf_counter()
+        begin = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -60,9 +60,21 @@ def test_fuzz(kind, tmp_path, monkeypatch):
                 assert str(path) in str(e) and "\n" not in str(e)
             except Exception as e:
                 raise AssertionError(f"seed {seed} of {kind} raised {type(e).__name__}: {e}") from e
-        slowest = max(slowest, (time.perf_counter() - begin, seed))
+        slowest = max(slowest, (time.process_time() - begin, seed))
     assert slowest[0] < 2, f"seed {slowest[1]} of {kind} took {slowest[0]:.1f} s"
     assert seen["refused"] > N // 5 and sum(seen.values()) == N, seen
+
+
+def test_a_heap_that_runs_in_a_circle(tmp_path):
+    "HDF5 never leaves a text heap whose free space has no size; the fuzz found it, and microgen does not enter."
+    good = samples.write(tmp_path, "hspy").read_bytes()
+    heap = good.index(b"GCOL")
+    i, end = heap + 16, heap + int.from_bytes(good[heap + 8:heap + 16], "little")
+    while i + 16 <= end and good[i:i + 2] != b"\0\0":
+        i += 16 + -(-int.from_bytes(good[i + 8:i + 16], "little") // 8) * 8
+    (tmp_path / "circle.hspy").write_bytes(good[:i] + bytes(16) + good[i + 16:])
+    assert good[i:i + 16] != bytes(16), "the sample has to have free space in its heap"
+    assert read(tmp_path / "circle.hspy").pixel_size == (0.02, 0.02)
 
 
 def test_other_files_under_every_name(tmp_path):
