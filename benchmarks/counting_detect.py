@@ -1,0 +1,122 @@
+"""Detection and sizing: F1, centre F1, bias of the diameter, time.
+
+    python benchmarks/counting_detect.py [--quick] [--data FOLDER]
+
+FOLDER holds particles/sem and particles/catalysts (default: the environment variable MICROGEN_TEST_DATA); without it
+only the simulated part runs. One setting, `Detector()`, for all images.
+"""
+import argparse
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage as ndi
+from scipy.optimize import linear_sum_assignment
+
+from microgen.count.detect import detect
+
+
+def matched(truth, label, iou=0.5):
+    "Pairs (true, found) of masks that overlap by more than `iou`."
+    n, m = truth.max() + 1, label.max() + 1
+    both = np.bincount((truth.astype(np.int64) * m + label).ravel(), minlength=n * m).reshape(n, m).astype(float)
+    j = both / np.maximum(both.sum(1, keepdims=True) + both.sum(0, keepdims=True) - both, 1)
+    return np.argwhere(j[1:, 1:] > iou)
+
+
+def centred(boxes, y, x):
+    "Pairs (box, found): each centre in at most one box, each box with at most one centre."
+    if not len(y): return np.zeros((0, 2), int)
+    dy, dx = y[None] - boxes[:, :1], x[None] - boxes[:, 1:2]
+    inside = (np.abs(dy) <= boxes[:, 2:3] / 2) & (np.abs(dx) <= boxes[:, 3:4] / 2)
+    i, j = linear_sum_assignment(np.where(inside, np.hypot(dy, dx), 1e6))
+    return np.stack([i, j], 1)[inside[i, j]]
+
+
+def discs(seed, shape=(512, 512), n=125, median=14.0, gsd=1.45, touching=0, electrons=40, blur=1.0):
+    "A textured ground with bright-rimmed discs, touching in pairs where asked: image, label, diameters in px."
+    rng = np.random.default_rng(seed)
+    yy, xx = np.mgrid[:shape[0], :shape[1]]
+    rows, tries = [], 0
+    while len(rows) < n and tries < 200 * n:
+        tries += 1
+        r = 0.5 * median * gsd ** rng.normal()
+        if r < 2.5: continue
+        pair = touching and rows and len(rows) % 2
+        if pair:
+            a = rng.uniform(0, 2 * np.pi)
+            y, x = rows[-1][0] + (rows[-1][2] + r) * np.sin(a), rows[-1][1] + (rows[-1][2] + r) * np.cos(a)
+        else: y, x = (rng.uniform(r + 2, s - r - 2) for s in shape)
+        if not (r < y < shape[0] - r and r < x < shape[1] - r): continue
+        others = rows[:-1] if pair else rows
+        if all(np.hypot(y - b, x - c) > r + d + 4 for b, c, d in others): rows.append((y, x, r))
+    label, image = np.zeros(shape, int), 0.35 + 0.03 * ndi.gaussian_filter(rng.normal(size=shape), 6) * 20
+    for k, (y, x, r) in enumerate(rows, 1):
+        d = np.hypot(yy - y, xx - x)
+        cover = np.clip(r - d + 0.5, 0, 1)
+        image = image * (1 - cover) + cover * (0.75 + 0.25 * np.exp(-(r - d) / 2).clip(0, 1))
+        label[cover > 0.5] = k
+    image = rng.poisson(electrons * np.clip(ndi.gaussian_filter(image, blur), 0, None)) / electrons
+    return image.astype(np.float32), label, 2 * np.array([r for *_, r in rows])
+
+
+def report(name, images):
+    "One line per image and the pooled line."
+    tp = n_true = n_found = 0
+    ratios = []
+    for tag, image, label, diameter in images:
+        found = detect(image)
+        pairs = matched(label, found.labels)
+        t, f = label.max(), len(found.particles)
+        ratio = found.particles["diameter_px"].to_numpy()[pairs[:, 1]] / diameter[pairs[:, 0]]
+        tp, n_true, n_found, ratios = tp + len(pairs), n_true + t, n_found + f, [*ratios, *ratio]
+        print(f"{name:10} {tag:12} true {t:4d} found {f:4d} F1 {2 * len(pairs) / max(t + f, 1):.3f} diameter {100 * (np.median(ratio) - 1) if len(ratio) else 0:+.1f} % "
+              f"{found.summary['polarity']} {found.summary['support']}", flush=True)
+    print(f"{name:10} {'POOLED':12} true {n_true:4d} found {n_found:4d} F1 {2 * tp / max(n_true + n_found, 1):.3f} median diameter {100 * (np.median(ratios) - 1):+.2f} %\n", flush=True)
+
+
+def sem(folder):
+    from skimage.io import imread
+    for p in sorted((folder / "images").glob("*.png")):
+        label = imread(folder / "masks" / p.name).astype(int)
+        yield p.stem, imread(p)[..., :3], label, 2 * np.sqrt(np.bincount(label.ravel(), minlength=label.max() + 1)[1:] / np.pi)
+
+
+def catalysts(folder):
+    from skimage.io import imread
+    tp = n_true = n_found = 0
+    for p in sorted((folder / "images").glob("*.jpg")):
+        image = imread(p)
+        high, wide = image.shape[:2]
+        b = np.loadtxt(folder / "labels" / f"{p.stem}.txt")[:, [2, 1, 4, 3]] * [high, wide, high, wide]
+        b = b[(b[:, 2] > 0) & (b[:, 3] > 0)]
+        found = detect(image)
+        pairs, f = centred(b, found.particles["y_px"].to_numpy(), found.particles["x_px"].to_numpy()), len(found.particles)
+        tp, n_true, n_found = tp + len(pairs), n_true + len(b), n_found + f
+        print(f"{'catalyst':10} {p.stem:12} true {len(b):4d} found {f:4d} centre F1 {2 * len(pairs) / max(len(b) + f, 1):.3f} {found.summary['polarity']} {found.summary['support']}", flush=True)
+    print(f"{'catalyst':10} {'POOLED':12} true {n_true:4d} found {n_found:4d} centre F1 {2 * tp / max(n_true + n_found, 1):.3f}\n", flush=True)
+
+
+def main():
+    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a.add_argument("--quick", action="store_true", help="simulated images only, two of each")
+    a.add_argument("--data", default=os.environ.get("MICROGEN_TEST_DATA"))
+    a = a.parse_args()
+    n = 2 if a.quick else 6
+    report("isolated", ((f"seed {s}", *discs(s)) for s in range(n)))
+    report("touching", ((f"seed {s}", *discs(100 + s, touching=1)) for s in range(n)))
+    image, label, _ = discs(7, (1024, 1024), 500)
+    times = []
+    for _ in range(3):
+        t, c = time.perf_counter(), time.process_time()
+        found = detect(image)
+        times.append((time.perf_counter() - t, time.process_time() - c))
+    print(f"1024 x 1024, {label.max()} particles, {len(found.particles)} found: {min(times)[0]:.2f} s wall, {min(t[1] for t in times):.2f} s CPU\n", flush=True)
+    if a.quick or not a.data: return
+    report("sem", sem(Path(a.data) / "particles" / "sem"))
+    catalysts(Path(a.data) / "particles" / "catalysts")
+
+
+if __name__ == "__main__":
+    main()
