@@ -172,7 +172,8 @@ def simulate(
 def _about(recipe, d, thickness):
     "Parameters of one image as plain numbers: its row of the metadata."
     wall, scan = label(d.field), d.scan
-    numbers = {key: wall[key] for key in ("phi_left", "phi_right", "normal_deg", "width_nm")} | {
+    named = ("phi_left", "phi_right", "normal_deg", "width_nm", "mean_normal_deg", "mean_width_nm", "step_nm")
+    numbers = {key: wall[key] for key in named} | {
         "thickness_nm": thickness, "dose": scan.dose_e_A2 or np.inf, "pixel_size_nm": recipe.pixel_size,
         "rotation_deg": d.rotation, "defocus_nm": d.probe.defocus_nm, "roughness_nm": wall["roughness_nm"],
         "mistilt_mrad": scan.mistilt_mrad, "mistilt_deg": scan.mistilt_deg}

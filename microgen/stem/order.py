@@ -76,7 +76,7 @@ def landau_energy(
     Q, # tilt amplitude, Å (not relative)
     phi, # trimerisation angle, radians
     k: dict = LANDAU, # constants, eV and Å
-) -> np.ndarray: # energy per formula unit relative to the paraelectric phase, eV
+) -> np.ndarray: # energy per 30-atom cell (6 formula units) relative to the paraelectric phase, eV
     """Free energy of a uniform h-RMnO3 crystal with the polarisation relaxed.
 
     Source: doi:10.1038/nmat3786, equation 1 with P minimised.

@@ -118,7 +118,7 @@ def transfer(
 ) -> torch.Tensor: # same shape as q, without unit; 1 at q = 0, 0 beyond `probe.limit`
     """The incoherent optical transfer function of a probe, differentiable in all its parameters.
 
-    Source: Kirkland (2010), chapter 3; Nellist and Pennycook, 10.1016/S0304-3991(98)00102-X.
+    Source: Kirkland (2010), chapter 3; Nellist and Pennycook, 10.1016/S0304-3991(99)00017-0.
     """
     q = torch.as_tensor(q)
     angle = torch.as_tensor(angle, dtype=q.dtype, device=q.device)

@@ -27,7 +27,7 @@ class WallKind(NamedTuple):
     step: float = 0. # shift towards +x per R layer upwards, in R columns
 
 _PI = np.pi
-#: The papers' names of walls (Zhang 2013, doi:10.1038/srep02741; Tian 2015, doi:10.1063/1.4915259)
+#: Names of walls as earlier simulation code uses them, after doi:10.1038/srep02741 and doi:10.1063/1.4915259; typeB is its own
 ALIASES = {"UP": WallKind(_PI, _PI), "DN": WallKind(0., 0.),
            "typeA": WallKind(_PI, STATES["beta-"]), "typeB": WallKind(_PI, 0., 90., 3.),
            "typeC": WallKind(_PI, STATES["beta-"], 90., 3.), "typeD": WallKind(_PI, 0.),
@@ -48,7 +48,7 @@ def resolve(
     """Wall behind a name of the literature.
 
     Raises: InputError for an unknown name; the message lists the known ones.
-    Source: the type tables of doi:10.1038/srep02741 and doi:10.1063/1.4915259.
+    Source: usage of earlier simulation code, after doi:10.1038/srep02741 and doi:10.1063/1.4915259.
     """
     if isinstance(name, WallKind): return name
     key = "".join(ch for ch in str(name).lower() if ch.isalnum())
@@ -74,11 +74,16 @@ def bound_charge(
     Source: div P = -rho, integrated across the wall.
     """
     k = kind if hasattr(kind, "normal_deg") else resolve(kind)
-    theta = np.deg2rad(k.normal_deg)
-    slope = k.step / getattr(k, "step_layers", 1) * COLUMN_NM / LAYER_NM
-    n = np.array([np.sin(theta), np.cos(theta) - slope * np.sin(theta)])
+    n = _mean_normal(k)
     jump = polarisation(1., k.phi_left) - polarisation(1., k.phi_right)
     return float(np.round(jump * n[1] / np.hypot(*n), 12)) + 0.
+
+def _mean_normal(k):
+    "Normal of the mean plane of a wall, (right, up); its segments have normal_deg, its length is segment over mean width"
+    theta = np.deg2rad(k.normal_deg)
+    column, layer = (getattr(k, name, None) or usual for name, usual in (("column_nm", COLUMN_NM), ("layer_nm", LAYER_NM)))
+    slope = k.step / getattr(k, "step_layers", 1) * column / layer
+    return np.array([np.sin(theta), np.cos(theta) - slope * np.sin(theta)])
 
 # %% ../../nbs/11_stem.wall.ipynb #b76cd72d
 def wall_names() -> pd.DataFrame: # name, also, left, right, normal_deg, step (R columns), charge
@@ -270,11 +275,13 @@ def label(
     if isinstance(field, Vortex): d.update(width_nm=field.width_nm or wall_width())
     if isinstance(field, Wall):
         d.update({k: getattr(field, k) for k in _LABEL if hasattr(field, k)})
-        d.update(delta_phi=field.jump, width_nm=field.width)
+        n = _mean_normal(field)
+        d.update(delta_phi=field.jump, width_nm=field.width, mean_width_nm=field.width / float(np.hypot(*n)))
+        d.update(mean_normal_deg=float(np.degrees(np.arctan2(*n))))
         d.update(charge=bound_charge(field), character=_character(field))
     return d
 
-_LABEL = ("phi_left", "phi_right", "delta_phi", "normal_deg", "width_nm", "step_nm", "split_nm",
+_LABEL = ("phi_left", "phi_right", "delta_phi", "normal_deg", "width_nm", "mean_normal_deg", "mean_width_nm", "step_nm", "split_nm",
           "roughness_nm", "inclination_deg", "center_y_nm", "center_x_nm", "charge", "character")
 
 def _character(field):
