@@ -105,11 +105,10 @@ def recut(
     inside = along_rays(smooth, outlines.y, outlines.x, np.concatenate([0.7 * r, 0.85 * r], 2)).max(2)
     outside = along_rays(smooth, outlines.y, outlines.x, np.concatenate([r + 2.5, 1.12 * r + 1], 2)).min(2)
     half = np.r_[np.inf, (np.median(inside, 1) + np.median(outside, 1)) / 2].astype(np.float32)
-    size = np.r_[1, np.median(outlines.radius, 1)].astype(np.float32)
-    near = expand_labels(label, max(2, 0.25 * np.median(size[1:])))
-    depth = ndi.distance_transform_edt(label > 0)
+    near = expand_labels(label, max(2, 0.25 * np.median(outlines.radius)))
+    shell = ndi.minimum_filter(label, 3) != label                # only the last pixel of an outline may be cut off
     cut = np.where((smooth > half[near]) & valid, near, 0)
-    return _largest_pieces(np.where((label > 0) & (depth > 0.45 * size[label]), label, cut))
+    return _largest_pieces(np.where((label > 0) & ~shell, label, cut))
 
 
 def _largest_pieces(label):
@@ -179,30 +178,34 @@ def _explained(label, steep) -> tuple:
     return share, share / max(near.mean(), 1e-9)
 
 
-def _find(image, valid, d):
-    "The best reading of an image: outlines, scores, labels, polarity, kind of support."
+def _read(image, valid, sign, kind, d):
+    "One reading of an image: the accepted particles of one polarity on one kind of support."
     smooth = ndi.gaussian_filter(image, d.smooth_px, truncate=3)
     octaves, noise = pyramid(image, d.largest * min(image.shape) / 2), _noise(image, valid)
-    gy, gx = np.gradient(smooth)
-    steep = np.where(ndi.binary_erosion(valid, iterations=4), gy**2 + gx**2, 0)
+    outlines, score, label = _evidence(smooth, octaves, valid, sign, kind, d)
+    n = _accepted(score, label, kind, d)
+    outlines, score, label = outlines[np.arange(n)], score[:n], np.where(label <= n, label, 0)
+    low = np.sort(outlines.contrast, 1)[:, int(d.ray_quantile * N_RAYS)]
+    sure = low * np.sqrt(2 * np.pi * np.median(outlines.radius, 1)) >= d.least_snr * noise if n else np.zeros(0, bool)
+    return _subset(outlines, score, label, sure), low[sure], smooth
+
+
+def _kind_of(image, valid, d) -> tuple:
+    "Polarity and kind of support, decided on the image reduced to at most 640 pixels."
     signs = {"auto": (1, -1), "bright": (1,), "dark": (-1,)}[d.polarity]
-    kinds = {"auto": ("even", "uneven")}.get(d.support, (d.support,))
-    readings = []
-    for kind in kinds:
-        for sign in (signs if not readings else (best[3],)):
-            outlines, score, label = _evidence(smooth, octaves, valid, sign, kind, d)
-            n = _accepted(score, label, kind, d)
-            outlines, score, label = outlines[np.arange(n)], score[:n], np.where(label <= n, label, 0)
-            low = np.sort(outlines.contrast, 1)[:, int(d.ray_quantile * N_RAYS)]
-            area = np.bincount(label.ravel(), minlength=n + 1)[1:]
-            sure = low * np.sqrt(2 * np.pi * np.median(outlines.radius, 1)) >= d.least_snr * noise if n else np.zeros(0, bool)
-            outlines, score, label = _subset(outlines, score, label, sure)
-            evidence = float((area * low**2)[sure].sum())
-            typical = float(np.median(low[sure])) if sure.any() else 0.0
-            readings.append((evidence, outlines, score, sign, kind, label, (*_explained(label, steep), typical)))
-        best = max(readings, key=lambda r: r[0]) if not readings[1:] or kind == "even" or len(kinds) == 1 else best
-    even, uneven = (next((r for r in readings if r[3] == best[3] and r[4] == k), None) for k in ("even", "uneven"))
-    return (uneven if even is None or uneven is not None and _is_uneven(even[6], uneven[6], d.uneven) else even), smooth
+    if len(signs) == 1 and d.support != "auto": return signs[0], d.support
+    while min(image.shape) > 640: image, valid = ndi.gaussian_filter(image, 0.8, truncate=3)[::2, ::2], valid[::2, ::2]
+    gy, gx = np.gradient(ndi.gaussian_filter(image, d.smooth_px, truncate=3))
+    steep = np.where(ndi.binary_erosion(valid, iterations=4), gy**2 + gx**2, 0)
+
+    def judge(sign, kind):
+        (_, _, label), low, _ = _read(image, valid, sign, kind, d)
+        area = np.bincount(label.ravel(), minlength=len(low) + 1)[1:]
+        return float((area * low**2).sum()), (*_explained(label, steep), float(np.median(low)) if len(low) else 0.0)
+    even = {s: judge(s, "even" if d.support == "auto" else d.support) for s in signs}
+    sign = max(even, key=lambda s: even[s][0])
+    if d.support != "auto": return sign, d.support
+    return sign, "uneven" if _is_uneven(even[sign][1], judge(sign, "uneven")[1], d.uneven) else "even"
 
 
 def _is_uneven(even, uneven, least) -> bool:
@@ -257,7 +260,8 @@ def detect(
     clipped = float((m.data[valid] >= m.data.max()).mean())
     if clipped > 0.02: notes.append(f"{100 * clipped:.0f} % of the pixels are clipped at the brightest grey value; particles may merge there.")
     filled = np.where(valid, m.data, np.median(m.data[valid])).astype(np.float32)
-    (evidence, outlines, score, sign, kind, label, _), smooth = _find(filled, valid, detector)
+    sign, kind = _kind_of(filled, valid, detector)
+    (outlines, score, label), _, smooth = _read(filled, valid, sign, kind, detector)
     label = recut(sign * smooth, label, outlines, valid)
     sized, free = fit_size(filled, outlines, label, valid)
     there = np.bincount(label.ravel(), minlength=len(score) + 1)[1:] > 0
