@@ -7,7 +7,7 @@ __all__ = ['app', 'command', 'main', 'simulate', 'measure', 'structures', 'walls
 
 # %% ../nbs/98_cli.ipynb #ee0d50d3
 import inspect
-import sys
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Optional
@@ -25,7 +25,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 def command(
     function, # function with a comment beside each parameter; parameters without default are arguments
-): # the same function, registered as a command of `app`
+) -> Callable: # the same function, registered as a command of `app`
     "Make a command of a function: its comments become the help."
     words = docments(function, returns=False)
     params = [_option(p, words.get(name)) for name, p in inspect.signature(function).parameters.items()]

@@ -65,7 +65,7 @@ def _check_data():
     folder = resources.files("microgen") / "structures"
     n = sum(f.name.endswith(".cif") for f in folder.iterdir()) if folder.is_dir() else 0
     if n: return Check("shipped structures", f"{n} CIF files")
-    return Check("shipped structures", "none", "problem", "install microgen again from its source: pip install --force-reinstall --no-deps .")
+    return Check("shipped structures", "none", "problem", "pip install --force-reinstall --no-deps .")
 
 # %% ../nbs/94_doctor.ipynb #df400508
 def torchvision_line(

@@ -7,6 +7,7 @@ __all__ = ['CHAPTERS', 'CELL_NM', 'Context', 'chapter', 'pair_columns', 'wall_er
            'tour']
 
 # %% ../nbs/97_tour.ipynb #eb777215
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import pandas as pd
 from scipy.spatial import cKDTree
 
 from .core import InputError
-from .data.build import Recipe, progress_bar, simulate
+from .data.build import Recipe, simulate
 from .io import read, write_csv
 from .plot import show, show_grid
+from .progress import progress_bar
 from .report import Report, Section
 from .stem.measure import measure
 
@@ -38,7 +40,7 @@ CHAPTERS = {}
 
 def chapter(
     title: str, # heading of the chapter; chapters appear in the order in which they were added
-): # decorator for a function Context -> Section | None
+) -> Callable: # decorator for a function Context -> Section | None
     "Add a chapter to the tour."
     def add(function):
         CHAPTERS[title] = function
@@ -55,7 +57,7 @@ def pair_columns(
     real, seen = (t[t.site == "R"].reset_index(drop=True) for t in (truth, found))
     distance, nearest = cKDTree(seen[["y_nm", "x_nm"]]).query(real[["y_nm", "x_nm"]])
     met = distance < reach_nm
-    pairs = real[met].reset_index(drop=True).add_suffix("_true")
+    pairs = real[met].reset_index(drop=True).add_suffix("_true").assign(distance_pm=1e3 * distance[met])
     return pairs.join(seen.iloc[nearest[met]].reset_index(drop=True).add_suffix("_found"))
 
 
@@ -68,7 +70,8 @@ def wall_errors(
     py, px = found.micrograph.pixel_size
     middle, errors = (about["phi_left"] + about["phi_right"]) / 2, []
     for y, x in found.wall_rows[["y_nm", "x_nm"]].to_numpy():
-        line = np.sin(maps["phi"][int(round(y / py))] - middle)
+        row = min(max(int(round(y / py)), 0), len(maps["phi"]) - 1)
+        line = np.sin(maps["phi"][row] - middle)
         cross = np.flatnonzero(np.diff(np.sign(line)))
         true = (cross + line[cross] / (line[cross] - line[cross + 1])) * px
         errors.append(x - true[np.abs(true - x).argmin()] if len(true) else np.nan)
@@ -97,7 +100,8 @@ def score(
 
 def _true_phi(one, pairs):
     "Phi of the truth map at each true column."
-    at = [(pairs[f"{k}_nm_true"] / p).round().astype(int) for k, p in zip("yx", one.image.pixel_size)]
+    at = [(pairs[f"{k}_nm_true"] / p).round().astype(int).clip(0, n - 1)
+          for k, p, n in zip("yx", one.image.pixel_size, one.image.shape)]
     return one.maps["phi"][tuple(at)]
 
 # %% ../nbs/97_tour.ipynb #069bd1b4

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'TABLE', 'Recipe', 'recipe_from_json', 'plan', 'Draw', 'draw', 'Simulated', 'simulate', 'paths', 'make_item',
-           'progress_bar', 'build', 'metadata']
+           'build', 'metadata']
 
 # %% ../../nbs/40_data.build.ipynb #8aec8ba2
 import hashlib
@@ -21,6 +21,7 @@ import pandas as pd
 
 from ..core import InputError, Micrograph, MicrogenError, require
 from ..io import provenance, write_csv, write_json, write_parquet, write_tiff
+from ..progress import progress_bar
 from ..scan import acquire, mistilt, preset, rim_px
 from ..stem.crystal import columns
 from ..stem.render import Probe, haadf
@@ -234,30 +235,6 @@ def _cluster(recipe, out, chunks, address):
     with distributed.Client(address) as client:
         futures = client.map(_make_chunk, [recipe] * len(chunks), [out] * len(chunks), chunks, pure=False)
         for future in distributed.as_completed(futures): yield future.result()
-
-# %% ../../nbs/40_data.build.ipynb #618980c0
-@contextmanager
-def progress_bar(
-    total: int,        # units of work
-    label: str,        # a word or two before the bar
-    shown: bool = True,# False shows nothing
-    unit: str = "",    # what is counted, such as "images"
-): # context manager that yields a function: call it with the number of units just done
-    "Show progress, rate and time left."
-    from rich import progress as rich
-
-    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(),
-               rich.TextColumn("{task.fields[rate]}"), rich.TimeElapsedColumn(), rich.TextColumn("left"),
-               rich.TimeRemainingColumn())
-    with rich.Progress(*columns, disable=not shown) as bar:
-        task = bar.add_task(label, total=total, rate="")
-
-        def advance(n=1):
-            state = bar.tasks[0]
-            rate = (state.completed + n) / state.elapsed if state.elapsed else 0
-            bar.update(task, advance=n, rate=f"{rate:.1f} {unit}/s")
-
-        yield advance
 
 # %% ../../nbs/40_data.build.ipynb #2974d2db
 def build(
