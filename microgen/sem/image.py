@@ -56,7 +56,8 @@ def _smooth(image, sigma_px):
     coarse = padded.reshape(padded.shape[0] // step, step, -1, step).mean((1, 3))
     coarse = ndimage.gaussian_filter(coarse, sigma_px / step, mode="nearest")
     rows, columns = ((np.arange(n) + 0.5) / step - 0.5 for n in (h, w))
-    along = ndimage.map_coordinates(coarse, np.meshgrid(rows, np.arange(coarse.shape[1]), indexing="ij"), order=1, mode="nearest")
+    at = np.meshgrid(rows, np.arange(coarse.shape[1]), indexing="ij")
+    along = ndimage.map_coordinates(coarse, at, order=1, mode="nearest")
     i = np.clip(columns, 0, coarse.shape[1] - 1)
     low = np.minimum(i.astype(int), max(coarse.shape[1] - 2, 0))
     t = (i - low).astype(np.float32)
@@ -84,7 +85,8 @@ def secondary_electrons(
         height = surface * seen.through.reshape(shape) + sum_up(f.top)
         reach = max(s.shadow_nm / pixel_nm, 1.)
         around = _smooth(height, reach)
-        if s.shade: around = ndimage.shift(around, (-np.sin(turn) * reach * s.shade, -np.cos(turn) * reach * s.shade), order=1, mode="nearest")
+        away = -reach * s.shade * np.array([np.sin(turn), np.cos(turn)])
+        if s.shade: around = ndimage.shift(around, away, order=1, mode="nearest")
         image *= np.exp(-s.shadow * np.maximum(around - height / 2, 0) / s.shadow_nm)
     if s.glow: image += s.glow * _smooth(image - support, max(s.glow_nm / pixel_nm, 1.))
     return image, more
@@ -189,8 +191,10 @@ def overlay(
         pen.text((0.02 * w, h - high / 2), _length(length), fill=front, font=_font(0.45 * high), anchor="lm")
         left = 0.04 * w + pen.textlength(_length(length), font=_font(0.45 * high))
         pen.line((left, h - high / 2, left + px, h - high / 2), fill=front, width=max(high // 12, 2))
-        for x in (left, left + px): pen.line((x, h - 0.7 * high, x, h - 0.3 * high), fill=front, width=max(high // 12, 2))
-        if left + px < 0.5 * w: pen.text((0.97 * w, h - high / 2), words, fill=front, font=_font(0.4 * high), anchor="rm")
+        for x in (left, left + px):
+            pen.line((x, h - 0.7 * high, x, h - 0.3 * high), fill=front, width=max(high // 12, 2))
+        if left + px < 0.5 * w:
+            pen.text((0.97 * w, h - high / 2), words, fill=front, font=_font(0.4 * high), anchor="rm")
     elif bar != "none": _scale_bar(pen, mark, (h, w), px, _length(length), words, high, bar)
     if letter:
         size = 0.1 * h

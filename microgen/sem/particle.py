@@ -108,7 +108,9 @@ def _faces(kind, n, rng):
     cube = np.concatenate([np.eye(3), -np.eye(3)])
     corner = np.stack(np.meshgrid([-1, 1], [-1, 1], [-1, 1]), -1).reshape(8, 3) / np.sqrt(3)
     if kind == "cube": normals, h = cube, np.ones((n, 6))
-    else: normals, h = np.concatenate([cube, corner]), np.concatenate([np.ones((n, 6)), rng.uniform(0.85, 1.2, (n, 1)) * np.ones(8)], 1)
+    else:
+        normals = np.concatenate([cube, corner])
+        h = np.concatenate([np.ones((n, 6)), rng.uniform(0.85, 1.2, (n, 1)) * np.ones(8)], 1)
     return np.broadcast_to(normals, (n, *normals.shape)), h
 
 def _polyhedra(d_nm, kind, aspect, tilt_deg, rng):
@@ -119,7 +121,8 @@ def _polyhedra(d_nm, kind, aspect, tilt_deg, rng):
     turn = _rotations(n, rng, tilt_deg if kind == "cube" else None)
     normals = np.einsum("nij,nfj->nfi", turn, normals)
     reach = np.sqrt(3) * aspect * np.ones(n)
-    return _scaled(Bodies(np.arange(n), np.zeros((n, 3)), reach, (normals, h)), d_nm)
+    rough = Bodies(np.arange(n), np.zeros((n, 3)), reach, (normals, h))
+    return _scaled(rough._replace(reach=outlines([rough], n, beams=24).reach), d_nm)
 
 # %% ../../nbs/30b_sem.particle.ipynb #a0093a14
 def _agglomerates(d_nm, spheres, rng):
@@ -171,9 +174,10 @@ def make_bodies(
     for i, (name, _) in enumerate(mix):
         mine = np.flatnonzero(kinds == i)
         if not len(mine): continue
-        if name in ("sphere", "ellipsoid"): made = _ellipsoids(d_nm[mine], aspect if name == "ellipsoid" else 1., tilt_deg, rng)
+        long = aspect if name in ("ellipsoid", "cube") else 1.
+        if name in ("sphere", "ellipsoid"): made = _ellipsoids(d_nm[mine], long, tilt_deg, rng)
         elif name == "agglomerate": made = _agglomerates(d_nm[mine], spheres, rng)
-        else: made = _polyhedra(d_nm[mine], name, aspect if name == "cube" else 1., tilt_deg, rng)
+        else: made = _polyhedra(d_nm[mine], name, long, tilt_deg, rng)
         out += [b._replace(owner=mine[b.owner]) for b in made]
     return out, np.array([name for name, _ in mix], object)[kinds]
 
@@ -229,13 +233,23 @@ def _collisions(pending, placed, at, r, overlap):
     "Pairs of particles, one of them pending, that are nearer than allowed: two index arrays."
     of = np.concatenate([placed, pending])
     if overlap >= 1 or len(of) < 2: return np.zeros((2, 0), int)
-    tree, largest = spatial.cKDTree(at[of]), r[of].max()
-    if len(pending) > len(of) / 8: i, j = of[tree.query_pairs(2 * largest * (1 - overlap), output_type="ndarray").T]
+    if len(pending) > len(of) / 8: i, j = _near_pairs(of, at, r, 1 - overlap)
     else:
-        near = tree.query_ball_point(at[pending], (1 - overlap) * (r[pending] + largest))
+        near = spatial.cKDTree(at[of]).query_ball_point(at[pending], (1 - overlap) * (r[pending] + r[of].max()))
         i, j = np.repeat(pending, [len(o) for o in near]), of[np.concatenate(near).astype(int)]
     close = (np.hypot(*(at[i] - at[j]).T) < (1 - overlap) * (r[i] + r[j]) - 1e-9) & (i != j)
     return i[close], j[close]
+
+def _near_pairs(of, at, r, share):
+    "Pairs that may touch: those of one size class, a factor of two wide, with all that are no larger."
+    size = np.floor(np.log2(r[of] / r[of].min())).astype(int)
+    pairs = [np.zeros((2, 0), int)]
+    for c in np.unique(size):
+        big, all_ = of[size == c], of[size <= c]
+        tree, others = spatial.cKDTree(at[big]), spatial.cKDTree(at[all_])
+        found = tree.sparse_distance_matrix(others, 2 * share * r[big].max(), output_type="ndarray")
+        pairs.append(np.stack([big[found["i"]], all_[found["j"]]]))
+    return np.concatenate(pairs, 1)
 
 def _touching(of, members, at, r, packing, overlap, rng):
     "Positions in contact with one or two particles of a cluster."

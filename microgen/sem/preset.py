@@ -30,7 +30,7 @@ class Scene:
     second_nm: float = 60. # its median diameter, nm
     second_gsd: float = 1.3 # its geometric standard deviation
     density_um2: float = 120. # particles per square micrometre
-    n: int | None = None # number of particles per field, in place of the density
+    n: int | None = None # mean number of particles in the field of view, in place of the density
     shape: str | tuple = "sphere" # sphere, ellipsoid, cube, faceted, agglomerate, or pairs ((name, share), ...)
     aspect: float = 1.3 # longest over shortest axis of ellipsoids and cubes goes up to this
     tilt_deg: float = 5. # how far ellipsoids and cubes tilt from lying flat, standard deviation, degrees
@@ -129,24 +129,28 @@ _ABOVE_0 = {"pixel_size", "median_nm", "second_nm", "escape_nm", "texture_nm", "
             "particle_mfp_nm", "support_mfp_nm", "electrons", "gamma", "shadow_nm", "glow_nm", "speckle_nm"}
 _SIGNED = {"ramp_deg", "shade_deg", "astig_deg", "drift_deg", "charging", "glow"}
 _TO_ONE = {"second_share", "clustering", "packing", "overlap", "buried", "support_cover", "shade"}
+_FROM_ONE = {"aspect", "astigmatism", "cluster_size"}
 _WHOLE = {"n": 0, "spheres": 2}
 
 def _checked(name, v):
     "One setting, as it should be."
     if name in _WORDS:
-        if v not in _WORDS[name]: raise InputError(f"Scene: {name} is {v!r}; use one of {', '.join(_WORDS[name])}.")
+        if v not in _WORDS[name]:
+            raise InputError(f"Scene: {name} is {v!r}; use one of {', '.join(_WORDS[name])}.")
         return v
     if name == "letter": return str(v)
     if name == "size":
         pair = tuple(int(o) for o in v) if isinstance(v, (tuple, list)) else (int(v),)
-        if len(pair) not in (1, 2) or min(pair) < 16: raise InputError(f"Scene: size is {v!r}; give pixels, at least 16, or a pair (H, W).")
+        if len(pair) not in (1, 2) or min(pair) < 16:
+            raise InputError(f"Scene: size is {v!r}; give pixels, at least 16, or a pair (H, W).")
         return pair if isinstance(v, (tuple, list)) else pair[0]
     if name == "bits":
         if v not in (None, 8, 16): raise InputError(f"Scene: bits is {v!r}; give 8, 16 or None.")
         return v
     if name == "shape":
         names = (v,) if isinstance(v, str) else tuple(k for k, _ in v)
-        if bad := set(names) - set(SHAPES): raise InputError(f"Scene: there is no particle shape {bad.pop()!r}; use {', '.join(SHAPES)}.")
+        if bad := set(names) - set(SHAPES):
+            raise InputError(f"Scene: there is no particle shape {min(bad)!r}; use {', '.join(SHAPES)}.")
         return v if isinstance(v, str) else tuple((k, float(share)) for k, share in v)
     if v is None and name in ("n", "electrons"): return None
     return _number(name, v)
@@ -155,7 +159,7 @@ def _number(name, v):
     "A number, or a range as a tuple."
     try: numbers = [float(o) for o in (v if isinstance(v, (tuple, list)) else [v])]
     except (TypeError, ValueError): raise InputError(f"Scene: {name} is {v!r}; give a number or a pair (low, high).") from None
-    low = -1e6 if name in _SIGNED else 1. if name in ("aspect", "astigmatism", "cluster_size") else 1.005 if "gsd" in name else _WHOLE.get(name, 0.)
+    low = -1e6 if name in _SIGNED else 1. if name in _FROM_ONE else 1.005 if "gsd" in name else _WHOLE.get(name, 0.)
     top = 1. if name in _TO_ONE else 5. if "gsd" in name else 1e6
     good = len(numbers) in (1, 2) and all(low <= o <= top for o in numbers) and numbers[0] <= numbers[-1]
     if not good or (name in _ABOVE_0 and numbers[0] <= 0):
@@ -185,68 +189,78 @@ _ANY = (0., 360.)
 PRESETS = {
     # gold islands on carbon, the classical resolution specimen: bright on dark, small against the field
     "gold_on_carbon": Scene(
-        pixel_size=(0.8, 2.5), median_nm=(12, 25), gsd=(1.25, 1.6), density_um2=(100, 300),
-        shape=(("sphere", 0.6), ("ellipsoid", 0.4)), aspect=1.5, clustering=(0, 0.3), cluster_size=3, overlap=(0, 0.1),
-        texture=(0.02, 0.08), texture_nm=(10, 60), support_level=(0.1, 0.3), particle_level=(0.45, 0.7), tone_spread=(0.03, 0.12),
-        escape_nm=(1, 2), edge=(0.1, 0.5), shadow=(0, 0.3), probe_nm=(1, 2.5), astigmatism=(1, 1.5), astig_deg=_ANY,
-        jitter_nm=(0, 0.4), drift_nm=(0, 5), drift_deg=_ANY, electrons=(30, 400), noise_px=(0, 0.6), ramp=(0, 0.15), ramp_deg=_ANY),
+        pixel_size=(0.8, 2.5), median_nm=(12, 25), gsd=(1.25, 1.6), density_um2=(100, 300), shape=(("sphere",
+        0.6), ("ellipsoid", 0.4)), aspect=1.5, clustering=(0, 0.3), cluster_size=3, overlap=(0, 0.1),
+        texture=(0.02, 0.08), texture_nm=(10, 60), support_level=(0.1, 0.3), particle_level=(0.45, 0.7),
+        tone_spread=(0.03, 0.12), escape_nm=(1, 2), edge=(0.1, 0.5), shadow=(0, 0.3), probe_nm=(1, 2.5),
+        astigmatism=(1, 1.5), astig_deg=_ANY, jitter_nm=(0, 0.4), drift_nm=(0, 5), drift_deg=_ANY,
+        electrons=(30, 400), noise_px=(0, 0.6), ramp=(0, 0.15), ramp_deg=_ANY),
     # silica or latex nanospheres: a narrow law, bright rims, some in pairs and chains
     "spheres": Scene(
-        pixel_size=(3, 6), median_nm=(60, 120), gsd=(1.05, 1.3), density_um2=(5, 25), clustering=(0.2, 0.6), cluster_size=(2, 6),
-        packing=0.2, texture=(0.03, 0.1), texture_nm=(5, 40), support_level=(0.05, 0.3), particle_level=(0.35, 0.5), tone_spread=0.05,
-        escape_nm=(3, 8), edge=(0.15, 0.5), shade=(0, 0.15), shade_deg=_ANY, shadow=(0.1, 0.4), shadow_nm=(20, 50), glow=(0, 0.1),
-        glow_nm=(100, 300), probe_nm=(2, 5), electrons=(60, 600), noise_px=(0, 0.8), debris_um2=(0, 3), ramp=(0, 0.2), ramp_deg=_ANY),
+        pixel_size=(3, 6), median_nm=(60, 120), gsd=(1.05, 1.3), density_um2=(5, 25), clustering=(0.2, 0.6),
+        cluster_size=(2, 6), packing=0.2, texture=(0.03, 0.1), texture_nm=(5, 40), support_level=(0.05, 0.3),
+        particle_level=(0.35, 0.5), tone_spread=0.05, escape_nm=(3, 8), edge=(0.15, 0.5), shade=(0, 0.15),
+        shade_deg=_ANY, shadow=(0.1, 0.4), shadow_nm=(20, 50), glow=(0, 0.1), glow_nm=(100, 300), probe_nm=(2,
+        5), electrons=(60, 600), noise_px=(0, 0.8), debris_um2=(0, 3), ramp=(0, 0.2), ramp_deg=_ANY),
     # equal spheres in rafts, touching
     "rafts": Scene(
-        pixel_size=(4, 6), median_nm=(130, 190), gsd=(1.01, 1.03), density_um2=(8, 22), clustering=(0.85, 0.98), cluster_size=(10, 60),
-        packing=1., texture=(0.01, 0.03), texture_nm=(20, 200), support_level=(0.42, 0.55), particle_level=(0.58, 0.66), tone_spread=0.03,
-        escape_nm=(6, 12), edge=(0.2, 0.35), shade=(0, 0.08), shade_deg=_ANY, shadow=(0.15, 0.4), shadow_nm=(40, 70), probe_nm=(4, 6),
-        electrons=(500, 3000), noise_px=(0.5, 1), debris_um2=(0, 3), ramp=(0, 0.1), ramp_deg=_ANY),
+        pixel_size=(4, 6), median_nm=(130, 190), gsd=(1.01, 1.03), density_um2=(8, 22), clustering=(0.85,
+        0.98), cluster_size=(10, 60), packing=1., texture=(0.01, 0.03), texture_nm=(20, 200),
+        support_level=(0.42, 0.55), particle_level=(0.62, 0.72), tone_spread=0.03, escape_nm=(4, 8),
+        edge=(0.2, 0.4), shade=(0, 0.08), shade_deg=_ANY, shadow=(0.15, 0.4), shadow_nm=(40, 70), probe_nm=(4,
+        6), electrons=(500, 3000), noise_px=(0.5, 1), debris_um2=(0, 3), ramp=(0, 0.1), ramp_deg=_ANY),
     # faceted crystals lying flat
     "cubes": Scene(
-        pixel_size=(4, 8), median_nm=(90, 150), gsd=(1.25, 1.45), density_um2=(6, 25), shape=(("cube", 0.85), ("faceted", 0.15)),
-        aspect=(1.3, 1.7), tilt_deg=(4, 12), clustering=(0, 0.3), cluster_size=2, texture=(0.02, 0.06), texture_nm=(20, 60),
-        support_level=(0.2, 0.3), particle_level=(0.5, 0.6), tone_spread=0.12, escape_nm=(5, 12), edge=(0.1, 0.3), shade=(0.1, 0.35),
-        shade_deg=_ANY, shadow=(0.1, 0.3), shadow_nm=(30, 60), glow=(0, 0.1), glow_nm=(60, 200), probe_nm=(5, 9), electrons=(200, 2000),
+        pixel_size=(4, 8), median_nm=(90, 150), gsd=(1.25, 1.45), density_um2=(6, 25), shape=(("cube", 0.85),
+        ("faceted", 0.15)), aspect=(1.3, 1.7), tilt_deg=(4, 12), clustering=(0, 0.3), cluster_size=2,
+        texture=(0.02, 0.06), texture_nm=(20, 60), support_level=(0.2, 0.3), particle_level=(0.5, 0.6),
+        tone_spread=0.12, escape_nm=(5, 12), edge=(0.1, 0.3), shade=(0.1, 0.35), shade_deg=_ANY, shadow=(0.1,
+        0.3), shadow_nm=(30, 60), glow=(0, 0.1), glow_nm=(60, 200), probe_nm=(5, 9), electrons=(200, 2000),
         noise_px=(0.4, 0.8)),
     # aggregates of sintered primary particles
     "agglomerates": Scene(
-        pixel_size=(6, 9), median_nm=(100, 140), gsd=(1.2, 1.35), density_um2=(4, 10), shape="agglomerate", spheres=(8, 20),
-        texture=(0.02, 0.06), texture_nm=(10, 40), support_level=(0.2, 0.28), particle_level=(0.5, 0.6), tone_spread=0.1,
-        escape_nm=(3, 8), edge=(0.2, 0.4), shade=(0.1, 0.3), shade_deg=_ANY, shadow=(0.2, 0.4), shadow_nm=(20, 40), probe_nm=(4, 8),
-        electrons=(150, 1500), noise_px=(0.4, 0.8)),
+        pixel_size=(6, 9), median_nm=(100, 140), gsd=(1.2, 1.35), density_um2=(4, 10), shape="agglomerate",
+        spheres=(8, 20), texture=(0.02, 0.06), texture_nm=(10, 40), support_level=(0.2, 0.28),
+        particle_level=(0.5, 0.6), tone_spread=0.1, escape_nm=(3, 8), edge=(0.2, 0.4), shade=(0.1, 0.3),
+        shade_deg=_ANY, shadow=(0.2, 0.4), shadow_nm=(20, 40), probe_nm=(4, 8), electrons=(150, 1500),
+        noise_px=(0.4, 0.8)),
     # hollow looking: bright rim, core as dark as the support
     "rings": Scene(
-        pixel_size=(4, 6), median_nm=(110, 160), gsd=(1.08, 1.2), density_um2=(8, 16), clustering=(0.5, 0.9), cluster_size=(3, 6),
-        packing=0.2, texture=(0.01, 0.03), texture_nm=(100, 400), support_level=(0.36, 0.45), particle_level=(0.32, 0.4),
-        escape_nm=(8, 14), edge=(0.7, 1.2), shade=(0.05, 0.4), shade_deg=_ANY, shadow=(0.1, 0.4), shadow_nm=(40, 80),
-        glow=(0.1, 0.4), glow_nm=(100, 300), charging=(-0.6, 0.1), charging_px=(100, 600), probe_nm=(14, 22), electrons=(300, 3000),
-        noise_px=(0.5, 1.2)),
+        pixel_size=(4, 6), median_nm=(110, 160), gsd=(1.08, 1.2), density_um2=(8, 16), clustering=(0.5, 0.9),
+        cluster_size=(3, 6), packing=0.2, texture=(0.01, 0.03), texture_nm=(100, 400), support_level=(0.36,
+        0.45), particle_level=(0.32, 0.4), escape_nm=(8, 14), edge=(0.7, 1.2), shade=(0.05, 0.4),
+        shade_deg=_ANY, shadow=(0.1, 0.4), shadow_nm=(40, 80), glow=(0.1, 0.4), glow_nm=(100, 300),
+        charging=(-0.6, 0.1), charging_px=(100, 600), probe_nm=(14, 22), electrons=(300, 3000), noise_px=(0.5,
+        1.2)),
     # catalyst particles at the resolution limit: many are missed
     "small": Scene(
-        pixel_size=(0.5, 1.2), median_nm=(3, 6), gsd=(1.3, 1.8), density_um2=(1000, 4000), shape=(("sphere", 0.7), ("faceted", 0.3)),
-        clustering=(0, 0.2), cluster_size=3, texture=(0.03, 0.1), texture_nm=(5, 40), support_level=(0.2, 0.35),
-        particle_level=(0.55, 0.8), escape_nm=(1, 2), edge=(0, 0.3), probe_nm=(0.8, 1.6), astigmatism=(1, 1.4), astig_deg=_ANY,
-        electrons=(20, 200), detector=(0.01, 0.04), buried=(0, 0.2), jitter_nm=(0, 0.2), ramp=(0, 0.15), ramp_deg=_ANY),
+        pixel_size=(0.5, 1.2), median_nm=(3, 6), gsd=(1.3, 1.8), density_um2=(1000, 4000), shape=(("sphere",
+        0.7), ("faceted", 0.3)), clustering=(0, 0.2), cluster_size=3, texture=(0.03, 0.1), texture_nm=(5, 40),
+        support_level=(0.2, 0.35), particle_level=(0.55, 0.8), escape_nm=(1, 2), edge=(0, 0.3), probe_nm=(0.8,
+        1.6), astigmatism=(1, 1.4), astig_deg=_ANY, electrons=(20, 200), detector=(0.01, 0.04), buried=(0,
+        0.2), jitter_nm=(0, 0.2), ramp=(0, 0.15), ramp_deg=_ANY),
     # metal on carbon black, secondary electrons
     "carbon_black": Scene(
-        pixel_size=(0.4, 0.8), median_nm=(3, 6), gsd=(1.3, 1.6), density_um2=(3000, 8000), support="carbon", support_nm=(40, 80),
-        support_cover=(0.6, 0.95), texture=(0.05, 0.12), texture_nm=(5, 20), support_level=(0.2, 0.3), particle_level=(0.7, 1.),
-        escape_nm=(1, 2), edge=(0.2, 0.5), shadow=(0.3, 0.8), shadow_nm=(20, 50), probe_nm=(0.7, 1.4), electrons=(30, 200),
-        detector=0.02, buried=(0, 0.3)),
+        pixel_size=(0.4, 0.8), median_nm=(3, 6), gsd=(1.3, 1.6), density_um2=(3000, 8000), support="carbon",
+        support_nm=(40, 80), support_cover=(0.6, 0.95), texture=(0.05, 0.12), texture_nm=(5, 20),
+        support_level=(0.2, 0.3), particle_level=(0.7, 1.), escape_nm=(1, 2), edge=(0.2, 0.5), shadow=(0.3,
+        0.8), shadow_nm=(20, 50), probe_nm=(0.7, 1.4), electrons=(30, 200), detector=0.02, buried=(0, 0.3)),
     # supported catalysts in transmission
     "bright_field": Scene(
         mode="bf", pixel_size=(0.1, 0.25), median_nm=(2.5, 4.5), gsd=(1.3, 1.6), density_um2=(5000, 20000),
-        shape=(("faceted", 0.5), ("sphere", 0.3), ("ellipsoid", 0.2)), overlap=0.8, support="carbon", support_nm=(25, 60),
-        support_cover=(0.5, 0.9), texture=(0.05, 0.2), texture_nm=(5, 20), support_level=0., particle_level=(0.55, 0.8),
-        tone_spread=(0.3, 0.6), particle_mfp_nm=(5, 12), support_mfp_nm=(150, 350), speckle=(0.03, 0.12), speckle_nm=(0.5, 0.9),
-        probe_nm=(0.05, 0.15), electrons=(200, 2000), detector=0.01, noise_px=(0.3, 0.7)),
+        shape=(("faceted", 0.5), ("sphere", 0.3), ("ellipsoid", 0.2)), overlap=0.8, support="carbon",
+        support_nm=(25, 60), support_cover=(0.5, 0.9), texture=(0.05, 0.2), texture_nm=(5, 20),
+        support_level=0., particle_level=(0.55, 0.8), tone_spread=(0.3, 0.6), particle_mfp_nm=(5, 12),
+        support_mfp_nm=(150, 350), speckle=(0.03, 0.12), speckle_nm=(0.5, 0.9), probe_nm=(0.05, 0.15),
+        electrons=(200, 2000), detector=0.01, noise_px=(0.3, 0.7)),
     "haadf": Scene(
         mode="haadf", pixel_size=(0.1, 0.3), median_nm=(1.5, 3), gsd=(1.3, 1.6), density_um2=(5000, 20000),
-        shape=(("faceted", 0.6), ("sphere", 0.4)), overlap=0.8, support="cloud", support_nm=(10, 40), support_cover=(0.5, 0.95),
-        texture=(0.1, 0.4), texture_nm=(3, 10), support_level=(0., 0.03), particle_level=(0.6, 1.), tone_spread=0.15,
-        particle_mfp_nm=(20, 40), support_mfp_nm=(200, 500), probe_nm=(0.15, 0.4), electrons=(40, 600), detector=0.01, noise_px=(0, 0.7)),
+        shape=(("faceted", 0.6), ("sphere", 0.4)), overlap=0.8, support="cloud", support_nm=(10, 40),
+        support_cover=(0.5, 0.95), texture=(0.1, 0.4), texture_nm=(3, 10), support_level=(0., 0.03),
+        particle_level=(0.6, 1.), tone_spread=0.15, particle_mfp_nm=(20, 40), support_mfp_nm=(200, 500),
+        probe_nm=(0.15, 0.4), electrons=(40, 600), detector=0.01, noise_px=(0, 0.7)),
 }
+
 
 def scene_preset(
     name, # one of PRESETS

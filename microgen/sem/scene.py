@@ -7,12 +7,14 @@ __all__ = ['SceneImage', 'simulate_scene']
 
 # %% ../../nbs/33_sem.scene.ipynb #a5c6add1
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from ..core import InputError, Micrograph, as_rng
-from .image import blur, charge, count_electrons, grey_levels, overlay, secondary_electrons, texture, transmitted
+from .image import (blur, charge, count_electrons, grey_levels, overlay, secondary_electrons, texture,
+                                transmitted)
 from .particle import make_bodies, scatter
 from .preset import PRESETS, Scene, as_scene, scene_preset
 from .solid import fragments, label_image, outlines, stack_up
@@ -28,7 +30,9 @@ class SceneImage:
     overlay: np.ndarray # (H, W) bool: burnt-in bars and letters
     clean: np.ndarray # (H, W) float32: the signal without noise, 1 is white
 
-def _streams(rng, n): return [np.random.default_rng(s) for s in np.random.SeedSequence(int(as_rng(rng).integers(2**63))).spawn(n)]
+def _streams(rng, n):
+    "Independent generators, so that one effect never changes the random numbers of another."
+    return [np.random.default_rng(s) for s in np.random.SeedSequence(int(as_rng(rng).integers(2**63))).spawn(n)]
 
 def _scan_lines(s, n, pad, rng):
     "How far the beam is off in each line, px: (n, 2) smooth drift, and drift with jitter."
@@ -44,18 +48,34 @@ def _along_lines(image, lines):
     t, row = np.clip(i - low, 0, 1).astype(np.float32), np.arange(len(image))[:, None]
     return image[row, low] * (1 - t) + image[row, low + 1] * t
 
-def _population(s, pad, rng):
-    "Diameters, bodies, positions (px of the padded frame) of all particles that may touch the frame."
+class _People(NamedTuple):
+    "All particles that may touch the frame, arrays (n, ...)."
+    d: np.ndarray # diameters, nm
+    bodies: list # of Bodies
+    names: np.ndarray # shapes
+    outline: object # Outlines
+    at: np.ndarray # y, x px of the padded frame, where the specimen has them
+    z: np.ndarray # height of the centres, nm
+    depth: np.ndarray # how far they sank into the support, share of their height
+
+def _people(s, pad, surface, there, rng):
+    "Draw particles and put them on the support; the field is wider than the frame, so that some reach in from outside."
     number, sizes, make, lie, sink = rng.spawn(5)
-    field, law = np.array(s.frame) * s.pixel_size, s.sizes
-    margin = 0.75 * float(np.max([p.ppf(0.9999) for _, p in law.parts]))
+    field, law, px = np.array(s.frame) * s.pixel_size, s.sizes, s.pixel_size
+    margin = min(0.75 * float(np.max([p.ppf(0.9999) for _, p in law.parts])), float(field.max()))
     wide = field + 2 * margin
     expected = (s.n / field.prod() if s.n is not None else s.density_um2 * 1e-6) * wide.prod()
-    if expected > 5e5: raise InputError(f"Scene: {expected:.0f} particles are too many; lower density_um2 or the field.")
-    n = int(round(expected)) if s.n is not None else int(number.poisson(expected))
-    d = law.draw(n, sizes)
+    if expected > 5e5:
+        raise InputError(f"Scene: {expected:.0f} particles are too many; lower density_um2 or the field.")
+    d = law.draw(int(round(expected)) if s.n is not None else int(number.poisson(expected)), sizes)
     bodies, names = make_bodies(d, s.shape, s.aspect, s.tilt_deg, s.spheres, make)
-    return d, bodies, names, margin, wide, lie, sink
+    pixel = lambda at: tuple(np.clip(np.rint((at - margin) / px + pad).astype(int), 0, np.array(surface.shape) - 1).T)
+    allowed = (lambda at: there[pixel(at)]) if there is not None and there.any() else None
+    at = scatter(d, wide, s.clustering, s.cluster_size, s.packing, s.overlap, allowed, lie)
+    outline = outlines(bodies, len(d))
+    depth = np.where(sink.random(len(d)) < s.buried, sink.uniform(0, s.burial, len(d)), 0.)
+    z = surface[pixel(at)] + (0.5 - depth) * outline.height
+    return _People(d, bodies, names, outline, (at - margin) / px + pad, z, depth)
 
 # %% ../../nbs/33_sem.scene.ipynb #e7966f66
 def _support(s, shape, rng):
@@ -78,7 +98,10 @@ def _support(s, shape, rng):
 def _clumps(s, shape, rng):
     "Carbon black: clusters of spheres; thickness, height and slope brightening."
     field = np.array(shape) * s.pixel_size
-    d = s.support_nm * np.exp(0.35 * rng.standard_normal(max(int(-1.6 * np.log(1 - min(s.support_cover, 0.98)) * field.prod() / s.support_nm**2 * 1.27), 3)))
+    n = -2 * np.log(1 - min(s.support_cover, 0.98)) * field.prod() / s.support_nm**2  # twice a Boolean model's: they cluster
+    if n > 5e4:
+        raise InputError(f"Scene: {n:.0f} spheres of carbon are too many; raise support_nm or lower the field.")
+    d = s.support_nm * np.exp(0.35 * rng.standard_normal(max(int(n), 3)))
     at = scatter(d, field, 0.97, max(len(d) / 4, 3), 0.2, 0.5, None, rng)
     bodies, _ = make_bodies(d, "ellipsoid", 1.3, 90, rng=rng)
     z = s.support_nm * rng.uniform(0, 2, len(d))
@@ -86,12 +109,13 @@ def _clumps(s, shape, rng):
     seen = stack_up(parts, shape[0] * shape[1], -1e9)
     total = lambda o: np.bincount(seen.fragments.pixel, o, shape[0] * shape[1]).reshape(shape).astype(np.float32)
     f, through = seen.fragments, seen.through.reshape(shape)
-    return total(f.cover * f.thick), total(seen.weight * f.top), total(seen.weight * (1 + 0.5 * s.edge * (f.rim - 1))) + 0.5 * through
+    signal = total(seen.weight * (1 + 0.5 * s.edge * (f.rim - 1))) + 0.5 * through
+    return total(f.cover * f.thick), total(seen.weight * f.top), signal
 
 def _cloud(s, shape, rng):
     "A porous powder: what a smooth random field has above a level."
     field = texture(shape, s.support_nm / s.pixel_size, 4, rng)
-    thick = s.support_nm * np.maximum(field - np.quantile(field, 1 - min(s.support_cover, 0.98)), 0)
+    thick = s.support_nm * np.maximum(field - np.quantile(field, 1 - min(s.support_cover, 0.98)), 0)**np.float32(0.7)
     return thick, thick, 0.5 + 0.5 * (thick > 0)
 
 def _debris(s, shape, rng):
@@ -113,38 +137,35 @@ def simulate_scene(
     s = as_scene(scene).draw(drawing)
     (h, w), px = s.frame, s.pixel_size
     pad = int(np.ceil(4 * s.probe_nm * np.sqrt(s.astigmatism) / px)) + 2
-    shape = (h + 2 * pad, w + 2 * pad)
-    base, surface, there = _support(s, shape, ground)
-    d, bodies, names, margin, wide, lie, sink = _population(s, pad, people)
-    index = lambda at: tuple(np.clip(np.rint((at - margin) / px + pad).astype(int), 0, np.array(shape) - 1).T)
-    allowed = None if there is None or not there.any() else lambda at: there[index(at)]
-    at = scatter(d, wide, s.clustering, s.cluster_size, s.packing, s.overlap, allowed, lie)
-    out = outlines(bodies, len(d))
-    depth = np.where(sink.random(len(d)) < s.buried, sink.uniform(0, s.burial, len(d)), 0.)
-    z = surface[index(at)] + (0.5 - depth) * out.height
-    true = (at - margin) / px  # px of the frame, where the specimen has it
-    drift, lines = _scan_lines(s, shape[0], pad, scan)
-    seen_at = true - drift[np.clip(np.rint(true[:, 0] + pad).astype(int), 0, shape[0] - 1)]
+    base, surface, there = _support(s, (h + 2 * pad, w + 2 * pad), ground)
+    p = _people(s, pad, surface, there, people)
+    drift, lines = _scan_lines(s, len(base), pad, scan)
     if lines.any(): base = _along_lines(base, lines)
-    parts = fragments(bodies, np.c_[true + pad, z], shape, px, s.escape_nm, lines)
+    parts = fragments(p.bodies, np.c_[p.at, p.z], base.shape, px, s.escape_nm, lines)
     seen = stack_up(parts, base.size, _ground(s, surface), s.escape_nm)
-    tone = np.exp(s.tone_spread * tones.standard_normal(len(d)))
-    if s.mode == "se": signal, more = secondary_electrons(seen, s.particle_level * tone, base, surface, s, px)
-    else: signal, more = transmitted(seen, tone, base, s)
-    if s.speckle: signal = signal * (1 + s.speckle * np.clip(base / s.support_nm, 0.2, 2)**0.5 * texture(shape, s.speckle_nm / px, None, tones))
-    if s.coating: signal = signal * (1 + s.coating * texture(shape, s.coating_nm / px / 2, 6, tones))
-    signal = blur(signal, s.probe_nm / px, s.astigmatism, s.astig_deg)
-    signal = charge(signal, s.support_level, s.charging, s.charging_px)[pad:pad + h, pad:pad + w]
-    if s.ramp: signal = signal * _ramp(s)
-    grey = count_electrons(signal, s.electrons, s.detector, s.noise_px, noise)
+    signal, more = _signal(s, seen, base, surface, len(p.d), pad, tones)
     drawn, burnt = overlay((h, w), px, s.bar, s.letter, ink)
+    grey = count_electrons(signal, s.electrons, s.detector, s.noise_px, noise)
     grey = grey_levels(np.where(burnt, _over(grey, drawn, s.bar), grey), s.gamma, s.bits)
-    labels = label_image(seen, shape)[pad:pad + h, pad:pad + w].copy()
-    labels[burnt] = 0
-    table = _truth(s, d, names, out, seen_at, depth, seen, more, signal, shape, pad, burnt, labels)
-    labels, table = _numbered(labels, table)
+    labels = np.where(burnt, 0, label_image(seen, base.shape)[pad:pad + h, pad:pad + w])
+    at = p.at - drift[np.clip(np.rint(p.at[:, 0]).astype(int), 0, len(base) - 1)] - pad  # where they appear
+    labels, table = _numbered(labels, _truth(s, p, at, seen, more, signal, base.shape, pad, burnt, labels))
     about = {"unit": "grey level" if s.bits else "signal", "scene": asdict(s)}
     return SceneImage(Micrograph(grey, px, about, "microgen"), labels, table, s, burnt, signal)
+
+def _signal(s, seen, base, surface, n, pad, rng):
+    "Signal of the frame behind the probe; what each fragment adds before it."
+    tone, px = np.exp(s.tone_spread * rng.standard_normal(n)), s.pixel_size
+    if s.mode == "se": signal, more = secondary_electrons(seen, s.particle_level * tone, base, surface, s, px)
+    else: signal, more = transmitted(seen, tone, base, s)
+    if s.speckle:  # phase contrast grows as the root of the number of atoms
+        grain = texture(base.shape, s.speckle_nm / px, None, rng)
+        signal = signal * (1 + s.speckle * np.sqrt(np.clip(base / s.support_nm, 0.2, 2)) * grain)
+    if s.coating: signal = signal * (1 + s.coating * texture(base.shape, s.coating_nm / px / 2, 6, rng))
+    signal = blur(signal, s.probe_nm / px, s.astigmatism, s.astig_deg)
+    signal = charge(signal, s.support_level, s.charging, s.charging_px)
+    signal = signal[pad:len(signal) - pad, pad:signal.shape[1] - pad]
+    return signal * _ramp(s) if s.ramp else signal, more
 
 def _ground(s, surface):
     "What veils a particle: nothing in transmission."
@@ -158,30 +179,30 @@ def _ramp(s):
     return 1 + np.float32(s.ramp) * (np.float32(np.sin(turn)) * y + np.float32(np.cos(turn)) * x)
 
 # %% ../../nbs/33_sem.scene.ipynb #d30a5e20
-def _truth(s, d, names, out, at, depth, seen, more, signal, shape, pad, burnt, labels):
-    "One row for each particle that touches the frame."
-    (h, w), px, n = s.frame, s.pixel_size, len(d)
+def _truth(s, p, at, seen, more, signal, shape, pad, burnt, labels):
+    "One row for each particle that touches the frame; `at` is where it appears, px."
+    (h, w), px, n, out = s.frame, s.pixel_size, len(p.d), p.outline
     f, weight = seen.fragments, seen.weight
     row, column = f.pixel // shape[1] - pad, f.pixel % shape[1] - pad
     within = (row >= 0) & (row < h) & (column >= 0) & (column < w)
-    total = lambda o, where=slice(None): np.bincount(f.owner[where], o[where], n)
-    flat = np.clip(row, 0, h - 1) * w + np.clip(column, 0, w - 1)
-    bare = within & ~burnt.ravel()[flat]
-    area = np.pi / 4 * d**2 / px**2
-    spread = out.major * out.minor / 16 / px**2
+    bare = within & ~burnt[np.clip(row, 0, h - 1), np.clip(column, 0, w - 1)]
+    total = lambda o, where=bare: np.bincount(f.owner[where], o[where], n)
+    area = np.pi / 4 * p.d**2 / px**2
     counts = weight if s.mode == "se" else f.cover  # transmitted electrons pass through what lies above
-    energy = total(counts * more**2, bare) * spread / (spread + (s.probe_nm / px)**2)
-    noise = (np.maximum(signal, 0) / s.electrons if s.electrons else 0) + s.detector**2 + 1e-12
-    local = np.clip(np.rint(at).astype(int), 0, (h - 1, w - 1))
-    noise = np.broadcast_to(noise, signal.shape)[tuple(local.T)]
-    seen_area = total(weight, bare)
     table = pd.DataFrame({
-        "id": np.arange(1, n + 1), "y_nm": at[:, 0] * px, "x_nm": at[:, 1] * px, "diameter_nm": d, "major_nm": out.major,
-        "minor_nm": out.minor, "angle_deg": out.angle_deg, "height_nm": out.height, "shape": names, "buried": depth,
-        "inside": np.clip(total(f.cover, within) / area, 0, 1), "visible": np.clip(seen_area / area, 0, 1),
-        "area_px": np.bincount(labels.ravel(), minlength=n + 1)[1:n + 1],
-        "contrast": total(counts * more, bare) / np.maximum(total(counts, bare), 1e-9), "snr": np.sqrt(energy / noise)})
+        "id": np.arange(1, n + 1), "y_nm": at[:, 0] * px, "x_nm": at[:, 1] * px, "diameter_nm": p.d,
+        "major_nm": out.major, "minor_nm": out.minor, "angle_deg": out.angle_deg, "height_nm": out.height,
+        "shape": p.names, "buried": p.depth, "inside": np.clip(total(f.cover, within) / area, 0, 1),
+        "visible": np.clip(total(weight) / area, 0, 1), "area_px": np.bincount(labels.ravel(), minlength=n + 1)[1:n + 1],
+        "contrast": total(counts * more) / np.maximum(total(counts), 1e-9),
+        "snr": _snr(s, total(counts * more**2), out.major * out.minor / 16, at, signal)})
     return table[np.bincount(f.owner[within], minlength=n) > 0]
+
+def _snr(s, energy, spread_nm2, at, signal):
+    "Signal-to-noise ratio of a matched filter behind the probe."
+    noise = (np.maximum(signal, 0) / s.electrons if s.electrons else 0 * signal) + s.detector**2 + 1e-12
+    here = tuple(np.clip(np.rint(at).astype(int), 0, np.array(signal.shape) - 1).T)
+    return np.sqrt(energy * spread_nm2 / (spread_nm2 + s.probe_nm**2) / noise[here])
 
 def _numbered(labels, table):
     "Ids from 1 without gaps, in the table and in the labels."

@@ -58,25 +58,25 @@ def _cut_polyhedron(v, u, solid, escape_nm=None, reach=None):
     top, bottom, own = np.full(shape, 1e9, np.float32), np.full(shape, -1e9, np.float32), np.zeros(shape, np.int8)
     for i in range(h.shape[1]):
         z = high[0, :, i] + high[1, :, i] * v + high[2, :, i] * u
-        if escape_nm is not None: own[z < top] = i
+        if escape_nm is not None: np.copyto(own, np.int8(i), where=z < top)
         np.minimum(top, z, out=top)
         np.maximum(bottom, deep[0, :, i] + deep[1, :, i] * v + deep[2, :, i] * u, out=bottom)
     inside = top > bottom
     if escape_nm is None: return inside, top
-    return inside, top, top - bottom, *_face(v, u, top, own, inside, normals, h, escape_nm)
+    return inside, top, top - bottom, *_face(v, u, top, own, normals, h, np.float32(escape_nm))
 
-def _face(v, u, top, own, inside, normals, h, escape_nm):
-    "Brightening and normal where beams meet a polyhedron; zero beside it."
-    body = np.broadcast_to(np.arange(len(h))[:, None, None], top.shape)[inside]
-    at = np.stack([np.broadcast_to(o, top.shape)[inside] for o in (v, u, top)])
-    mine, faces = normals[body, own[inside]], np.where(normals[..., 2] > -0.5, h, np.float32(1e9))
-    near = -np.ones(len(body), np.float32)  # the own face is at distance 0 and does not count
+def _face(v, u, top, own, normals, h, escape_nm):
+    "Brightening and normal where beams meet a polyhedron."
+    far = np.where(normals[..., 2] > -0.5, h, np.float32(1e6) * escape_nm)[..., None, None] / escape_nm
+    k = (normals / escape_nm)[..., None, None]
+    near = np.zeros(top.shape, np.float32)
     for i in range(h.shape[1]):
-        away = faces[body, i] - np.einsum("cm,mc->m", at, normals[body, i])
-        near += np.exp(np.maximum(-away / escape_nm, -30))
-    out = np.zeros((3, *top.shape), np.float32)
-    out[:, inside] = 1 / np.maximum(mine[:, 2], np.float32(0.25)) + np.maximum(near, 0), mine[:, 0], mine[:, 1]
-    return out
+        away = (far[:, i] - k[:, i, 0] * v) - k[:, i, 1] * u
+        away = away - k[:, i, 2] * top
+        near += np.exp(-np.clip(away, 0, 30, out=away), out=away)
+    body = np.arange(len(h))[:, None, None]
+    ny, nx, nz = (np.ascontiguousarray(normals[..., c])[body, own] for c in range(3))
+    return 1 / np.maximum(nz, np.float32(0.25)) + near - 1, ny, nx  # the own face is at distance 0 and does not count
 
 # %% ../../nbs/30_sem.solid.ipynb #43d420f4
 def _beams(row, column, at, lines, fine):
@@ -93,7 +93,8 @@ def _pooled(bodies, at, half, fine, frame, lines, escape_nm):
     cut = _cut_ellipsoid if len(bodies.solid) == 1 else _cut_polyhedron
     middle = np.rint(at[:, :2] - lines[np.clip(np.rint(at[:, 0]).astype(int), 0, h - 1)]).astype(int)
     row, column = (middle[:, i, None] + np.arange(-half, half + 1) for i in range(2))
-    if 2 * half + 1 > max(h, w): row, column = (np.tile(np.arange(n), (len(at), 1)) for n in (h, w))  # larger than the image
+    if 2 * half + 1 > max(h, w):  # larger than the image
+        row, column = (np.tile(np.arange(n), (len(at), 1)) for n in (h, w))
     v, u = _beams(row, column, at, lines, fine)
     hit, *values = cut(v * np.float32(size[0]), u * np.float32(size[1]), bodies.solid, np.float32(escape_nm), bodies.reach)
     share = hit.mean((0, 1), dtype=np.float32)
@@ -111,7 +112,8 @@ def _speck(bodies, at, frame, lines, escape_nm, across=14):
     step = 2 * bodies.reach / across
     grid = np.arange(across) + 0.5 - across / 2
     v, u = ((grid + at[:, i, None] % 1 - 0.5) * step[:, None] for i in range(2))  # a grid of its own for each body
-    hit, *values = cut(v.astype(np.float32)[:, :, None], u.astype(np.float32)[:, None], bodies.solid, np.float32(escape_nm), bodies.reach)
+    beams = v.astype(np.float32)[:, :, None], u.astype(np.float32)[:, None]
+    hit, *values = cut(*beams, bodies.solid, np.float32(escape_nm), bodies.reach)
     off = lines[np.clip(np.rint(at[:, 0]).astype(int), 0, h - 1)]
     row, column = (np.rint(at[:, i, None] - off[:, i, None] + o / size[i]).astype(int) for i, o in enumerate((v, u)))
     inside = hit & ((row >= 0) & (row < h))[:, :, None] & ((column >= 0) & (column < w))[:, None]
@@ -162,6 +164,7 @@ class Outlines(NamedTuple):
     minor: np.ndarray # minor axis, nm
     angle_deg: np.ndarray # direction of the major axis, degrees from +x towards +y
     height: np.ndarray # from the lowest point to the highest, nm
+    reach: np.ndarray # radius of a cylinder about the beam that holds the particle, nm
 
 def outlines(
     bodies, # list of Bodies, symmetric about their particle's centre in z
@@ -169,27 +172,30 @@ def outlines(
     beams=48, # beams across a particle
 ) -> Outlines: # of particles 0 to n - 1
     "Measure silhouettes: exactly for ellipsoids, by beams for all others."
-    out = np.zeros((5, n))
+    out = np.zeros((6, n))
     for b in bodies:
         alone = len(np.unique(b.owner)) == len(b.owner)
-        own, area, yy, xx, yx, top = _outline_exact(b) if len(b.solid) == 1 and alone else _outline_cut(b, n, beams)
+        exact = len(b.solid) == 1 and alone
+        own, area, yy, xx, yx, top, far = _outline_exact(b) if exact else _outline_cut(b, n, beams)
         mean, split = (yy + xx) / 2, np.hypot((yy - xx) / 2, yx)
         axes = 4 * np.sqrt([mean + split, np.maximum(mean - split, 0)])
-        out[:, own] = np.sqrt(4 * area / np.pi), *axes, np.degrees(np.arctan2(2 * yx, xx - yy)) / 2, 2 * top
+        out[:, own] = np.sqrt(4 * area / np.pi), *axes, np.degrees(np.arctan2(2 * yx, xx - yy)) / 2, 2 * top, far
     return Outlines(*out)
 
 def _outline_exact(b):
-    "Owner, area, central second moments and half height of single ellipsoids."
+    "Owner, area, central second moments, half height and reach of single ellipsoids."
     A = b.solid[0]
     S = np.linalg.inv(A[:, :2, :2] - A[:, :2, 2:] * A[:, 2:, :2] / A[:, 2:, 2:])
-    return b.owner, np.pi * np.sqrt(np.linalg.det(S)), S[:, 0, 0] / 4, S[:, 1, 1] / 4, S[:, 0, 1] / 4, np.sqrt(np.linalg.inv(A)[:, 2, 2])
+    top = np.sqrt(np.linalg.inv(A)[:, 2, 2])
+    return b.owner, np.pi * np.sqrt(np.linalg.det(S)), S[:, 0, 0] / 4, S[:, 1, 1] / 4, S[:, 0, 1] / 4, top, b.reach
 
 def _outline_cut(b, n, beams):
     "The same from beams through the union of each particle's bodies."
     reach = np.zeros(n)
     np.maximum.at(reach, b.owner, np.abs(b.center[:, :2]).max(1) + b.reach)
     own, parts = np.unique(b.owner), []
-    cut, grid = _cut_ellipsoid if len(b.solid) == 1 else _cut_polyhedron, (np.arange(beams, dtype=np.float32) + 0.5) / beams * 2 - 1
+    cut = _cut_ellipsoid if len(b.solid) == 1 else _cut_polyhedron
+    grid = (np.arange(beams, dtype=np.float32) + 0.5) / beams * 2 - 1
     for some in np.array_split(own, max(-(-len(own) * beams**2 // 2**20), 1)):
         of = np.flatnonzero(np.isin(b.owner, some))
         scale = reach[b.owner[of]][:, None, None].astype(np.float32)
@@ -199,7 +205,8 @@ def _outline_cut(b, n, beams):
         mine = np.searchsorted(some, b.owner[of])
         np.logical_or.at(hit, mine, inside)
         np.maximum.at(half, mine, np.where(inside, top, 0).max((1, 2)) + b.center[of, 2])
-        parts.append((*_second_moments(hit, grid, reach[some]), half))
+        far = np.sqrt(np.where(hit, grid[:, None]**2 + grid**2, 0).max((1, 2))) + 1.5 / beams  # and half a step, diagonally
+        parts.append((*_second_moments(hit, grid, reach[some]), half, np.minimum(far, 1) * reach[some]))
     return own, *(np.concatenate(o) for o in zip(*parts))
 
 def _second_moments(hit, grid, reach):
