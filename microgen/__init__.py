@@ -15,6 +15,10 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "stem.wall": ["wall", "displace", "truth_maps"],
         "stem.render": ["Probe", "haadf"],
         "stem.measure": ["measure"],
+        "sem.preset": ["Scene"],
+        "sem.scene": ["simulate_scene"],
+        "count.law": ["DetectionCurve", "fit_detection"],
+        "count.size": ["fit_sizes"],
         "data.build": ["Recipe", "build"],
     },
 )
