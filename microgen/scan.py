@@ -274,7 +274,7 @@ def mistilt(
     columns, # Columns (`microgen.stem.crystal`) with depth_nm in its table
     tilt_mrad, # angle between zone axis and beam, mrad
     azimuth_deg=0. # direction towards which deeper atoms move, degrees from +x towards +y
-) -> "Columns": # shifted about mid-thickness
+) -> object: # Columns, shifted about mid-thickness
     """Tilt a crystal: shift its columns with their mean depth.
 
     Raises: InputError for a tilt that is no small angle.

@@ -14,6 +14,7 @@ import pandas as pd
 from scipy.spatial import cKDTree
 
 from ..core import InputError, as_rng
+from .crystal import Columns
 from .field import (COLUMN_NM, LAYER_NM, Domain, Field, Network, Sum, Vortex, Wall, evaluate,
                                  field_from_dict, winding)
 from .order import STATES, displacement, order_parameter, polarisation, state_of, wall_width
@@ -206,7 +207,7 @@ def displace(
     columns, # `Columns` of an h-RMnO3 crystal
     field, # (y_nm, x_nm, z_nm) -> (Q, phi)
     mn_o_pm: float = 0., # column-to-column shift of the Mn-O layers against R, pm (16 was measured)
-) -> "Columns": # y_nm, x_nm moved; table gains y0_nm, x0_nm, disp_pm, Q, phi, domain
+) -> Columns: # y_nm, x_nm moved; table gains y0_nm, x0_nm, disp_pm, Q, phi, domain
     """Columns of a crystal that carries an order-parameter field.
 
     Raises: InputError when the crystal has no trimerised R columns in this view.
