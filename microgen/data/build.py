@@ -220,13 +220,15 @@ def _make_chunk(recipe, out, indices):
 def _local(recipe, out, chunks, workers):
     "Yield the size of each chunk as it is finished, on the cores of this machine."
     from joblib import Parallel, cpu_count, delayed
+    from joblib.externals.loky import get_reusable_executor
 
     workers = min(workers or cpu_count(), len(chunks))
     if workers <= 1:
         yield from (_make_chunk(recipe, out, chunk) for chunk in chunks)
         return
     pool = Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")
-    yield from pool(delayed(_make_chunk)(recipe, out, chunk) for chunk in chunks)
+    try: yield from pool(delayed(_make_chunk)(recipe, out, chunk) for chunk in chunks)
+    finally: get_reusable_executor().shutdown()  # idle workers would keep the process from ending for minutes
 
 
 def _cluster(recipe, out, chunks, address):
