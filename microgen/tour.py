@@ -164,10 +164,14 @@ def image_chapter(
 ) -> Section | None: # its part of the report; None without an image
     "Measure the user's micrograph."
     if tour.image is None: return None
-    found = measure(read(tour.image, pixel_size=tour.pixel_size), tour.structure)
+    image, part = read(tour.image, pixel_size=tour.pixel_size), Section("Your image")
+    try: found = measure(image, tour.structure)
+    except InputError as why:
+        part.text(f"The image was not measured against {tour.structure}: {why} Its columns follow without a structure.")
+        found = measure(image)
     found.save(tour.out / "image")
     fig = found.show(ax=None).figure
-    part = (Section("Your image")
+    part = (part
         .text(f"{tour.image.name}: {len(found.columns)} columns, {len(found.walls)} walls; tables and maps are in image/.")
         .figure(fig, "Columns, displacements and walls")
         .table(found.columns.describe().loc[["count", "mean", "std", "min", "max"]].reset_index(), "Columns"))
