@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree  # noqa: E402
 import microgen  # noqa: E402
 
 SITE = Path(__file__).resolve().parent.parent / "nbs" / "images"
-FOV, RANGE = 5.0, 45
+FOV, RANGE = 5.0, 30
 
 
 def dots(ax, image, table, column, title):

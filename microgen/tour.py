@@ -163,18 +163,23 @@ def image_chapter(
     tour: Context, # what the chapter may use
 ) -> Section | None: # its part of the report; None without an image
     "Measure the user's micrograph."
+    import matplotlib.pyplot as plt
+
     if tour.image is None: return None
     image, part = read(tour.image, pixel_size=tour.pixel_size), Section("Your image")
     try: found = measure(image, tour.structure)
     except InputError as why:
-        part.text(f"The image was not measured against {tour.structure}: {why} Its columns follow without a structure.")
+        part.text(f"The image was not measured against {tour.structure}: {str(why).rstrip('.')}. Its columns follow without a structure.")
         found = measure(image)
     found.save(tour.out / "image")
-    fig = found.show(ax=None).figure
+    fig, ax = plt.subplots(figsize=(7, 7))
+    found.show(ax=ax)
+    told = [name for name in ("amplitude", "sigma_nm", "disp_pm", "disp_se_pm", "Q", "phi") if name in found.columns]
+    summary = found.columns.groupby("site")[told].median().reset_index()
     part = (part
         .text(f"{tour.image.name}: {len(found.columns)} columns, {len(found.walls)} walls; tables and maps are in image/.")
         .figure(fig, "Columns, displacements and walls")
-        .table(found.columns.describe().loc[["count", "mean", "std", "min", "max"]].reset_index(), "Columns"))
+        .table(summary, "Median of each kind of column"))
     return part.table(found.walls, "Walls") if len(found.walls) else part
 
 # %% ../nbs/97_tour.ipynb #2c3669de
