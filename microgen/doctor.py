@@ -76,7 +76,8 @@ def torchvision_line(
     version = Version(torch)
     if version.major != 2: return "pip install --upgrade torch torchvision"
     index = f" --index-url https://download.pytorch.org/whl/{version.local}" if version.local else ""
-    return f'pip install --force-reinstall --no-deps "torchvision==0.{version.minor + 15}.*"{index}'
+    fitting = f"==0.{version.minor + 15}.*" if version.minor < 14 else ">=0.29"
+    return f'pip install --force-reinstall --no-deps "torchvision{fitting}"{index}'
 
 
 def check_import(
@@ -101,7 +102,7 @@ def check_torchvision(
     vision = _version("torchvision", path)
     if not torch: return Check("torchvision", vision or "missing", "problem", "pip install torch torchvision")
     line = torchvision_line(torch)
-    if not vision: return Check("torchvision", "missing; not needed for simulation", "note", line)
+    if not vision: return Check("torchvision", "missing; simulating and counting do without it", "note", line)
     error = check_import("torchvision", path)
     if not error: return Check("torchvision", f"{vision}, belongs to torch {torch}")
     return Check("torchvision", f"{vision} does not belong to torch {torch} ({error})", "problem", line)
