@@ -17,7 +17,10 @@ from .detect import Detection, Detector, detect, overlay, save
 from ..io import UncalibratedError, read, write_csv
 
 # %% ../../nbs/35a_count.batch.ipynb #5f44303e
-def _count_one(path, out, pixel_size, detector):
+_ELSEWHERE = ("source", "notes", "detector", "pixel_size_nm", "size_rule", "counting_rule")  # keys of summary.json alone
+
+
+def _count_one(path, out, pixel_size, detector, then):
     "Detect in one file and save; the row of summary.csv."
     try:
         try: image, size = read(path, pixel_size), None
@@ -25,9 +28,9 @@ def _count_one(path, out, pixel_size, detector):
         found = detect(image, size, detector)
         found.summary["source"] = str(path)
         save(found, out)
-        s = found.summary
-        return {"file": str(path), "folder": out.name, "error": "", "notes": " ".join(s["notes"]),
-                **{k: v for k, v in s.items() if k not in ("source", "notes", "detector", "pixel_size_nm", "size_rule", "counting_rule")}}
+        row = {"file": str(path), "folder": out.name, "error": "", "notes": " ".join(found.summary["notes"])}
+        row |= {k: v for k, v in found.summary.items() if k not in _ELSEWHERE}
+        return row | (then(found, out) if then else {})
     except MicrogenError as e: return {"file": str(path), "folder": "", "error": str(e)}
     except Exception as e: return {"file": str(path), "folder": "", "error": f"{type(e).__name__}: {e}"}
 
@@ -39,17 +42,19 @@ def count_images(
     detector: Detector = Detector(), # settings of the method
     workers: int = -1, # processes; -1 takes one per core
     progress: bool = True, # show one bar
+    then=None, # function of (Detection, folder) that does more with each image; the dict it returns joins the row
 ) -> pd.DataFrame: # one row per file; column `error` says what stopped a file
     """Count the particles of many images in parallel; a file that fails is listed and does not stop the rest.
     Raises: InputError when there is no image."""
-    from joblib import Parallel, delayed
+    from joblib import Parallel, cpu_count, delayed
     from joblib.externals.loky import get_reusable_executor
     from microgen.progress import progress_bar
     files = image_files(paths)
-    jobs = [delayed(_count_one)(f, Path(out) / name, pixel_size, detector) for f, name in zip(files, _folder_names(files))]
+    workers = min(workers if workers > 0 else cpu_count(), len(files))
+    jobs = [delayed(_count_one)(f, Path(out) / name, pixel_size, detector, then) for f, name in zip(files, _folder_names(files))]
     rows = {}
     with progress_bar(len(files), "counting", progress, "images") as advance:
-        pool = Parallel(n_jobs=min(workers, len(files)) if workers > 0 else workers, return_as="generator_unordered")
+        pool = Parallel(n_jobs=workers, return_as="generator_unordered")
         for row in pool(jobs):
             rows[row["file"]] = row
             advance()
