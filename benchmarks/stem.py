@@ -208,7 +208,8 @@ def rows(quick):
 def complete(quick, row, found):
     "Rows of complete images: with scan and labels, and written to disk."
     try:
-        from microgen.data.build import Recipe, build, simulate
+        from microgen.data.build import build
+        from microgen.data.walls import Recipe, simulate
     except ImportError:
         return
     recipe = Recipe(n=240 if quick else 960, pixel_size=PIXEL, size=SIDE)

@@ -19,6 +19,8 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "sem.scene": ["simulate_scene"],
         "count.law": ["DetectionCurve", "fit_detection"],
         "count.size": ["fit_sizes"],
-        "data.build": ["Recipe", "build"],
+        "data.walls": ["Recipe"],
+        "data.particles": ["ParticleRecipe"],
+        "data.build": ["build"],
     },
 )

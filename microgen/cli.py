@@ -72,7 +72,8 @@ def simulate(
     scheduler: str = "",         # address of a Dask scheduler, such as tcp://host:8786
 ):
     "Simulate a dataset of labelled STEM images."
-    from microgen.data.build import Recipe, build
+    from microgen.data.build import build
+    from microgen.data.walls import Recipe
 
     recipe = Recipe(structure=structure, walls=_names(walls), shares=_numbers("shares", shares), n=n, size=size,
                     pixel_size=pixel_size, preset=preset, thickness_nm=_range("thickness", thickness), seed=seed)

@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.spatial import cKDTree
 
 from .core import InputError
-from .data.build import Recipe, simulate
+from .data.walls import Recipe, simulate
 from .io import read, write_csv
 from .plot import show, show_grid
 from .progress import progress_bar
