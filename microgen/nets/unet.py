@@ -19,7 +19,7 @@ from .blocks import Block, PixelNoise, WallAttention, code, grow, initialise, no
 class Drawn(NamedTuple):
     "What a generator makes of a batch."
     image: torch.Tensor       # (B, out_ch, H, W) in [-1, 1]: mean + sd * noise
-    mean: torch.Tensor        # (B, out_ch, H, W) in (-1, 1)
+    mean: torch.Tensor        # (B, out_ch, H, W) before it is cut to [-1, 1]: a loss on it always has a gradient
     sd: torch.Tensor          # (B, 1, H, W) standard deviation of the pixel noise
     mask: torch.Tensor | None # (B, 1, H, W) in (0, 1), where the wall is; None without attention
 
@@ -49,7 +49,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(base, out_ch, 3, padding=1)
         self.noise = PixelNoise(base)
         initialise(self, seed)
-        self.head.weight.data.mul_(0.1)  # far from where tanh is flat
+        self.head.weight.data.mul_(0.1)  # begin near a grey image
 
     def forward(self, maps, label=None, z=None, noise=None): return self.draw(maps, label, z, noise).image
 
@@ -67,9 +67,9 @@ class UNet(nn.Module):
         if self.attention is not None:
             mask = self.attention(maps)
             h = self.attention.gate(h, mask)
-        mean, sd = torch.tanh(self.head(h)), self.noise(h)
-        image = mean if noise is None else (mean + sd * noise).clamp(-1, 1)
-        return Drawn(image, mean, sd, mask)
+        mean, sd = self.head(h), self.noise(h)
+        image = mean if noise is None else mean + sd * noise
+        return Drawn(image.clamp(-1, 1), mean, sd, mask)
 
     def features(self,
         maps: torch.Tensor, # (B, in_ch, H, W)
