@@ -10,6 +10,7 @@ __all__ = ['CHANNELS', 'DISP_PM', 'SITES', 'SYMMETRIES', 'sites', 'condition', '
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ..core import InputError, check_positive
@@ -90,13 +91,13 @@ class Symmetry:
     def phi(self,
         phi, # trimerisation angle, radians
         gauge=0, # number of columns by which n = 0 is shifted
-    ):
+    ) -> np.ndarray: # radians in [0, 2 pi)
         "What becomes of the angle."
         return np.mod((-1 if self.left_right else 1) * np.asarray(phi) + self.shift(gauge), 2 * np.pi)
 
     def shift(self,
         gauge=0, # number of columns by which n = 0 is shifted
-    ):
+    ) -> np.ndarray: # radians
         "Constant that is added to the angle, radians."
         return np.pi * self.up_down + 2 * np.pi / 3 * np.asarray(gauge)
 
@@ -137,7 +138,7 @@ def move_table(
     shape: tuple, # (H, W) of the image, pixels
     pixel_size, # nm, one number or (py, px)
     gauge: int = 0, # number of columns by which n = 0 is shifted
-): # -> DataFrame: columns of the mirrored specimen
+) -> pd.DataFrame: # columns of the mirrored specimen
     "Mirror or turn a table of columns."
     op, pixel = symmetry(op), np.broadcast_to(np.asarray(pixel_size, float), 2)
     new = table.copy()

@@ -127,7 +127,7 @@ def scale(
     image, # array or tensor, any shape
     low, # value that becomes -1
     high, # value that becomes 1
-): # -> same type
+) -> np.ndarray: # or tensor, as it came
     "Scale values linearly to [-1, 1]; what lies beyond is cut."
     return ((image - low) * (2 / (high - low)) - 1).clip(-1, 1)
 
@@ -135,7 +135,7 @@ def scale(
 def unscale(
     image, # array or tensor in [-1, 1]
     scaling, # `dls.scaling`, or (low, high)
-): # -> same type, in the units of the files
+) -> np.ndarray: # or tensor, as it came; in the units of the files
     "Undo `scale`; exact where nothing was cut."
     low, high = (scaling["low"], scaling["high"]) if isinstance(scaling, dict) else scaling
     return (image + 1) * ((high - low) / 2) + low
@@ -149,7 +149,7 @@ class Pixels:
         self.listed, self.channels, self.scaling, self.percentiles = listed.reset_index(drop=True), tuple(channels), scaling, percentiles
         self.has_maps = self.listed["maps"].notna().to_numpy()
         self.size = None if size is None else tuple(int(n) for n in np.broadcast_to(size, 2))
-        self.pixel_size, self.corner, self.kept = pixel_size, (0.5, 0.5), {}
+        self.pixel_size, self.corner, self.kept, self._last = pixel_size, (0.5, 0.5), {}, (None, None)
         if scaling not in ("image", "dataset"): raise InputError(f"scaling is {scaling!r}: give 'image' or 'dataset'.")
         first = self._read(0)
         self.shape, self.pixel_size = first.shape, self.pixel_size or self._known(first)
@@ -171,8 +171,10 @@ class Pixels:
         try: image = read(path, at)
         except UncalibratedError: image = read(path, 1.0); image.metadata["pixel_size_unknown"] = True
         known = self._known(image)
+        if self.pixel_size and not known:
+            raise InputError(f"{path.name} does not say how large its pixels are, others do: give its pixel size in nm.")
         if known and self.pixel_size and not np.allclose(known, self.pixel_size, rtol=0.01):
-            if self.listed["maps"][i] is not None:
+            if self.has_maps[i]:
                 raise InputError(f"{path.name} has pixels of {known[0]:.4g} nm, others have {self.pixel_size[0]:.4g} nm: maps are not "
                                  "resampled, so build the dataset with one pixel size.")
             image = image.resample(self.pixel_size)
@@ -203,7 +205,7 @@ class Pixels:
                 if isinstance(found, ReadError): bad.append(found)
                 else: self.limits[i], self.shapes[i] = found
                 advance(1)
-        if bad: raise InputError(f"{len(bad)} of {n} images cannot be read; the first: {bad[0]} Remove or replace them.") from bad[0]
+        if bad: raise InputError(f"{len(bad)} of {n} images cannot be read; remove or replace them. The first: {bad[0]}") from bad[0]
         need = self.size or self.shapes[0]
         for path, shape in zip(self.listed["image"], self.shapes):
             if shape[0] < need[0] or shape[1] < need[1] or (self.size is None and shape != need):
@@ -222,13 +224,17 @@ class Pixels:
         rows, # row numbers of the training images
     ) -> dict: # how grey levels are scaled: mode, percentiles, low, high; `unscale` undoes it
         "Take the limits of the grey levels from the training images."
-        low, high = self.limits[rows].T
-        low, high = (np.median(low), np.median(high)) if self.scaling == "image" else (low.min(), high.max())
-        if self.scaling == "dataset": self.limits[:] = low, high
+        rows, domains = np.asarray(rows), self.listed.get("domain", pd.Series(0, range(len(self)))).to_numpy()
+        for domain in np.unique(domains)[::-1]:  # ends with the first domain, whose limits are told
+            low, high = self.limits[rows[domains[rows] == domain]].T
+            low, high = (np.median(low), np.median(high)) if self.scaling == "image" else (low.min(), high.max())
+            if self.scaling == "dataset": self.limits[domains == domain] = low, high
         return {"mode": self.scaling, "percentiles": list(self.percentiles), "low": float(low), "high": float(high)}
 
     def _get(self, i):
-        return self.kept[i] if i in self.kept else self._load(i)
+        if i in self.kept: return self.kept[i]
+        if self._last[0] != i: self._last = i, self._load(i)  # image, maps and wall of one item: one reading
+        return self._last[1]
 
     def _window(self, shape):
         (h, w), (y, x) = self.crop, (int(round(f * (n - m))) for f, n, m in zip(self.corner, shape[-2:], self.crop))

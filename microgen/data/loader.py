@@ -162,9 +162,9 @@ def draw_batch(
     fig, axes = plt.subplots(n, len(panels), figsize=(size * len(panels), (size + 0.25) * n), dpi=72, squeeze=False, layout="constrained")
     for i, row in enumerate(axes):
         for ax, (name, x) in zip(row, panels.items()):
-            grey = name.startswith(("image", "generated", "sites"))
-            show_image(x[i], dl.pixels.pixel_size, ax=ax, title=_title(name, i, batch, dl.vocab),
-                       cmap="gray" if grey else "RdBu_r", vmin=None if grey else -1, vmax=None if grey else 1)
+            style = {} if name.startswith(("image", "generated")) else {"vmin": -1, "vmax": 1}
+            if style and name != "sites": style["cmap"] = "RdBu_r"
+            show_image(x[i], dl.pixels.pixel_size, ax=ax, title=_title(name, i, batch, dl.vocab), **style)
     return fig
 
 
