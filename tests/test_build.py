@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from microgen.cli import app
 from microgen.core import Micrograph, MicrogenError
 from microgen.data.build import build, read_recipe
 from microgen.data.item import Simulated, paths, write_item
@@ -64,7 +66,8 @@ def test_a_dask_cluster_writes_the_same_bytes(recipe, whole, tmp_path):
 
 def start(recipe, out):
     name = type(recipe).__name__
-    code = f"from microgen.data.build import build; from {type(recipe).__module__} import {name}; build({recipe!r}, {str(out)!r}, workers=1)"
+    code = (f"from microgen.data.build import build; from {type(recipe).__module__} import {name}; "
+            f"build({recipe!r}, {str(out)!r}, workers=1)")
     return subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 
 
@@ -205,3 +208,30 @@ def test_the_folder_is_what_the_hub_calls_an_imagefolder(recipe, whole):
     table = pd.read_csv(whole / "metadata.csv")
     assert table.columns[0] == "file_name" and all((whole / name).is_file() for name in table.file_name)
     assert len(table) == recipe.n
+
+
+# --- The command
+
+
+def test_the_command_writes_the_particles_of_the_recipe(tmp_path):
+    recipe = ParticleRecipe(("spheres", "small"), n=4, size=64, pixel_size=(1, 3), seed=3, shares=(1, 3), settings={"gsd": 1.5})
+    words = "--preset spheres,small --n 4 --size 64 --pixel-size 1,3 --seed 3 --shares 1,3 --setting gsd=1.5 --workers 2"
+    done = CliRunner().invoke(app, ["particles", "--out", str(tmp_path / "set"), *words.split()])
+    assert done.exit_code == 0, done.output
+    assert read_recipe(tmp_path / "set") == recipe
+    assert contents(tmp_path / "set") == contents(build(recipe, tmp_path / "python", workers=1))
+    assert pd.read_csv(tmp_path / "set" / "metadata.csv").label.value_counts().to_dict() == {"small": 3, "spheres": 1}
+
+
+WRONG = {"--preset gold": "gold_on_carbon", "--preset ,": "no preset", "--setting gsd": "NAME=VALUE", "--setting gsd=": "NAME=VALUE",
+         "--setting median=3": "median_nm", "--setting gsd=0.5": "gsd", "--setting gsd=NaN": "gsd", "--setting shape=[1]": "settings",
+         "--setting size=64": "to the recipe itself", "--size 1024 --setting density_um2=1e6": "too many",
+         "--pixel-size small": "--pixel-size", "--pixel-size 0": "pixel_size", "--shares 1,1": "shares", "--n 0": "at least one",
+         "--size 8": "at least 32", "--seed -1": "seed", "--workers -1": "workers"}
+
+
+@pytest.mark.parametrize("words, hint", WRONG.items())
+def test_a_wrong_option_is_one_sentence_and_writes_nothing(tmp_path, words, hint):
+    done = CliRunner().invoke(app, ["particles", "--out", str(tmp_path / "set"), "--n", "2", "--size", "64", *words.split()])
+    assert done.exit_code == 1 and hint in done.output and len(done.output.strip().splitlines()) == 1, done.output
+    assert not (tmp_path / "set").exists()

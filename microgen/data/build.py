@@ -34,9 +34,9 @@ def read_recipe(
         held = json.loads(file.read_text(encoding="utf-8"))
         kind, recipe = held.get("kind", "walls"), held["recipe"]
     except (OSError, ValueError, KeyError, AttributeError):
-        raise InputError(f"{folder} holds no readable recipe.json: name the folder of a dataset that microgen made.") from None
+        raise InputError(f"{folder} holds no readable recipe.json: name the folder of a dataset.") from None
     if kind not in KINDS:
-        raise InputError(f"{file} is of kind {kind!r}; this microgen knows {', '.join(KINDS)}: install a newer one.")
+        raise InputError(f"{file} is of kind {kind!r}; this microgen knows {', '.join(KINDS)}: use a newer one.")
     module, name = KINDS[kind].rsplit(".", 1)
     return getattr(importlib.import_module(module), name).from_dict(recipe)
 
@@ -76,10 +76,11 @@ def build(
     progress: bool = False, # show a bar
 ) -> Path: # the folder
     """Write the dataset of a recipe; what an earlier, interrupted run has made is kept.
-    Raises: InputError when the folder holds another dataset; MicrogenError when the disk is full or a worker dies."""
+    Raises: InputError when the folder holds another dataset; MicrogenError for a full disk or a dead worker."""
     from filelock import FileLock, Timeout
 
-    if workers is not None and workers < 1: raise InputError(f"workers is {workers}: give at least 1, or None.")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers is {workers}: give at least 1, or None.")
     out = Path(out).absolute()
     recipe.rehearse()
     _refuse_file(out)
@@ -91,7 +92,7 @@ def build(
             _make_missing(recipe, out, workers, scheduler, progress)
             write_csv(out / "metadata.csv", metadata(recipe, out))
     except Timeout:
-        raise MicrogenError(f"Another process is writing {out}: wait for it, or choose another folder.") from None
+        raise MicrogenError(f"Another process is writing {out}: wait, or choose another folder.") from None
     return out
 
 
@@ -111,8 +112,8 @@ def _claim(recipe, out):
     if held == recipe: return
     there, here = ({"kind": r.kind, **r.to_dict()} for r in (held, recipe))
     name = next(key for key in there if there[key] != here[key])
-    raise InputError(f"{out} holds another dataset ({name} is {there[name]!r} there and {here[name]!r} here): "
-                     "choose a new folder.")
+    raise InputError(f"{out} holds another dataset ({name} is {there[name]!r} there and {here[name]!r} "
+                     "here): choose a new folder.")
 
 
 def _sweep(out):
@@ -127,7 +128,8 @@ def _make_missing(recipe, out, workers, scheduler, progress):
     _check_space(recipe, out, len(todo))
     size = max(1, min(16, len(todo) // (4 * (workers or 2))))
     chunks = [todo[i:i + size] for i in range(0, len(todo), size)]
-    made = _cluster(recipe, str(out), chunks, scheduler) if scheduler else _local(recipe, str(out), chunks, workers)
+    spread, where = (_cluster, scheduler) if scheduler else (_local, workers)
+    made = spread(recipe, str(out), chunks, where)
     with progress_bar(recipe.n, "simulating", progress, "images") as advance, _sentences(out):
         if len(todo) < recipe.n: advance(recipe.n - len(todo))
         for count in made: advance(count)
@@ -137,8 +139,8 @@ def _check_space(recipe, out, n):
     need = n * (4 * recipe.size**2 * 3 + 40_000)
     free = shutil.disk_usage(out).free
     if need > free:
-        raise MicrogenError(f"The dataset needs about {need / 1e9:.1f} GB and {out} has {free / 1e9:.1f} GB free: "
-                            "make room, or ask for fewer or smaller images.")
+        raise MicrogenError(f"The dataset needs about {need / 1e9:.1f} GB and {out} has {free / 1e9:.1f} GB "
+                            "free: make room, or ask for fewer or smaller images.")
 
 
 @contextmanager
@@ -149,7 +151,8 @@ def _sentences(out):
     again = "what was finished is kept, and the same command goes on from there"
     try: yield
     except TerminatedWorkerError:
-        raise MicrogenError(f"A worker died, perhaps for want of memory; {again}, with fewer --workers if need be.") from None
+        raise MicrogenError(f"A worker died, perhaps for want of memory; {again}, "
+                            "with fewer --workers if need be.") from None
     except OSError as error:
         raise MicrogenError(f"Writing to {out} failed ({error.strerror or error}); {again}.") from error
 

@@ -27,7 +27,7 @@ class ParticleRecipe(DatasetRecipe):
     seed: int = 0                           # root seed
     shares: tuple | None = None             # share of each preset, same order; None is equal shares
     splits: tuple = (0.8, 0.1, 0.1)         # shares of train, valid and test
-    settings: tuple | dict = ()             # of the scene, in place of the presets' own: {"gsd": (1.2, 1.6), ...}
+    settings: tuple | dict = ()             # of the scene, over those of the presets: {"gsd": (1.2, 1.6)}
     kind = "particles"
 
     def __post_init__(self): _check(self)
@@ -69,17 +69,22 @@ class ParticleRecipe(DatasetRecipe):
 
 def _check(r):
     object.__setattr__(r, "presets", (r.presets,) if isinstance(r.presets, str) else tuple(r.presets))
-    if not r.presets: raise InputError("The recipe names no preset: give at least one, such as presets=('spheres',).")
-    settings = dict(r.settings)
+    if not r.presets: raise InputError("The recipe names no preset: give one at least, such as 'spheres'.")
+    try: settings = dict(r.settings)
+    except (TypeError, ValueError):
+        raise InputError(f"settings are {r.settings!r}: give a dict, such as {{'gsd': (1.2, 1.6)}}.") from None
     for name in ("size", "pixel_size"):
         if name in settings: raise InputError(f"Give {name} to the recipe itself, not among its settings.")
     object.__setattr__(r, "settings", tuple(sorted(settings.items())))
     r.check()
-    for preset in r.presets: r.scene(preset)
+    try: list(map(r.scene, r.presets))
+    except InputError: raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The settings {settings} do not suit a scene ({error}): see help(Scene).") from None
 
 # %% ../../nbs/39b_data.particles.ipynb #ebe79702
-ABOUT = ("split", "label", "particles", "in_mask", "visible", "law", "median_nm", "gsd", "second_share", "density_um2",
-         "mode", "pixel_size_nm", "probe_nm", "electrons", "preset", "seed")
+ABOUT = ("split", "label", "particles", "in_mask", "visible", "law", "median_nm", "gsd", "second_share",
+         "density_um2", "mode", "pixel_size_nm", "probe_nm", "electrons", "preset", "seed")
 ROSE = 5. # signal-to-noise ratio from which a particle is visible
 
 
@@ -90,7 +95,8 @@ def simulate_particles(
     "Simulate one image of a recipe of particles."
     label, split = recipe.plan(index)
     made = simulate_scene(recipe.scene(label), np.random.default_rng([recipe.seed, index]))
-    about = {"label": label, "split": split, **_about(made), "preset": label, "seed": recipe.seed, "index": index}
+    about = {"label": label, "split": split, **_about(made), "preset": label, "seed": recipe.seed,
+             "index": index}
     image = Micrograph(made.image.data, made.image.pixel_size, {**made.image.metadata, **about}, "microgen")
     return Simulated(image, {"particle": made.labels}, made.table, about)
 
@@ -99,8 +105,9 @@ def _about(made):
     "How many particles there are and are seen, and how they and the image were drawn."
     s, table = made.scene, made.table
     shown = table.area_px > 0
+    seen = shown & (table.snr >= ROSE)
     density = s.density_um2 if s.n is None else s.n / (np.prod(s.frame) * s.pixel_size**2 * 1e-6)
-    return {"particles": len(table), "in_mask": int(shown.sum()), "visible": int((shown & (table.snr >= ROSE)).sum()),
-            "law": s.law, "median_nm": s.median_nm, "gsd": s.gsd, "second_share": s.second_share,
-            "density_um2": float(density), "mode": s.mode, "pixel_size_nm": s.pixel_size, "probe_nm": s.probe_nm,
-            "electrons": np.nan if s.electrons is None else s.electrons}
+    return {"particles": len(table), "in_mask": int(shown.sum()), "visible": int(seen.sum()), "law": s.law,
+            "median_nm": s.median_nm, "gsd": s.gsd, "second_share": s.second_share,
+            "density_um2": float(density), "mode": s.mode, "pixel_size_nm": s.pixel_size,
+            "probe_nm": s.probe_nm, "electrons": np.nan if s.electrons is None else s.electrons}

@@ -80,10 +80,10 @@ def _check(r):
     for name in r.walls: wall(name)
     preset(r.preset)
     r.check()
-    if not r.pixel_size > 0: raise InputError(f"pixel_size is {r.pixel_size}: give a positive number of nm per pixel.")
+    if not r.pixel_size > 0: raise InputError(f"pixel_size is {r.pixel_size}: give a positive number, nm.")
     if r.pixel_size > 0.05:
-        raise InputError(f"A pixel of {r.pixel_size} nm is too coarse for the lattice, whose columns are 0.177 nm "
-                         "apart: use at most 0.05 nm.")
+        raise InputError(f"A pixel of {r.pixel_size} nm is too coarse for the lattice, whose columns are "
+                         "0.177 nm apart: use at most 0.05 nm.")
 
 # %% ../../nbs/39_data.walls.ipynb #730e0e2d
 class Draw(NamedTuple):
