@@ -47,7 +47,7 @@ def in_python():
 
 
 def on_the_command_line(image):
-    "doctor, simulate, measure, and two mistakes."
+    "doctor, simulate, particles, measure, and two mistakes."
     text = microgen("doctor")
     assert "torch" in text and "shipped structures" in text
     say("doctor")
@@ -57,6 +57,9 @@ def on_the_command_line(image):
     assert len(rows) == 4 and {r["label"] for r in rows} == {"UP", "DN"}, rows
     assert all((FOLDER / "data" / r["file_name"]).exists() for r in rows)
     say("simulate")
+    microgen("particles", "--n", 2, "--size", 96, "--preset", "gold_on_carbon", "--workers", 1, "--out", "grains")
+    assert (FOLDER / "grains" / "maps" / "00" / "000001.tif").exists() and (FOLDER / "grains" / "metadata.csv").exists()
+    say("particles")
     image.save(FOLDER / "mine.tif")
     microgen("measure", "mine.tif", "--structure", "YMnO3", "--out", "measured")
     assert {"columns.csv", "walls.csv"} <= {p.name for p in (FOLDER / "measured").iterdir()}
