@@ -32,7 +32,8 @@ def sites(
     """Draw a Gaussian spot at each column, at fractions of a pixel.
     Raises: InputError when the table lacks a column or sigma_nm is not positive."""
     if missing := [name for name in ("y_nm", "x_nm", "site") if name not in table]:
-        raise InputError(f"The table of columns lacks {', '.join(missing)}; it has {', '.join(map(str, table))}.")
+        raise InputError(f"The table of columns lacks {', '.join(missing)}; it has "
+                         f"{', '.join(map(str, table))}.")
     check_positive("sigma_nm", sigma_nm)
     weight = table["site"].map(SITES).fillna(0).to_numpy(np.float32)
     drawn = weight != 0
@@ -47,7 +48,7 @@ def _gauss(at, n, pixel, sigma):
 
 # %% ../../nbs/41_data.condition.ipynb #a27ff87f
 def condition(
-    maps: dict, # truth maps, name to (H, W): Q, phi, disp_pm, polarisation, wall (those that the channels need)
+    maps: dict, # truth maps, name to (H, W): Q, phi, disp_pm, polarisation, wall; those that are needed
     table, # columns: y_nm, x_nm, site; None where no channel needs it
     shape: tuple, # (H, W), pixels
     pixel_size, # nm, one number or (py, px)
@@ -67,11 +68,13 @@ def _channel(name, maps, table, shape, pixel_size):
     if name not in _FROM:
         raise InputError(f"{name!r} is not a condition channel: choose among {', '.join(_FROM)}.")
     if missing := [m for m in _FROM[name] if m not in maps]:
-        raise InputError(f"The channel {name!r} needs the map {missing[0]!r}; there are {', '.join(maps) or 'none'}.")
+        raise InputError(f"The channel {name!r} needs the map {missing[0]!r}; there are "
+                         f"{', '.join(maps) or 'none'}.")
     if name == "sites": return sites(table, shape, pixel_size)
     used = [np.asarray(maps[m]) for m in _FROM[name]]
     for m, of in zip(used, _FROM[name]):
-        if m.shape != shape: raise InputError(f"The map {of!r} has shape {m.shape}, the image {shape}: they must agree.")
+        if m.shape != shape:
+            raise InputError(f"The map {of!r} has shape {m.shape}, the image {shape}: they must agree.")
     if name == "disp": return used[0] / DISP_PM
     if name in ("q_cos", "q_sin"): return used[0] * (np.cos if name == "q_cos" else np.sin)(used[1])
     return used[0]
@@ -107,7 +110,8 @@ class Symmetry:
         return -1 if self.up_down else 1
 
 
-SYMMETRIES = {"mirror_lr": Symmetry(True, False), "mirror_ud": Symmetry(False, True), "turn": Symmetry(True, True)}
+SYMMETRIES = {"mirror_lr": Symmetry(True, False), "mirror_ud": Symmetry(False, True),
+              "turn": Symmetry(True, True)}
 
 
 def symmetry(
@@ -162,11 +166,13 @@ def channel_matrix(
     op, names = symmetry(op), list(channels)
     matrix = torch.diag(torch.tensor([float(op.polar) if name in _POLAR else 1.0 for name in names]))
     cos, sin, sign = np.cos(op.shift(gauge)), np.sin(op.shift(gauge)), -1 if op.left_right else 1
-    turned = {("q_cos", "q_cos"): cos, ("q_cos", "q_sin"): -sign * sin, ("q_sin", "q_cos"): sin, ("q_sin", "q_sin"): sign * cos}
+    turned = {("q_cos", "q_cos"): cos, ("q_cos", "q_sin"): -sign * sin,
+              ("q_sin", "q_cos"): sin, ("q_sin", "q_sin"): sign * cos}
     for (to, of), value in turned.items():
         if to not in names: continue
         if of in names: matrix[names.index(to), names.index(of)] = value
-        elif abs(value) > 1e-9: raise InputError(f"This operation mixes q_cos and q_sin: the channels lack {of!r}.")
+        elif abs(value) > 1e-9:
+            raise InputError(f"This operation mixes q_cos and q_sin: the channels lack {of!r}.")
     return matrix
 
 
@@ -234,7 +240,8 @@ def _moved_label(op, i, vocab, keys):
             for gauge in range(3):
                 if isinstance(keys[j], tuple) and _same(moved, keys[j], gauge): return j, gauge
     of = next(name for name, o in SYMMETRIES.items() if o == op)
-    raise InputError(f"{of} turns {vocab[i]!r} into a wall that is not among the classes {', '.join(map(str, vocab))}: "
+    raise InputError(f"{of} turns {vocab[i]!r} into a wall that is not among the classes "
+                     f"{', '.join(map(str, vocab))}: "
                      f"leave {of} out of the augmentation.")
 
 

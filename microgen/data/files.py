@@ -20,20 +20,23 @@ from ..io import read
 from ..progress import progress_bar
 
 # %% ../../nbs/41b_data.files.ipynb #82c8d9ae
-SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".dm3", ".dm4", ".ser", ".emd", ".mrc", ".hspy", ".hdf5")
+SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp",
+            ".dm3", ".dm4", ".ser", ".emd", ".mrc", ".hspy", ".hdf5")
 
 
 def list_images(
     folder, # dataset folder of `microgen simulate`, or a tree CLASS/Images/*.png, CLASS/*.png, *.png
-    group=None, # what must stay together: a column of metadata.csv, a function of the path, or a regular expression
-) -> pd.DataFrame: # a row per image: image, maps, table (paths), label, split, group, and the metadata's columns
+    group=None, # what stays together: a column of metadata.csv, a function of the path, a regular expression
+) -> pd.DataFrame: # a row per image: image, maps, table (paths), label, split, group, other metadata
     """List the images of a folder with their classes, splits and groups.
     Raises: InputError for a folder without images, an empty class, or images and maps that do not pair."""
     folder = Path(folder)
-    if not folder.is_dir(): raise InputError(f"There is no folder {folder}: give the folder that holds the images.")
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}: give the folder that holds the images.")
     listed = _list_dataset(folder) if (folder / "metadata.csv").exists() else _list_tree(folder)
-    if not len(listed): raise InputError(f"There is no image in {folder}: its files must end in {', '.join(SUFFIXES)}.")
-    return listed.assign(group=_groups(listed, group))
+    if not len(listed):
+        raise InputError(f"There is no image in {folder}: its files must end in {', '.join(SUFFIXES)}.")
+    return listed.assign(group=_groups(listed, group, folder))
 
 
 def _list_dataset(folder):
@@ -42,22 +45,27 @@ def _list_dataset(folder):
         raise InputError(f"{folder / 'metadata.csv'} has no column file_name; it has {', '.join(listed)}.")
     names = listed["file_name"].map(Path)
     listed.insert(0, "image", [folder / name for name in names])
-    for kind, place in (("maps", lambda n: Path("maps", *n.parts[1:])), ("table", lambda n: Path("tables", f"{n.stem}.parquet"))):
+    places = {"maps": lambda n: Path("maps", *n.parts[1:]), "table": lambda n: Path("tables", f"{n.stem}.parquet")}
+    for kind, place in places.items():
         there = (folder / place(names[0]).parts[0]).is_dir() if len(names) else False
         listed.insert(1, kind, [folder / place(n) if there else None for n in names])
     for kind in ("image", "maps", "table"):
         missing = [p for p in listed[kind] if p is not None and not p.exists()]
-        if missing: raise InputError(f"{len(missing)} of the {len(listed)} images in {folder} lack their {kind}, the first is "
-                                     f"{missing[0].relative_to(folder)}: build the folder again, which makes what is missing.")
+        if missing:
+            raise InputError(f"{len(missing)} of the {len(listed)} images in {folder} lack their {kind}, "
+                             "the first is "
+                                     f"{missing[0].relative_to(folder)}: build the folder again, which "
+                                     "makes what is missing.")
     return listed if "label" in listed else listed.assign(label="")
 
 
 def _list_tree(folder):
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    found = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in SUFFIXES)
     labels = [_label(p.relative_to(folder)) for p in found]
     classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if empty := [name for name in classes if name not in labels and name.lower() != "images"]:
-        raise InputError(f"The class {empty[0]!r} in {folder} holds no image: add images or remove its folder.")
+        raise InputError(f"The class {empty[0]!r} in {folder} holds no image: add images or remove its "
+                         "folder.")
     return pd.DataFrame({"image": found, "maps": None, "table": None, "label": labels})
 
 
@@ -69,16 +77,17 @@ def _label(path):
 _TILE = re.compile(r"([_-](tile|crop|patch|part)[_-]?\d+|[_-](r|y|row)\d+[_-]?(c|x|col)\d+)+$", re.IGNORECASE)
 
 
-def _groups(listed, group):
+def _groups(listed, group, folder):
     "Name of each image's group"
     if group is None:
         if "group" in listed: return listed["group"].astype(str)
         return [str(p.parent / _TILE.sub("", p.stem)) for p in listed["image"]]
     if callable(group): return [str(group(p)) for p in listed["image"]]
     if group in listed: return listed[group].astype(str)
-    found = [re.search(group, str(p)) for p in listed["image"]]
+    found = [re.search(group, p.relative_to(folder).as_posix()) for p in listed["image"]]
     if None in found:
-        raise InputError(f"group={group!r} is no column of the metadata and is not found in {listed['image'][found.index(None)]}: "
+        raise InputError(f"group={group!r} is no column of the metadata and is not found in "
+                         f"{listed['image'][found.index(None)]}: "
                          "name a column, or give a regular expression that every path matches.")
     return [m.group(m.lastindex or 0) for m in found]
 
@@ -92,9 +101,12 @@ def split_by_group(
     Raises: InputError when there is one image or one group, or the share is not between 0 and 1."""
     names, member, count = np.unique(np.asarray(groups, str), return_inverse=True, return_counts=True)
     if not 0 < valid < 1: raise InputError(f"valid is {valid}: give a share between 0 and 1, such as 0.2.")
-    if len(member) < 2: raise InputError("There is one image: at least two are needed, to train on one and validate on another.")
+    if len(member) < 2:
+        raise InputError("There is one image: at least two are needed, to train on one and validate on "
+                         "another.")
     if len(names) < 2:
-        raise InputError(f"All {len(member)} images are of one group, {names[0]!r}, so none can be held back for validation: "
+        raise InputError(f"All {len(member)} images are of one group, {names[0]!r}, so none can be held "
+                         "back for validation: "
                          "add another specimen, or say with group= what belongs together.")
     order = as_rng(rng).permutation(len(names))
     held = np.cumsum(count[order])
@@ -114,7 +126,8 @@ def split_images(
     parts = [np.flatnonzero(listed["split"] == name) for name in ("train", "valid", "test")]
     for name, part in zip(("train", "valid"), parts):
         if not len(part):
-            raise InputError(f"No image has split {name!r} in the metadata: give some of the {len(listed)} images that split, "
+            raise InputError(f"No image has split {name!r} in the metadata: give some of the {len(listed)} "
+                             "images that split, "
                              "or remove the column, so that the images are split by group.")
     shared = set(listed["group"].iloc[parts[0]]) & set(listed["group"].iloc[np.concatenate(parts[1:])])
     if shared:
@@ -144,13 +157,23 @@ def unscale(
 class Pixels:
     "Images of a table, their condition channels and their scaling; kept in memory where they fit."
 
-    def __init__(self, listed, size=None, channels=CHANNELS, pixel_size=None, scaling="image", percentiles=(0.01, 99.99),
-                 memory_gb=4.0, progress=False):
-        self.listed, self.channels, self.scaling, self.percentiles = listed.reset_index(drop=True), tuple(channels), scaling, percentiles
+    def __init__(self,
+        listed: pd.DataFrame, # rows of `list_images`
+        size=None, # height and width of crops, pixels; None is whole images, which then have one size
+        channels: tuple = CHANNELS, # condition channels
+        pixel_size=None, # nm, (py, px), to which images without maps are resampled; None is that of the first
+        scaling: str = "image", # limits of grey levels: of each "image", or of the "dataset"
+        percentiles: tuple = (0.01, 99.99), # of grey levels that become -1 and 1
+        memory_gb: float = 4.0, # images are kept in memory if they need less
+        progress: bool = False, # show progress while reading
+    ):
+        self.listed, self.channels = listed.reset_index(drop=True), tuple(channels)
+        self.scaling, self.percentiles = scaling, percentiles
         self.has_maps = self.listed["maps"].notna().to_numpy()
         self.size = None if size is None else tuple(int(n) for n in np.broadcast_to(size, 2))
         self.pixel_size, self.corner, self.kept, self._last = pixel_size, (0.5, 0.5), {}, (None, None)
-        if scaling not in ("image", "dataset"): raise InputError(f"scaling is {scaling!r}: give 'image' or 'dataset'.")
+        if scaling not in ("image", "dataset"):
+            raise InputError(f"scaling is {scaling!r}: give 'image' or 'dataset'.")
         first = self._read(0)
         self.shape, self.pixel_size = first.shape, self.pixel_size or self._known(first)
         self.has_maps = self.listed["maps"].notna().to_numpy()
@@ -172,10 +195,12 @@ class Pixels:
         except UncalibratedError: image = read(path, 1.0); image.metadata["pixel_size_unknown"] = True
         known = self._known(image)
         if self.pixel_size and not known:
-            raise InputError(f"{path.name} does not say how large its pixels are, others do: give its pixel size in nm.")
+            raise InputError(f"{path.name} does not say how large its pixels are, others do: give its "
+                             "pixel size in nm.")
         if known and self.pixel_size and not np.allclose(known, self.pixel_size, rtol=0.01):
             if self.has_maps[i]:
-                raise InputError(f"{path.name} has pixels of {known[0]:.4g} nm, others have {self.pixel_size[0]:.4g} nm: maps are not "
+                raise InputError(f"{path.name} has pixels of {known[0]:.4g} nm, others have "
+                                 f"{self.pixel_size[0]:.4g} nm: maps are not "
                                  "resampled, so build the dataset with one pixel size.")
             image = image.resample(self.pixel_size)
         return image
@@ -190,7 +215,8 @@ class Pixels:
         path, table = self.listed["maps"][i], self.listed["table"][i]
         data = np.atleast_3d(read(path, self.pixel_size).data.T).T
         if data.shape[1:] != shape:
-            raise InputError(f"{path.name}: its maps have {data.shape[1]} × {data.shape[2]} pixels, its image {shape[0]} × {shape[1]}: "
+            raise InputError(f"{path.name}: its maps have {data.shape[1]} × {data.shape[2]} pixels, its "
+                             f"image {shape[0]} × {shape[1]}: "
                              "build the dataset again.")
         maps = dict(zip(self.names, data)) | ({} if "wall" in self.names else {"wall": np.zeros(shape)})
         table = pd.read_parquet(table, columns=["y_nm", "x_nm", "site"]) if "sites" in self.channels else None
@@ -200,17 +226,22 @@ class Pixels:
         "Read everything once: check it, find the limits of its grey levels, keep it"
         self.limits, self.shapes = np.empty((len(self), 2), np.float32), [None] * len(self)
         bad, n = [], len(self)
-        with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool, progress_bar(n, "reading", progress, "images") as advance:
+        bar = progress_bar(n, "reading", progress, "images")
+        with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool, bar as advance:
             for i, found in enumerate(pool.map(self._first_look, range(n))):
                 if isinstance(found, ReadError): bad.append(found)
                 else: self.limits[i], self.shapes[i] = found
                 advance(1)
-        if bad: raise InputError(f"{len(bad)} of {n} images cannot be read; remove or replace them. The first: {bad[0]}") from bad[0]
+        if bad:
+            raise InputError(f"{len(bad)} of {n} images cannot be read; remove or replace them. The first: "
+                             f"{bad[0]}") from bad[0]
         need = self.size or self.shapes[0]
         for path, shape in zip(self.listed["image"], self.shapes):
             if shape[0] < need[0] or shape[1] < need[1] or (self.size is None and shape != need):
-                raise InputError(f"{path.name} has {shape[0]} × {shape[1]} pixels, {need[0]} × {need[1]} are needed: "
-                                 "give size=, not larger than the smallest image, and crops of that size are taken.")
+                raise InputError(f"{path.name} has {shape[0]} × {shape[1]} pixels, {need[0]} × {need[1]} "
+                                 "are needed: "
+                                 "give size=, not larger than the smallest image, and crops of that size "
+                                 "are taken.")
         self.crop = need
 
     def _first_look(self, i):
@@ -227,9 +258,11 @@ class Pixels:
         rows, domains = np.asarray(rows), self.listed.get("domain", pd.Series(0, range(len(self)))).to_numpy()
         for domain in np.unique(domains)[::-1]:  # ends with the first domain, whose limits are told
             low, high = self.limits[rows[domains[rows] == domain]].T
-            low, high = (np.median(low), np.median(high)) if self.scaling == "image" else (low.min(), high.max())
-            if self.scaling == "dataset": self.limits[domains == domain] = low, high
-        return {"mode": self.scaling, "percentiles": list(self.percentiles), "low": float(low), "high": float(high)}
+            whole = self.scaling == "dataset"
+            low, high = (low.min(), high.max()) if whole else (np.median(low), np.median(high))
+            if whole: self.limits[domains == domain] = low, high
+        return {"mode": self.scaling, "percentiles": list(self.percentiles), "low": float(low),
+                "high": float(high)}
 
     def _get(self, i):
         if i in self.kept: return self.kept[i]
@@ -237,7 +270,8 @@ class Pixels:
         return self._last[1]
 
     def _window(self, shape):
-        (h, w), (y, x) = self.crop, (int(round(f * (n - m))) for f, n, m in zip(self.corner, shape[-2:], self.crop))
+        h, w = self.crop
+        y, x = (int(round(f * (n - m))) for f, n, m in zip(self.corner, shape[-2:], self.crop))
         return np.s_[..., y:y + h, x:x + w]
 
     def image(self,
@@ -261,7 +295,9 @@ class Pixels:
 def _map_names(path):
     "Names of the maps in a file"
     names = read(path, 1.0).metadata.get("channels")
-    if not names: raise InputError(f"{path} does not say which maps it holds: build the dataset with this version of microgen.")
+    if not names:
+        raise InputError(f"{path} does not say which maps it holds: build the dataset with this version of "
+                         "microgen.")
     return tuple(names)
 
 

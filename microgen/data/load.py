@@ -33,23 +33,25 @@ class _Field:
         return torch.as_tensor(self.values[i])
 
 
-def _loaders(pixels, parts, fields, vocab, augment, bs, seed, values=None, n_inp=None, orders=(), num_workers=None,
-             device=None, contrast=0.0, gamma=0.0):
-    "DataLoaders of these fields; `orders` are (function of a generator, number of items) for train, valid, ..."
+def _loaders(pixels, parts, fields, vocab, augment, bs, seed, values=None, n_inp=None, orders=(),
+             num_workers=None, device=None, contrast=0.0, gamma=0.0):
+    "DataLoaders of these fields; `orders`: (function of a generator, items) for train, valid, ..."
     sizes = [orders[k][1] if orders else len(p) for k, p in enumerate(parts)]
     if bs > sizes[0]:
-        warnings.warn(f"bs is {bs}, there are {sizes[0]} training images: batches have {sizes[0]}.", stacklevel=3)
+        warnings.warn(f"bs is {bs}, there are {sizes[0]} training images: that is the batch.", stacklevel=3)
         bs = sizes[0]
     if num_workers is None: num_workers = 0 if pixels.keeps else min(8, cpu_count() or 1)
     seen = [name for name in fields if name != "image_b"]
-    block = DataBlock([TransformBlock] * len(seen), getters=[_Field(name, pixels, (values or {}).get(name)) for name in seen],
+    getters = [_Field(name, pixels, (values or {}).get(name)) for name in seen]
+    block = DataBlock([TransformBlock] * len(seen), getters=getters,
                       splitter=lambda items: [p.tolist() for p in parts], n_inp=n_inp, dl_type=Loader,
                       batch_tfms=[Augment(fields, augment, pixels.channels, vocab, contrast, gamma)])
     each = [{"order": orders[k][0] if orders else None, "n": sizes[k]} for k in range(len(parts))]
     scaling = pixels.use(parts[0])
-    dls = block.dataloaders(list(range(len(pixels))), bs=bs, pixels=pixels, fields=fields, vocab=vocab, seed=seed,
-                            num_workers=num_workers, device=device, dl_kwargs=each)
-    dls.vocab, dls.channels, dls.scaling, dls.seed, dls.augment = list(vocab), pixels.channels, scaling, seed, tuple(augment)
+    dls = block.dataloaders(list(range(len(pixels))), bs=bs, pixels=pixels, fields=fields, vocab=vocab,
+                            seed=seed, num_workers=num_workers, device=device, dl_kwargs=each)
+    dls.vocab, dls.channels, dls.scaling = list(vocab), pixels.channels, scaling
+    dls.seed, dls.augment = seed, tuple(augment)
     dls.pixel_size = pixels.pixel_size and tuple(map(float, pixels.pixel_size))
     dls.has_wall = "wall" in pixels.names
     return dls
@@ -61,7 +63,8 @@ def _vocab(listed, parts, classes=None):
     labels = pd.Categorical(listed["label"], names).codes.astype(np.int64)
     counts = np.bincount(labels[parts[0]][labels[parts[0]] >= 0], minlength=len(names))
     if 0 in counts:
-        raise InputError(f"The class {names[int(counts.argmin())]!r} has no image to train on: add images, leave the class out, or change the split.")
+        raise InputError(f"The class {names[int(counts.argmin())]!r} has no image to train on: add images, "
+                         "leave the class out, or change the split.")
     return names, labels
 
 
@@ -71,7 +74,9 @@ def _chosen(augment, vocab, known, properties=()):
     ops = (allowed(vocab) if known else ()) if isinstance(augment, str) else tuple(augment or ())
     if directed := [p for p in properties if p in DIRECTED]:
         if isinstance(augment, str): return ()
-        if ops: raise InputError(f"The property {directed[0]!r} has a direction, which {ops[0]} would change: leave out one of the two.")
+        if ops:
+            raise InputError(f"The property {directed[0]!r} has a direction, which {ops[0]} would change: "
+                             "leave out one of the two.")
     return ops
 
 
@@ -79,7 +84,8 @@ def _only(listed, classes):
     "Rows of these classes"
     if not classes: return listed
     if unknown := [c for c in classes if c not in set(listed["label"])]:
-        raise InputError(f"The class {unknown[0]!r} has no image: there are {', '.join(sorted(set(listed['label'])))}.")
+        raise InputError(f"The class {unknown[0]!r} has no image: there are "
+                         f"{', '.join(sorted(set(listed['label'])))}.")
     return listed[listed["label"].isin(classes)].reset_index(drop=True)
 
 
@@ -88,13 +94,16 @@ def _properties(listed, names, rows):
     for name in names:
         if name not in listed or not pd.api.types.is_numeric_dtype(listed[name]):
             numeric = [c for c in listed if pd.api.types.is_numeric_dtype(listed[c])]
-            raise InputError(f"{name!r} is no number of the metadata: choose among {', '.join(numeric) or 'none'}.")
+            raise InputError(f"{name!r} is no number of the metadata: choose among "
+                             f"{', '.join(numeric) or 'none'}.")
         if (bad := ~np.isfinite(listed[name].to_numpy(float))).any():
-            raise InputError(f"{name!r} is missing or infinite for {int(bad.sum())} images: choose classes that have it, or another property.")
+            raise InputError(f"{name!r} is missing or infinite for {int(bad.sum())} images: choose classes "
+                             "that have it, or another property.")
     values = listed[list(names)].to_numpy(float)
     mean, std = values[rows].mean(0), values[rows].std(0)
     std[std == 0] = 1
-    return ((values - mean) / std).astype(np.float32), {n: (float(m), float(s)) for n, m, s in zip(names, mean, std)}
+    numbers = {n: (float(m), float(s)) for n, m, s in zip(names, mean, std)}
+    return ((values - mean) / std).astype(np.float32), numbers
 
 # %% ../../nbs/41d_data.load.ipynb #719665b9
 def paired_dls(
@@ -121,14 +130,16 @@ def paired_dls(
     Raises: InputError, one sentence each, for what is wrong with the folder or the arguments."""
     listed = _only(list_images(folder, group), classes)
     if listed["maps"].isna().any():
-        raise InputError(f"{folder} holds no truth maps: make a dataset with microgen simulate, or load images alone with image_dls.")
+        raise InputError(f"{folder} holds no truth maps: make a dataset with microgen simulate, or load "
+                         "images alone with image_dls.")
     parts = split_images(listed, valid, seed)
     vocab, labels = _vocab(listed, parts, classes)
     props, numbers = _properties(listed, properties, parts[0])
     fields = ("maps", "label", *(("props",) if properties else ()), "wall", "image")
     ops = _chosen(augment, vocab, True, properties)
     pixels = Pixels(listed, size, channels, None, scaling, percentiles, memory_gb, progress)
-    dls = _loaders(pixels, parts, fields, vocab, ops, bs, seed, {"label": labels, "props": props}, len(fields) - 2,
+    values = {"label": labels, "props": props}
+    dls = _loaders(pixels, parts, fields, vocab, ops, bs, seed, values, len(fields) - 2,
                    num_workers=num_workers, device=device, contrast=contrast, gamma=gamma)
     dls.properties = numbers
     return dls
@@ -164,7 +175,8 @@ def image_dls(
     fields = (*(("label",) if label else ()), *(("props",) if properties else ()), "image")
     ops = _chosen(augment, vocab, True, properties)
     pixels = Pixels(listed, size, CHANNELS, None, scaling, percentiles, memory_gb, progress)
-    dls = _loaders(pixels, parts, fields, vocab, ops, bs, seed, {"label": labels, "props": props}, max(1, len(fields) - 1),
+    values = {"label": labels, "props": props}
+    dls = _loaders(pixels, parts, fields, vocab, ops, bs, seed, values, max(1, len(fields) - 1),
                    num_workers=num_workers, device=device, contrast=contrast, gamma=gamma)
     dls.properties = numbers
     return dls
@@ -196,11 +208,13 @@ def unpaired_dls(
 ) -> DataLoaders: # batches (image_a, image_b)
     """Load two sets of images that do not correspond, paired anew in each epoch.
     Raises: InputError, one sentence each, for what is wrong with the folders or the arguments."""
-    listed, parts = _join([_imageless(list_images(f, group), p) for f, p in ((a, pixel_size_a), (b, pixel_size_b))], valid, seed)
+    folders = (a, pixel_size_a), (b, pixel_size_b)
+    listed, parts = _join([_imageless(list_images(f, group), p) for f, p in folders], valid, seed)
     pixels = Pixels(listed, size, CHANNELS, None, scaling, percentiles, memory_gb, progress)
     sides = [[np.flatnonzero(listed["domain"].to_numpy()[p] == d) for d in (0, 1)] for p in parts]
     orders = [(partial(_pairs, a=one, b=two), max(len(one), len(two))) for one, two in sides]
-    return _loaders(pixels, parts, ("image_a", "image_b"), (), tuple(augment), bs, seed, None, 1, orders, num_workers, device)
+    return _loaders(pixels, parts, ("image_a", "image_b"), (), tuple(augment), bs, seed, None, 1, orders,
+                    num_workers, device)
 
 
 def _join(lists, valid, seed):
@@ -245,9 +259,11 @@ def mixed_dls(
     Raises: InputError, one sentence each, for what is wrong with the folders or the arguments."""
     n_real = int(round(ratio * bs))
     if not 0 < n_real < bs:
-        raise InputError(f"ratio={ratio} of a batch of {bs} is {n_real} real images: choose a ratio and bs that give at least one of each kind.")
+        raise InputError(f"ratio={ratio} of a batch of {bs} is {n_real} real images: choose a ratio and bs "
+                         "that give at least one of each kind.")
     simulated, others = list_images(sim), _imageless(list_images(real, group), real_pixel_size)
-    if simulated["maps"].isna().any(): raise InputError(f"{sim} holds no truth maps: make it with microgen simulate.")
+    if simulated["maps"].isna().any():
+        raise InputError(f"{sim} holds no truth maps: make it with microgen simulate.")
     others["label"] = others["label"].replace("", "real")
     listed, parts = _join([simulated, others], valid, seed)
     vocab, labels = _vocab(listed, parts)
@@ -256,8 +272,11 @@ def mixed_dls(
     pixels = Pixels(listed, size, channels, None, scaling, percentiles, memory_gb, progress)
     one, two = (np.flatnonzero(domain[parts[0]] == d) for d in (0, 1))
     n = len(one) // (bs - n_real) * bs
-    if not n: raise InputError(f"{len(one)} simulated training images do not fill a batch of {bs}: simulate more, or give a smaller bs.")
-    orders = [(partial(_mixture, sim=one, real=two, bs=bs, n_real=n_real), n), *((None, len(p)) for p in parts[1:])]
+    if not n:
+        raise InputError(f"{len(one)} simulated training images do not fill a batch of {bs}: simulate "
+                         "more, or give a smaller bs.")
+    mixture = partial(_mixture, sim=one, real=two, bs=bs, n_real=n_real)
+    orders = [(mixture, n), *((None, len(p)) for p in parts[1:])]
     dls = _loaders(pixels, parts, ("maps", "label", "wall", "domain", "image"), vocab, ops, bs, seed,
                    {"label": labels, "domain": domain}, 2, orders, num_workers, device)
     dls.paired = True, False
