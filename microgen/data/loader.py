@@ -22,10 +22,20 @@ from ..plot import show as show_image
 class Loader(TfmdDL):
     "A fastai loader whose order, crops and augmentation follow from (seed, epoch, step) alone."
 
-    def __init__(self, dataset, pixels=None, fields=(), vocab=(), order=None, seed=0, **kw):
-        self.pixels, self.fields, self.vocab, self.order, self.seed = pixels, tuple(fields), list(vocab), order, int(seed)
+    def __init__(self,
+        dataset, # fastai's, of tuples of tensors
+        pixels=None, # where crops are cut, `microgen.data.files.Pixels`
+        fields: tuple = (), # names of what is in a batch
+        vocab=(), # class names
+        order=None, # function of a generator (or None) that gives an epoch's items; None is each item once
+        seed: int = 0, # of order, crops and augmentation
+        **kw, # as fastai's TfmdDL
+    ):
+        self.pixels, self.fields, self.vocab = pixels, tuple(fields), list(vocab)
+        self.order, self.seed = order, int(seed)
         self.epoch, self.step, self._next = -1, 0, None
         super().__init__(dataset, **kw)
+        self.fake_l.generator = torch.Generator()  # torch would draw its workers' seed from the global one
 
     def new(self, dataset=None, cls=None, **kw):
         mine = {name: getattr(self, name) for name in ("pixels", "fields", "vocab", "seed")}
@@ -50,12 +60,14 @@ class Loader(TfmdDL):
         """Go on where another loader stood.
         Raises: InputError when that loader had another seed."""
         if state["seed"] != self.seed:
-            raise InputError(f"The state is of seed {state['seed']}, these loaders have seed {self.seed}: make them with seed={state['seed']}.")
+            raise InputError(f"The state is of seed {state['seed']}, these loaders have seed {self.seed}: "
+                             f"make them with seed={state['seed']}.")
         self.set_epoch(state["epoch"], state["step"])
 
     def randomize(self):
         (self.epoch, self.step), self._next = self._next or (self.epoch + 1, 0), None
         self.rng = Random(f"{self.seed} {self.epoch}")
+        self.fake_l.generator.manual_seed(self.seed)
 
     def before_iter(self):
         super().before_iter()
@@ -84,8 +96,8 @@ class Loader(TfmdDL):
 
     def one_batch(self):
         "The first batch of the next epoch; the loader stays where it stands."
-        kept = [(o, name, getattr(o, name)) for o, names in ((self, ("epoch", "step", "_next")), *((t, ("at",)) for t in self._augmentation()))
-                for name in names]
+        places = [(self, name) for name in ("epoch", "step", "_next")] + [(t, "at") for t in self._augmentation()]
+        kept = [(o, name, getattr(o, name)) for o, name in places]
         self._next = self.rng_state()["epoch"], 0
         try: return super().one_batch()
         finally:
@@ -100,26 +112,37 @@ class Loader(TfmdDL):
         return draw_batch(self, b, out, max_n=max_n, **kw)
 
 # %% ../../nbs/41c_data.loader.ipynb #3e16d8ed
-DIRECTED = ("phi_left", "phi_right", "normal_deg", "mean_normal_deg", "step_nm", "rotation_deg", "mistilt_deg", "inclination_deg")
+DIRECTED = ("phi_left", "phi_right", "normal_deg", "mean_normal_deg", "step_nm", "rotation_deg",
+            "mistilt_deg", "inclination_deg")
 
 
 class Augment(ItemTransform):
     "Mirror, turn and change the contrast of the images of a training batch."
     split_idx = 0
 
-    def __init__(self, fields, ops=(), channels=CHANNELS, vocab=(), contrast=0.0, gamma=0.0):
+    def __init__(self,
+        fields: tuple, # names of what is in a batch: maps, label, wall, image*; others stay as they are
+        ops: tuple = (), # names of operations
+        channels: tuple = CHANNELS, # condition channels of maps
+        vocab=(), # class names
+        contrast: float = 0.0, # contrast varies by factors exp(±contrast)
+        gamma: float = 0.0, # gamma varies by factors exp(±gamma)
+    ):
         super().__init__()
-        self.fields, self.ops, self.channels, self.contrast, self.gamma = tuple(fields), [symmetry(o) for o in ops], tuple(channels), contrast, gamma
+        self.fields, self.ops, self.channels = tuple(fields), [symmetry(o) for o in ops], tuple(channels)
+        self.contrast, self.gamma = contrast, gamma
         self.labels = [torch.tensor(move_labels(o, vocab)).reshape(-1, 2) for o in self.ops]
         self.at = 0, 0, 0
 
     def encodes(self, batch):
-        seed = np.random.SeedSequence([self.at[0], max(self.at[1], 0), 2, self.at[2]]).generate_state(1, np.uint64)[0]
+        seeds = np.random.SeedSequence([self.at[0], max(self.at[1], 0), 2, self.at[2]])
+        seed = seeds.generate_state(1, np.uint64)[0]
         rng, n = torch.Generator().manual_seed(int(seed >> 1)), len(batch[0])
         self.at = *self.at[:2], self.at[2] + 1
         new = dict(zip(self.fields, batch))
         which = torch.randint(len(self.ops) + 1, (n,), generator=rng)
-        for k, op in enumerate(self.ops): self._apply(op, self.labels[k], new, torch.nonzero(which == k + 1)[:, 0])
+        for k, op in enumerate(self.ops):
+            self._apply(op, self.labels[k], new, torch.nonzero(which == k + 1)[:, 0])
         for name in self.fields:
             if name.startswith("image"): new[name] = self._grey(new[name], rng)
         return tuple(new.values())
@@ -138,7 +161,8 @@ class Augment(ItemTransform):
     def _grey(self, x, rng):
         if not (self.contrast or self.gamma): return x
         from kornia.enhance import adjust_contrast_with_mean_subtraction, adjust_gamma
-        contrast, gamma = (torch.exp(s * (2 * torch.rand(len(x), generator=rng) - 1)).to(x) for s in (self.contrast, self.gamma))
+        contrast, gamma = (torch.exp(s * (2 * torch.rand(len(x), generator=rng) - 1)).to(x)
+                           for s in (self.contrast, self.gamma))
         grey = adjust_contrast_with_mean_subtraction(adjust_gamma((x + 1) / 2, gamma), contrast)
         return grey * 2 - 1
 
@@ -159,7 +183,8 @@ def draw_batch(
     for k, name in enumerate(dl.pixels.channels):
         if "maps" in batch and name in channels: panels[name] = batch["maps"][:, k]
     n = min(max_n, *(len(x) for x in panels.values()))
-    fig, axes = plt.subplots(n, len(panels), figsize=(size * len(panels), (size + 0.25) * n), dpi=72, squeeze=False, layout="constrained")
+    figsize = size * len(panels), (size + 0.25) * n
+    fig, axes = plt.subplots(n, len(panels), figsize=figsize, dpi=72, squeeze=False, layout="constrained")
     for i, row in enumerate(axes):
         for ax, (name, x) in zip(row, panels.items()):
             style = {} if name.startswith(("image", "generated")) else {"vmin": -1, "vmax": 1}
