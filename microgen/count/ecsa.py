@@ -183,6 +183,10 @@ def _budget(result, quantity):
     return pd.DataFrame(dict(zip(_COLUMNS, columns)))
 
 def _draw(result, quantity):
+    if quantity is None and not any(not e.refused for k, e in result.quantities().items() if k in _ANSWERS):
+        fig = plt.figure(figsize=(5.5, 1))
+        fig.text(.02, .5, f"No error budget: {result.refused}.", wrap=True, va="center", fontsize=9)
+        return fig
     name = _chosen(result, quantity)
     b, e = _budget(result, name), result.quantities()[name]
     fig, ax = plt.subplots(figsize=(5.5, 2.8), layout="constrained")
