@@ -197,4 +197,4 @@ def _title(name, i, batch, vocab):
     "Name of a panel; the image has the name of its class"
     if name != "image": return name
     of = vocab[int(batch["label"][i])] if "label" in batch and len(vocab) else name
-    return of + (", real" if "domain" in batch and batch["domain"][i] else "")
+    return of + (", real" if "domain" in batch and batch["domain"][i] and of != "real" else "")
