@@ -1,0 +1,208 @@
+"""From images to the unseen share: coverage on simulated scenes, degraded real images, precision and time of the calibration.
+
+    python benchmarks/counting_end_to_end.py coverage --quick    # a few scenes
+    python benchmarks/counting_end_to_end.py coverage --runs 40  # every cell: three families, GSD 1.3-1.8, unseen 0.1-0.9
+    python benchmarks/counting_end_to_end.py degraded --data FOLDER
+    python benchmarks/counting_end_to_end.py calibration
+
+Each scene is simulated, counted, calibrated by injection into its own image, and fitted; nothing of the truth is used. The
+size law is scaled so that the share asked for is missed by the curve of a first, broad scene with the same imaging; the true
+share of a scene is counted in its own table: particles wholly in the frame without a match. `degraded` blurs and reduces the
+annotated images of FOLDER/particles/sem (default: MICROGEN_TEST_DATA) by 2, 3 and 4, adds noise, and compares with the masks.
+`--scheduler ADDRESS` sends the scenes to Dask.
+"""
+import argparse
+import os
+import sys
+import time
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"): os.environ.setdefault(_name, "1")
+
+import numpy as np
+import pandas as pd
+from joblib import Parallel, delayed, parallel_config
+from scipy import ndimage as ndi
+from scipy.optimize import brentq
+
+from microgen.core import InputError
+from microgen.count.calibrate import calibrate, horvitz_thompson, match
+from microgen.count.detect import detect
+from microgen.count.law import fit_detection, size_law
+from microgen.count.size import fit_sizes
+from microgen.sem.preset import scene_preset
+from microgen.sem.scene import simulate_scene
+
+FAMILIES = ("lognormal", "weibull", "gamma")
+IMAGING = dict(pixel_size=1., probe_nm=1.3, astigmatism=1.1, electrons=60, detector=.02, noise_px=0, shape="sphere", buried=0, clustering=0,
+               texture=.04, texture_nm=20, tone_spread=.05, escape_nm=1.5, edge=.3, jitter_nm=.1, ramp=.05, support_level=.25,
+               particle_level=.6)
+
+
+def scene(family, median, gsd, n, size, seed):
+    return simulate_scene(scene_preset("small", **IMAGING, law=family, median_nm=median, gsd=gsd, n=n, size=size), rng=seed)
+
+
+def whole(s):
+    "Rows of the particles that lie wholly in the frame."
+    t, (h, w), px = s.table, s.image.shape, s.scene.pixel_size
+    r = t.diameter_nm / 2
+    return t[(t.y_nm > r) & (t.x_nm > r) & (t.y_nm < h * px - r) & (t.x_nm < w * px - r)]
+
+
+def seen(s, found):
+    "Diameters of the particles wholly in the frame, and which of them were found."
+    t = whole(s)
+    at = t[["y_nm", "x_nm"]].to_numpy()
+    return t.diameter_nm.to_numpy(), match(found, t.diameter_nm.to_numpy(), at) >= 0
+
+
+def reference_curve(size=768):
+    "The curve of this imaging, from the truth of a broad scene."
+    s = scene("lognormal", 6., 1.5, int(.0011 * size**2), size, 12345)
+    return fit_detection(*seen(s, detect(s.image)))
+
+
+def median_for(family, gsd, share, curve):
+    "Median diameter at which this curve misses the share."
+    x = np.linspace(-4, 6, 4001)
+    def missed(m):
+        f = np.exp(size_law(family, np.exp(m), gsd).log_density(x))
+        return 1 - np.average(curve(np.exp(x)), weights=f)
+    return float(np.exp(brentq(lambda m: missed(m) - share, -2, 4)))
+
+
+def judged(image_detection, d, was_found, n_injected):
+    "Fit what was counted, and compare with the truth: one row."
+    found = image_detection
+    u, s2 = 1 - was_found.mean(), (d**2 * was_found).sum() / (d**2).sum()
+    row = dict(n_true=len(d), n_found=int((found.particles["edge_weight"] > 0).sum()), unseen=u, visible_surface=s2, false=np.nan)
+    t = time.perf_counter()
+    try: c = calibrate(None, detection=found, n=n_injected)
+    except InputError as e: return row | dict(refused=f"calibration: {e}")
+    seconds = time.perf_counter() - t
+    kept = found.particles[found.particles["edge_weight"] > 0]
+    size, weight = c.unbiased(kept[f"diameter_{found.unit}"].to_numpy()), kept["edge_weight"].to_numpy()
+    row |= dict(seconds=seconds, d50=c.curve.d50, d50_se=c.curve.d50_se, size_error=c.size_error, size_bias=c.size_bias)
+    try: row |= dict(d50_true=fit_detection(d, was_found).d50)
+    except InputError: pass
+    try: fit = fit_sizes(size, c.curve, edge_weight=weight, size_error=min(c.size_error, .45), min_detection=.02)
+    except InputError as e: return row | dict(refused=f"fit: {e}")
+    ht = horvitz_thompson(size, c.curve, weight)
+    number, surface = fit.unseen_number, fit.unseen_surface
+    return row | dict(refused=number.refused, low=number.low, high=number.high, value=number.value, inside=number.low <= u <= number.high,
+                      surface=1 - surface.value, surface_inside=surface.low <= 1 - s2 <= surface.high, family=fit.law and fit.law.family,
+                      ht=ht.number, ht_fit=ht.number / ht.fitted(fit.law) - 1 if fit.law else np.nan)
+
+
+def one_scene(family, gsd, share, median, size, n_injected, seed):
+    n = int(min(.0008, .04 / (np.pi / 4 * median**2 * np.exp(2 * np.log(gsd)**2))) * size**2)
+    s = scene(family, median, gsd, n, size, seed)
+    found = detect(s.image)
+    d, was_found = seen(s, found)
+    return dict(truth=family, gsd=gsd, asked=share, seed=seed) | judged(found, d, was_found, n_injected)
+
+
+def run(function, jobs, a):
+    "All jobs, on the processes of this machine or on Dask."
+    if a.scheduler:
+        from dask.distributed import Client
+        Client(a.scheduler)
+        with parallel_config("dask"): return Parallel()(delayed(function)(*j) for j in jobs)
+    return Parallel(a.jobs)(delayed(function)(*j) for j in jobs)
+
+
+def coverage(a):
+    "Coverage of the unseen number and surface share, from images."
+    curve = reference_curve()
+    print(f"reference curve: d50 {curve.d50:.2f} ± {curve.d50_se:.2f} px, width {curve.width:.2f}, upper {curve.upper:.3f}", flush=True)
+    cells = list(product(FAMILIES, (1.5,), (.3,)) if a.quick else product(FAMILIES, (1.3, 1.5, 1.8), (.1, .3, .5, .7, .9)))
+    runs = a.runs or (1 if a.quick else 20)
+    jobs = [(f, g, u, median_for(f, g, u, curve), a.size, a.injections, 1000 * i + k) for i, (f, g, u) in enumerate(cells) for k in range(runs)]
+    rows = pd.DataFrame(run(one_scene, jobs, a))
+    report(rows, a)
+    kept = rows[rows.refused.isna()]
+    print(kept.groupby(["truth", "gsd", "asked"])[["n_found", "unseen", "value", "inside", "surface_inside"]].mean().round(3).to_string())
+
+
+def report(rows, a):
+    if a.out: rows.to_csv(a.out, index=False)
+    kept = rows[rows.refused.isna()]
+    print(f"{len(rows)} images, {len(rows) - len(kept)} refused")
+    for why, n in rows.refused.dropna().str.replace(r"[\d.]+", "#", regex=True).str[:90].value_counts().items(): print(f"  {n} x {why}")
+    if not len(kept): return
+    error, surface = kept.value - kept.unseen, kept.surface - kept.visible_surface
+    print(f"unseen number: coverage {kept.inside.mean():.3f}, bias {error.mean():+.3f}, rmse {np.sqrt((error**2).mean()):.3f}, "
+          f"median width {(kept.high - kept.low).median():.3f}")
+    print(f"visible surface share: coverage {kept.surface_inside.mean():.3f}, bias {surface.mean():+.3f}, rmse {np.sqrt((surface**2).mean()):.3f}")
+    print(f"d50: calibrated over true {100 * (kept.d50 / kept.d50_true - 1).median():+.1f} % (median), "
+          f"scatter {100 * (kept.d50 / kept.d50_true - 1).std():.1f} %, stated error {100 * (kept.d50_se / kept.d50).median():.1f} %")
+    print(f"Horvitz-Thompson over the fitted law, sizes with p > 0.2: {100 * kept.ht_fit.median():+.1f} % (median), scatter {100 * kept.ht_fit.std():.1f} %")
+
+
+def degraded_image(image, label, by, electrons, rng):
+    "Blurred, reduced by a whole factor, with Poisson noise; the masks' diameters and centres in the new pixels."
+    grey = image if image.ndim == 2 else image @ np.array([.299, .587, .114])
+    soft = ndi.gaussian_filter(grey.astype(float), .6 * by)
+    h, w = (n // by * by for n in soft.shape)
+    small = soft[:h, :w].reshape(h // by, by, w // by, by).mean((1, 3))
+    small = rng.poisson(np.maximum(small, 0) / 255 * electrons) / electrons * 255
+    ids = np.unique(label[label > 0])
+    area = np.bincount(label.ravel(), minlength=ids.max() + 1)[ids]
+    at = (np.array(ndi.center_of_mass(label > 0, label, ids)) + .5) / by - .5
+    return small.astype(np.float32), 2 * np.sqrt(area / np.pi) / by, at
+
+
+def one_degraded(path, by, electrons, n_injected):
+    from skimage.io import imread
+    image, label = imread(path)[..., :3], imread(path.parent.parent / "masks" / path.name).astype(int)
+    small, d, at = degraded_image(image, label, by, electrons, np.random.default_rng(by))
+    found = detect(small)
+    was_found = match(found, d, at) >= 0
+    row = dict(image=path.stem, by=by, false=len(found.particles) - was_found.sum())
+    if len(found.particles) == 0: return row | dict(refused="no particle was found", unseen=1 - was_found.mean())
+    return row | {k: v for k, v in judged(found, d, was_found, n_injected).items() if k != "false"}
+
+
+def degraded(a):
+    "Annotated images, degraded: predicted unseen share against the masks."
+    if not a.data: sys.exit("give --data, the folder that holds particles/sem")
+    paths = sorted((Path(a.data) / "particles" / "sem" / "images").glob("*.png"))
+    paths = [p for p in paths if p.stem in ("f3b36fb2ab", "6752c27137", "245e1a4826", "9c4905d020")]  # those of more than 100 particles
+    rows = pd.DataFrame(run(one_degraded, [(p, by, 60, a.injections) for p in paths[:1 if a.quick else None] for by in (2, 3, 4)], a))
+    print(rows[[c for c in ("image", "by", "n_true", "n_found", "false", "unseen", "value", "low", "high", "visible_surface", "surface", "d50",
+                            "d50_true", "refused") if c in rows]].round(3).to_string())
+    if a.out: rows.to_csv(a.out, index=False)
+    kept = rows[rows.refused.isna()]
+    print(f"within 0.10: {int((np.abs(kept.value - kept.unseen) <= .1).sum()) if len(kept) else 0} of {len(rows)}; refused {len(rows) - len(kept)}")
+
+
+def calibration(a):
+    "Standard error of d50 and time, on a 1024 x 1024 image of 500 particles."
+    s = scene("lognormal", 8., 1.5, 250 if a.quick else 500, 512 if a.quick else 1024, 5)
+    found = detect(s.image)
+    t = time.perf_counter()
+    c = calibrate(None, detection=found, n=a.injections, workers=a.jobs)
+    print(f"{s.image.shape}, {len(found.particles)} found, {len(c.injections)} injected: d50 {c.curve.d50:.3f} nm, standard error "
+          f"{100 * c.curve.d50_se / c.curve.d50:.2f} %, {time.perf_counter() - t:.0f} s on {a.jobs} processes")
+    try: print(f"d50 of the particles that are there: {(k := fit_detection(*seen(s, found))).d50:.3f} ± {k.d50_se:.3f} nm")
+    except InputError as e: print(e)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["coverage", "degraded", "calibration"])
+    p.add_argument("--quick", action="store_true", help="a few images, for CI")
+    p.add_argument("--runs", type=int, help="scenes per cell")
+    p.add_argument("--size", type=int, default=768, help="pixels along a side of a scene")
+    p.add_argument("--injections", type=int, default=2000)
+    p.add_argument("--jobs", type=int, default=2, help="processes")
+    p.add_argument("--scheduler", help="address of a Dask scheduler")
+    p.add_argument("--data", default=os.environ.get("MICROGEN_TEST_DATA"), help="folder that holds particles/sem")
+    p.add_argument("--out", help="CSV file for every image")
+    args = p.parse_args()
+    start = time.perf_counter()
+    {"coverage": coverage, "degraded": degraded, "calibration": calibration}[args.what](args)
+    print(f"\n{args.what}: {time.perf_counter() - start:.0f} s")
