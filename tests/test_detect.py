@@ -12,6 +12,7 @@ from scipy import ndimage as ndi
 from microgen.core import InputError
 from microgen.count.batch import count_images
 from microgen.count.detect import Detector, detect
+from microgen.count.propose import overlay_mask
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from counting_detect import centred, discs, matched, sem  # noqa: E402
@@ -85,6 +86,13 @@ def test_clipped_at_eight_bits():
     image = np.clip(1.8 * grid(40, 9, (200, 240)), 0, 255).astype(np.uint8)
     found = detect(image, 1.0)
     assert len(found.particles) == 30 and "clipped" in " ".join(found.summary["notes"])
+
+
+def test_small_clipped_particles_are_no_letters():
+    rng, spots = np.random.default_rng(0), np.zeros((256, 256))
+    spots[tuple(rng.integers(10, 246, (2, 60)))] = 1
+    image = 30 + 5 * rng.normal(size=spots.shape) + 9000 * ndi.gaussian_filter(spots, 1.4)
+    assert not overlay_mask(np.clip(image, 0, 255)).any()
 
 
 def test_pixel_size_missing_is_said():

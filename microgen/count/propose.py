@@ -47,19 +47,22 @@ def letter_mask(
     for extreme, sign in ((image.min(), 1), (image.max(), -1)):
         piece = even & (np.abs(image - extreme) <= 0.02 * span)
         if not piece.any() or piece.mean() > 0.2: continue  # a clipped ground
-        for r in regionprops(ndi.label(ndi.binary_dilation(piece, np.ones((3, 3))))[0]):
-            if r.area >= 12 and _is_letter(r, image, extreme, sign, span):
-                y, x, y1, x1 = r.bbox
+        pieces = regionprops(ndi.label(ndi.binary_dilation(piece, np.ones((3, 3))))[0])
+        for r, again in [*((r, False) for r in pieces), *((r, True) for r in pieces)]:
+            y, x, y1, x1 = r.bbox
+            beside = again and mask[max(y - 12, 0):y1 + 12, max(x - 12, 0):x1 + 12].any()     # dots and ticks stand beside letters
+            if r.area >= 12 and again <= beside and _is_letter(r, image, extreme, sign, span, beside):
                 mask[max(y - margin, 0):y1 + margin, max(x - margin, 0):x1 + margin] = True
     return mask if mask.mean() <= largest else np.zeros_like(mask)
 
 
-def _is_letter(r, image, extreme, sign, span) -> bool:
+def _is_letter(r, image, extreme, sign, span, beside=False) -> bool:
     "Whether a flat piece is not compact, or a rectangle, and has a sharp border."
     y, x, y1, x1 = r.bbox
     high, wide = y1 - y, x1 - x
     stroke = r.area_filled < 0.85 * r.area_convex or r.area < 0.8 * r.area_filled    # pits of noise in a clipped disc are no stroke
-    if not (r.extent > 0.93 or max(high, wide) > 3 * min(high, wide) or stroke): return False
+    box = r.extent > 0.93 and (r.area > 200 or beside)           # a few clipped pixels of a small particle fill their box, too
+    if not (box or max(high, wide) > 3 * min(high, wide) or stroke): return False
     piece = np.pad(r.image, 3)
     ring = ndi.binary_dilation(piece, iterations=2) & ~ndi.binary_dilation(piece)
     yy, xx = np.nonzero(ring)
