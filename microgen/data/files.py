@@ -45,7 +45,8 @@ def _list_dataset(folder):
         raise InputError(f"{folder / 'metadata.csv'} has no column file_name; it has {', '.join(listed)}.")
     names = listed["file_name"].map(Path)
     listed.insert(0, "image", [folder / name for name in names])
-    places = {"maps": lambda n: Path("maps", *n.parts[1:]), "table": lambda n: Path("tables", f"{n.stem}.parquet")}
+    places = {"maps": lambda n: Path("maps", *n.parts[1:]),
+              "table": lambda n: Path("tables", f"{n.stem}.parquet")}
     for kind, place in places.items():
         there = (folder / place(names[0]).parts[0]).is_dir() if len(names) else False
         listed.insert(1, kind, [folder / place(n) if there else None for n in names])
@@ -283,11 +284,19 @@ class Pixels:
 
     def maps(self,
         i: int, # row number
-    ) -> np.ndarray: # (C + 1, h, w) float32, cropped at `corner`: condition channels, and the wall last
-        "Condition channels and wall of one image; zeros where it has no maps."
-        made = self._get(i)[1]
-        if made is None: return np.zeros((len(self.channels) + 1, *self.crop), np.float32)
-        return made[self._window(made.shape)].astype(np.float32)
+    ) -> np.ndarray: # (C, h, w) float32, cropped at `corner`
+        "Condition channels of one image; zeros where it has no maps."
+        return self._cut(self._get(i)[1], slice(None, -1), len(self.channels))
+
+    def wall(self,
+        i: int, # row number
+    ) -> np.ndarray: # (1, h, w) float32, 0 or 1, cropped at `corner`
+        "Mask of the wall of one image; zeros where it has no maps."
+        return self._cut(self._get(i)[1], slice(-1, None), 1)
+
+    def _cut(self, made, which, n):
+        if made is None: return np.zeros((n, *self.crop), np.float32)
+        return made[which][self._window(made.shape)].astype(np.float32)
 
     def __getstate__(self): return {**self.__dict__, "kept": {}}  # a copy in another process reads for itself
 

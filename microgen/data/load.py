@@ -28,8 +28,7 @@ class _Field:
 
     def __call__(self, i):
         if self.name.startswith("image"): return torch.from_numpy(self.pixels.image(i))
-        if self.name == "maps": return torch.from_numpy(self.pixels.maps(i)[:-1])
-        if self.name == "wall": return torch.from_numpy(self.pixels.maps(i)[-1:])
+        if self.name in ("maps", "wall"): return torch.from_numpy(getattr(self.pixels, self.name)(i))
         return torch.as_tensor(self.values[i])
 
 
