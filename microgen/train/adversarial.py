@@ -136,7 +136,8 @@ class AdversarialTrainer(Callback):
         if autocast not in (None, "bf16"):
             raise InputError(f"autocast={autocast!r}: choose None or 'bf16'; float16 needs a gradient scaler, which does not fit two losses.")
         self.functions, self.weights, self.reg_every = (generate, d_loss, g_loss, d_reg), dict(weights or {}), reg_every
-        self.autocast, self.n_disc, self.accumulate, self.unused = autocast, n_disc, accumulate, set(weights or {})
+        self.autocast, self.n_disc, self.accumulate = autocast, n_disc, accumulate
+        self.unused, self.patience = set(weights or {}), max(n_disc, reg_every if d_reg else 1)  # steps until all terms were seen
 
     def before_fit(self):
         if _world()[1] > 1:
@@ -225,7 +226,8 @@ class AdversarialTrainer(Callback):
         return total
 
     def _check_weights(self):
-        if self.unused and self.learn.train_iter >= self.n_disc - 1:
+        self.patience -= 1
+        if self.unused and self.patience <= 0:
             names = ", ".join(sorted(self.learn.terms))
             raise InputError(f"weights name {', '.join(sorted(self.unused))}, which no loss gives; the terms are {names}.")
 

@@ -7,6 +7,7 @@ __all__ = ['pack', 'unpack', 'write_checkpoint', 'read_checkpoint', 'Checkpoint'
            'show_history']
 
 # %% ../../nbs/60b_train.run.ipynb #bdb2c029
+import inspect
 import json
 import os
 import shutil
@@ -117,7 +118,7 @@ class Checkpoint(Callback):
         writes: bool = True, # False for all but the first of several processes
     ):
         self.folder, self.every, self.keep, self.writes = Path(folder), every, keep, writes
-        self.seconds, self.last, self.skip, self.epochs, self.rng = 60 * minutes, 0., 0, 0, None
+        self.seconds, self.last, self.skip, self.epochs, self.rng, self.jumped = 60 * minutes, 0., 0, 0, None, False
 
     def _state(self):
         learn = self.learn
@@ -157,10 +158,22 @@ class Checkpoint(Callback):
     def before_epoch(self):
         if self.learn.epoch < self.epochs: raise CancelEpochException
 
-    def before_train(self): self.learn.train_iter = self.learn.epoch * len(self.learn.dls.train)
+    def before_train(self):
+        learn, loader = self.learn, self.learn.dls.train
+        learn.train_iter = learn.epoch * len(loader)
+        if self.skip and "step" in inspect.signature(getattr(loader, "set_epoch", len)).parameters: self._jump(loader)
+
+    def _jump(self, loader): # the loader of microgen does not read what was used already
+        learn = self.learn
+        loader.set_epoch(learn.epoch, self.skip)
+        for _ in range(self.skip): learn.pct_train += 1. / (len(loader) * learn.n_epoch)  # as fastai rounds it
+        learn.train_iter, self.skip, self.jumped = learn.train_iter + self.skip, 0, True
 
     def before_batch(self):
-        if self.learn.training and self.skip: raise CancelBatchException
+        if not self.learn.training: return
+        if self.skip: raise CancelBatchException
+        if self.jumped: set_random_state(self.rng)  # after the iterator was made, which draws a number
+        self.jumped = False
 
     def after_batch(self):
         if not self.learn.training: return
@@ -339,10 +352,20 @@ def _fit(learn, epochs, own, seed):
     learn.stopped = budget.why
 
 
+def _facts(learn, out, epochs, chosen): # for the model card
+    dls, pictures = learn.dls, sorted((out / "previews").glob("*.png"))
+    known = {"data": getattr(dls, "path", None) and Path(dls.path).name, "pixel_size": getattr(dls, "pixel_size", None),
+             "channels": getattr(dls, "channels", None), "classes": getattr(dls, "vocab", None), "images": len(dls.train_ds), "epochs": epochs}
+    if pictures: known["picture"] = str(pictures[-1])
+    if chosen: known["metrics"] = [{"name": chosen["metric"], "value": chosen["value"], "n": len(dls.valid_ds)}]
+    return {k: list(v) if isinstance(v, tuple) or k in ("channels", "classes") and v else v for k, v in known.items() if v is not None}
+
+
 def _conclude(learn, out, epochs): # the result: the best weights where a metric chose, else the last
     best = out / "checkpoints/best.safetensors"
     chosen = json.loads(best.with_suffix(".json").read_text()) if best.exists() else {}
     if best.exists(): fit_weights(learn.model, read_weights(best), f"the run {out.name}")
+    if hasattr(learn.model, "facts"): learn.model.facts = _facts(learn, out, epochs, chosen) | learn.model.facts
     save_model(learn.model.eval(), out / "model")
     write_json(out / "result.json", {"epochs": epochs, "step": learn.train_iter, "best": chosen})
 
