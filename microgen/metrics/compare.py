@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import InputError, Micrograph, ReadError, UncalibratedError, as_rng
+from ..core import InputError, Micrograph, MissingExtra, ReadError, UncalibratedError, as_rng
 from ..data.files import list_images
 from ..io import read, write_csv
 from .features import random_extractor
@@ -57,7 +57,7 @@ def load_set(
         except ReadError: found.append(None)
     good = np.array([m is not None for m in found])
     if not good.any(): raise InputError(f"none of the {len(found)} files in {source} can be read as an image.")
-    if bad := (~good).sum(): notes.append(f"{bad} of {len(found)} files of the {name} cannot be read and are left out.")
+    if bad := (~good).sum(): notes.append(f"{bad} of {len(found)} {name} cannot be read and are left out.")
     kept, listed = [m for m in found if m is not None], listed[good].reset_index(drop=True)
     own = pixel_size if pixel_size is not None else kept[0].pixel_size
     known = all(m.metadata.get("pixel size") != "unknown" for m in kept)
@@ -110,10 +110,11 @@ def pair_table(
     values = image_table(real, fake)
     names = {"ssim": SSIM_NAME}
     if levels := ms_ssim_levels(real.data.shape[1:]):
-        try: values["ms_ssim"] = ms_ssim(real, fake, levels=levels)
-        except ImportError: pass
         names["ms_ssim"] = f"MS-SSIM (torchmetrics, {levels} levels)"
-    best = image_table(real, ceiling).mean() if ceiling is not None else {}
+        try: values["ms_ssim"] = ms_ssim(real, fake, levels=levels)
+        except MissingExtra: levels = 0
+    best = image_table(real, ceiling).mean().to_dict() if ceiling is not None else {}
+    if levels and ceiling is not None: best["ms_ssim"] = ms_ssim(real, ceiling, levels=levels).mean()
     rows = [mean_estimate(values[c], names.get(c, c), rng).row() | {"floor": best.get(c, np.nan)}
             for c in values if np.isfinite(values[c]).any()]
     return pd.DataFrame(rows).rename(columns={"name": "metric", "floor": "two real scans"})
@@ -122,7 +123,7 @@ def pair_table(
 @dataclass
 class Comparison:
     "What a comparison found: tables by name, sentences, and the report."
-    tables: dict                # "summary", "intensity_and_spectrum", "sets", "pairs", "physics", "bragg", "nearest"
+    tables: dict                # "intensity_and_spectrum", "sets", "nearest", "pairs", "physics", "bragg", ...
     notes: list                 # sentences
     report: Report              # all of it, as a page
     out: Path | None = None     # folder with report.html and a CSV file per table
@@ -141,6 +142,7 @@ def compare(
     structure=None,  # name or CIF of an h-RMnO3: order parameter, walls and Bragg reflections
     extractors=None, # list of `Extractor`s; None: the random network
     pixel_size=None, # nm per pixel of all images; wins over what files say
+    standardise=False, # bring every image to mean 0 and standard deviation 1: contrast is not compared
     most=1000,       # images of each set at most
     most_physics=16, # images that are fitted column by column at most
     rng=0,           # seed of everything that is drawn
@@ -150,15 +152,16 @@ def compare(
     Raises: InputError when they cannot be compared: one image, other sizes, other pixel sizes, NaN, no files."""
     draw = np.random.default_rng(as_rng(rng).integers(2**63))
     seed = int(draw.integers(2**31))
-    real, fake = load_set(real, pixel_size, most, seed, "real images"), load_set(fake, pixel_size, most, seed, "generated images")
+    load = lambda s, name: None if s is None else _standard(load_set(s, pixel_size, most, seed, name), standardise)
+    real, fake = load(real, "real images"), load(fake, "generated images")
     notes = real.notes + fake.notes
+    if standardise: notes.append("Every image was brought to mean 0 and standard deviation 1: contrast is not compared.")
     _check_pair(real, fake)
     paired = _same_scenes(real, fake) if paired is None else paired
     if paired and len(real.names) != len(fake.names):
         raise InputError(f"{len(real.names)} real and {len(fake.names)} generated images make no pairs: give as many of each, "
                          "or paired=False.")
     real, fake = _equal(real, fake, paired, draw, notes)
-    load = lambda s, name: None if s is None else load_set(s, pixel_size, most, seed, name)
     job = _Job(real, fake, load(train, "training images"), load(ceiling, "second scans"), paired, structure,
                extractors or [random_extractor()], most_physics, seed)
     steps, tables, sections = (_overview, _sets, _pairs, _physics, _bragg), {}, []
@@ -171,6 +174,13 @@ def compare(
     report = Report("Real against generated", f"{len(real.names)} images of each; floors are real against real.", sections)
     if out is not None: _write(Path(out), tables, report, rng)
     return Comparison(tables, notes, report, Path(out) if out is not None else None)
+
+
+def _standard(s, wanted): # Loaded, bool -> Loaded, each image with mean 0 and standard deviation 1
+    if not wanted: return s
+    data = s.images.data - s.images.data.mean((1, 2), keepdims=True)
+    s.images = s.images._replace(data=data / np.maximum(data.std((1, 2), keepdims=True), 1e-30))
+    return s
 
 
 @dataclass
@@ -226,7 +236,8 @@ def _overview(job, tables, notes):
     tables["intensity_and_spectrum"] = table = global_table(a, b, job.seed)
     some = np.random.default_rng(job.seed).permutation(len(a.data))[:4]
     if scale is None: notes.append("No pixel size is known: frequencies are in 1/px, and physics is left out.")
-    grid = show_grid([*a.data[some], *b.data[some]], scale, ["real"] * len(some) + ["generated"] * len(some), ncols=len(some), size=1.9)
+    titles = ["real"] * len(some) + ["generated"] * len(some)
+    grid = show_grid([*a.data[some], *b.data[some]], scale, titles, ncols=len(some), size=1.9)
     return (Section("Pictures, intensities, spectra").figure(grid, "Real above, generated below; drawn at random")
         .figure(show_spectra({"real": a, "generated": b}, scale or 1).figure, "Mean power spectra, band: 16 to 84 % of the images")
         .table(table, "Distances of the whole sets; floor: between two random halves of the real images. KL and JS in nats"))
@@ -246,13 +257,15 @@ def _sets(job, tables, notes):
     tables["nearest"] = near = nearest(x, y)
     top = near.head(4)
     pictures = [*job.fake.images.data[top.fake], *source.images.data[top.real]]
-    part.figure(show_grid(pictures, titles=[f"ratio {r:.2f}" for r in top.ratio] + [f"nearest {name}"] * len(top), ncols=len(top), size=1.9),
+    titles = [f"ratio {r:.2f}" for r in top.ratio] + [f"nearest {name}"] * len(top)
+    part.figure(show_grid(pictures, titles=titles, ncols=len(top), size=1.9),
                 f"Generated images that are closest to a {name} image; a ratio far below 1 is a copy")
     if job.train is not None:
         unseen = feature_pair(source.images, job.real.images, job.extractors[0])[1]
         e, z = copy_test(x, unseen, y, job.seed)
         tables["copying"] = pd.DataFrame([e.row() | {"z": z}])
-        part.table(tables["copying"], "Chance that a generated image is further from the training set than an unseen one; z below -3: copies")
+        part.table(tables["copying"], "Chance that a generated image is further from the training set than an unseen one; "
+                   "z below -3: copies")
     return part
 
 
@@ -273,14 +286,18 @@ def _physics(job, tables, notes):
     n = min(job.most_physics, len(job.fake.names))
     pictures = lambda s: [Micrograph(a, s.images.pixel_size) for a in s.images.data[:n]]
     reference = pictures(job.real) if job.paired else None
-    table = physics_table(pictures(job.fake), known.tables[:n], known.maps[:n] if known.maps else None, job.structure, reference)
+    truth = known.tables[:n], known.maps[:n] if known.maps else None
+    table = physics_table(pictures(job.fake), *truth, job.structure, reference)
     tables["physics"] = table.assign(image=job.fake.names[:n])
     part = Section("Are the columns where they were asked for?")
     if job.paired:
-        tables["physics_real"] = own = physics_table(reference, known.tables[:n], known.maps[:n] if known.maps else None, job.structure)
-        part.table(own.mean(numeric_only=True).to_frame().T, "The real images, measured the same way: what can be reached")
-    return part.table(table.mean(numeric_only=True).to_frame().T, f"Means over {n} generated images; pm per axis; bound: Cramér–Rao").table(
-        tables["physics"], "Image by image")
+        tables["physics_real"] = own = physics_table(reference, *truth, job.structure)
+        part.table(_means(own), "The real images, measured the same way: what can be reached")
+    part.table(_means(table), f"Means over {n} generated images; pm per axis; bound: Cramér–Rao")
+    return part.table(tables["physics"], "Image by image")
+
+
+def _means(table): return table.mean(numeric_only=True).to_frame().T
 
 
 def _bragg(job, tables, notes):

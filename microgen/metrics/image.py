@@ -210,7 +210,7 @@ def _rings(shape, pixel_size): # -> ring of each rfft pixel, weights (a half pla
     qy, qx = np.fft.fftfreq(shape[0], pixel_size[0]), np.fft.rfftfreq(shape[1], pixel_size[1])
     step = max(1 / (n * p) for n, p in zip(shape, pixel_size))
     ring = np.rint(np.hypot(qy[:, None], qx) / step).astype(int)
-    weight = np.broadcast_to(np.where((qx == 0) | (qx == 0.5 / pixel_size[1]), 1.0, 2.0), ring.shape)
+    weight = np.broadcast_to(np.where((qx == 0) | np.isclose(qx, 0.5 / pixel_size[1]), 1.0, 2.0), ring.shape)
     return ring.ravel(), weight.ravel(), step * np.arange(1, int(0.5 / max(pixel_size) / step) + 1)
 
 

@@ -1,0 +1,222 @@
+"""Metrics against other libraries, at their limits, and on input that is not what it should be."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from microgen.core import InputError, Micrograph
+from microgen.metrics import features, physics, sets
+from microgen.metrics import image as im
+
+RNG = np.random.default_rng(0)
+
+
+def noise(n=8, size=64, rng=0):
+    return np.random.default_rng(rng).normal(0, 1, (n, size, size)).astype("float32")
+
+
+# --- pairs
+
+
+def test_ssim_agrees_with_torchmetrics_inside():
+    lib = pytest.importorskip("torchmetrics.functional.image")
+    a = noise(2, 200)
+    b = a + 0.5 * noise(2, 200, 1)
+    theirs = lib.structural_similarity_index_measure(torch.tensor(b)[:, None], torch.tensor(a)[:, None], data_range=im.data_range(a))
+    assert abs(im.ssim(a, b).mean() - float(theirs)) < 3e-3  # the border is a twentieth of the image
+
+
+def test_ms_ssim_of_five_levels_is_torchmetrics_own():
+    lib = pytest.importorskip("torchmetrics.functional.image")
+    a = noise(1, 180)
+    b = a + 0.3 * noise(1, 180, 1)
+    theirs = lib.multiscale_structural_similarity_index_measure(torch.tensor(b)[:, None], torch.tensor(a)[:, None], data_range=im.data_range(a))
+    assert im.ms_ssim(a, b)[0] == pytest.approx(float(theirs), abs=1e-4)
+
+
+def test_metrics_do_not_depend_on_the_unit_of_intensity():
+    a, b = noise(3), noise(3, rng=1)
+    assert np.allclose(im.ssim(a, b), im.ssim(1e-6 * a, 1e-6 * b), atol=1e-4)
+    assert np.allclose(im.psnr(a, b), im.psnr(1e6 * a + 3, 1e6 * b + 3), atol=1e-2)
+    x, y = im.intensity_distance(a, b), im.intensity_distance(1e-6 * a, 1e-6 * b)
+    assert x["js"] == pytest.approx(y["js"], rel=0.2) and x["wasserstein"] == pytest.approx(1e6 * y["wasserstein"], rel=1e-3)
+
+
+def test_spectrum_keeps_power_and_turns_with_the_image():
+    a = noise(4, 96)
+    s, t = im.radial_spectrum(a, (0.02, 0.03)), im.radial_spectrum(a.transpose(0, 2, 1), (0.03, 0.02))
+    assert np.allclose(s.q, t.q) and np.allclose(s.power, t.power, rtol=1e-4)
+    assert np.average(s.power, weights=np.tile(s.modes, (4, 1))) == pytest.approx(0.02 * 0.03, rel=0.05)
+
+
+def test_odd_sizes_and_tensors():
+    a = torch.from_numpy(noise(2, 63))[:, None]
+    assert im.radial_spectrum(a, 0.1).power.shape[0] == 2 and im.ssim(a, a) == pytest.approx(1)
+
+
+def test_no_limit_beyond_what_the_scene_holds():
+    from scipy.ndimage import gaussian_filter
+    smooth = 100 * gaussian_filter(noise(6, 128), (0, 3, 3))  # passes nothing beyond about 0.15 per pixel
+    limit = im.information_limit(smooth + 0.3 * noise(6, 128, 1), 1.0)
+    assert (limit < 0.25).all() and (limit > 0.08).all()
+
+
+# --- sets
+
+
+@pytest.mark.parametrize("n, d", [(40, 8), (40, 100), (300, 64)])
+def test_frechet_distance_agrees_with_the_matrix_root(n, d):
+    from scipy.linalg import sqrtm
+    x, y = RNG.normal(0, 1, (n, d)), RNG.normal(0.3, 1.3, (n, d))
+    a, b = np.cov(x.T), np.cov(y.T)
+    direct = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a + b - 2 * np.real(sqrtm(a @ b + 1e-12 * np.eye(d))))
+    assert sets.frechet_distance(x, y) == pytest.approx(direct, rel=1e-3, abs=1e-3)
+
+
+def test_frechet_and_kernel_distance_agree_with_torch_fidelity():
+    fid = pytest.importorskip("torch_fidelity.metric_fid")
+    kid = pytest.importorskip("torch_fidelity.metric_kid")
+    x, y = RNG.normal(0, 1, (200, 32)), RNG.normal(0.2, 1.2, (200, 32))
+    stat = lambda v: {"mu": v.mean(0), "sigma": np.cov(v.T)}
+    theirs = fid.fid_statistics_to_metric(stat(x), stat(y), False)["frechet_inception_distance"]
+    assert sets.frechet_distance(x, y) == pytest.approx(theirs, rel=1e-4)
+    kernel = lambda a, b: (a @ b.T / 32 + 1) ** 3
+    assert sets.kernel_distance(x, y) == pytest.approx(kid.mmd2(kernel(x, x), kernel(x, y), kernel(y, y), unit_diagonal=False, mmd_est="unbiased"))
+
+
+def test_fid_through_torchmetrics_with_the_same_network():
+    tm = pytest.importorskip("torchmetrics.image.fid")
+    net, a, b = features.random_extractor(dim=32), noise(60, 32), 1.2 * noise(60, 32, 1)
+    window = features.intensity_window(a)
+    as_input = lambda v: torch.tensor((v - window[0]) / (window[1] - window[0]))[:, None]
+
+    class Wide(torch.nn.Module):
+        num_features = 32
+
+        def forward(self, x): return net.network(x.float())
+
+    fid = tm.FrechetInceptionDistance(Wide(), input_img_size=(1, 32, 32), normalize=False).set_dtype(torch.float64)
+    fid.update(as_input(a).double(), real=True)
+    fid.update(as_input(b).double(), real=False)
+    assert sets.frechet_distance(net(a, window), net(b, window)) == pytest.approx(float(fid.compute()), rel=1e-2)
+
+
+def test_order_of_images_and_orthogonal_turns_change_nothing():
+    x, y = RNG.normal(0, 1, (50, 10)), RNG.normal(0.5, 1, (50, 10))
+    turn = np.linalg.qr(RNG.normal(0, 1, (10, 10)))[0]
+    for f in (sets.frechet_distance, sets.kernel_distance, lambda a, b: sets.neighbour_metrics(a, b)["density"]):
+        assert f(x, y) == pytest.approx(f(x[::-1], y[::-1])) == pytest.approx(f(x @ turn, y @ turn))
+
+
+def test_a_table_names_its_network_and_its_n():
+    table = sets.set_table(noise(24, 40), noise(24, 40, 1), features.module_extractor(lambda x: x.flatten(1)[:, :9], "mine"), repeats=4)
+    assert list(table.metric[:3]) == ["FD(mine)", "FD(mine), N → ∞", "KD(mine)"]
+    assert (table.n == 12).all() and (table.features == "mine").all()
+    assert not any(name.startswith(("FID", "KID")) for name in table.metric)
+
+
+def test_inception_is_given_grey_as_three_bytes(tmp_path, monkeypatch):
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    seen = []
+
+    class Stub(torch.nn.Module):
+        def __init__(self, name, wanted, feature_extractor_weights_path):
+            super().__init__()
+            seen.append((wanted, feature_extractor_weights_path))
+
+        def forward(self, x):
+            assert x.dtype == torch.uint8 and x.shape[1] == 3
+            return (x.float().mean((2, 3)),)
+
+    monkeypatch.setattr(module, "FeatureExtractorInceptionV3", Stub)
+    monkeypatch.setattr(features, "_checked", lambda path: path)
+    net = features.inception_extractor(tmp_path / "w.pth")
+    assert net(noise(3), (-3, 3)).shape == (3, 3) and net.distance == "FID"
+    assert seen == [(["2048"], str(tmp_path / "w.pth"))]
+
+
+def test_weights_are_looked_for_where_torch_puts_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert features.inception_path().parent == tmp_path / "hub" / "checkpoints"
+    with pytest.raises(features.MissingWeights, match="6726825d"):
+        features.inception_extractor()
+
+
+# --- physics
+
+
+def lattice(n=96, pixel=0.02, missing=()):
+    "A square lattice of strontium, 0.25 nm apart, and its table."
+    at = np.arange(0.1, n * pixel, 0.25)
+    y, x = (v.ravel() for v in np.meshgrid(at, at, indexing="ij"))
+    keep = ~np.isin(np.arange(len(y)), missing)
+    grid = np.arange(n) * pixel
+    gy, gx = (np.exp(-0.5 * ((grid[:, None] - v[keep]) / 0.05) ** 2) for v in (y, x))
+    return Micrograph(0.1 + gy @ gx.T, pixel), pd.DataFrame({"y_nm": y, "x_nm": x, "element": "Sr"})
+
+
+def counted(m, electrons=400, rng=0):
+    return Micrograph(np.random.default_rng(rng).poisson(m.data * electrons) / electrons, m.pixel_size)
+
+
+def test_any_crystal_is_found_again_to_a_hundredth_of_a_pixel():
+    image, table = lattice()
+    errors = physics.column_errors(image, table)
+    assert errors.found.all() and physics.rms_pm(errors) < 0.2
+
+
+@pytest.mark.parametrize("gone", [(27,), (27, 28), (18, 36, 43)])
+def test_each_missing_column_is_seen(gone):
+    image, table = lattice(missing=gone)
+    errors = physics.column_errors(counted(image), table)
+    lost = errors[~errors.found]
+    assert len(lost) == len(gone)
+    assert np.allclose(np.sort(lost.y_nm), np.sort(table.y_nm[list(gone)]))
+
+
+def test_an_extra_column_is_counted():
+    image, table = lattice()
+    assert physics.extra_columns(counted(image), table) == 0
+    assert physics.extra_columns(counted(image), table.drop(index=[27, 36])) == 2
+
+
+def test_a_displacement_that_was_not_drawn_is_not_found():
+    image, table = lattice()
+    asked = table.assign(disp_pm=20.0, y_nm=table.y_nm - 0.02)
+    errors = physics.column_errors(image, asked)
+    assert errors.dy_pm.mean() == pytest.approx(20, abs=0.5)
+
+
+def test_errors_reach_the_bound_and_not_below():
+    image, table = lattice()
+    ratio = [physics.rms_pm(physics.column_errors(counted(image, rng=i), table)) for i in range(6)]
+    bound = physics.position_bound(counted(image), table)
+    assert 0.85 < np.sqrt(np.mean(np.square(ratio))) / bound < 1.2
+
+
+@pytest.mark.parametrize("bad", [[], [np.zeros((4, 4)), np.zeros((5, 5))], np.zeros((2, 3, 8, 8)), np.full((2, 8, 8), np.inf)])
+def test_what_is_no_set_of_grey_images_is_refused_in_one_sentence(bad):
+    with pytest.raises(InputError) as why:
+        im.as_images(bad)
+    assert "\n" not in str(why.value)
+
+
+# --- compare
+
+
+def test_compare_writes_a_page_that_needs_nothing_else(tmp_path):
+    from microgen.metrics.compare import compare
+    found = compare(noise(16), noise(20, rng=1), tmp_path / "out", pixel_size=0.1)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "16 of 20 generated images" in page and "<script" not in page and "src=\"http" not in page
+    assert (pd.read_csv(tmp_path / "out" / "sets.csv").n == 8).all()
+    again = compare(noise(16), noise(20, rng=1), pixel_size=0.1)
+    assert found.tables["sets"].equals(again.tables["sets"])
+
+
+def test_compare_pairs_what_the_user_says_is_paired(tmp_path):
+    from microgen.metrics.compare import compare
+    a = noise(4)
+    table = compare(a, a + 0.1 * noise(4, rng=1), ceiling=a + 0.1 * noise(4, rng=2), paired=True, pixel_size=0.1).tables["pairs"]
+    row = table[table.metric == im.SSIM_NAME].iloc[0]
+    assert row.value == pytest.approx(row["two real scans"], abs=0.01) and row.n == 4
