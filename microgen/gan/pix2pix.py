@@ -273,6 +273,7 @@ def pix2pix_learner(
     spectral_norm: bool = True, # divide the discriminator's weights by their spectral norm
     seed: int = 0,          # seed of all weights
     model_class: type = Pix2Pix, # a class with the same settings
+    about: dict | None = None, # what the saved model should say of its data, beside what `dls` knows
     cbs=(),                 # more callbacks
     **over,                 # base, depth, n_layers, z_dim, lr, disc_base: instead of those of the config
 ) -> Learner: # `.model.sample(n, cond)` draws; every loss term is in the history
@@ -284,7 +285,7 @@ def pix2pix_learner(
     weights = check_weights(WEIGHTS | (weights or {}), WEIGHTS)
     n_ch, sizes = len(dls.channels), _size(dls)
     about = {"vocab": list(dls.vocab), "channels": list(dls.channels), "pixel_size": list(dls.pixel_size), "scaling": dls.scaling,
-             "size": list(sizes)}
+             "size": list(sizes)} | (about or {})
     model = model_class(n_ch, arch, s["base"], _depth(s["depth"], sizes), len(dls.vocab), s["z_dim"], s["n_layers"],
                         s["disc_base"], norm, spectral_norm, seed, about)
     model.facts = {"pixel_size": dls.pixel_size, "channels": about["channels"], "classes": about["vocab"], "images": len(dls.train_ds),
