@@ -59,12 +59,11 @@ def load_set(
     if not good.any(): raise InputError(f"none of the {len(found)} files in {source} can be read as an image.")
     if bad := (~good).sum(): notes.append(f"{bad} of {len(found)} {name} cannot be read and are left out.")
     kept, listed = [m for m in found if m is not None], listed[good].reset_index(drop=True)
-    own = pixel_size if pixel_size is not None else kept[0].pixel_size
     known = all(m.metadata.get("pixel size") != "unknown" for m in kept)
-    data = as_images(kept, own if known else None, f"{name} in {source}")
+    data = as_images(kept if known else [m.data for m in kept], pixel_size, f"{name} in {source}")
     truth = lambda column, load: [load(p) for p in listed[column]] if listed[column].notna().all() else None
-    return Loaded(data if known else data._replace(pixel_size=None), [p.name for p in listed.image],
-                  truth("table", pd.read_parquet), truth("maps", _read_maps), notes)
+    names = [p.name for p in listed.image]
+    return Loaded(data, names, truth("table", pd.read_parquet), truth("maps", _read_maps), notes)
 
 
 def _read(path, pixel_size): # -> Micrograph (H, W); without a known scale 1 nm, and a remark in the metadata
