@@ -87,8 +87,12 @@ class Repeat(Callback):
         if hasattr(loader, "set_epoch"): loader.set_epoch(key[-1])
         seed_everything(*key)
 
-    def before_train(self): self._set(self.root, 1, self.learn.epoch)
-    def before_validate(self): seed_everything(self.root, 2)
+    def before_train(self):
+        "Set the generators and the loader for this epoch."
+        self._set(self.root, 1, self.learn.epoch)
+    def before_validate(self):
+        "The same random numbers in every validation."
+        seed_everything(self.root, 2)
 
 # %% ../../nbs/60_train.core.ipynb #c9596422
 def save_weights(
@@ -122,10 +126,11 @@ def fit_weights(
     if any(k.startswith("ema.") for k in weights) and hasattr(model, "start_average"): model.start_average()
     mine, say = model.state_dict(), f"{source} holds another model"
     for name in [*mine, *weights]:
-        if name not in weights: raise InputError(f"{say}: it has no {name}; build the model with the settings it was trained with.")
-        if name not in mine: raise InputError(f"{say}: its {name} has no place in {type(model).__name__}; build the model with the settings it was trained with.")
-        if (a := tuple(weights[name].shape)) != (b := tuple(mine[name].shape)):
-            raise InputError(f"{say}: {name} is {a} there and {b} here; build the model with the settings it was trained with.")
+        if name not in weights: wrong = f"it has no {name}"
+        elif name not in mine: wrong = f"its {name} has no place in {type(model).__name__}"
+        elif (a := tuple(weights[name].shape)) == (b := tuple(mine[name].shape)): continue
+        else: wrong = f"{name} is {a} there and {b} here"
+        raise InputError(f"{say}: {wrong}; build the model with the settings it was trained with.")
     model.load_state_dict(weights)
     return model
 
@@ -170,9 +175,12 @@ class EMA(Callback):
         every: int = 4, # steps between updates; the half-life stays
     ): self.half_life, self.ramp, self.every, self.seen, self.new, self.count = images, ramp, every, 0, 0, 0
 
-    def before_fit(self): self.learn.model.start_average()
+    def before_fit(self):
+        "Make the twin."
+        self.learn.model.start_average()
 
     def after_step(self):
+        "Count the images; move the average when it is time."
         n = len(self.learn.xb[0])
         self.seen, self.new, self.count = self.seen + n, self.new + n, self.count + 1
         if self.count % self.every: return
@@ -186,7 +194,9 @@ class EMA(Callback):
 
     def load_state(self,
         state: dict, # what `state` gave
-    ): self.seen, self.new, self.count = state["seen"], state["new"], state["count"]
+    ):
+        "Go on where another session stopped."
+        self.seen, self.new, self.count = state["seen"], state["new"], state["count"]
 
 # %% ../../nbs/60_train.core.ipynb #e0351642
 class Diverged(MicrogenError):
@@ -209,11 +219,13 @@ class NaNGuard(Callback):
     ): self.patience, self.events, self.good = patience, 0, 0
 
     def before_step(self):
+        "Look at the loss and at the gradients that are about to be used."
         learn = self.learn
         norm = gradient_norm(getattr(learn, "stepping", None) or learn.model.parameters())
         if not torch.isfinite(norm + learn.loss_grad.detach().to(norm.device)): self._refuse()
 
     def after_step(self):
+        "Count the good steps."
         self.good += 1
         if self.good >= 100: self.events = 0
 
@@ -225,9 +237,11 @@ class NaNGuard(Callback):
         where = f"{what} is not finite at step {learn.train_iter + 1}"
         for p in learn.model.parameters(): p.grad = None
         if self.events > self.patience:
-            raise Diverged(f"{where}, for the {self.events}th time: lower lr, check the data for NaN, or resume an older checkpoint.")
+            raise Diverged(f"{where}, for the {self.events}th time: lower lr, check the data for NaN, "
+                           "or resume an older checkpoint.")
         back = learn.checkpoint.roll_back() if hasattr(learn, "checkpoint") else None
-        warnings.warn(f"{where}; the step was not taken" + (f", the weights are those of step {back}." if back is not None else "."))
+        since = "" if back is None else f", the weights are those of step {back}"
+        warnings.warn(f"{where}; the step was not taken{since}.")
         raise CancelBatchException
 
     def state(self) -> dict: # events and good steps since
@@ -236,7 +250,9 @@ class NaNGuard(Callback):
 
     def load_state(self,
         state: dict, # what `state` gave
-    ): self.events, self.good = state["events"], state["good"]
+    ):
+        "Go on where another session stopped."
+        self.events, self.good = state["events"], state["good"]
 
 # %% ../../nbs/60_train.core.ipynb #0d859596
 class TimeBudget(Callback):
@@ -247,6 +263,7 @@ class TimeBudget(Callback):
     ): self.hours, self.asked, self.old, self.begin, self.why = hours, "", {}, 0., ""
 
     def before_fit(self):
+        "Start the clock and listen to Ctrl-C and SIGTERM."
         self.begin, self.asked, self.why = time.monotonic(), "", ""
         if threading.current_thread() is not threading.main_thread(): return
         self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -261,6 +278,7 @@ class TimeBudget(Callback):
         self.old = {}
 
     def after_batch(self):
+        "Stop after a whole step, with a checkpoint."
         if not self.learn.training: return
         over = self.hours is not None and time.monotonic() - self.begin > 3600 * self.hours
         if not (over or self.asked): return
@@ -268,7 +286,9 @@ class TimeBudget(Callback):
         if hasattr(self.learn, "checkpoint"): self.learn.checkpoint.save()
         raise CancelFitException
 
-    def after_fit(self): self.release()
+    def after_fit(self):
+        "Give the signals back."
+        self.release()
 
 # %% ../../nbs/60_train.core.ipynb #1c8e26a1
 class BestBy(Callback):
@@ -284,10 +304,13 @@ class BestBy(Callback):
         self.best, self.since = None, 0
 
     def before_fit(self):
+        "Refuse a metric that is not measured."
         names = [n for n in self.learn.recorder.metric_names if n not in ("epoch", "time")]
-        if self.metric not in names: raise InputError(f"there is no metric {self.metric!r} to choose by; there are {', '.join(names)}.")
+        if self.metric not in names:
+            raise InputError(f"there is no metric {self.metric!r} to choose by; there are {', '.join(names)}.")
 
     def after_epoch(self):
+        "Keep the weights when they are the best so far."
         learn, names = self.learn, list(self.learn.recorder.metric_names[1:])
         value = dict(zip(names, learn.final_record)).get(self.metric)
         if value is None: return
@@ -295,7 +318,8 @@ class BestBy(Callback):
         if self.best is None or self.sign * value < self.sign * self.best:
             self.best, self.since = float(value), 0
             save_weights(learn.model, self.file)
-            write_json(self.file.with_suffix(".json"), {"metric": self.metric, "value": self.best, "epoch": learn.epoch, "step": learn.train_iter})
+            write_json(self.file.with_suffix(".json"), {"metric": self.metric, "value": self.best,
+                                                        "epoch": learn.epoch, "step": learn.train_iter})
         if self.patience is not None and self.since >= self.patience:
             learn.finished = True
             raise CancelFitException
@@ -306,4 +330,6 @@ class BestBy(Callback):
 
     def load_state(self,
         state: dict, # what `state` gave
-    ): self.best, self.since = state["best"], state["since"]
+    ):
+        "Go on where another session stopped."
+        self.best, self.since = state["best"], state["since"]

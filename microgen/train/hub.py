@@ -32,14 +32,19 @@ def _metrics(rows): # a Markdown table of dicts with name, value, low, high, n
     return "\n".join(["| metric | value | 95 % interval | n |", "|---|---|---|---|", *map(cells, rows)])
 
 
+_EXAMPLE = """model = {name}.from_pretrained("FOLDER or USER/NAME")
+images = model.sample(4, rng=0)   # (4, 1, H, W) in [-1, 1]"""
+
+
 def model_card(
     name: str, # class of the model
-    facts: dict, # data, pixel_size (nm), channels, classes, images, epochs, metrics (dicts: name, value, low, high, n), example, license
+    facts: dict, # data, pixel_size (nm), channels, classes, images, epochs, example, license,
+                 # and metrics: dicts with name, value, low, high, n
 ) -> str: # Markdown with the front matter that the Hub reads
     "Write what a user must know about a model."
     front = ["---", "library_name: microgen", "tags:", "- microgen", "- electron-microscopy"]
     front += [f"license: {facts['license']}"] if facts.get("license") else []
-    example = facts.get("example") or f"model = {name}.from_pretrained(\"FOLDER or USER/NAME\")\nimages = model.sample(4, rng=0)   # (4, 1, H, W) in [-1, 1]"
+    example = facts.get("example") or _EXAMPLE.format(name=name)
     lines = {"Data": facts.get("data") or "not stated", "Pixel size": _length(facts.get("pixel_size")),
              "Training images": facts.get("images"), "Condition": ", ".join(facts.get("channels") or ()),
              "Classes": ", ".join(map(str, facts.get("classes") or ())), "Epochs": facts.get("epochs")}
@@ -91,7 +96,9 @@ class HubModel(_hub_mixin()):
         try: return super().from_pretrained(name, **kwargs)
         except MicrogenError: raise
         except TypeError as e: raise InputError(f"{name} holds no {cls.__name__}: {e}.") from e
-        except Exception as e: raise ReadError(name, "huggingface_hub", f"it is no folder here and not to be had from the Hub ({type(e).__name__}); check name and connection") from e
+        except Exception as e:
+            why = f"it is no folder here and not to be had from the Hub ({type(e).__name__}); check name and connection"
+            raise ReadError(name, "huggingface_hub", why) from e
 
     @classmethod
     def _from_pretrained(cls, *, model_id, map_location="cpu", strict=True, **kwargs):
@@ -112,7 +119,8 @@ class HubModel(_hub_mixin()):
 def _check_class(cls, folder):
     try: name = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["class"].rsplit(".", 1)[1]
     except (OSError, ValueError, KeyError): return
-    if name != cls.__name__: raise InputError(f"{folder.name} holds a {name}, not a {cls.__name__}; load it with {name}.from_pretrained.")
+    if name != cls.__name__:
+        raise InputError(f"{folder.name} holds a {name}, not a {cls.__name__}; load it with {name}.from_pretrained.")
 
 
 def load_model(
@@ -122,7 +130,9 @@ def load_model(
     Raises: ReadError when there is no model, InputError when it is none of microgen's."""
     folder = Path(folder) / "model" if (Path(folder) / "model").is_dir() else Path(folder)
     try: name = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["class"]
-    except (OSError, ValueError, KeyError) as e: raise ReadError(folder, "model", "it holds no model; give a run folder that is finished") from e
+    except (OSError, ValueError, KeyError) as e:
+        raise ReadError(folder, "model", "it holds no model; give a run folder that is finished") from e
     module, _, cls = name.rpartition(".")
-    if not module.startswith("microgen."): raise InputError(f"{folder} holds a {name}, which is no model of microgen: load it with its own class.")
+    if not module.startswith("microgen."):
+        raise InputError(f"{folder} holds a {name}, which is no model of microgen: load it with its own class.")
     return getattr(importlib.import_module(module), cls).from_pretrained(folder)

@@ -42,7 +42,7 @@ def pack(
     tree, # nested dicts and lists of tensors, arrays, numbers, text, None
     tensors: dict, # filled: name -> tensor
     name: str = "", # of this branch
-): # the same tree for JSON, tensors replaced by {"tensor": name}
+) -> object: # the same tree for JSON, tensors replaced by {"tensor": name}
     "Take the tensors out of a nested state."
     if isinstance(tree, np.ndarray): tree = torch.from_numpy(tree.astype(np.int64) if tree.dtype == np.uint32 else tree)
     if isinstance(tree, torch.Tensor):
@@ -56,7 +56,7 @@ def pack(
 def unpack(
     tree, # what `pack` gave
     tensors: dict, # name -> tensor
-): # the state; tuples have become lists, arrays tensors
+) -> object: # the state; tuples have become lists, arrays tensors
     "Put the tensors back."
     if isinstance(tree, list): return [unpack(v, tensors) for v in tree]
     if not isinstance(tree, dict): return tree
@@ -102,8 +102,9 @@ def read_checkpoint(
         try:
             tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
             return tree["step"], unpack(tree["state"], read_weights(path / "state.safetensors"))
-        except (OSError, ValueError, KeyError) as e: warnings.warn(f"the checkpoint {path.name} is damaged ({type(e).__name__}); the one before it is used.")
-    if found: raise ReadError(folder, "checkpoints", "none of its checkpoints can be read; start again in another folder")
+        except (OSError, ValueError, KeyError) as e:
+            warnings.warn(f"the checkpoint {path.name} is damaged ({type(e).__name__}); the one before it is used.")
+    if found: raise ReadError(folder, "checkpoints", "none of them can be read; start again in another folder")
     return None
 
 # %% ../../nbs/60b_train.run.ipynb #f1d20f78
@@ -129,7 +130,8 @@ class Checkpoint(Callback):
     def save(self):
         "Write a checkpoint now."
         self.last = time.monotonic()
-        if self.writes and not self.skip: write_checkpoint(self.folder, self.learn.train_iter, self._state(), self.keep)
+        if not self.writes or self.skip: return
+        write_checkpoint(self.folder, self.learn.train_iter, self._state(), self.keep)
 
     def roll_back(self) -> int: # steps that the stored weights have seen
         "Take weights, averages and moments from the last checkpoint; the place in the data stays."
@@ -143,25 +145,32 @@ class Checkpoint(Callback):
         self.learn.opt.load_state_dict(to_device(opt, device) if "hypers" in opt else opt)  # fastai's own does not move it
 
     def before_fit(self):
+        "Continue from the newest checkpoint, or write the first."
         learn, found, n_iter = self.learn, read_checkpoint(self.folder), len(self.learn.dls.train)
-        if found is None: return self.save()
-        step, state = found
+        if found is None: self.save()
+        else: self._continue(*found, n_iter)
+
+    def _continue(self, step, state, n_iter):
+        learn = self.learn
         if state["n_iter"] != n_iter:
-            raise InputError(f"the run {self.folder.parent.name} has {state['n_iter']} batches per epoch and there are {n_iter} now: "
-                             "continue with the same data and batch size, or begin another run with its weights (init=).")
+            raise InputError(f"the run {self.folder.parent.name} has {state['n_iter']} batches per epoch and there are "
+                             f"{n_iter} now: continue with the same data and batch size, or begin another run with its weights (init=).")
         self._load(state)
         for cb in learn.cbs:
-            if cb.name in state["callbacks"] and hasattr(type(cb), "load_state"): cb.load_state(state["callbacks"][cb.name])
+            if cb.name in state["callbacks"]: cb.load_state(state["callbacks"][cb.name])
         self.last, self.epochs, self.rng = time.monotonic(), state["epochs"], state["rng"]
         self.skip = step - self.epochs * n_iter
 
     def before_epoch(self):
+        "Pass over epochs that are done."
         if self.learn.epoch < self.epochs: raise CancelEpochException
 
     def before_train(self):
+        "Count from the steps that are done."
         learn, loader = self.learn, self.learn.dls.train
         learn.train_iter = learn.epoch * len(loader)
-        if self.skip and "step" in inspect.signature(getattr(loader, "set_epoch", len)).parameters: self._jump(loader)
+        can_jump = "step" in inspect.signature(getattr(loader, "set_epoch", len)).parameters
+        if self.skip and can_jump: self._jump(loader)
 
     def _jump(self, loader): # the loader of microgen does not read what was used already
         learn = self.learn
@@ -170,12 +179,14 @@ class Checkpoint(Callback):
         learn.train_iter, self.skip, self.jumped = learn.train_iter + self.skip, 0, True
 
     def before_batch(self):
+        "Pass over batches that were used."
         if not self.learn.training: return
         if self.skip: raise CancelBatchException
         if self.jumped: set_random_state(self.rng)  # after the iterator was made, which draws a number
         self.jumped = False
 
     def after_batch(self):
+        "Restore the random numbers on arrival; write a checkpoint when it is time."
         if not self.learn.training: return
         if self.skip:
             self.skip -= 1
@@ -186,7 +197,10 @@ class Checkpoint(Callback):
         if self.every: return self.learn.train_iter % self.every == 0
         return time.monotonic() - self.last > self.seconds
 
-    def after_epoch(self): self.epochs = max(self.epochs, self.learn.epoch + 1)
+    def after_epoch(self):
+        "Count the epochs whose validation is done; store the last one."
+        self.epochs = max(self.epochs, self.learn.epoch + 1)
+        if self.epochs == self.learn.n_epoch: self.save()
 
 # %% ../../nbs/60b_train.run.ipynb #febdf29c
 class Frozen(Callback):
@@ -207,6 +221,7 @@ class Frozen(Callback):
             for p in mine: p.requires_grad_(False)
 
     def before_train(self):
+        "Keep the statistics of frozen modules still."
         modules = dict(self.learn.model.named_modules())
         for part in self.parts:
             if part in modules: modules[part].eval()
@@ -232,26 +247,31 @@ def run_weights(
 
 # %% ../../nbs/60b_train.run.ipynb #319d6b8e
 def _callbacks(learn, out, first, o): # what stands around the steps; `first` of the processes writes
-    cbs = [Repeat(o["seed"]), NaNGuard(), Checkpoint(out / "checkpoints", o["checkpoint_minutes"], o["checkpoint_every"], writes=first),
-           TimeBudget(o["max_hours"])]
+    store = Checkpoint(out / "checkpoints", o["checkpoint_minutes"], o["checkpoint_every"], writes=first)
+    cbs = [Repeat(o["seed"]), NaNGuard(), store, TimeBudget(o["max_hours"])]
     if o["ema"]: cbs.append(EMA(o["ema"]))
     if o["fade"] is not None: cbs.append(Fade(o["fade"]))
     if o["freeze"]: cbs.append(Frozen(*o["freeze"]))
     if not first: return cbs
-    if o["best_by"]: cbs.append(BestBy(out / "checkpoints/best.safetensors", o["best_by"], o["largest"], o["patience"]))
-    if o["preview_every"]: cbs.append(Preview(out / "previews", o["preview_every"], draw=o["preview"], shown=o["shown"]))
+    if o["best_by"]: cbs.append(BestBy(out / _BEST, o["best_by"], o["largest"], o["patience"]))
+    if o["preview_every"]:
+        cbs.append(Preview(out / "previews", o["preview_every"], draw=o["preview"], shown=o["shown"]))
     return cbs + [History(out / "history.csv")]
 
 
+_BEST = "checkpoints/best.safetensors"
+_FREE = ("epochs", "max_hours", "shown", "checkpoint_minutes", "checkpoint_every")  # may change within a run
+
 def _remember(out, learn, config, options): # config.json; settings that changed are said
-    file, now = out / "config.json", {**config, **{k: v for k, v in options.items() if k != "preview"}}
+    file, now = out / "config.json", config | {k: v for k, v in options.items() if k != "preview"}
     now = json.loads(json.dumps(now, default=str))
     if file.exists():
         old = json.loads(file.read_text(encoding="utf-8"))["settings"]
-        other = [k for k in now if k in old and old[k] != now[k] and k not in ("epochs", "max_hours", "shown", "checkpoint_minutes", "checkpoint_every")]
-        if other: warnings.warn(f"the run {out.name} began with other settings: " + ", ".join(f"{k} was {old[k]}" for k in other) + ".")
-    model = {"class": type(learn.model).__name__, "parameters": sum(p.numel() for p in learn.model.parameters())}
-    write_json(file, provenance(options["seed"], settings=now, model=model, batches_per_epoch=len(learn.dls.train)))
+        other = [f"{k} was {old[k]}" for k in now if k in old and old[k] != now[k] and k not in _FREE]
+        if other: warnings.warn(f"the run {out.name} began with other settings: {', '.join(other)}.")
+    n = sum(p.numel() for p in learn.model.parameters())
+    about = {"model": type(learn.model).__name__, "parameters": n, "batches_per_epoch": len(learn.dls.train)}
+    write_json(file, provenance(options["seed"], settings=now, **about))
 
 
 def save_model(
@@ -313,8 +333,9 @@ def train(
 # %% ../../nbs/60b_train.run.ipynb #4d50658a
 def _check_folder(out):
     if out.is_file(): raise InputError(f"{out} is a file; give the name of a folder for the run.")
-    strange = out.exists() and any(out.iterdir()) and not (out / "config.json").exists() and not (out / "checkpoints").exists()
-    if strange: raise InputError(f"{out} holds other files and no run; give the name of a new folder.")
+    is_run = (out / "config.json").exists() or (out / "checkpoints").exists()
+    if out.exists() and any(out.iterdir()) and not is_run:
+        raise InputError(f"{out} holds other files and no run; give the name of a new folder.")
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
 
 
@@ -326,14 +347,16 @@ def _alone(out, first): # one training per folder; the system frees the lock eve
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     try: lock.acquire(timeout=0)
-    except Timeout: raise InputError(f"another process trains into {out}; wait for it, or give another folder.") from None
+    except Timeout:
+        raise InputError(f"another process trains into {out}; wait for it, or give another folder.") from None
     try: yield
     finally: lock.release()
 
 
 def _finished(out, epochs):
-    try: return json.loads((out / "result.json").read_text(encoding="utf-8"))["epochs"] >= epochs and (out / "model").exists()
+    try: done = json.loads((out / "result.json").read_text(encoding="utf-8"))["epochs"]
     except (OSError, ValueError, KeyError): return False
+    return done >= epochs and (out / "model/model.safetensors").exists()
 
 
 def _fit(learn, epochs, own, seed):
@@ -341,10 +364,11 @@ def _fit(learn, epochs, own, seed):
     try:
         with random_state_kept(seed, 0): learn.fit(epochs, cbs=own)
     except MicrogenError as e:
-        e.args = tuple(a.split(":\n\t")[-1] if isinstance(a, str) else a for a in e.args)  # without fastai's "Exception occured in"
+        e.args = tuple(a.split(":\n\t")[-1] if isinstance(a, str) else a for a in e.args)  # fastai says where it was
         raise
     except torch.OutOfMemoryError as e:
-        raise MicrogenError(f"the memory of the GPU does not hold a batch of {learn.dls.train.bs}: take a smaller one.") from e
+        n = learn.dls.train.bs
+        raise MicrogenError(f"the memory of the GPU does not hold a batch of {n}: take a smaller one.") from e
     finally:
         budget.release()
         for cb in own:
@@ -354,15 +378,16 @@ def _fit(learn, epochs, own, seed):
 
 def _facts(learn, out, epochs, chosen): # for the model card
     dls, pictures = learn.dls, sorted((out / "previews").glob("*.png"))
-    known = {"data": getattr(dls, "path", None) and Path(dls.path).name, "pixel_size": getattr(dls, "pixel_size", None),
-             "channels": getattr(dls, "channels", None), "classes": getattr(dls, "vocab", None), "images": len(dls.train_ds), "epochs": epochs}
+    known = {"pixel_size": getattr(dls, "pixel_size", None), "images": len(dls.train_ds), "epochs": epochs}
+    known |= {k: list(v) for k, n in (("channels", "channels"), ("classes", "vocab")) if (v := getattr(dls, n, None))}
+    if getattr(dls, "path", None): known["data"] = Path(dls.path).name
     if pictures: known["picture"] = str(pictures[-1])
     if chosen: known["metrics"] = [{"name": chosen["metric"], "value": chosen["value"], "n": len(dls.valid_ds)}]
-    return {k: list(v) if isinstance(v, tuple) or k in ("channels", "classes") and v else v for k, v in known.items() if v is not None}
+    return {k: v for k, v in known.items() if v is not None}
 
 
 def _conclude(learn, out, epochs): # the result: the best weights where a metric chose, else the last
-    best = out / "checkpoints/best.safetensors"
+    best = out / _BEST
     chosen = json.loads(best.with_suffix(".json").read_text()) if best.exists() else {}
     if best.exists(): fit_weights(learn.model, read_weights(best), f"the run {out.name}")
     if hasattr(learn.model, "facts"): learn.model.facts = _facts(learn, out, epochs, chosen) | learn.model.facts

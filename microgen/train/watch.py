@@ -44,7 +44,8 @@ def draw_batch(
     """The usual preview: what the model draws, above what is wanted.
     Raises: InputError for a model without condition that cannot `sample`."""
     if not yb and not hasattr(model, "sample"):
-        raise InputError(f"{type(model).__name__} has no sample(n, rng=), so say how to draw a preview (preview=), or preview_every=None.")
+        raise InputError(f"{type(model).__name__} has no sample(n, rng=), so say how to draw a preview (preview=), "
+                         "or preview_every=None.")
     if not yb: return [model.sample(len(xb[0]), rng=0)]
     return [o for o in (model(*xb), *yb) if o.ndim == 4]
 
@@ -64,6 +65,7 @@ class Preview(Callback):
         self.draw, self.fixed, self.handle = draw or draw_batch, None, None
 
     def before_fit(self):
+        "Take the inputs that every picture will show."
         learn = self.learn
         loader = learn.dls.valid if len(learn.dls.loaders) > 1 and len(learn.dls.valid) else learn.dls.train
         with random_state_kept(self.root):
@@ -73,6 +75,7 @@ class Preview(Callback):
         self.fixed = batch[:n_inp], batch[n_inp:]
 
     def after_step(self):
+        "Draw when it is time."
         step = self.learn.train_iter + 1
         if step % self.every == 0 or step == 1: self.save(step)
 
@@ -116,18 +119,23 @@ class History(Callback):
         every: int = 50, # steps between writes
     ): self.file, self.every, self.waiting, self.n_rows, self.columns, self.start = Path(file), every, [], 0, None, 0.
 
-    def before_fit(self): self.start = time.perf_counter() - self.start
+    def before_fit(self):
+        "Start the clock."
+        self.start = time.perf_counter() - self.start
 
-    def _common(self, step): return {"step": step, "epoch": self.learn.epoch, "seconds": round(time.perf_counter() - self.start, 3)}
+    def _common(self, step):
+        return {"step": step, "epoch": self.learn.epoch, "seconds": round(time.perf_counter() - self.start, 3)}
 
     def after_step(self):
+        "Note the terms of this step."
         learn = self.learn
-        rates = {f"lr{i or ''}": h["lr"] for i, h in enumerate(learn.opt.hypers)}
+        rates = {f"lr_{h['name']}" if "name" in h else f"lr{i or ''}": h["lr"] for i, h in enumerate(learn.opt.hypers)}
         terms = getattr(learn, "terms", None) or {"loss": learn.loss.detach()}
         self.waiting.append(self._common(learn.train_iter + 1) | rates | terms)
         if len(self.waiting) >= self.every: self.write()
 
     def after_epoch(self):
+        "Note the metrics of the validation."
         names, values = getattr(self.learn.recorder, "metric_names", [])[1:], getattr(self.learn, "final_record", [])
         metrics = {k: v for k, v in zip(names, values) if k not in ("train_loss", "time") and isinstance(v, (int, float))}
         if metrics: self.waiting.append(self._common(self.learn.train_iter) | metrics)
@@ -141,7 +149,8 @@ class History(Callback):
         rows = [{k: next(values) if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in self.waiting]
         new = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in (self.columns or [])]
         if new: self._widen(new)
-        with open(self.file, "a", newline="", encoding="utf-8") as f: csv.DictWriter(f, self.columns, lineterminator="\n").writerows(rows)
+        with open(self.file, "a", newline="", encoding="utf-8") as f:
+            csv.DictWriter(f, self.columns, lineterminator="\n").writerows(rows)
         self.n_rows, self.waiting = self.n_rows + len(rows), []
 
     def _widen(self, new):
@@ -163,10 +172,10 @@ class History(Callback):
     ):
         "Cut the file back to where the checkpoint was."
         self.n_rows, self.start = state["rows"], time.perf_counter() - state["seconds"]
-        if not self.n_rows: return self.file.unlink(missing_ok=True)
-        table = self.table().iloc[:self.n_rows]
+        table = self.table().iloc[:self.n_rows] if self.n_rows else pd.DataFrame()
         self.columns = list(table)
-        write_csv(self.file, table)
+        if self.n_rows: write_csv(self.file, table)
+        else: self.file.unlink(missing_ok=True)
 
 # %% ../../nbs/60a_train.watch.ipynb #d15ca86f
 class Fade(Callback):
@@ -176,9 +185,12 @@ class Fade(Callback):
         start: float = .5, # share of the steps after which they fall
     ): self.begins, self.base = start, None
 
-    def before_fit(self): self.base = [h["lr"] for h in self.learn.opt.hypers]
+    def before_fit(self):
+        "Note the rates to fade from."
+        self.base = [h["lr"] for h in self.learn.opt.hypers]
 
     def before_batch(self):
+        "Set the rates of this step."
         if not self.learn.training: return
         done = self.learn.train_iter / (self.learn.n_iter * self.learn.n_epoch)
         scale = min(1., (1 - done) / max(1 - self.begins, 1e-9))
