@@ -220,3 +220,21 @@ def test_compare_pairs_what_the_user_says_is_paired(tmp_path):
     table = compare(a, a + 0.1 * noise(4, rng=1), ceiling=a + 0.1 * noise(4, rng=2), paired=True, pixel_size=0.1).tables["pairs"]
     row = table[table.metric == im.SSIM_NAME].iloc[0]
     assert row.value == pytest.approx(row["two real scans"], abs=0.01) and row.n == 4
+
+
+def test_two_halves_of_a_real_micrograph_lie_within_their_floor():
+    import os
+    from pathlib import Path
+
+    from microgen.io import read
+    from microgen.metrics.compare import compare
+    if "MICROGEN_TEST_DATA" not in os.environ:
+        pytest.skip("set MICROGEN_TEST_DATA to the folder that holds stem/")
+    path = Path(os.environ["MICROGEN_TEST_DATA"]) / "stem" / "CdTe_110_tilt_HAADF149.dm3"
+    if not path.exists():
+        pytest.skip(f"there is no {path.name}")
+    tiles = read(path).tiles(96)
+    order = np.random.default_rng(0).permutation(len(tiles))
+    table = compare(*([tiles[i] for i in part] for part in (order[:12], order[12:24]))).tables["sets"].set_index("metric")
+    assert table.low["KD(random)"] < table.floor_high["KD(random)"] and table.low["FD(random)"] < table.floor_high["FD(random)"]
+    assert 10 < im.information_limit(tiles[:4])[0] < 25  # 1/nm: the file is filtered, its Nyquist frequency is 30.5

@@ -265,6 +265,7 @@ def information_limit(
     s = radial_spectrum(images, pixel_size)
     tail = s.q > (1 - top) * s.q[-1]
     floor = np.average(s.power[:, tail], axis=1, weights=s.modes[tail])
+    floor = np.maximum(floor, 1e-8 * s.power.max(1))
     free = s.modes / (2 * 1.8)
     out = s.power > floor[:, None] * gamma.isf(chance / len(s.q), free) / free
     return np.where(out.any(1), s.q[out.shape[1] - 1 - out[:, ::-1].argmax(1)], np.nan)
