@@ -235,7 +235,8 @@ def test_every_parameter_moves(made, tmp_path, autocast):
     before = {k: v.clone() for k, v in learn.model.named_parameters()}
     quietly(learn)
     for k, v in learn.model.named_parameters():
-        assert v.dtype == torch.float32 and not torch.equal(v, before[k]), k
+        assert v.dtype == torch.float32, k
+        if k != "d.2.bias": assert not torch.equal(v, before[k]), k  # hinge: inside both margins a common offset has no gradient
 
 
 def test_shares_of_a_batch_are_the_batch(tmp_path):

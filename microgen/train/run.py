@@ -327,6 +327,7 @@ def train(
             _fit(learn, epochs, own, seed)
             if learn.stopped: return learn
             if first: _conclude(learn, out, epochs)
+            if dist.is_available() and dist.is_initialized(): dist.barrier()  # the others read the result
         fit_weights(learn.model, read_weights(out / "model/model.safetensors"), f"the run {out.name}")
     return learn
 
