@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import InputError, as_rng
-from ..nets.blocks import noise_nll
+from ..nets.blocks import WallAttention, noise_nll
 from ..nets.loss import PIXEL_TERMS, check_weights, diversity_term, pixel_terms, spectral_term, ssim
-from ..nets.unet import Encoder, PatchGAN, UNet, kl_to_normal
+from ..nets.unet import Drawn, Encoder, PatchGAN, UNet, kl_to_normal
 from ..train.adversarial import Parts, adversarial_learner, gan_losses, r1_penalty
 from ..train.hub import HubModel
 
@@ -73,7 +73,7 @@ class Generator(nn.Module):
         label=None,         # (B,) int64
         z=None,             # (B, z_dim)
         noise=None,         # (B, 1, H, W)
-    ): # `microgen.nets.unet.Drawn`
+    ) -> Drawn: # image, mean, standard deviation of the noise, mask
         "Draw images, with mean, noise and mask."
         return self.unet.draw(maps, label, z, noise)
 
@@ -120,14 +120,16 @@ class Pix2Pix(Parts, HubModel):
         g, training = self.best_g(), self.training
         device, z_dim = next(g.parameters()).device, g.z_dim
         rng = torch.Generator().manual_seed(int(as_rng(rng).integers(2**63)))
-        draws = [(torch.randn(z_dim, generator=rng), torch.randn(1, *maps.shape[-2:], generator=rng)) for _ in range(n)]
+        shapes = (z_dim,), (1, *maps.shape[-2:])
+        draws = [[torch.randn(shape, generator=rng) for shape in shapes] for _ in range(n)]
         zs = torch.stack([d[0] for d in draws]) if z is None else z
         out = []
         g.eval()
         for i in range(0, n, bs):
             part = slice(i, i + bs)
             grain = torch.stack([d[1] for d in draws[part]]).to(device) if noise else None
-            out.append(g(maps[part].to(device), None if label is None else label[part].to(device), zs[part].to(device), grain).cpu())
+            known = None if label is None else label[part].to(device)
+            out.append(g(maps[part].to(device), known, zs[part].to(device), grain).cpu())
         g.train(training and g is self.g)
         return torch.cat(out)
 
@@ -135,7 +137,8 @@ class Pix2Pix(Parts, HubModel):
 def _condition(n, cond):
     "Maps (n, C, H, W) and labels (n,) or None."
     if n < 1: raise InputError(f"n is {n}: ask for at least one image.")
-    if cond is None: raise InputError("This model draws images of maps: give cond=(maps, label), such as the first two of a batch.")
+    if cond is None:
+        raise InputError("This model draws images of maps: give cond=(maps, label), such as the first two of a batch.")
     maps, label = cond if isinstance(cond, (tuple, list)) else (cond, None)
     maps = torch.as_tensor(maps).float()
     maps = maps[None] if maps.ndim == 3 else maps
@@ -143,7 +146,8 @@ def _condition(n, cond):
     take = torch.arange(n) % len(maps)
     if label is None: return maps[take], None
     label = torch.as_tensor(label).reshape(-1)
-    if len(label) not in (1, len(maps)): raise InputError(f"There are {len(maps)} maps and {len(label)} labels: give one label per map.")
+    if len(label) not in (1, len(maps)):
+        raise InputError(f"There are {len(maps)} maps and {len(label)} labels: give one label per map.")
     return maps[take], label.expand(len(maps))[take] if len(label) == 1 else label[take]
 
 # %% ../../nbs/70_gan.pix2pix.ipynb #cfd31a08
@@ -171,7 +175,8 @@ def generate(
 
 def _paired(batch):
     "(B,) bool: images with maps."
-    return batch[3] == 0 if len(batch) == 5 else torch.ones(len(batch[0]), dtype=torch.bool, device=batch[0].device)
+    if len(batch) == 5: return batch[3] == 0
+    return torch.ones(len(batch[0]), dtype=torch.bool, device=batch[0].device)
 
 
 def _borrowed(maps, paired):
@@ -196,7 +201,8 @@ def d_terms(
 
     def d_loss(model, batch, fakes):
         paired = _paired(batch)
-        return adversarial(_judged(model, batch[-1], batch[0], paired), _judged(model, fakes["image"], fakes["maps"], paired))
+        real = _judged(model, batch[-1], batch[0], paired)
+        return adversarial(real, _judged(model, fakes["image"], fakes["maps"], paired))
 
     return d_loss
 
@@ -231,7 +237,8 @@ def g_terms(
         if weights.get("spectral"): terms["spectral"] = spectral_term(own["image"], true)
         if weights.get("kl") and "mu" in own: terms["kl"] = kl_to_normal(own["mu"], own["log_var"])
         if weights.get("attention") and "mask" in own and has_wall:
-            terms["attention"] = F.binary_cross_entropy(own["mask"].float().clamp(1e-6, 1 - 1e-6), wall[paired])
+            mask = own["mask"].float().clamp(1e-6, 1 - 1e-6)
+            terms["attention"] = F.binary_cross_entropy(mask, wall[paired])
         if weights.get("diversity") and "mu" in own: terms["diversity"] = _diversity(model, batch, fakes)
         if weights.get("keep") and not paired.all(): terms["keep"] = _keep(fakes, image, paired)
         return terms
@@ -284,12 +291,12 @@ def pix2pix_learner(
     if unknown := set(s) - set(CONFIGS["full"]): raise InputError(f"Unknown settings: {', '.join(sorted(unknown))}.")
     weights = check_weights(WEIGHTS | (weights or {}), WEIGHTS)
     n_ch, sizes = len(dls.channels), _size(dls)
-    about = {"vocab": list(dls.vocab), "channels": list(dls.channels), "pixel_size": list(dls.pixel_size), "scaling": dls.scaling,
-             "size": list(sizes)} | (about or {})
+    about = {"vocab": list(dls.vocab), "channels": list(dls.channels), "pixel_size": list(dls.pixel_size),
+             "scaling": dls.scaling, "size": list(sizes)} | (about or {})
     model = model_class(n_ch, arch, s["base"], _depth(s["depth"], sizes), len(dls.vocab), s["z_dim"], s["n_layers"],
                         s["disc_base"], norm, spectral_norm, seed, about)
-    model.facts = {"pixel_size": dls.pixel_size, "channels": about["channels"], "classes": about["vocab"], "images": len(dls.train_ds),
-                   "example": _EXAMPLE.format(len(about["channels"]), *sizes)}
+    model.facts = {"pixel_size": dls.pixel_size, "channels": about["channels"], "classes": about["vocab"],
+                   "images": len(dls.train_ds), "example": _EXAMPLE.format(len(about["channels"]), *sizes)}
     has_wall = bool(getattr(dls, "has_wall", True))
     learn = adversarial_learner(dls, model, generate, d_terms(gan), g_terms(weights, gan, has_wall),
         weights=_used(weights, model.g, dls, has_wall) | ({"r1": r1} if r1 else {}), lr=s["lr"], betas=(0.5, 0.99),
@@ -298,13 +305,14 @@ def pix2pix_learner(
 
 
 _EXAMPLE = """model = Pix2Pix.from_pretrained("FOLDER or USER/NAME")
-maps, label = ...                                   # ({}, {}, {}) condition channels, see microgen.data.condition; class number
+maps, label = ...                                   # ({}, {}, {}) condition channels; number of the class
 images = model.sample(4, (maps, label), rng=0)      # (4, 1, H, W) in [-1, 1]"""
 
 
 def _used(weights, g, dls, has_wall):
     "The weights of the terms that this model and these data have."
-    absent = {"attention"} if not (has_wall and any(m.__class__.__name__ == "WallAttention" for m in g.modules())) else set()
+    gated = any(isinstance(m, WallAttention) for m in g.modules())
+    absent = set() if gated and has_wall else {"attention"}
     if not g.z_dim: absent |= {"kl", "diversity"}
     if not hasattr(dls, "paired"): absent |= {"keep"}
     return {name: value for name, value in weights.items() if value and name not in absent}
@@ -323,7 +331,7 @@ def spread(
     images, # (n, 1, H, W) or (n, H, W): draws or scans of one scene
 ) -> pd.DataFrame: # one row per image: level, contrast (standard deviation of the signal) and noise (of a pixel)
     """Measure level, contrast and pixel noise of each image.
-    Source: noise from second differences, which a smooth signal does not have: Immerkaer 1996, doi 10.1006/cviu.1996.0060."""
+    Source: noise from second differences, which smooth signals lack: Immerkaer 1996, doi 10.1006/cviu.1996.0060."""
     x = torch.as_tensor(images).float().reshape(-1, 1, *np.shape(images)[-2:])
     mask = x.new_tensor([[1., -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6  # of norm 1
     noise = F.conv2d(x, mask[None, None]).flatten(1).square().mean(1).sqrt()

@@ -35,11 +35,14 @@ class Router(nn.Module):
         seed: int = 0,       # seed of the weights
     ):
         super().__init__()
-        if unknown := set(experts) - set(EXPERTS): raise InputError(f"There is no expert {min(unknown)!r}: use film or attention.")
-        if len(experts) != n_classes: raise InputError(f"{len(experts)} experts are named for {n_classes} classes: name one per class.")
+        if unknown := set(experts) - set(EXPERTS):
+            raise InputError(f"There is no expert {min(unknown)!r}: use film or attention.")
+        if len(experts) != n_classes:
+            raise InputError(f"{len(experts)} experts are named for {n_classes} classes: name one per class.")
         self.in_ch, self.z_dim, self.n_classes, self.explore = in_ch, z_dim, n_classes, 0.0
-        self.experts = nn.ModuleDict({name: UNet(in_ch, 1, base, depth, n_classes, z_dim, norm, name == "attention", seed + k)
-                                      for k, name in enumerate(EXPERTS)})
+        self.experts = nn.ModuleDict({
+            name: UNet(in_ch, 1, base, depth, n_classes, z_dim, norm, name == "attention", seed + k)
+            for k, name in enumerate(EXPERTS)})
         self.encoder = Encoder(in_ch + 1, z_dim, max(8, base // 4), seed) if z_dim else None
         self.register_buffer("route", torch.tensor([EXPERTS.index(name) for name in experts]))
 
@@ -91,7 +94,7 @@ class RouterPix2Pix(Pix2Pix):
 # %% ../../nbs/71_gan.router.ipynb #978a6bcb
 def router_learner(
     dls: DataLoaders,     # of `microgen.data.load.paired_dls` or `mixed_dls`
-    experts: dict | None = None, # class to "film" or "attention"; None gives single domains to film, all others to attention
+    experts: dict | None = None, # class to "film" or "attention"; None: film for single domains
     explore: float = 0.2, # share of the images that the other expert draws in training
     **kwargs,             # of `microgen.gan.pix2pix.pix2pix_learner`
 ) -> Learner: # its model is a `RouterPix2Pix`
@@ -112,7 +115,7 @@ def expert_table(
     model: Pix2Pix,   # a `RouterPix2Pix`
     batches,          # batches (maps, label, ..., image), such as `dls.valid`
     vocab,            # class names
-) -> pd.DataFrame: # per class: n, SSIM of each expert, the difference and its standard error, winner, and who draws it now
+) -> pd.DataFrame: # per class: n, SSIM of each, their difference and its error, winner, who draws now
     """Let both experts draw every image, and compare them class by class.
     Raises: InputError when the model is no router."""
     g = model.best_g()
@@ -122,8 +125,9 @@ def expert_table(
     for batch in batches:
         maps, label, image = (t.as_subclass(torch.Tensor) for t in (batch[0], batch[1], batch[-1]))
         drawn = {name: g.draw(maps, label, expert=name).image for name in EXPERTS}
-        rows += [{"label": vocab[label[i]], **{name: float(ssim(d[i:i + 1], image[i:i + 1])) for name, d in drawn.items()}}
-                 for i in range(len(maps))]
+        for i in range(len(maps)):
+            scores = {name: float(ssim(d[i:i + 1], image[i:i + 1])) for name, d in drawn.items()}
+            rows.append({"label": vocab[label[i]], **scores})
     model.train(training)
     return _compare(pd.DataFrame(rows), [EXPERTS[k] for k in g.route], vocab)
 
@@ -134,8 +138,9 @@ def _compare(scores, route, vocab):
     for name, part in scores.groupby("label", sort=False):
         gain = part.attention - part.film
         se = gain.std() / len(part)**0.5 if len(part) > 1 else np.nan
-        out.append({"label": name, "n": len(part), "film": part.film.mean(), "attention": part.attention.mean(), "gain": gain.mean(),
-                    "gain_se": se, "winner": EXPERTS[int(gain.mean() > 0)], "clear": bool(abs(gain.mean()) > 2 * se),
+        out.append({"label": name, "n": len(part), "film": part.film.mean(), "attention": part.attention.mean(),
+                    "gain": gain.mean(), "gain_se": se, "winner": EXPERTS[int(gain.mean() > 0)],
+                    "clear": bool(abs(gain.mean()) > 2 * se),
                     "draws": route[list(vocab).index(name)]})
     return pd.DataFrame(out).set_index("label")
 
@@ -149,5 +154,6 @@ def reroute(
     "Give each class to the expert that draws it better."
     for label, row in table.iterrows():
         if only_clear and not row["clear"]: continue
-        for g in [model.g] + ([model.ema] if model.ema is not None else []): g.route[list(vocab).index(label)] = EXPERTS.index(row["winner"])
+        for g in (model.g, model.ema):
+            if g is not None: g.route[list(vocab).index(label)] = EXPERTS.index(row["winner"])
     return {name: EXPERTS[k] for name, k in zip(vocab, model.g.route.tolist())}

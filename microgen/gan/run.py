@@ -41,6 +41,7 @@ class Progress(Callback):
     ): self.shown, self.bar, self.advance = shown, None, None
 
     def before_train(self):
+        "Open the bar at the first step."
         if self.bar is not None: return
         total = self.learn.n_epoch * len(self.learn.dls.train)
         self.bar = progress_bar(total, "training", self.shown, "steps")
@@ -48,9 +49,11 @@ class Progress(Callback):
         self.advance(self.learn.train_iter)
 
     def after_batch(self):
+        "One step more."
         if self.learn.training: self.advance(1)
 
     def after_fit(self):
+        "Close the bar."
         if self.bar is not None: self.bar.__exit__(None, None, None)
         self.bar = None
 
@@ -96,12 +99,15 @@ def train_pix2pix(
     config = config or config_for(dls.one_batch()[-1].shape[-2:])
     own = {"config": config, "gan": gan, "weights": weights, "seed": seed} | ({"lr": lr} if lr else {})
     about = {"recipe": _recipe(data)}
-    learn = router_learner(dls, about=about, **own) if model == "router" else pix2pix_learner(dls, model, about=about, **own)
-    learn.model.facts |= {"data": Path(data).name + (f" and {Path(real).name}" if real else ""), "epochs": epochs}
+    own_about = own | {"about": about}
+    learn = router_learner(dls, **own_about) if model == "router" else pix2pix_learner(dls, model, **own_about)
+    names = " and ".join(Path(folder).name for folder in (data, real) if folder)
+    learn.model.facts |= {"data": names, "epochs": epochs}
     settings = {"data": str(data), "real": real and str(real), "model": model, "size": size, "bs": bs, **own}
     with learn.no_logging():
-        learn = train(learn, epochs, out, settings, seed=seed, init=init, freeze=freeze, max_hours=max_hours, ema=500 * bs, fade=0.5,
-                      preview_every=max(50, len(dls.train) * epochs // 20), shown=False, cbs=[Progress(progress)])
+        learn = train(learn, epochs, out, settings, seed=seed, init=init, freeze=freeze, max_hours=max_hours,
+                      ema=500 * bs, fade=0.5, preview_every=max(50, len(dls.train) * epochs // 20), shown=False,
+                      cbs=[Progress(progress)])
     if model == "router" and not learn.stopped:
         write_csv(Path(out) / "experts.csv", expert_table(learn.model, dls.valid, dls.vocab).reset_index())
     return learn
@@ -134,7 +140,8 @@ def new_truth(
 def _wanted(about, walls, n, size, seed):
     "Yield (label, maps, table, where from) of new walls."
     held = about.get("recipe")
-    if held is None: raise InputError("This run was not trained on simulated walls: give --maps, a dataset folder with truth maps.")
+    if held is None:
+        raise InputError("This run was not trained on simulated walls: give maps, a dataset folder with truth maps.")
     names = (walls,) if isinstance(walls, str) else tuple(walls)
     recipe = replace(Recipe.from_dict(held), walls=names, shares=None, n=n, seed=seed, preset="ideal", size=size)
     for i in range(n): yield *new_truth(recipe, i), {"seed": seed}
@@ -143,7 +150,8 @@ def _wanted(about, walls, n, size, seed):
 def _given(about, folder, n):
     "Yield (label, maps, table, where from) of a dataset folder, in turn."
     listed = list_images(folder)
-    if listed["maps"].isna().any(): raise InputError(f"{folder} holds no truth maps: name a folder made by microgen simulate.")
+    if listed["maps"].isna().any():
+        raise InputError(f"{folder} holds no truth maps: name a folder made by microgen simulate.")
     for i in range(n):
         row = listed.iloc[i % len(listed)]
         image = read(row["maps"])
@@ -166,13 +174,15 @@ def sample_run(
     progress: bool = True, # show a bar with time left
 ) -> Path: # the dataset folder
     """Draw images of new walls or of given maps, and write them as a dataset folder with their truth.
-    Raises: InputError unless one of maps and walls is given, for a folder that is in use, or a wall that does not exist."""
-    if (maps is None) == (walls is None): raise InputError("Give either maps (a dataset folder) or walls (names such as typeC).")
+    Raises: InputError unless one of maps and walls is given, for a folder in use, or an unknown wall."""
+    if (maps is None) == (walls is None):
+        raise InputError("Give either maps (a dataset folder) or walls (names such as typeC).")
     if n < 1: raise InputError(f"n is {n}: ask for at least one image.")
     model, out = load_model(run), Path(out)
     about = getattr(model, "about", None)
     if not about: raise InputError(f"{run} holds a {type(model).__name__}, which does not draw truth maps.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise InputError(f"{out} is in use: give the name of a new folder.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is in use: give the name of a new folder.")
     truths = _given(about, maps, n) if walls is None else _wanted(about, walls, n, size or about["size"][0], seed)
     rows = []
     with progress_bar(n, "drawing", progress, "images") as advance:
@@ -192,8 +202,10 @@ def _draw_one(model, about, out, i, truth, seed, noise):
     cond = torch.from_numpy(condition(maps, table, shape, pixel_size, tuple(about["channels"])))
     known = about["vocab"].index(label) if label in about["vocab"] else -1
     drawn = model.sample(1, (cond, known), np.random.default_rng([seed, i]), noise)[0, 0].numpy()
-    facts = {"label": label, "split": "test", "class_known": known >= 0, "pixel_size_nm": pixel_size[0], "index": i, **origin}
+    facts = {"label": label, "split": "test", "class_known": known >= 0, "pixel_size_nm": pixel_size[0],
+             "index": i, **origin}
     image = Micrograph(unscale(drawn, about["scaling"]), pixel_size, {"generated": True, **facts}, "microgen")
     write_item(out, i, Simulated(image, maps, table, facts))
     file = paths(out, i)[0]
-    return {"file_name": file.relative_to(out).as_posix(), **facts, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    sha = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"file_name": file.relative_to(out).as_posix(), **facts, "sha256": sha}

@@ -47,7 +47,7 @@ def initialise(
     net: nn.Module, # network; changed in place
     seed: int = 0,  # seed of the weights
 ) -> nn.Module: # the same network
-    "Draw the weights of all convolutions and linear layers from a seed: normal, variance 2 / fan-in; biases 0."
+    "Draw the weights of all convolutions and linear layers from a seed (variance 2 / fan-in; biases 0)."
     rng = torch.Generator().manual_seed(seed)
     for layer in net.modules():
         if not isinstance(layer, (nn.Conv2d, nn.Linear)) or getattr(layer, "starts_at_zero", False): continue
@@ -100,11 +100,12 @@ def code(
     if label is not None and n_classes:
         label = torch.as_tensor(label, device=like.device).reshape(-1).expand(n)
         if int(label.max()) >= n_classes:
-            raise InputError(f"Class {int(label.max())} is unknown: the network knows classes 0 to {n_classes - 1}.")
+            raise InputError(f"Class {int(label.max())} is unknown: the network knows 0 to {n_classes - 1}.")
         known = label >= 0
         out[known, label[known]] = 1
     if z is not None and z_dim:
-        if tuple(z.shape) != (n, z_dim): raise InputError(f"z has shape {tuple(z.shape)}: it must be ({n}, {z_dim}).")
+        if tuple(z.shape) != (n, z_dim):
+            raise InputError(f"z has shape {tuple(z.shape)}: it must be ({n}, {z_dim}).")
         out[:, n_classes:] = z
     return out
 

@@ -13,13 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import InputError
-from .blocks import Block, PixelNoise, WallAttention, code, grow, initialise, norm_layer, shrink, spectral, zeroed
+from .blocks import (Block, PixelNoise, WallAttention, code, grow, initialise, norm_layer, shrink, spectral,
+                                  zeroed)
 
 # %% ../../nbs/66_nets.unet.ipynb #95ba64f7
 class Drawn(NamedTuple):
     "What a generator makes of a batch."
     image: torch.Tensor       # (B, out_ch, H, W) in [-1, 1]: mean + sd * noise
-    mean: torch.Tensor        # (B, out_ch, H, W) before it is cut to [-1, 1]: a loss on it always has a gradient
+    mean: torch.Tensor        # (B, out_ch, H, W) before it is cut to [-1, 1], which has a gradient everywhere
     sd: torch.Tensor          # (B, 1, H, W) standard deviation of the pixel noise
     mask: torch.Tensor | None # (B, 1, H, W) in (0, 1), where the wall is; None without attention
 
@@ -44,7 +45,8 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(in_ch, base, 5, padding=2)
         self.down = nn.ModuleList([Block(w, v, n_code, norm) for w, v in zip([base] + widths, widths[:-1])])
         self.bottom = Block(widths[-2] if depth else base, widths[-1], n_code, norm)
-        self.up = nn.ModuleList([Block(w + v, v, n_code, norm) for w, v in zip(widths[:0:-1], widths[-2::-1])])
+        rising = zip(widths[:0:-1], widths[-2::-1])
+        self.up = nn.ModuleList([Block(w + v, v, n_code, norm) for w, v in rising])
         self.attention = WallAttention(in_ch, base) if attention else None
         self.head = nn.Conv2d(base, out_ch, 3, padding=1)
         self.noise = PixelNoise(base)
@@ -91,7 +93,8 @@ def _check(maps, in_ch, depth):
         raise InputError(f"The maps have shape {tuple(maps.shape)}: the network takes (B, {in_ch}, H, W).")
     step, (h, w) = 2**depth, maps.shape[-2:]
     if h % step or w % step or min(h, w) < 2 * step:
-        raise InputError(f"Maps of {h} x {w} pixels cannot be halved {depth} times: use sides divisible by {step}, "
+        raise InputError(f"Maps of {h} x {w} pixels cannot be halved {depth} times: use sides "
+                         f"divisible by {step}, "
                          f"at least {2 * step}, or a network of less depth.")
 
 # %% ../../nbs/66_nets.unet.ipynb #a657dc0a
@@ -123,10 +126,11 @@ class PatchGAN(nn.Module):
     ):
         pair = image if maps is None else torch.cat([maps, image], 1)
         if pair.shape[1] != self.in_ch:
-            raise InputError(f"The discriminator takes {self.in_ch} channels of maps and image together, not {pair.shape[1]}.")
+            raise InputError(f"The discriminator takes {self.in_ch} channels of maps and image together, "
+                             f"not {pair.shape[1]}.")
         if min(pair.shape[-2:]) < 2**(self.n_layers + 2):
-            raise InputError(f"An image of {tuple(pair.shape[-2:])} pixels is too small for {self.n_layers} layers: use at "
-                             f"least {2**(self.n_layers + 2)} pixels, or fewer layers.")
+            raise InputError(f"An image of {tuple(pair.shape[-2:])} pixels is too small for {self.n_layers} layers: "
+                             f"use at least {2**(self.n_layers + 2)} pixels, or fewer layers.")
         return self.layers(pair)
 
 # %% ../../nbs/66_nets.unet.ipynb #e4577354
@@ -149,8 +153,9 @@ class Encoder(nn.Module):
         seed: int = 0,  # seed of the weights
     ):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(in_ch, base, 4, 2, 1), nn.SiLU(), nn.Conv2d(base, 2 * base, 4, 2, 1), nn.SiLU(),
-                                    nn.Conv2d(2 * base, 2 * base, 4, 2, 1), nn.SiLU())
+        widths = (in_ch, base, 2 * base, 2 * base)
+        self.layers = nn.Sequential(*(layer for n, m in zip(widths, widths[1:])
+                                      for layer in (nn.Conv2d(n, m, 4, 2, 1), nn.SiLU())))
         self.out = nn.Linear(4 * base, 2 * z_dim)
         initialise(self, seed)
         zeroed(self.out)

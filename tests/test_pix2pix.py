@@ -1,0 +1,166 @@
+"Generators of images from truth maps, end to end: data, training, resumption, samples, and what goes wrong on the way."
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("fastai")
+
+from microgen.core import InputError, MicrogenError
+from microgen.data.build import build
+from microgen.data.files import list_images
+from microgen.data.load import mixed_dls, paired_dls
+from microgen.data.walls import Recipe
+from microgen.gan.pix2pix import Pix2Pix, d_terms, g_terms, generate, pix2pix_learner, spread
+from microgen.gan.router import RouterPix2Pix
+from microgen.gan.run import sample_run, train_pix2pix
+from microgen.io import read
+from microgen.train.hub import load_model
+
+SMALL = dict(config="small", base=8, depth=2, disc_base=8)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return build(Recipe(n=24, size=32, pixel_size=0.03, preset="good"), tmp_path_factory.mktemp("data") / "walls", workers=1)
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "run"
+    train_pix2pix(data, out, epochs=2, bs=4, progress=False)
+    return out
+
+
+def batch(dls):
+    return tuple(t.as_subclass(torch.Tensor) for t in dls.one_batch())
+
+
+@pytest.mark.parametrize("arch", ["plain", "film", "attention"])
+def test_every_parameter_moves(data, arch):
+    learn = pix2pix_learner(paired_dls(data, bs=8), arch, **SMALL, weights={"diversity": 0.1})
+    model, one = learn.model.train(), batch(learn.dls)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimiser = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(3):  # layers behind one that starts at zero wait for it
+        optimiser.zero_grad()
+        fakes = generate(model, one)
+        weights = dict.fromkeys(("adv", "l1", "ssim", "edge", "spectral", "attention", "diversity", "noise", "kl"), 1.0)
+        total = sum(g_terms(weights)(model, one, fakes).values())
+        (total + sum(d_terms()(model, one, {k: v.detach() for k, v in fakes.items()}).values())).backward()
+        optimiser.step()
+    assert not [n for n, p in model.named_parameters() if torch.equal(before[n], p)]
+
+
+def test_four_images_by_heart(data):
+    learn = pix2pix_learner(paired_dls(data, bs=4, augment=()), "film", **SMALL)
+    model, one = learn.model.train(), batch(learn.dls)
+    weights = {"l1": 1.0, "ssim": 1.0, "noise": 0.05}
+    optimiser, losses = torch.optim.Adam(model.g.parameters(), 5e-3), []
+    for _ in range(120):
+        optimiser.zero_grad()
+        terms = g_terms(weights)(model, one, generate(model, one))
+        sum(w * terms[k] for k, w in weights.items()).backward()
+        optimiser.step()
+        losses.append(float(terms["l1"].detach()))
+    assert np.mean(losses[-5:]) < 0.2 * losses[0], (losses[0], losses[-5:])
+
+
+def test_size_free(run):
+    model = load_model(run)
+    for size in (32, 64):
+        maps = torch.zeros(1, 4, size, size)
+        assert model.sample(1, (maps, 0), rng=0).shape == (1, 1, size, size)
+
+
+def test_same_samples_after_saving(run, tmp_path):
+    model, maps = load_model(run), torch.linspace(-1, 1, 4 * 32 * 32).reshape(1, 4, 32, 32)
+    model.save_pretrained(tmp_path / "again")
+    again = Pix2Pix.from_pretrained(tmp_path / "again")
+    assert torch.equal(model.sample(4, (maps, 1), rng=3), again.sample(4, (maps, 1), rng=3))
+
+
+def test_noise_changes_pixels_and_not_the_mean(run, data):
+    model = load_model(run)
+    maps, label = batch(paired_dls(data, bs=4))[:2]
+    z = torch.zeros(64, model.g.z_dim)
+    noisy, quiet = (model.sample(64, (maps[0], label[0]), rng=0, z=z, noise=n) for n in (True, False))
+    sd = noisy.std(0)
+    assert float(quiet.std(0).max()) < 1e-5 and float(sd.mean()) > 1e-3
+    free = (quiet[0].abs() + 4 * sd) < 1  # away from the ends of the range, where values are cut
+    assert free.float().mean() > 0.3
+    assert float(((noisy.mean(0) - quiet[0]).abs() / sd * 8)[free].mean()) < 1.3  # mean of |normal| is 0.8
+    assert spread(noisy).noise.mean() > spread(quiet).noise.mean()
+
+
+def test_real_images_without_maps_join(data, tmp_path):
+    real = tmp_path / "real" / "lab"
+    real.mkdir(parents=True)
+    for k, path in enumerate(list_images(data).image[:6]): shutil.copy(path, real / f"{k}.tif")
+    dls = mixed_dls(data, tmp_path / "real", 0.25, bs=4)
+    learn = pix2pix_learner(dls, "film", **SMALL)
+    learn.fit(1)
+    assert {"g_keep", "g_l1", "g_adv", "d_real"} <= set(learn.terms)
+    assert all(torch.isfinite(v) for v in learn.terms.values())
+    assert "lab" in dls.vocab or "real" in dls.vocab
+
+
+def test_router_is_one_model_with_a_table(data, tmp_path):
+    learn = train_pix2pix(data, tmp_path / "run", model="router", epochs=1, bs=4, progress=False)
+    assert isinstance(learn.model, RouterPix2Pix)
+    table = pd.read_csv(tmp_path / "run/experts.csv")
+    assert {"label", "film", "attention", "winner", "draws"} <= set(table)
+    assert isinstance(load_model(tmp_path / "run"), RouterPix2Pix)
+
+
+def test_stopped_and_continued_is_the_same(data, tmp_path):
+    whole = train_pix2pix(data, tmp_path / "whole", epochs=2, bs=4, progress=False, seed=3)
+    part = train_pix2pix(data, tmp_path / "part", epochs=2, bs=4, progress=False, seed=3, max_hours=1e-9)
+    assert part.stopped
+    part = train_pix2pix(data, tmp_path / "part", epochs=2, bs=4, progress=False, seed=3)
+    assert not part.stopped
+    for (name, a), b in zip(whole.model.state_dict().items(), part.model.state_dict().values()): assert torch.equal(a, b), name
+
+
+def test_samples_are_a_dataset(run, tmp_path):
+    out = sample_run(run, walls=["typeC", "typeA"], n=4, out=tmp_path / "new", progress=False)
+    listed = list_images(out)
+    assert sorted(listed.label) == ["typeA", "typeA", "typeC", "typeC"]
+    assert set(listed.class_known[listed.label == "typeC"]) == {True}
+    assert read(listed.image[0]).pixel_size == pytest.approx((0.03, 0.03))
+    dls = paired_dls(out, bs=2, valid=0.5) if "split" not in listed else None
+    assert dls is None or len(dls.train_ds)
+
+
+def test_progress_shows_time_left(run, tmp_path, capsys):
+    sample_run(run, walls="typeC", n=2, out=tmp_path / "new", progress=True)
+    assert re.search(r"drawing.*2/2.*left", capsys.readouterr().out)
+
+
+def test_bad_input_is_one_sentence(run, data, tmp_path):
+    cases = [lambda: train_pix2pix(tmp_path / "none", tmp_path / "r"), lambda: train_pix2pix(data, tmp_path / "r", model="gan"),
+             lambda: train_pix2pix(data, tmp_path / "r", epochs=0), lambda: train_pix2pix(data, run, model="attention", epochs=3, bs=4, progress=False),
+             lambda: sample_run(run, walls="typeC", maps=data, out=tmp_path / "s"), lambda: sample_run(tmp_path, walls="typeC", out=tmp_path / "s"),
+             lambda: sample_run(run, walls="typeC", n=0, out=tmp_path / "s"), lambda: sample_run(run, walls="UP", out=run)]
+    for case in cases:
+        with pytest.raises(MicrogenError) as error: case()
+        text = str(error.value)
+        assert "\n" not in text.strip() and len(text) < 400, text
+
+
+def test_a_damaged_image_stops_with_its_name(data, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(data, bad)
+    first = list_images(bad).image[0]
+    first.write_bytes(b"no image")
+    with pytest.raises(MicrogenError, match=first.name): train_pix2pix(bad, tmp_path / "r", epochs=1, progress=False)
+
+
+def test_no_maps_is_said(data, tmp_path):
+    folder = tmp_path / "plain" / "UP"
+    folder.mkdir(parents=True)
+    for k, path in enumerate(list_images(data).image[:4]): shutil.copy(path, folder / f"{k}.tif")
+    with pytest.raises(InputError, match="no truth maps"): train_pix2pix(tmp_path / "plain", tmp_path / "r", epochs=1, progress=False)
