@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'WEIGHTS', 'CONFIGS', 'ambient', 'normal', 'Generator', 'Pix2Pix', 'generate', 'd_terms', 'r1_term',
-           'g_terms', 'pix2pix_learner', 'spread']
+           'g_terms', 'pix2pix_learner', 'show_attention', 'spread']
 
 # %% ../../nbs/70_gan.pix2pix.ipynb #4a98a747
 from collections.abc import Callable
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -152,7 +153,7 @@ def _condition(n, cond):
 
 # %% ../../nbs/70_gan.pix2pix.ipynb #cfd31a08
 WEIGHTS = {"adv": 0.02, "l1": 1.0, "ssim": 1.0, "ms_ssim": 0.0, "edge": 0.5, "spectral": 0.1, "attention": 0.1,
-           "diversity": 0.0, "noise": 0.05, "kl": 0.002, "keep": 1.0}
+           "diversity": 0.0, "noise": 0.05, "kl": 0.0003, "keep": 1.0}
 
 
 def generate(
@@ -264,7 +265,7 @@ def _keep(fakes, image, paired):
 # %% ../../nbs/70_gan.pix2pix.ipynb #265e4b79
 CONFIGS = {
     "small": dict(base=8, depth=3, n_layers=1, z_dim=4, lr=5e-3, disc_base=8),    # 64 px, seconds on a laptop
-    "cpu": dict(base=16, depth=4, n_layers=2, z_dim=6, lr=3e-3, disc_base=16),    # 128 px, an hour on two cores
+    "cpu": dict(base=16, depth=4, n_layers=2, z_dim=6, lr=2e-3, disc_base=16),  # 128 px, an hour on two cores
     "full": dict(base=64, depth=5, n_layers=3, z_dim=8, lr=5e-4, disc_base=64),   # 256 px, a GPU
 }
 
@@ -325,6 +326,28 @@ def _depth(depth, size):
     "The depth asked for, or as often as the image can be halved down to 4 pixels."
     while depth > 1 and any(n % 2**depth or n < 4 * 2**depth for n in size): depth -= 1
     return depth
+
+# %% ../../nbs/70_gan.pix2pix.ipynb #e2cbf1ca
+@torch.no_grad()
+def show_attention(
+    model: Pix2Pix,    # with attention, or a router
+    maps: torch.Tensor,# (B, C, H, W)
+    label=None,        # (B,) int64
+    images=None,       # (B, 1, H, W) to lay the masks over; None draws them
+    n: int = 4,        # how many
+) -> plt.Figure: # images with the wall masks in colour, opaque where the mask is 1
+    """Lay the attention mask over images.
+    Raises: InputError for a model without attention."""
+    drawn = model.best_g().draw(maps[:n], None if label is None else label[:n])
+    if drawn.mask is None: raise InputError("This model has no attention: make it with arch='attention', or a router.")
+    images = drawn.image if images is None else images[:n]
+    fig, axes = plt.subplots(1, len(images), figsize=(2.4 * len(images), 2.4), dpi=72, squeeze=False)
+    colour = np.array([1.0, 0.69, 0.0])
+    for ax, image, mask in zip(axes[0], images.cpu().numpy()[:, 0], drawn.mask.cpu().numpy()[:, 0]):
+        ax.imshow(image, cmap="gray")
+        ax.imshow(np.dstack([np.broadcast_to(colour, (*mask.shape, 3)), 0.6 * mask]))
+        ax.axis("off")
+    return fig
 
 # %% ../../nbs/70_gan.pix2pix.ipynb #1d055bef
 def spread(
