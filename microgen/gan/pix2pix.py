@@ -153,7 +153,7 @@ def _condition(n, cond):
 
 # %% ../../nbs/70_gan.pix2pix.ipynb #cfd31a08
 WEIGHTS = {"adv": 0.02, "l1": 1.0, "ssim": 1.0, "ms_ssim": 0.0, "edge": 0.5, "spectral": 0.1, "attention": 0.1,
-           "diversity": 0.0, "noise": 0.05, "kl": 0.0003, "keep": 1.0}
+           "diversity": 0.0, "noise": 0.05, "kl": 0.002, "keep": 1.0}
 
 
 def generate(
