@@ -325,7 +325,9 @@ def train(
         if not _finished(out, epochs):
             if first: _remember(out, learn, config or {}, options)
             _fit(learn, epochs, own, seed)
-            if learn.stopped: return learn
+            if learn.stopped:
+                if first: save_model(learn.model.eval(), out / "model")  # to look at; `result.json` says when it is finished
+                return learn
             if first: _conclude(learn, out, epochs)
             if dist.is_available() and dist.is_initialized(): dist.barrier()  # the others read the result
         fit_weights(learn.model, read_weights(out / "model/model.safetensors"), f"the run {out.name}")
