@@ -5,7 +5,8 @@ import lazy_loader as _lazy
 # Names load their module when first used, so that `import microgen` costs milliseconds.
 __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
-    submodules=["core", "io", "plot", "stem", "scan", "data", "doctor", "report", "tour", "cli"],
+    submodules=["core", "io", "plot", "stem", "scan", "sem", "count", "data", "metrics", "train", "nets", "gan",
+                "doctor", "report", "tour", "cli"],
     submod_attrs={
         "core": ["Micrograph", "as_micrograph", "MicrogenError", "ReadError", "InputError", "MissingExtra"],
         "io": ["read"],
@@ -18,9 +19,19 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "sem.preset": ["Scene"],
         "sem.scene": ["simulate_scene"],
         "count.law": ["DetectionCurve", "fit_detection"],
+        "count.detect": ["Detector", "detect"],
+        "count.batch": ["count_images"],
+        "count.calibrate": ["calibrate"],
         "count.size": ["fit_sizes"],
+        "count.ecsa": ["ecsa", "compare_ecsa"],
+        "count.sample": ["count_sample"],
         "data.walls": ["Recipe"],
         "data.particles": ["ParticleRecipe"],
         "data.build": ["build"],
+        "data.load": ["paired_dls", "image_dls", "unpaired_dls", "mixed_dls"],
+        "metrics.compare": ["compare"],
+        "train.hub": ["load_model"],
+        "gan.pix2pix": ["pix2pix_learner"],
+        "gan.run": ["train_pix2pix", "sample_run"],
     },
 )

@@ -6,6 +6,8 @@
 __all__ = ['training_chapter']
 
 # %% ../../nbs/96e_chapters.training.ipynb #c88c1102
+from contextlib import contextmanager
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -28,6 +30,17 @@ def _pictures(dls, model, n=3):
     return fig
 
 
+@contextmanager
+def _one_thread():
+    "So small a network gains nothing from more threads, and loses much on a machine that is busy."
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
+
 @chapter("Training: walls drawn from their maps")
 def training_chapter(
     tour: Context, # what the chapter may use
@@ -42,7 +55,7 @@ def training_chapter(
     recipe = Recipe(walls=("UP", "DN", "typeC"), n=90, size=64, pixel_size=0.03, preset="good", seed=tour.seed)
     data = build(recipe, tour.out / "training" / "walls", workers=1 if tour.workers == 1 else None)
     run = tour.out / "training" / "run"
-    learn = train_pix2pix(data, run, epochs=epochs, config="small", seed=tour.seed, progress=False)
+    with _one_thread(): learn = train_pix2pix(data, run, epochs=epochs, config="small", seed=tour.seed, progress=False)
     ssim = pd.read_csv(run / "history.csv").ssim.dropna()
     return (Section("Training: walls drawn from their maps")
         .text(f"A generator of {sum(p.numel() for p in learn.model.g.parameters()):,} weights saw {len(learn.dls.train_ds)} images "
