@@ -16,7 +16,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 
-from ..core import InputError, Micrograph
+from ..core import InputError, Micrograph, ReadError
 from ..data.build import read_recipe
 from ..data.condition import condition
 from ..data.files import list_images, unscale
@@ -30,7 +30,8 @@ from ..progress import progress_bar
 from ..stem.crystal import columns
 from ..stem.wall import displace, truth_maps
 from ..train.hub import load_model
-from ..train.run import train
+from ..train.core import fit_weights
+from ..train.run import run_weights, train
 
 # %% ../../nbs/72_gan.run.ipynb #7eccec42
 class Progress(Callback):
@@ -87,7 +88,7 @@ def train_pix2pix(
     real_pixel_size: float | None = None, # nm per pixel of real images whose files do not say
     seed: int = 0,         # of weights, split, order and noise
     max_hours: float | None = None, # stop cleanly after so many hours; the same line continues
-    init=None,             # run whose weights to start from
+    init=None,             # run whose weights to start from; its classes may be others
     freeze: tuple = (),    # parts that stay as they are, such as ("g.unet.down",)
     progress: bool = True, # show a bar with time left
 ) -> Learner: # trained; `.stopped` says why it ended early
@@ -104,13 +105,32 @@ def train_pix2pix(
     names = " and ".join(Path(folder).name for folder in (data, real) if folder)
     learn.model.facts |= {"data": names, "epochs": epochs}
     settings = {"data": str(data), "real": real and str(real), "model": model, "size": size, "bs": bs, **own}
+    if init and not any((Path(out) / "checkpoints").glob("step_*")): _begin(learn.model, init)
+    settings["begun_from"] = init and str(init)
     with learn.no_logging():
-        learn = train(learn, epochs, out, settings, seed=seed, init=init, freeze=freeze, max_hours=max_hours,
+        learn = train(learn, epochs, out, settings, seed=seed, freeze=freeze, max_hours=max_hours,
                       ema=500 * bs, fade=0.5, preview_every=max(50, len(dls.train) * epochs // 20), shown=False,
                       cbs=[Progress(progress)])
     if model == "router" and not learn.stopped:
         write_csv(Path(out) / "experts.csv", expert_table(learn.model, dls.valid, dls.vocab).reset_index())
     return learn
+
+
+def _begin(model, init):
+    "Give a model the weights of a run; where classes differ, a new one begins as the mean of those there were."
+    weights, new = run_weights(init), model.about["vocab"]
+    try: old = load_model(init).about["vocab"]
+    except (ReadError, AttributeError, KeyError): old = new
+    if old != new: weights = {name: _moved(name, w, old, new) for name, w in weights.items()}
+    fit_weights(model, weights, init)
+
+
+def _moved(name, w, old, new):
+    "Weights of the code of classes and z, or of the router, for another list of classes."
+    if name.endswith("route"): return torch.stack([w[old.index(c)] if c in old else w[0] for c in new])
+    if not (".films." in name and name.endswith("linear.weight") and w.shape[1] >= len(old)): return w
+    classes, z = w.split([len(old), w.shape[1] - len(old)], 1)
+    return torch.cat([torch.stack([classes[:, old.index(c)] if c in old else classes.mean(1) for c in new], 1), z], 1)
 
 
 def _data(data, real, bs, size, ratio, real_pixel_size, seed, progress):
