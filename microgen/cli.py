@@ -175,8 +175,12 @@ def count(
     sample = count_sample(images, out, pixel_size, calibrate, ecsa or None, _detector(Detector(), setting or ()), n, seed,
                           workers or -1, progress=True)
     typer.echo(str(sample))
-    if (sample.table.error != "").all(): raise MicrogenError(f"no image could be counted; {out / 'summary.csv'} says why.")
+    _some((sample.table.error == "").any(), f"no image could be counted; {out / 'summary.csv'} says why.")
     typer.echo(f"Tables, labels and overlays are in {out}")
+
+
+def _some(true, otherwise):
+    if not true: raise MicrogenError(otherwise)
 
 
 def _detector(detector, settings):
@@ -206,7 +210,7 @@ def train(
     max_hours: Optional[float] = None,  # stop cleanly after so many hours; the same line continues
 ):
     "Train a generator; the same line continues a run that was stopped."
-    if model != "pix2pix": raise InputError(f"There is no model {model!r} to train: use pix2pix.")
+    _some(model == "pix2pix", f"There is no model {model!r} to train: use pix2pix.")
     from microgen.gan.run import train_pix2pix
 
     learn = train_pix2pix(data, out, real, arch, epochs, size, bs, config, gan, seed=seed, max_hours=max_hours, init=init,

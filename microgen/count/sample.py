@@ -84,7 +84,8 @@ class Sample:
             ax.set_axis_off()
         for unit, rows in good.groupby("unit"):
             p = pd.concat([pd.read_csv(self.out / f / "particles.csv") for f in rows.folder])
-            axes[-1].hist(p.loc[p.edge_weight > 0, f"diameter_{unit}"], 30, alpha=0.6, color="0.4" if unit == "nm" else "tab:blue", label=unit)
+            sizes, colour = p.loc[p.edge_weight > 0, f"diameter_{unit}"], "0.4" if unit == "nm" else "tab:blue"
+            axes[-1].hist(sizes, 30, alpha=0.6, color=colour, label=unit)
         axes[-1].set(xlabel=f"diameter ({', '.join(sorted(set(good.unit)))})", ylabel="particles")
         return fig
 
