@@ -9,6 +9,7 @@ __all__ = ['app', 'NAMES', 'command', 'main', 'simulate', 'particles', 'measure'
 # %% ../nbs/98_cli.ipynb #ee0d50d3
 import inspect
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -59,6 +60,7 @@ def _stop(message, code):
 
 def main(): # nothing: runs the command line
     "Run the command line."
+    warnings.simplefilter("ignore", FutureWarning)  # words of one library to another, nothing that a user can mend
     app(prog_name="microgen")
 
 # %% ../nbs/98_cli.ipynb #23e448b9

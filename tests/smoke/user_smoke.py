@@ -51,15 +51,22 @@ def on_the_command_line(image):
     text = microgen("doctor")
     assert "torch" in text and "shipped structures" in text
     say("doctor")
-    microgen("simulate", "--n", 4, "--size", 128, "--pixel-size", 0.03, "--walls", "UP,DN", "--seed", 1, "--workers", 2, "--out", "data")
+    microgen("simulate", "--n", 10, "--size", 128, "--pixel-size", 0.03, "--walls", "UP,DN", "--seed", 1, "--workers", 2, "--out", "data")
     with open(FOLDER / "data" / "metadata.csv", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
-    assert len(rows) == 4 and {r["label"] for r in rows} == {"UP", "DN"}, rows
+    assert len(rows) == 10 and {r["label"] for r in rows} == {"UP", "DN"}, rows
     assert all((FOLDER / "data" / r["file_name"]).exists() for r in rows)
     say("simulate")
     microgen("particles", "--n", 2, "--size", 96, "--preset", "gold_on_carbon", "--workers", 1, "--out", "grains")
     assert (FOLDER / "grains" / "maps" / "00" / "000001.tif").exists() and (FOLDER / "grains" / "metadata.csv").exists()
-    say("particles")
+    microgen("count", "grains/images/00", "--workers", 2, "--out", "counted")
+    with open(FOLDER / "counted" / "summary.csv", encoding="utf-8") as f:
+        assert all(int(float(r["n_particles"])) >= 0 and not r["error"] for r in csv.DictReader(f))
+    say("particles and count")
+    microgen("train", "pix2pix", "--data", "data", "--size", 64, "--bs", 2, "--epochs", 1, "--config", "small", "--out", "run")
+    microgen("sample", "run", "--walls", "typeC", "--n", 2, "--out", "drawn")
+    assert (FOLDER / "drawn" / "images" / "00" / "000001.tif").exists()
+    say("train and sample")
     image.save(FOLDER / "mine.tif")
     microgen("measure", "mine.tif", "--structure", "YMnO3", "--out", "measured")
     assert {"columns.csv", "walls.csv"} <= {p.name for p in (FOLDER / "measured").iterdir()}
