@@ -326,7 +326,7 @@ def train(
             if first: _remember(out, learn, config or {}, options)
             _fit(learn, epochs, own, seed)
             if learn.stopped:
-                if first: save_model(learn.model.eval(), out / "model")  # to look at; `result.json` says when it is finished
+                if first: save_model(learn.model.eval(), out / "model")  # unfinished, to look at
                 return learn
             if first: _conclude(learn, out, epochs)
             if dist.is_available() and dist.is_initialized(): dist.barrier()  # the others read the result
