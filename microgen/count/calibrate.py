@@ -20,7 +20,7 @@ from scipy.special import ndtri
 from ..core import InputError, as_rng
 from .detect import Detection, Detector, detect
 from .law import DetectionCurve, fit_detection
-from .look import Look, _px, inject, look_of
+from .look import Look, _px, d50_error, inject, look_of
 from .propose import overlay_mask
 from ..progress import progress_bar
 
@@ -114,7 +114,8 @@ class Calibration:
     def to_dict(self) -> dict: # plain numbers and text
         "Everything but the single injections, ready for JSON."
         c, look = self.curve, asdict(self.look)
-        look |= {"tones": float(np.std(look["tones"])), "aspects": float(np.median(look["aspects"]))}
+        look |= {"tones": float(np.std(look["tones"])), "aspects": float(np.median(look["aspects"])),
+                 "covariance": look["covariance"] and [list(r) for r in look["covariance"]]}
         return {"d50": c.d50, "d50_se": c.d50_se, "width": c.width, "upper": c.upper,
                 "covariance": c.covariance and [list(r) for r in c.covariance],
                 "size_error": self.size_error, "size_bias": self.size_bias, "unit": self.unit, "n_injected": len(self.injections),
@@ -180,13 +181,20 @@ def _parts(d_px, detection, share=.15): # injected at a time: few against the pa
 # %% ../../nbs/36b_count.calibrate.ipynb #ed10eff1
 def _calibration(detection, look, rows):
     unit, d, chance = detection.unit, rows[f"d_{detection.unit}"].to_numpy(), float(rows["by_chance"].mean())
-    curve = fit_detection(d, rows["found"].to_numpy(), chance)
+    curve = _unsure(fit_detection(d, rows["found"].to_numpy(), chance), detection, look)
     sized = (rows["found"] & ~rows["by_chance"]).to_numpy()
     ratio = np.log(rows[f"measured_{unit}"].to_numpy() / d)[sized]
     bias, error = _sizing(np.log(d[sized]), ratio, np.log(detection.particles[f"diameter_{unit}"].to_numpy()))
     note = (f"{len(rows)} particles injected, {int(rows['found'].sum())} found; "
             f"d50 {curve.d50:.3g} {unit} ± {100 * curve.d50_se / curve.d50:.1f} %")
     return Calibration(curve, error, bias, rows, look, note, unit)
+
+def _unsure(curve, detection, look): # the curve, with what the look leaves open
+    px = _px(detection)
+    d = np.sort(detection.particles[f"diameter_{detection.unit}"].to_numpy()) / px
+    large = d[np.searchsorted(np.cumsum(d**2), (d**2).sum() / 2)]
+    more = d50_error(look, curve.d50 / px, large)**2
+    return replace(curve, covariance=np.array(curve.covariance) + np.diag([more, 0, 0]))
 
 def _sizing(x, ratio, found): # mean and sd of the logarithmic size error, over sizes as they were found in the image
     edges = np.linspace(found.min() - .1, found.max() + .1, 9)
