@@ -102,7 +102,9 @@ def one_scene(family, gsd, share, median, size, n_injected, seed):
     s = scene(family, median, gsd, n, size, seed)
     found = detect(s.image)
     d, was_found = seen(s, found)
-    return dict(truth=family, gsd=gsd, asked=share, seed=seed) | judged(found, d, was_found, n_injected)
+    row = dict(truth=family, gsd=gsd, asked=share, seed=seed) | judged(found, d, was_found, n_injected)
+    print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    return row
 
 
 def run(function, jobs, a):
@@ -118,13 +120,14 @@ def coverage(a):
     "Coverage of the unseen number and surface share, from images."
     curve = reference_curve()
     print(f"reference curve: d50 {curve.d50:.2f} ± {curve.d50_se:.2f} px, width {curve.width:.2f}, upper {curve.upper:.3f}", flush=True)
-    cells = list(product(FAMILIES, (1.5,), (.3,)) if a.quick else product(FAMILIES, (1.3, 1.5, 1.8), (.1, .3, .5, .7, .9)))
+    cells = list(product(FAMILIES, a.gsd or ((1.5,) if a.quick else (1.3, 1.5, 1.8)), a.unseen or ((.3,) if a.quick else (.1, .3, .5, .7, .9))))
     runs = a.runs or (1 if a.quick else 20)
     jobs = [(f, g, u, median_for(f, g, u, curve), a.size, a.injections, 1000 * i + k) for i, (f, g, u) in enumerate(cells) for k in range(runs)]
     rows = pd.DataFrame(run(one_scene, jobs, a))
     report(rows, a)
-    kept = rows[rows.refused.isna()]
-    print(kept.groupby(["truth", "gsd", "asked"])[["n_found", "unseen", "value", "inside", "surface_inside"]].mean().round(3).to_string())
+    columns = [c for c in ("n_found", "unseen", "value", "low", "high", "inside", "visible_surface", "surface", "surface_inside") if c in rows]
+    means = rows.assign(refused=rows.refused.notna()).astype({c: float for c in columns}).groupby(["truth", "gsd", "asked"])[[*columns, "refused"]].mean()
+    print(means.round(3).to_string())
 
 
 def report(rows, a):
@@ -132,13 +135,20 @@ def report(rows, a):
     kept = rows[rows.refused.isna()]
     print(f"{len(rows)} images, {len(rows) - len(kept)} refused")
     for why, n in rows.refused.dropna().str.replace(r"[\d.]+", "#", regex=True).str[:90].value_counts().items(): print(f"  {n} x {why}")
+    if "d50" in rows:
+        fitted, off = rows.dropna(subset="low" if "low" in rows else "d50"), (rows.d50 / rows.d50_true - 1).dropna()
+        print(f"d50: calibrated over true {100 * off.median():+.1f} % (median), scatter {100 * off.std():.1f} %, "
+              f"stated error {100 * (rows.d50_se / rows.d50).median():.1f} %")
+    if "low" not in rows: return
+    print(f"unseen number, bounds of refused ones too: {int(fitted.inside.sum())} inside, {int((~fitted.inside.astype(bool)).sum())} outside")
+    given = fitted.dropna(subset="surface")
+    surface = given.surface - given.visible_surface
+    print(f"visible surface share: {int(given.surface_inside.sum())} of {len(given)} inside, bias {surface.mean():+.3f}, rmse {np.sqrt((surface**2).mean()):.3f}; "
+          f"{len(fitted) - len(given)} refused")
     if not len(kept): return
-    error, surface = kept.value - kept.unseen, kept.surface - kept.visible_surface
-    print(f"unseen number: coverage {kept.inside.mean():.3f}, bias {error.mean():+.3f}, rmse {np.sqrt((error**2).mean()):.3f}, "
+    error = kept.value - kept.unseen
+    print(f"unseen number, not refused: {int(kept.inside.sum())} of {len(kept)} inside, bias {error.mean():+.3f}, rmse {np.sqrt((error**2).mean()):.3f}, "
           f"median width {(kept.high - kept.low).median():.3f}")
-    print(f"visible surface share: coverage {kept.surface_inside.mean():.3f}, bias {surface.mean():+.3f}, rmse {np.sqrt((surface**2).mean()):.3f}")
-    print(f"d50: calibrated over true {100 * (kept.d50 / kept.d50_true - 1).median():+.1f} % (median), "
-          f"scatter {100 * (kept.d50 / kept.d50_true - 1).std():.1f} %, stated error {100 * (kept.d50_se / kept.d50).median():.1f} %")
     print(f"Horvitz-Thompson over the fitted law, sizes with p > 0.2: {100 * kept.ht_fit.median():+.1f} % (median), scatter {100 * kept.ht_fit.std():.1f} %")
 
 
@@ -163,7 +173,9 @@ def one_degraded(path, by, electrons, n_injected):
     was_found = match(found, d, at) >= 0
     row = dict(image=path.stem, by=by, false=len(found.particles) - was_found.sum())
     if len(found.particles) == 0: return row | dict(refused="no particle was found", unseen=1 - was_found.mean())
-    return row | {k: v for k, v in judged(found, d, was_found, n_injected).items() if k != "false"}
+    row |= {k: v for k, v in judged(found, d, was_found, n_injected).items() if k != "false"}
+    print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    return row
 
 
 def degraded(a):
@@ -176,6 +188,7 @@ def degraded(a):
                             "d50_true", "refused") if c in rows]].round(3).to_string())
     if a.out: rows.to_csv(a.out, index=False)
     kept = rows[rows.refused.isna()]
+    if "inside" in rows: print(f"interval or bound holds the truth: {int(rows.inside.dropna().sum())} of {len(rows.inside.dropna())}")
     print(f"within 0.10: {int((np.abs(kept.value - kept.unseen) <= .1).sum()) if len(kept) else 0} of {len(rows)}; refused {len(rows) - len(kept)}")
 
 
@@ -185,8 +198,9 @@ def calibration(a):
     found = detect(s.image)
     t = time.perf_counter()
     c = calibrate(None, detection=found, n=a.injections, workers=a.jobs)
+    alone = fit_detection(c.injections["d_nm"], c.injections["found"])
     print(f"{s.image.shape}, {len(found.particles)} found, {len(c.injections)} injected: d50 {c.curve.d50:.3f} nm, standard error "
-          f"{100 * c.curve.d50_se / c.curve.d50:.2f} %, {time.perf_counter() - t:.0f} s on {a.jobs} processes")
+          f"{100 * c.curve.d50_se / c.curve.d50:.2f} %, of the injections alone {100 * alone.d50_se / alone.d50:.2f} %, {time.perf_counter() - t:.0f} s on {a.jobs} processes")
     try: print(f"d50 of the particles that are there: {(k := fit_detection(*seen(s, found))).d50:.3f} ± {k.d50_se:.3f} nm")
     except InputError as e: print(e)
 
@@ -196,6 +210,8 @@ if __name__ == "__main__":
     p.add_argument("what", choices=["coverage", "degraded", "calibration"])
     p.add_argument("--quick", action="store_true", help="a few images, for CI")
     p.add_argument("--runs", type=int, help="scenes per cell")
+    p.add_argument("--gsd", type=float, nargs="+", help="only these geometric standard deviations")
+    p.add_argument("--unseen", type=float, nargs="+", help="only these unseen shares")
     p.add_argument("--size", type=int, default=768, help="pixels along a side of a scene")
     p.add_argument("--injections", type=int, default=2000)
     p.add_argument("--jobs", type=int, default=2, help="processes")

@@ -56,8 +56,9 @@ def stamp(
 # %% ../../nbs/36a_count.look.ipynb #155c791e
 _ANGLE, _SHARE = (np.pi / 4 * o for o in np.polynomial.legendre.leggauss(64))
 _ANGLE = _ANGLE + np.pi / 4
-_OWN = np.array([.3, .15, .4, .4, .1, .1, 1e4, 1e4, 1e4]) # prior sd of one particle's tone, ln size, y, x, two ellipticities, ground, its slopes
-_USUAL, _OFTEN = np.array([0, 0, 0, .7, 0]), np.array([.5, 10, 10, .6, .1]) # prior of ln depth, ln blur, ln face, rim / face, ln of all sizes
+_OWN = np.array([.3, .15, .4, .4, .1, .1, 1e4, 1e4, 1e4]) # sd of a particle's tone, ln size, y, x, bends, ground, its slopes
+_USUAL = np.array([0, 0, 0, .7, 0]) # ln depth, ln blur, ln face, rim / face, ln of all sizes, before anything is seen
+_OFTEN = np.array([.5, 10, 10, .6, .1]) # their sd
 _STEP = np.array([.3, .1, .5, .5, .1, .1, 1e9, 1e9, 1e9]), np.array([.5, .2, .2, .3, .03])
 
 def _signal(look, ln_d, s): # (n,) ln px, (n or 1, m) distance from the edge, px -> (n, m) grey values over the ground, of round particles
@@ -114,7 +115,8 @@ def _gathered(detection, most, blur):
     face = sign * max(float(detection.particles["contrast"].abs().median()), 1e-6)
     noise = max(_noise(detection.micrograph.data, detection.labels == 0), .01 * abs(face))
     depth = 1.5 / _px(detection) if detection.unit == "nm" else .2 * np.median(d)
-    return _Pixels(grey.astype(float), y, x, np.repeat(np.arange(len(keep)), [len(parts[k][0]) for k in keep]), d, noise, _gain(detection), (depth, face))
+    who = np.repeat(np.arange(len(keep)), [len(parts[k][0]) for k in keep])
+    return _Pixels(grey.astype(float), y, x, who, d, noise, _gain(detection), (depth, face))
 
 def _look(theta, scale):
     face = float(scale[1] * np.exp(theta[2]))
@@ -153,8 +155,8 @@ def _descend(o, blur, most=20): # theta, own, the last normal equations: Levenbe
     low = np.array([np.log(.1 / o.scale[0]), np.log(.3), -3, -.5, -.4])
     high = np.array([np.log(200 / o.scale[0]), np.log(max(.35 * np.median(o.d), .6)), 6, 2.5, .4])
     theta, own = np.clip([0, np.log(blur), 0, .7, 0], low, high), np.zeros((len(o.d), 9))
-    outside = np.hypot(o.y, o.x) > o.d[o.who] / 2 + 1
-    own[:, 6] = [np.median(o.grey[(o.who == k) & outside]) if ((o.who == k) & outside).any() else o.grey[o.who == k].min() for k in range(len(o.d))]
+    far = np.hypot(o.y, o.x) - o.d[o.who] / 2
+    own[:, 6] = [np.median(o.grey[mine][far[mine] >= min(1, far[mine].max())]) for mine in (o.who == k for k in range(len(o.d)))]
     model, damp = _model(theta, own, o), 1e-3
     for _ in range(most):
         parts, square, pull = _condensed(theta, own, o, model, damp)
@@ -195,14 +197,15 @@ def d50_error(
     look, # Look, with its covariance
     d50_px, # diameter found half as often as a large one, px
     large_px, # diameter of the particles that make up most of the area: the counter judges others by them
-    least=.03, # what stays when everything else is known; measured over simulated scenes
+    least=.03, # assumed for what the model of a particle leaves out
 ) -> float: # standard error of ln d50
     "Say how far d50 is unsure because the look is: it moves until a particle stands out as much as before."
     if look.covariance is None: return least
     def shown(k, d=d50_px): # contrast of a small particle over that of a large one, after the smoothing of the counter
         f = _signal(replace(k, blur_px=float(np.hypot(k.blur_px, .7))), np.log([d, large_px]), np.array([[-2., -1., 3.]]))
         return np.log(np.abs(np.abs(f[:, :2]).max(1) - np.abs(f[:, 2])) + 1e-9) @ (1, -1)
-    steps = [replace(look, depth_px=look.depth_px * 1.02), replace(look, blur_px=look.blur_px * 1.02), look, replace(look, rim=look.rim + .02 * look.face)]
+    other = dict(depth_px=look.depth_px * 1.02), dict(blur_px=look.blur_px * 1.02), {}, dict(rim=look.rim + .02 * look.face)
+    steps = [replace(look, **k) for k in other]
     slope = np.array([shown(k) - shown(look) for k in steps]) / .02
     rise = max((shown(look, d50_px * 1.02) - shown(look, d50_px / 1.02)) / np.log(1.02**2), .3)
     return float(np.hypot(least, min(np.sqrt(slope @ np.array(look.covariance) @ slope) / rise, .5)))
