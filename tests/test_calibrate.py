@@ -6,6 +6,7 @@ from scipy import ndimage as ndi
 from microgen.core import InputError
 from microgen.count.calibrate import calibrate, match
 from microgen.count.detect import detect
+from microgen.count.law import fit_detection
 from microgen.count.look import look_of, stamp
 
 
@@ -37,6 +38,8 @@ def test_without_a_scale_and_on_two_processes():
     one, two = (calibrate(image, n=240, detection=found, rng=3, workers=w) for w in (1, 2))
     assert one.unit == "px" and "d_px" in one.injections and one.to_dict()["unit"] == "px"
     assert one.injections.equals(two.injections)
+    alone = fit_detection(one.injections["d_px"], one.injections["found"])
+    assert one.curve.d50_se / one.curve.d50 > np.hypot(0.03, 0.9 * alone.d50_se / alone.d50)  # the look is unsure, too
     from joblib.externals.loky import get_reusable_executor
     get_reusable_executor().shutdown()
 

@@ -170,7 +170,8 @@ def _sizes(rows, n, detection, detector, rng): # diameters to inject next, px: b
     try: curve = fit_detection(rows[f"d_{unit}"] / _px(detection), rows["found"], min(rows["by_chance"].mean(), .5))
     except InputError: return np.exp(rng.uniform(low, high, some))
     a, b = np.log(curve.d50), min(curve.width, .6)
-    rising, above = rng.uniform(a - 1.8 * b, a + 1.8 * b, some), rng.uniform(min(a + b, high - .2), high, some)
+    large = d[np.log(d) > a + b] # as they are found: larger ones would raise what the counter asks of the small
+    rising, above = rng.uniform(a - 1.8 * b, a + 1.8 * b, some), rng.choice(np.log(large) if len(large) > 9 else [high - .1, high], some)
     return np.exp(np.where(rng.random(some) < .75, rising, above))
 
 def _parts(d_px, detection, share=.15): # injected at a time: few against the particles that are there
