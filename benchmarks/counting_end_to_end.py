@@ -4,6 +4,7 @@
     python benchmarks/counting_end_to_end.py coverage --runs 40  # every cell: three families, GSD 1.3-1.8, unseen 0.1-0.9
     python benchmarks/counting_end_to_end.py degraded --data FOLDER
     python benchmarks/counting_end_to_end.py calibration
+    python benchmarks/counting_end_to_end.py looks               # d50 calibrated against that of the scene's own particles
 
 Each scene is simulated, counted, calibrated by injection into its own image, and fitted; nothing of the truth is used. The
 size law is scaled so that the share asked for is missed by the curve of a first, broad scene with the same imaging; the true
@@ -32,7 +33,7 @@ from microgen.count.calibrate import calibrate, horvitz_thompson, match
 from microgen.count.detect import detect
 from microgen.count.law import fit_detection, size_law
 from microgen.count.size import fit_sizes
-from microgen.sem.preset import scene_preset
+from microgen.sem.preset import Scene, scene_preset
 from microgen.sem.scene import simulate_scene
 
 FAMILIES = ("lognormal", "weibull", "gamma")
@@ -192,6 +193,28 @@ def degraded(a):
     print(f"within 0.10: {int((np.abs(kept.value - kept.unseen) <= .1).sum()) if len(kept) else 0} of {len(rows)}; refused {len(rows) - len(kept)}")
 
 
+LOOKS = dict(probe=dict(), film=dict(IMAGING, median_nm=6, gsd=1.5, probe_nm=1.2), sharp=dict(probe_nm=.9, median_nm=6, electrons=30, edge=.7),
+             noisy=dict(probe_nm=1.6, median_nm=9, electrons=20, detector=.03, edge=.3),
+             deep=dict(escape_nm=3., median_nm=9, tone_spread=.1, texture=.08),
+             blurred=dict(probe_nm=2.2, median_nm=10, edge=.9, electrons=100, texture=.06),
+             coarse=dict(pixel_size=2., probe_nm=2.5, median_nm=18, gsd=1.4, escape_nm=2.5, texture=.03),
+             fine=dict(pixel_size=.6, probe_nm=.8, median_nm=5, gsd=1.5, electrons=40, escape_nm=1.))
+
+
+def looks(a):
+    "d50 calibrated on one image, against that of the particles of three with the same imaging; eight imagings."
+    usual, off, stated = dict(size=640, pixel_size=1., median_nm=8, gsd=1.45, n=500, probe_nm=1.2, electrons=60), [], []
+    for k, (name, own) in enumerate(list(LOOKS.items())[:1 if a.quick else None]):
+        scenes = [simulate_scene(Scene(**(usual | own)), np.random.default_rng([11 + k, 1, *more])) for more in ((), (0,), (1,))]
+        found = [detect(s.image) for s in scenes]
+        there = fit_detection(*(np.concatenate(o) for o in zip(*map(seen, scenes, found))))
+        c = calibrate(None, detection=found[0], n=a.injections)
+        off.append(np.log(c.curve.d50 / there.d50)), stated.append(c.curve.d50_se / c.curve.d50)
+        print(f"{name}: {len(found[0].particles)} found; d50 {c.curve.d50:.3f} nm, of the particles {there.d50:.3f} ± {there.d50_se:.3f}; "
+              f"off by {off[-1]:+.3f}, stated {stated[-1]:.3f}", flush=True)
+    print(f"mean {np.mean(off):+.3f}, rms {np.sqrt(np.mean(np.square(off))):.3f}, stated {np.mean(stated):.3f}")
+
+
 def calibration(a):
     "Standard error of d50 and time, on a 1024 x 1024 image of 500 particles."
     s = scene("lognormal", 8., 1.5, 250 if a.quick else 500, 512 if a.quick else 1024, 5)
@@ -207,7 +230,7 @@ def calibration(a):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["coverage", "degraded", "calibration"])
+    p.add_argument("what", choices=["coverage", "degraded", "calibration", "looks"])
     p.add_argument("--quick", action="store_true", help="a few images, for CI")
     p.add_argument("--runs", type=int, help="scenes per cell")
     p.add_argument("--gsd", type=float, nargs="+", help="only these geometric standard deviations")
@@ -220,5 +243,5 @@ if __name__ == "__main__":
     p.add_argument("--out", help="CSV file for every image")
     args = p.parse_args()
     start = time.perf_counter()
-    {"coverage": coverage, "degraded": degraded, "calibration": calibration}[args.what](args)
+    {"coverage": coverage, "degraded": degraded, "calibration": calibration, "looks": looks}[args.what](args)
     print(f"\n{args.what}: {time.perf_counter() - start:.0f} s")
