@@ -49,8 +49,8 @@ def particles_chapter(
     scene.image.save(tour.out / "particles.tif")
     sample = count_sample(tour.out / "particles.tif", tour.out / "particles", n=600, seed=tour.seed, workers=tour.workers)
     part = (Section("Nanoparticles: counted, corrected, compared")
-        .text(f"{int((scene.table.inside > 0.5).sum())} particles are in the image, {len(sample.particles())} were found. Particles of known "
-              "size, drawn into the same image, tell which sizes are missed; the size law is fitted through that curve.")
+        .text(f"{int((scene.table.inside > 0.5).sum())} particles are in the image, {len(sample.particles())} were found. "
+              "Particles of known size, drawn into the same image, tell which sizes are missed; the size law is fitted through that curve.")
         .figure(sample.show(), "What was counted, and the diameters"))
     if sample.fit is None: return part.text(sample.note)
     table = _compared(unseen_truth(scene.table, sample.particles()), sample.fit)
