@@ -49,7 +49,7 @@ def _places(detection, room, d_px, overlap, gap, rng): # (n, 2) centres, NaN whe
             row, column = int(np.rint(y)), int(np.rint(x))
             if not (0 <= row < room.shape[0] and 0 <= column < room.shape[1]) or room[row, column] < d_px[k] / 2 + 2: continue
             hit = tree.query_ball_point((y, x), d_px[k] / 2 + r.max())
-            if hit and (np.hypot(*(at[hit] - (y, x)).T) < .9 * (r[hit] + d_px[k] / 2)).any() and rng.random() > overlap: continue
+            if hit and (np.hypot(*(at[hit] - (y, x)).T) < r[hit] + d_px[k] / 2).any() and rng.random() > overlap: continue
             done = ~np.isnan(out[:, 0])
             if (np.hypot(*(out[done] - (y, x)).T) < (d_px[done] + d_px[k]) / 2 + gap).any(): continue
             out[k] = y, x

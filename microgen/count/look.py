@@ -56,22 +56,27 @@ def stamp(
 # %% ../../nbs/36a_count.look.ipynb #155c791e
 _ANGLE, _SHARE = (np.pi / 4 * o for o in np.polynomial.legendre.leggauss(64))
 _ANGLE = _ANGLE + np.pi / 4
-_OWN = np.array([.3, .15, .4, .4, .1, .1, 1e4, 1e4, 1e4]) # sd of a particle's tone, ln size, y, x, bends, ground, its slopes
-_USUAL = np.array([0, 0, 0, .7, 0]) # ln depth, ln blur, ln face, rim / face, ln of all sizes, before anything is seen
-_OFTEN = np.array([.5, 10, 10, .6, .1]) # their sd
-_STEP = np.array([.3, .1, .5, .5, .1, .1, 1e9, 1e9, 1e9]), np.array([.5, .2, .2, .3, .03])
+_OWN = np.array([.3, .5, 1, 1, .1, .1, 1e4, 1e4, 1e4]) # sd of a particle's tone, ln size, y, x, bends, ground, its slopes
+_DIFFER = [0, 4, 5] # tone and bends: what particles differ in; the rest only says where and how large each is
+_USUAL = np.array([0, 0, 0, .7]) # ln depth, ln blur, ln face, rim / face before anything is seen
+_OFTEN = np.array([.5, 10, 10, .6]) # their sd
+_STEP = np.array([.3, .1, .5, .5, .1, .1, 1e9, 1e9, 1e9]), np.array([.5, .2, .2, .3]) # longest step of the fit
 
-def _signal(look, ln_d, s): # (n,) ln px, (n or 1, m) distance from the edge, px -> (n, m) grey values over the ground, of round particles
-    d, cos, var = np.exp(ln_d)[:, None], np.cos(_ANGLE), look.blur_px**2 + 1 / 12 # the last for the pixel
+def _planes(depth, blur, ln_d, s): # px; (n,) ln px; (n or 1, m) distance from the edge, px -> two (n, m): signal of face, of rim
+    d, cos, var = np.exp(ln_d)[:, None], np.cos(_ANGLE), blur**2 + 1 / 12 # the last for the pixel
     at, r = d / 2 * np.sin(_ANGLE), np.abs(s + d / 2)[:, :, None]
-    rim = np.minimum(1 / cos, np.clip(np.sqrt(d / look.depth_px), 1, 5)) - 1
-    flat = -np.expm1(-d * cos / look.depth_px) * (look.face + look.rim * rim) * _SHARE * at * d / 2 * cos / var
+    rim = np.minimum(1 / cos, np.clip(np.sqrt(d / depth), 1, 5)) - 1
+    flat = -np.expm1(-d * cos / depth) * _SHARE * at * d / 2 * cos / var
     spread = np.exp(-(r - at[:, None])**2 / 2 / var) * ive(0, r * at[:, None] / var)
-    return np.einsum("nrk,nk->nr", spread, flat)
+    return np.einsum("nrk,nk->nr", spread, flat), np.einsum("nrk,nk->nr", spread, flat * rim)
 
-def _drawn(look, d): # the same as a spline in ln d and distance
+def _signal(look, ln_d, s): # (n, m) grey values over the ground, of round particles
+    face, rim = _planes(look.depth_px, look.blur_px, ln_d, s)
+    return look.face * face + look.rim * rim
+
+def _drawn(depth, blur, d): # face and rim as splines in ln d and distance from the edge
     ln_d, s = np.linspace(np.log(d.min() * .7), np.log(d.max() * 1.4), 16), np.linspace(-1.4 * d.max() / 2, .5 * d.max() + 9, 120)
-    return RectBivariateSpline(ln_d, s, _signal(look, ln_d, s[None]))
+    return [RectBivariateSpline(ln_d, s, o) for o in _planes(depth, blur, ln_d, s[None])]
 
 # %% ../../nbs/36a_count.look.ipynb #43403efa
 def _alone(detection, most): # rows of particles that stand apart, and their diameters, px
@@ -122,82 +127,96 @@ def _look(theta, scale):
     face = float(scale[1] * np.exp(theta[2]))
     return Look(face, face * float(theta[3]), float(scale[0] * np.exp(theta[0])), float(np.exp(theta[1])))
 
-def _model(theta, own, o, slopes=True): # cost; residual, its slopes by each particle's own values and by theta
-    mine, d = own[o.who].T, o.d * np.exp(own[:, 1] + theta[4])
+def _model(theta, own, o, sds, slopes=True): # cost; residual, its slopes by each particle's own values and by theta
+    mine, d, face = own[o.who].T, o.d * np.exp(own[:, 1]), o.scale[1] * np.exp(theta[2])
     y, x, ln_d, tone = o.y - mine[2], o.x - mine[3], np.log(d)[o.who], 1 + mine[0]
     r = np.maximum(np.hypot(y, x), 1e-6)
     c, s = (x * x - y * y) / r**2, 2 * x * y / r**2
-    at, drawn = r / (1 + mine[4] * c + mine[5] * s) - d[o.who] / 2, _drawn(_look(theta, o.scale), o.d)
-    f = drawn.ev(ln_d, at)
-    sd = np.sqrt(o.noise**2 + o.gain * np.maximum(f * np.sign(o.scale[1]), 0))
+    at = r / (1 + mine[4] * c + mine[5] * s) - d[o.who] / 2
+    drawn = _drawn(o.scale[0] * np.exp(theta[0]), np.exp(theta[1]), o.d)
+    plain, rim = (face * k.ev(ln_d, at) for k in drawn)
+    f = plain + theta[3] * rim
+    sd = np.sqrt(o.noise**2 + o.gain * np.maximum(f * np.sign(face), 0))
     rest = (o.grey - tone * f - mine[6] - mine[7] * o.y - mine[8] * o.x) / sd
     far = np.sqrt(np.maximum(1, np.abs(rest) / 2.5)) # Huber's weights: particles that were not found lie about
-    cost = (rest**2 / far**2 + 2 * np.log(sd)).sum() + ((own / _OWN)**2).sum() + (((theta - _USUAL) / _OFTEN)**2).sum()
+    cost = (rest**2 / far**2 + 2 * np.log(sd)).sum() + ((own / sds)**2).sum() + (((theta - _USUAL) / _OFTEN)**2).sum()
     if not slopes: return cost
-    out, sized = drawn.ev(ln_d, at, dy=1), drawn.ev(ln_d, at, dx=1)
-    sized = tone * (sized - out * d[o.who] / 2)
-    near = [_drawn(_look(theta + e, o.scale), o.d).ev(ln_d, at) for e in .01 * np.eye(5)[:4]]
-    by_own = np.stack([f, sized, *(-tone * out * k for k in (y / r, x / r, r * c, r * s)), np.ones_like(f), o.y, o.x]) / sd / far
-    by_theta = np.stack([*(tone * (k - f) / .01 for k in near), sized]) / sd / far
-    return cost, rest / far, by_own, by_theta
+    mix = lambda pair, **by: face * (pair[0].ev(ln_d, at, **by) + theta[3] * pair[1].ev(ln_d, at, **by))
+    out, sized = mix(drawn, dy=1), mix(drawn, dx=1)
+    near = [mix(_drawn(o.scale[0] * np.exp(theta[0] + a), np.exp(theta[1] + b), o.d)) for a, b in ((.01, 0), (0, .01))]
+    by_own = np.stack([f, tone * (sized - out * d[o.who] / 2), *(-tone * out * k for k in (y / r, x / r, r * c, r * s)), np.ones_like(f), o.y, o.x])
+    by_theta = np.stack([*(tone * (k - f) / .01 for k in near), tone * f, tone * rim])
+    return cost, rest / far, by_own / sd / far, by_theta / sd / far
 
-def _condensed(theta, own, o, model, damp=0.): # normal equations of theta with each particle's own values eliminated
+def _condensed(theta, own, o, sds, model, damp=0.): # normal equations of theta with each particle's own values eliminated
     _, rest, by_own, by_theta = model
     cut, parts = np.searchsorted(o.who, np.arange(len(o.d) + 1)), []
     for k, w in enumerate(map(slice, cut[:-1], cut[1:])):
         a, b, q = by_own[:, w], by_theta[:, w], rest[w]
         square = a @ a.T
-        inverse, pull, mixed = np.linalg.inv(square + np.diag(_OWN**-2 + damp * np.diag(square))), a @ q - own[k] / _OWN**2, b @ a.T
+        inverse, pull, mixed = np.linalg.inv(square + np.diag(sds**-2 + damp * np.diag(square))), a @ q - own[k] / sds**2, b @ a.T
         parts.append((inverse, pull, mixed, b @ b.T - mixed @ inverse @ mixed.T, b @ q - mixed @ inverse @ pull))
     return parts, np.diag(_OFTEN**-2) + sum(k[3] for k in parts), sum(k[4] for k in parts) - (theta - _USUAL) / _OFTEN**2
 
-def _descend(o, blur, most=20): # theta, own, the last normal equations: Levenberg-Marquardt
-    low = np.array([np.log(.1 / o.scale[0]), np.log(.3), -3, -.5, -.4])
-    high = np.array([np.log(200 / o.scale[0]), np.log(max(.35 * np.median(o.d), .6)), 6, 2.5, .4])
-    theta, own = np.clip([0, np.log(blur), 0, .7, 0], low, high), np.zeros((len(o.d), 9))
-    far = np.hypot(o.y, o.x) - o.d[o.who] / 2
+def _begin(o, blur): # theta and each particle's own values before the fit
+    own, far = np.zeros((len(o.d), 9)), np.hypot(o.y, o.x) - o.d[o.who] / 2
     own[:, 6] = [np.median(o.grey[mine][far[mine] >= min(1, far[mine].max())]) for mine in (o.who == k for k in range(len(o.d)))]
-    model, damp = _model(theta, own, o), 1e-3
+    return np.array([0, np.log(blur), 0, .7]), own
+
+def _descend(o, theta, own, sds, most=20): # theta, own, the last normal equations: Levenberg-Marquardt
+    low = np.array([np.log(.1 / o.scale[0]), np.log(.3), -3, -.5])
+    high = np.array([np.log(200 / o.scale[0]), np.log(max(.35 * np.median(o.d), .6)), 6, 2.5])
+    theta, damp = np.clip(theta, low, high), 1e-3
+    model = _model(theta, own, o, sds)
     for _ in range(most):
-        parts, square, pull = _condensed(theta, own, o, model, damp)
+        parts, square, pull = _condensed(theta, own, o, sds, model, damp)
         step = np.clip(np.linalg.solve(square + damp * np.diag(np.diag(square)), pull), -_STEP[1], _STEP[1])
         new = np.clip(theta + step, low, high)
         moved = own + np.clip([inverse @ (u - mixed.T @ step) for inverse, u, mixed, *_ in parts], -_STEP[0], _STEP[0])
-        if (cost := _model(new, moved, o, False)) < model[0]:
-            small = np.abs(new - theta).max() < .005 and model[0] - cost < .1 * np.sqrt(len(o.d))
+        if (cost := _model(new, moved, o, sds, False)) < model[0]:
+            small = np.abs(new - theta).max() < .01 and model[0] - cost < .1 * np.sqrt(len(o.d))
             theta, own, damp = new, moved, max(damp / 5, 1e-5)
-            model = _model(theta, own, o)
+            model = _model(theta, own, o, sds)
             if small: break
         elif (damp := damp * 8) > 1e3: break
-    return theta, own, _condensed(theta, own, o, model)[:2]
+    return theta, own, _condensed(theta, own, o, sds, model)[:2]
+
+def _fit(o, blur, rounds=3): # the same, with the spread of what particles differ in estimated in between
+    (theta, own), sds = _begin(o, blur), _OWN
+    for k in range(rounds):
+        theta, own, (parts, square) = _descend(o, theta, own, sds)
+        known = np.array([np.diag(p[0]) for p in parts])
+        new = np.minimum(np.sqrt((own**2 + known).mean(0)), _OWN)
+        sds = np.where(np.isin(np.arange(9), _DIFFER), new, _OWN)
+    return theta, own, parts, square
 
 # %% ../../nbs/36a_count.look.ipynb #bfe3e4cd
 def look_of(
     detection, # Detection of the image
-    most=200, # particles to look at
+    most=400, # particles to look at
 ) -> Look: # how its particles appear
     """Measure how particles appear: sphere with bright rim and escape depth, blurred by the probe, fitted to clean ones.
     Raises: InputError when no particle was found."""
     first = _gathered(detection, min(most, 40), 1.2)
-    blur = float(np.exp(_descend(first, min(1.2, .2 * np.median(first.d)), 10)[0][1]))
+    blur = float(np.exp(_descend(first, *_begin(first, min(1.2, .2 * np.median(first.d))), _OWN, 10)[0][1]))
     o = _gathered(detection, most, blur)
-    theta, own, (parts, square) = _descend(o, blur)
+    theta, own, parts, square = _fit(o, blur)
     inverse = np.linalg.inv(square)
     pulls = np.array([k[4] for k in parts]) # each particle's: their scatter, not the noise alone, says how well the look is known
     spread = inverse @ (pulls.T @ pulls + np.diag(_OFTEN**-2)) @ inverse
-    known = np.array([k[0][[0, 4, 5], [0, 4, 5]] for k in parts]) # variance of what each particle has of its own
+    known = np.array([k[0][_DIFFER, _DIFFER] for k in parts]) # variance of what each particle has of its own
     tone, bent, look = own[:, 0], own[:, 4:6], _look(theta, o.scale)
     louder = 1 + tone.mean()
     tones = 1 + _true_share(tone - tone.mean(), known[:, 0]) * (tone - tone.mean())
     aspects = np.exp(2 * _true_share(bent, known[:, 1:]) * np.hypot(*bent.T))
     return replace(look, face=look.face * louder, rim=look.rim * louder, gain=o.gain, tones=tuple(np.clip(tones, .2, 3)),
-                   aspects=tuple(aspects), covariance=tuple(map(tuple, spread[:4, :4])))
+                   aspects=tuple(aspects), covariance=tuple(map(tuple, spread)))
 
 def d50_error(
     look, # Look, with its covariance
     d50_px, # diameter found half as often as a large one, px
     large_px, # diameter of the particles that make up most of the area: the counter judges others by them
-    least=.03, # assumed for what the model of a particle leaves out
+    least=.01, # assumed for what the model of a particle leaves out
 ) -> float: # standard error of ln d50
     "Say how far d50 is unsure because the look is: it moves until a particle stands out as much as before."
     if look.covariance is None: return least
