@@ -93,7 +93,8 @@ def judged(image_detection, d, was_found, n_injected):
     except InputError as e: return row | dict(refused=f"fit: {e}")
     ht = horvitz_thompson(size, c.curve, weight)
     number, surface = fit.unseen_number, fit.unseen_surface
-    return row | dict(refused=number.refused, low=number.low, high=number.high, value=number.value, inside=number.low <= u <= number.high,
+    guess = fit.families.sort_values("delta_aic").unseen_number.iloc[0] if fit.law else np.nan # what the best family says, refused or not
+    return row | dict(refused=number.refused, guess=guess, low=number.low, high=number.high, value=number.value, inside=number.low <= u <= number.high,
                       surface=1 - surface.value, surface_inside=surface.low <= 1 - s2 <= surface.high, family=fit.law and fit.law.family,
                       ht=ht.number, ht_fit=ht.number / ht.fitted(fit.law) - 1 if fit.law else np.nan)
 
@@ -185,10 +186,11 @@ def degraded(a):
     paths = sorted((Path(a.data) / "particles" / "sem" / "images").glob("*.png"))
     paths = [p for p in paths if p.stem in ("f3b36fb2ab", "6752c27137", "245e1a4826", "9c4905d020")]  # those of more than 100 particles
     rows = pd.DataFrame(run(one_degraded, [(p, by, 60, a.injections) for p in paths[:1 if a.quick else None] for by in (2, 3, 4)], a))
-    print(rows[[c for c in ("image", "by", "n_true", "n_found", "false", "unseen", "value", "low", "high", "visible_surface", "surface", "d50",
+    print(rows[[c for c in ("image", "by", "n_true", "n_found", "false", "unseen", "value", "guess", "low", "high", "visible_surface", "surface", "d50",
                             "d50_true", "refused") if c in rows]].round(3).to_string())
     if a.out: rows.to_csv(a.out, index=False)
-    kept = rows[rows.refused.isna()]
+    kept, guess = rows[rows.refused.isna()], (rows.guess - rows.unseen).abs()
+    print(f"best family alone, refused or not: {guess.notna().sum()} estimates, {(guess <= .1).sum()} within 0.10")
     if "inside" in rows: print(f"interval or bound holds the truth: {int(rows.inside.dropna().sum())} of {len(rows.inside.dropna())}")
     print(f"within 0.10: {int((np.abs(kept.value - kept.unseen) <= .1).sum()) if len(kept) else 0} of {len(rows)}; refused {len(rows) - len(kept)}")
 
@@ -202,19 +204,19 @@ LOOKS = dict(probe=dict(), film=dict(IMAGING, median_nm=6, gsd=1.5, probe_nm=1.2
 
 
 def looks(a):
-    "d50 calibrated on one image, against that of its own particles and of those of three with the same imaging; eight imagings."
-    usual, off, stated = dict(size=640, pixel_size=1., median_nm=8, gsd=1.45, n=500, probe_nm=1.2, electrons=60), [], []
+    "Each of eight imagings once: d50 calibrated on one image, against that of its own particles and of those of three; what the fit says."
+    usual, rows = dict(size=640, pixel_size=1., median_nm=8, gsd=1.45, n=500, probe_nm=1.2, electrons=60), []
     for k, (name, own) in enumerate(list(LOOKS.items())[:1 if a.quick else None]):
         scenes = [simulate_scene(Scene(**(usual | own)), np.random.default_rng([a.seed, k, m])) for m in range(1, 4)]
         found = [detect(s.image) for s in scenes]
         there = fit_detection(*(np.concatenate(o) for o in zip(*map(seen, scenes, found))))
-        c = calibrate(None, detection=found[0], n=a.injections)
-        own = fit_detection(*seen(scenes[0], found[0]))
-        off.append(np.log(c.curve.d50 / np.array([own.d50, there.d50]))), stated.append(c.curve.d50_se / c.curve.d50)
-        print(f"{name}: {len(found[0].particles)} found; d50 {c.curve.d50:.3f} nm; of the particles of this image {own.d50:.3f} ± {own.d50_se:.3f}, "
-              f"of three {there.d50:.3f} ± {there.d50_se:.3f}; off by {off[-1][0]:+.3f} and {off[-1][1]:+.3f}, stated {stated[-1]:.3f}", flush=True)
-    for which, values in zip(("this image", "three images"), np.transpose(off)):
-        print(f"against {which}: mean {np.mean(values):+.3f}, rms {np.sqrt(np.mean(np.square(values))):.3f}, stated {np.mean(stated):.3f}")
+        rows.append(dict(look=name, d50_three=there.d50) | judged(found[0], *seen(scenes[0], found[0]), a.injections))
+        print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    rows = pd.DataFrame(rows)
+    report(rows, a)
+    for which, true in (("this image", rows.d50_true), ("three images", rows.d50_three)):
+        off = np.log(rows.d50 / true)
+        print(f"d50 against that of the particles of {which}: mean {off.mean():+.3f}, rms {np.sqrt((off**2).mean()):.3f}, stated {(rows.d50_se / rows.d50).mean():.3f}")
 
 
 def calibration(a):

@@ -181,13 +181,16 @@ def _descend(o, theta, own, sds, most=20): # theta, own, the last normal equatio
         elif (damp := damp * 8) > 1e3: break
     return theta, own, _condensed(theta, own, o, sds, model)[:2]
 
+def _spread(own, known, sds): # sd of what particles have of their own, from values shrunk by the prior `sds`, and their variances
+    noise = 1 / np.maximum(1 / known - 1 / sds**2, 1e-12)
+    free, weight = own * noise / known, 1 / (noise + .01)**2
+    return np.clip(np.sqrt(np.maximum((weight * (free**2 - noise)).sum(0) / weight.sum(0), 0)), .02, sds)
+
 def _fit(o, blur, rounds=3): # the same, with the spread of what particles differ in estimated in between
     (theta, own), sds = _begin(o, blur), _OWN
     for k in range(rounds):
+        if k: sds = np.where(np.isin(np.arange(9), _DIFFER), _spread(own, np.array([np.diag(p[0]) for p in parts]), sds), _OWN)
         theta, own, (parts, square) = _descend(o, theta, own, sds)
-        known = np.array([np.diag(p[0]) for p in parts])
-        new = np.minimum(np.sqrt((own**2 + known).mean(0)), _OWN)
-        sds = np.where(np.isin(np.arange(9), _DIFFER), new, _OWN)
     return theta, own, parts, square
 
 # %% ../../nbs/36a_count.look.ipynb #bfe3e4cd
@@ -216,7 +219,7 @@ def d50_error(
     look, # Look, with its covariance
     d50_px, # diameter found half as often as a large one, px
     large_px, # diameter of the particles that make up most of the area: the counter judges others by them
-    least=.01, # assumed for what the model of a particle leaves out
+    least=.02, # for what the model of a particle leaves out
 ) -> float: # standard error of ln d50
     "Say how far d50 is unsure because the look is: it moves until a particle stands out as much as before."
     if look.covariance is None: return least

@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..core import InputError
 from .batch import count_images
-from .calibrate import calibrate
+from .calibrate import calibrate, unbiased_sizes
 from .detect import Detector
 from .ecsa import Ecsa, ecsa, ecsa_inputs
 from .law import DetectionCurve
@@ -34,7 +34,8 @@ def _calibrate(n, seed, detector, detection, folder):
     except InputError as why: return {"calibration": str(why)}
     unit, curve = found.unit, found.curve
     facts = {"curve": {"d50": curve.d50, "width": curve.width, "upper": curve.upper, "covariance": curve.covariance},
-             "size_error": found.size_error, "size_bias": found.size_bias, "unit": unit, "note": found.note}
+             "size_error": found.size_error, "sizing": {k: getattr(found, k) for k in ("size_bias", "size_slope", "size_at")},
+             "unit": unit, "note": found.note}
     write_csv(folder / "injections.csv", found.injections)
     write_json(folder / "calibration.json", facts | provenance(seed))
     return {"calibration": "", f"d50_{unit}": curve.d50, f"d50_se_{unit}": curve.d50_se, "size_error": found.size_error,
@@ -46,8 +47,8 @@ def _read(folder):
     facts = json.loads((folder / "calibration.json").read_text())
     p = pd.read_csv(folder / "particles.csv")
     p = p[p.edge_weight > 0]
-    return (p.diameter_nm.to_numpy() * np.exp(-facts["size_bias"]), p.edge_weight.to_numpy(), DetectionCurve(**facts["curve"]),
-            facts["size_error"])
+    d = unbiased_sizes(p.diameter_nm.to_numpy(), **facts["sizing"])
+    return d, p.edge_weight.to_numpy(), DetectionCurve(**facts["curve"]), facts["size_error"]
 
 # %% ../../nbs/38_count.sample.ipynb #758ee1dc
 @dataclass(frozen=True)
