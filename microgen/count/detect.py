@@ -35,12 +35,15 @@ class Detector:
     ground_percentile: float = 10 # per cent of the window that is darker than the ground
     levels: tuple = (0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.2) # cuts, median ground = 0, median particle = 1
     h: float = 0.15 # saddle that splits touching particles, fraction of the summit of the distance transform
-    significance: float = 4.5 # least response of a blob, robust standard deviations of its scale
+    significance: float = 4.0 # least response of a blob, robust standard deviations of its scale, more where noise is stronger
+    noise_window: float = 1 / 16 # window in which the noise is compared, fraction of the shorter side
     ray_quantile: float = 0.3 # share of the rays that may be weaker than the contrast of a particle
     roundness: float = 3.0 # power of the circularity in the score
     accept: float = 0.4 # least score on an even ground, relative to the median over the area of the particles
-    accept_blob: float = 0.36 # least score on an uneven support, relative to the thirty best
+    accept_blob: float = 0.33 # least score on an uneven support, relative to the thirty best
+    material: float = 0.5 # least contrast per diameter on an uneven support, relative to the median of the accepted
     least_snr: float = 4.0 # least score in standard deviations of the pixel noise, reduced by the length of the outline
+    least_snr_blob: float = 2.0 # the same on an uneven support, where the significance of a blob has its own limit
     overlap: float = 0.35 # share of a particle that better ones may cover
     uneven: float = 1.4 # how much better blobs must explain the edges than levels do, for the support to be uneven
     edge_rule: str = "weight" # frame: "weight" drops cut particles and weights the rest, "drop" drops them, "count" keeps them
@@ -104,7 +107,7 @@ class Detection:
         return (f"Detection({s['n_particles']} particles, median diameter {s['median_diameter']:.3g} {self.unit}, "
                 f"{s['polarity']} on {s['support']} ground)")
 
-# %% ../../nbs/35_count.detect.ipynb #3bf23ea5
+# %% ../../nbs/35_count.detect.ipynb #c7ac83db
 class _View(NamedTuple):
     "An image made ready for reading."
     image: np.ndarray # (H, W) float32, lettering replaced
@@ -126,15 +129,29 @@ def _evidence(v, sign, kind, d):
     if kind == "even":
         flat = sign * v.smooth - ground(sign * v.smooth, d.ground_window, d.ground_percentile)
         proposals = level_proposals(flat, v.valid, d.levels, d.h)
-    else: proposals = blob_proposals(v.octaves, v.valid, sign, d.significance)
+    else: proposals = blob_proposals(v.octaves, v.valid, sign, d.significance, d.noise_window)
     size = 2 * proposals[:, 2]
     proposals = proposals[(size >= 0.7 * d.smallest_px) & (size <= d.largest * min(shape))]
     outlines = trace(v.octaves, proposals, sign)
     score = edge_score(outlines, v.valid, d.ray_quantile, d.roundness if kind == "even" else 2.0)
-    if kind == "uneven": score = np.sqrt(score * proposals[:, 3])
+    if kind == "uneven": score = _of_one_material(outlines, score, proposals[:, 3], shape, d)
     choose = without_rafts if kind == "even" else select
-    label, kept = choose(outlines, score, shape, 0.1 * np.percentile(score, 99) if len(score) else 0, d.overlap)
+    label, kept = choose(outlines, score, shape, _least(score), d.overlap)
     return outlines[kept], score[kept], label
+
+
+def _least(score) -> float:
+    "A score that no particle falls below."
+    return 0.1 * np.percentile(score, 99) if len(score) else 0.0
+
+
+def _of_one_material(outlines, edge, significance, shape, d):
+    "Score of blobs; 0 where the contrast per diameter is too low for the particles: grains of the support are thick and faint."
+    score = edge**0.25 * significance**0.75
+    label, kept = select(outlines, score, shape, _least(score), d.overlap)
+    kept = kept[:_accepted(score[kept], label, "uneven", d)]
+    density = edge / np.median(outlines.radius, 1)
+    return np.where(density > d.material * np.median(density[kept]), score, 0) if len(kept) else score
 
 
 def _accepted(score, label, kind, d) -> int:
@@ -146,7 +163,7 @@ def _accepted(score, label, kind, d) -> int:
     middle = score[up][np.searchsorted(np.cumsum(area[up]), area.sum() / 2)]
     return int((score > d.accept * middle).sum())
 
-# %% ../../nbs/35_count.detect.ipynb #c7ac83db
+# %% ../../nbs/35_count.detect.ipynb #82b3c017
 def _noise(image, valid) -> float:
     "Standard deviation of the pixel noise, from second differences across the diagonal."
     d = (image[:-1, :-1] - image[1:, :-1] - image[:-1, 1:] + image[1:, 1:]) / 2
@@ -155,10 +172,10 @@ def _noise(image, valid) -> float:
 
 
 def _explained(found, low, steep) -> tuple:
-    "Share of the edges of the image within three pixels of the particles, that share per share of the area, and the contrast."
+    "Share of the edges of the image near the particles, that share per share of the area, and the upper quartile of the contrast."
     near = ndi.maximum_filter(found[2] > 0, 7)
     share = float(steep[near].sum() / max(steep.sum(), 1e-9))
-    return share, share / max(near.mean(), 1e-9), float(np.median(low)) if len(low) else 0.0
+    return share, share / max(near.mean(), 1e-9), float(np.percentile(low, 75)) if len(low) else 0.0
 
 
 def _read(v, sign, kind, d):
@@ -166,8 +183,9 @@ def _read(v, sign, kind, d):
     outlines, score, label = _evidence(v, sign, kind, d)
     n = _accepted(score, label, kind, d)
     outlines, score, label = outlines[np.arange(n)], score[:n], np.where(label <= n, label, 0)
+    least = d.least_snr if kind == "even" else d.least_snr_blob
     low = np.sort(outlines.contrast, 1)[:, int(d.ray_quantile * N_RAYS)]
-    sure = low * np.sqrt(2 * np.pi * np.median(outlines.radius, 1)) >= d.least_snr * v.noise if n else np.zeros(0, bool)
+    sure = low * np.sqrt(2 * np.pi * np.median(outlines.radius, 1)) >= least * v.noise if n else np.zeros(0, bool)
     return _subset(outlines, score, label, sure), low[sure]
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bar_mask', 'letter_mask', 'overlay_mask', 'ground', 'distance', 'seeds', 'fill_holes', 'distinct', 'level_proposals',
-           'pyramid', 'blob_proposals']
+           'pyramid', 'noise_excess', 'blob_proposals']
 
 # %% ../../nbs/34_count.propose.ipynb #516ea29c
 from concurrent.futures import ThreadPoolExecutor
@@ -232,14 +232,28 @@ def _laplacians(reduced, factor, per_octave=3):
     return [(s * np.sqrt(2) * factor, (a - b) / step) for s, a, b in zip(sigma, planes, planes[1:])]
 
 # %% ../../nbs/34_count.propose.ipynb #f0936600
+def noise_excess(
+    image, # (H, W), lettering already replaced
+    window: float = 1 / 16, # fraction of the shorter side
+) -> tuple: # step in px, and on a grid of this step the noise relative to its median over the image, at least 1
+    "Compare the noise from place to place: the median response of the finest blobs in a window, which a few particles do not move."
+    wide = max(3, int(min(image.shape) * window))
+    step = max(1, wide // 12)
+    response = np.abs(_laplacians(image, 1)[0][1][::step, ::step])
+    local = ndi.median_filter(response, max(3, wide // step))
+    usual = np.median(local[local > 0]) if local.any() else 1.0
+    return step, np.maximum(local / usual, 1)
+
+# %% ../../nbs/34_count.propose.ipynb #4b6af4cb
 def blob_proposals(
     octaves, # as `pyramid` returns
     valid, # (H, W) bool, False on lettering
     polarity: int = 1, # 1 for bright particles, -1 for dark ones
-    significance: float = 4.5, # least response, in robust standard deviations of its scale
+    significance: float = 4.0, # least response, in robust standard deviations of its scale, more where the image is noisier
+    window: float = 1 / 16, # in which the noise is compared, fraction of the shorter side
 ) -> np.ndarray: # (N, 4): y, x, radius in px, significance
-    "Propose the maxima of the Laplacian of Gaussian that stand out of their scale."
-    out = []
+    "Propose the maxima of the Laplacian of Gaussian that stand out of their scale and of the noise around them."
+    out, (step, excess) = [], noise_excess(octaves[0][1], window)
     for factor, reduced in octaves:
         ok = valid[::factor, ::factor]
         for radius, plane in _laplacians(reduced, factor):
@@ -247,5 +261,6 @@ def blob_proposals(
             some = response[ok][::max(1, ok.sum() // 60_000)]
             sd = max(1.4826 * np.median(np.abs(some - np.median(some))), 1e-6) if some.size else 1.0
             y, x = np.nonzero((response > significance * sd) & ok & (response == _highest(response)))
-            out.append(np.stack([factor * y, factor * x, np.full(len(y), radius), response[y, x] / sd], 1))
+            strength = response[y, x] / (sd * excess[factor * y // step, factor * x // step])
+            out.append(np.stack([factor * y, factor * x, np.full(len(y), radius), strength], 1)[strength > significance])
     return np.concatenate(out).astype(np.float32)
