@@ -7,6 +7,7 @@ __all__ = ['N_RAYS', 'along_rays', 'steepest_path', 'Outlines', 'trace', 'smooth
            'select', 'without_rafts', 'edge_shift', 'fit_size']
 
 # %% ../../nbs/34b_count.contour.ipynb #c43da219
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -37,10 +38,21 @@ def _bilinear(image, y, x):
     "Grey values between pixels; faster than map_coordinates, and it overwrites y and x."
     (high, wide), flat = image.shape, image.ravel()
     for c, n in ((y, high), (x, wide)): np.clip(c, 0, np.nextafter(np.float32(n - 1), np.float32(0)), out=c)
-    row, column = y.astype(np.int32), x.astype(np.int32)
-    y, x, at = np.subtract(y, row, out=y), np.subtract(x, column, out=x), row * wide + column
-    upper, lower = ((1 - x) * flat.take(k) + x * flat.take(k + 1) for k in (at, at + wide))
-    return upper + y * (lower - upper)
+    row, column = np.floor(y), np.floor(x)
+    at = (row.astype(np.int32) * wide + column.astype(np.int32)).astype(np.intp)
+    y, x = np.subtract(y, row, out=y), np.subtract(x, column, out=x)
+    rest = np.subtract(1, x, out=row)
+    upper, lower = (_mixed(flat[k:].take(at), rest, flat[k + 1:].take(at), x) for k in (0, wide))
+    lower -= upper
+    lower *= y
+    return np.add(upper, lower, out=upper)
+
+
+def _mixed(a, p, b, q):
+    "p a + q b; it overwrites a and b."
+    a *= p
+    b *= q
+    return np.add(a, b, out=a)
 
 # %% ../../nbs/34b_count.contour.ipynb #23caf2d2
 def steepest_path(
@@ -55,11 +67,12 @@ def steepest_path(
     for t in range(1, 2 * rays):
         best = total.copy()
         for d in range(1, slope + 1):
-            worse = total - (round(1024 * price * d) << 3)
-            np.maximum(best[d:], worse[:-d] - (2 * d - 1), out=best[d:])
-            np.maximum(best[:-d], worse[d:] - 2 * d, out=best[:-d])
+            lost = round(1024 * price * d) << 3
+            np.maximum(best[d:], total[:-d] - (lost + 2 * d - 1), out=best[d:])
+            np.maximum(best[:-d], total[d:] - (lost + 2 * d), out=best[:-d])
         np.bitwise_and(best, 7, out=back[t], casting="unsafe")
-        total = (best | 7) + gain[t % rays]
+        best |= 7
+        total = np.add(best, gain[t % rays], out=best)
     steps = np.array([0, 3, -3, 2, -2, 1, -1, 0])
     path, at, every = np.zeros((2 * rays, n), int), total.argmax(0), np.arange(n)
     for t in range(2 * rays - 1, -1, -1):
@@ -85,29 +98,35 @@ def trace(
     chunk: int = 1000, # proposals at a time: what the cache of a processor holds
 ) -> Outlines: # one per proposal, in their order
     "Trace the outline around each proposed centre, on the octave where it has two to five pixels of radius."
-    n = len(proposals)
-    radius, contrast = np.zeros((n, N_RAYS), np.float32), np.zeros((n, N_RAYS), np.float32)
+    radius, contrast = np.zeros((2, len(proposals), N_RAYS), np.float32)
     octave = np.clip(np.log2(np.maximum(proposals[:, 2], 1) / 2.2), 0, len(octaves) - 1).astype(int)
-    for o, (factor, reduced) in enumerate(octaves):
-        which = np.nonzero(octave == o)[0]
-        if len(which): soft = polarity * ndi.gaussian_filter(reduced, 0.7, truncate=3)
-        for k in range(0, len(which), chunk):
-            part = which[k:k + chunk]
-            y, x, r = (proposals[part, j].astype(np.float32) / factor for j in range(3))
-            path, fall = _trace(soft, y, x, r)
-            radius[part], contrast[part] = (_U[path] * r * factor).T, fall.T
+
+    def follow(part, soft, factor):
+        y, x, r = (proposals[part, j].astype(np.float32) / factor for j in range(3))
+        path, fall = _trace(soft, y, x, r)
+        radius[part], contrast[part] = (_U[path] * r * factor).T, fall.T
+
+    jobs = []
+    with ThreadPoolExecutor(2) as pool:               # numpy releases the interpreter
+        for o in np.unique(octave):
+            which, (factor, reduced) = np.nonzero(octave == o)[0], octaves[o]
+            soft = polarity * ndi.gaussian_filter(reduced, 0.7, truncate=3)
+            for k in range(0, len(which), chunk): jobs.append(pool.submit(follow, which[k:k + chunk], soft, factor))
+        for job in jobs: job.result()
     return Outlines(proposals[:, 0].astype(np.float32), proposals[:, 1].astype(np.float32), radius, contrast)
 
 
 def _trace(soft, y, x, r):
     "Path of steepest fall, and the fall from just inside to just outside it, both (N_RAYS, N)."
-    at = _U[:, None] * r
-    bright = np.stack([_bilinear(soft, y + s * at, x + c * at) for s, c in zip(_SIN, _COS)])
+    at, n = _U[:, None] * r, len(r)
+    bright = np.empty((N_RAYS, len(_U), n), np.float32)
+    for k in range(N_RAYS): bright[k] = _bilinear(soft, y + _SIN[k] * at, x + _COS[k] * at)
     fall = bright[:, :-2] - bright[:, 2:]
     gain = np.full_like(bright, -1e3)
     np.minimum(fall / (np.abs(fall).mean((0, 1)) + 1e-6), 4, out=gain[:, 1:-1])
     path = steepest_path(gain)
-    at = lambda d: np.take_along_axis(bright, np.clip(path + d, 0, len(_U) - 1)[:, None], 1)[:, 0]
+    first = np.arange(N_RAYS)[:, None] * bright[0].size + np.arange(n)
+    at = lambda d: bright.ravel().take(first + n * np.clip(path + d, 0, len(_U) - 1))
     return path, np.maximum(at(-2), at(-4)) - (at(2) + at(4)) / 2
 
 # %% ../../nbs/34b_count.contour.ipynb #122f2531
@@ -162,38 +181,52 @@ def select(
     overlap: float = 0.35, # share of a particle that better ones may cover
 ) -> tuple: # label (H, W) int32, indices of those kept, best first: label n + 1 is the n-th
     "Keep the best outlines that do not overlap."
+    return _select(score, shape, least, overlap, *_sampled(outlines, shape), _filled(outlines, score > least, shape))
+
+
+def _select(score, shape, least, overlap, at, seen, inside, block=32):
+    "As `select`; places and fills of the outlines can serve several times."
     label, kept = np.zeros(shape, np.int32), []
-    at, seen = _sampled(outlines, shape)
-    inside = _filled(outlines.radius[score > least])
     taken, most = np.zeros(label.size + 1, bool), (overlap + 0.1) * seen      # the last pixel stands for all outside the frame
     covered = taken[:-1].reshape(shape)
-    for i in np.argsort(-score, kind="stable"):
-        if score[i] <= least: break
-        here = taken[at[i]]
-        if here[0] and overlap < 0.5 or np.count_nonzero(here) > most[i]: continue
-        box, mask = inside(outlines.y[i], outlines.x[i], outlines.radius[i], shape)
-        free, area = mask & (label[box] == 0), np.count_nonzero(mask)
-        if area < 5 or np.count_nonzero(free) < (1 - overlap) * area: continue
-        kept.append(i)
-        label[box][free] = len(kept)
-        covered[box][free] = True
+    order = np.argsort(-score, kind="stable")
+    order = order[:np.count_nonzero(score > least)]
+    for k in range(0, len(order), block):
+        some = order[k:k + block]
+        here = taken[at[some]]
+        for i in some[~(here[:, 0] & (overlap < 0.5) | (here.sum(1) > most[some]))].tolist():      # what is covered stays covered
+            here = taken.take(at[i])
+            if here[0] and overlap < 0.5 or np.count_nonzero(here) > most[i]: continue
+            box, mask, area = inside(i)
+            there = covered[box]
+            free = mask > there
+            if area < 5 or np.count_nonzero(free) < (1 - overlap) * area: continue
+            kept.append(i)
+            np.copyto(label[box], len(kept), where=free)
+            np.logical_or(there, free, out=there)
     return label, np.array(kept, int)
 
 
-def _filled(radius):
-    "A function that fills outlines no wider than these: box in the frame and mask in the box."
-    far = int(radius.max(initial=1)) + 2
+def _filled(outlines, which, shape, small=4096):
+    "A function of the number of an outline, one of `which`: box in the frame, mask in the box and its area; small ones are kept."
+    reach, known = outlines.radius.max(1, initial=0).astype(int) + 1, {}
+    far = int(reach[which].max(initial=1)) + 1
     y, x = np.mgrid[-far:far + 1, -far:far + 1].astype(np.float32)
     turn = np.arctan2(y, x) * (N_RAYS / (2 * np.pi)) % N_RAYS
     ray, part, away = turn.astype(np.intp) % N_RAYS, turn % 1, np.hypot(y, x)
-    after = (ray + 1) % N_RAYS
+    after, centre = (ray + 1) % N_RAYS, [(c + 0.5).astype(int).tolist() for c in (outlines.y, outlines.x)]
 
-    def fill(y, x, radius, shape):
-        n, (y, x) = int(radius.max()) + 1, (int(y + 0.5), int(x + 0.5))
-        (y0, y1), (x0, x1) = ((max(-n, -c), min(n + 1, s - c)) for c, s in ((y, shape[0]), (x, shape[1])))
+    def fill(i):
+        if i in known: return known[i]
+        n, radius = int(reach[i]), outlines.radius[i]
+        y, x = centre[0][i], centre[1][i]
+        y0, y1, x0, x1 = max(-n, -y), min(n + 1, shape[0] - y), max(-n, -x), min(n + 1, shape[1] - x)
         at = slice(far + y0, far + y1), slice(far + x0, far + x1)
-        low, high = radius[ray[at]], radius[after[at]]
-        return (slice(y + y0, y + y1), slice(x + x0, x + x1)), away[at] <= low + part[at] * (high - low)
+        low = radius.take(ray[at])
+        mask = away[at] <= low + part[at] * (radius.take(after[at]) - low)
+        found = (slice(y + y0, y + y1), slice(x + x0, x + x1)), mask, np.count_nonzero(mask)
+        if mask.size <= small: known[i] = found
+        return found
     return fill
 
 
@@ -219,20 +252,20 @@ def without_rafts(
     part: float = 0.4, # least score of those, relative to its own
 ) -> tuple: # as `select`
     "Select, and replace outlines around several particles by the particles."
-    label, kept = select(outlines, score, shape, least, overlap)
+    inside = _filled(outlines, score > least, shape)
+    shared = shape, least, overlap, *_sampled(outlines, shape), inside
+    label, kept = _select(score, *shared)
     if len(kept) < 3: return label, kept
     size = np.median(outlines.radius, 1)
     limit = larger * np.median(size[kept])
     if not (size[kept] > limit).any(): return label, kept
-    parts, which = select(outlines, np.where(size > limit, 0, score), shape, least, overlap)
+    parts, which = _select(np.where(size > limit, 0, score), *shared)
     strength = np.r_[0, score[which]]
-    wide = np.nonzero(size > limit)[0]
     covered = np.zeros(len(score), bool)
-    wide, inside = wide[score[wide] > least], _filled(outlines.radius[wide])
-    for i in wide:
-        box, mask = inside(outlines.y[i], outlines.x[i], outlines.radius[i], shape)
-        covered[i] = (strength[parts[box][mask]] > part * score[i]).mean() > filled if mask.any() else False
-    return select(outlines, np.where(covered, 0, score), shape, least, overlap) if covered[kept].any() else (label, kept)
+    for i in np.nonzero((size > limit) & (score > least))[0].tolist():
+        box, mask, area = inside(i)
+        covered[i] = np.count_nonzero(strength[parts[box][mask]] > part * score[i]) > filled * area if area else False
+    return _select(np.where(covered, 0, score), *shared) if covered[kept].any() else (label, kept)
 
 # %% ../../nbs/34b_count.contour.ipynb #49fdd5b1
 _T = np.linspace(-1, 1, 25)

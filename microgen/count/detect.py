@@ -18,7 +18,7 @@ from skimage.segmentation import expand_labels
 
 from ..core import InputError, Micrograph, as_micrograph
 from .contour import N_RAYS, Outlines, along_rays, edge_score, fit_size, outline_shape, select, trace, without_rafts
-from .propose import blob_proposals, ground, level_proposals, overlay_mask, pyramid
+from .propose import _highest, blob_proposals, ground, level_proposals, overlay_mask, pyramid
 from ..io import atomic_path, provenance, write_csv, write_json
 
 # %% ../../nbs/35_count.detect.ipynb #a3bb5fac
@@ -74,10 +74,22 @@ def recut(
     inside = along_rays(smooth, outlines.y, outlines.x, np.concatenate([0.7 * r, 0.85 * r], 2)).max(2)
     outside = along_rays(smooth, outlines.y, outlines.x, np.concatenate([r + 2.5, 1.12 * r + 1], 2)).min(2)
     half = np.r_[np.inf, (np.median(inside, 1) + np.median(outside, 1)) / 2].astype(np.float32)
-    near = expand_labels(label, max(2, 0.25 * np.median(outlines.radius)))
-    shell = ndi.minimum_filter(label, 3) != label                # only the last pixel of an outline may be cut off
-    cut = np.where((smooth > half[near]) & valid, near, 0)
+    near = _expanded(label, max(2, 0.25 * np.median(outlines.radius)))
+    shell = _highest(label, np.minimum) != label                 # only the last pixel of an outline may be cut off
+    cut = np.where((smooth > half.take(near)) & valid, near, 0)
     return _largest_pieces(np.where((label > 0) & ~shell, label, cut))
+
+
+def _expanded(label, far, rows=128):
+    "As expand_labels, in bands that overlap by what a label can reach, on two threads."
+    out, halo = np.empty_like(label), int(far) + 2
+
+    def band(k):
+        top = max(k - halo, 0)
+        out[k:k + rows] = expand_labels(label[top:k + rows + halo], far)[k - top:k - top + rows]
+
+    with ThreadPoolExecutor(2) as pool: list(pool.map(band, range(0, len(label), rows)))
+    return out
 
 
 def _largest_pieces(label):
@@ -119,8 +131,10 @@ class _View(NamedTuple):
 
 def _view(image, valid, d):
     "Smooth, reduce, and measure the noise, once for all readings."
-    octaves = pyramid(image, d.largest * min(image.shape) / 2)
-    return _View(image, valid, ndi.gaussian_filter(image, d.smooth_px, truncate=3), octaves, _noise(image, valid))
+    with ThreadPoolExecutor(2) as pool:
+        octaves = pool.submit(pyramid, image, d.largest * min(image.shape) / 2)
+        smooth = pool.submit(ndi.gaussian_filter, image, d.smooth_px, truncate=3)
+        return _View(image, valid, smooth.result(), octaves.result(), _noise(image, valid))
 
 
 def _evidence(v, sign, kind, d):
@@ -260,10 +274,10 @@ def detect(
         bad = np.zeros(m.shape, bool)
     valid = ~(overlay_mask(m.data) | bad)
     if np.ptp(m.data) == 0 or valid.mean() < 0.1: return _result(m, known, [*notes, _blank(m.data)], detector, None, valid)
-    clipped = float((m.data[valid] >= m.data.max()).mean())
+    clipped = np.count_nonzero(valid & (m.data >= m.data.max())) / np.count_nonzero(valid)
     if clipped > 0.02:
         notes.append(f"{100 * clipped:.0f} % of the pixels are clipped at the brightest grey value; particles may merge there.")
-    filled = np.where(valid, m.data, np.median(m.data[valid])).astype(np.float32)
+    filled = m.data.astype(np.float32) if valid.all() else np.where(valid, m.data, np.median(m.data[valid])).astype(np.float32)
     view = _view(filled, valid, detector)
     sign, kind, (outlines, score, label) = _best_reading(view, detector)
     label = recut(sign * view.smooth, label, outlines, valid)
