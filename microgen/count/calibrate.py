@@ -130,8 +130,9 @@ class Calibration:
                  "covariance": look["covariance"] and [list(r) for r in look["covariance"]]}
         return {"d50": c.d50, "d50_se": c.d50_se, "width": c.width, "upper": c.upper,
                 "covariance": c.covariance and [list(r) for r in c.covariance],
-                "size_error": self.size_error, "size_bias": self.size_bias, "size_slope": self.size_slope, "size_at": self.size_at, "unit": self.unit, "n_injected": len(self.injections),
-                "n_found": int(self.injections["found"].sum()), "look": look, "note": self.note}
+                "size_error": self.size_error, "size_bias": self.size_bias, "size_slope": self.size_slope, "size_at": self.size_at,
+                "unit": self.unit, "n_injected": len(self.injections), "n_found": int(self.injections["found"].sum()),
+                "look": look, "note": self.note}
 
     def unbiased(self,
         diameter, # measured diameters, in the unit of the image

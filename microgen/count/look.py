@@ -144,7 +144,8 @@ def _model(theta, own, o, sds, slopes=True): # cost; residual, its slopes by eac
     mix = lambda pair, **by: face * (pair[0].ev(ln_d, at, **by) + theta[3] * pair[1].ev(ln_d, at, **by))
     out, sized = mix(drawn, dy=1), mix(drawn, dx=1)
     near = [mix(_drawn(o.scale[0] * np.exp(theta[0] + a), np.exp(theta[1] + b), o.d)) for a, b in ((.01, 0), (0, .01))]
-    by_own = np.stack([f, tone * (sized - out * d[o.who] / 2), *(-tone * out * k for k in (y / r, x / r, r * c, r * s)), np.ones_like(f), o.y, o.x])
+    moved = (-tone * out * k for k in (y / r, x / r, r * c, r * s))
+    by_own = np.stack([f, tone * (sized - out * d[o.who] / 2), *moved, np.ones_like(f), o.y, o.x])
     by_theta = np.stack([*(tone * (k - f) / .01 for k in near), tone * f, tone * rim])
     return cost, rest / far, by_own / sd / far, by_theta / sd / far
 
