@@ -221,7 +221,7 @@ def _sizing(x, ratio, found): # mean, slope and place of the logarithmic size er
     steep = np.average(along * (ratio - mean), weights=weight) / (np.average(along**2, weights=weight) + .01**2)
     slope = float(np.clip(steep, -.5, .5))
     left = np.sqrt(np.average((ratio - mean - slope * along)**2, weights=weight))
-    return float(mean), slope, float(np.exp(middle)), float(left / (1 + slope))
+    return float(mean), slope, float(np.exp(middle)), float(min(left / (1 + slope), .45)) # `fit_sizes` takes less than half
 
 # %% ../../nbs/36b_count.calibrate.ipynb #8f92a3c3
 def show_calibration(
