@@ -251,13 +251,13 @@ class AdversarialTrainer(Callback):
             raise InputError(f"weights name {', '.join(sorted(self.unused))}, which no loss gives; the terms are {names}.")
 
     def state(self) -> dict: # shares per batch
-        "What the next session needs."
+        "What a resumed run needs."
         return {"accumulate": self.accumulate}
 
     def load_state(self,
         state: dict, # what `state` gave
     ):
-        "Go on where another session stopped."
+        "Go on where the run was stopped."
         self.accumulate = state["accumulate"]
 
 # %% ../../nbs/61_train.adversarial.ipynb #0959e62e

@@ -189,13 +189,13 @@ class EMA(Callback):
         self.new = 0
 
     def state(self) -> dict: # images seen, images and steps since the last update
-        "What the next session needs."
+        "What a resumed run needs."
         return {"seen": self.seen, "new": self.new, "count": self.count}
 
     def load_state(self,
         state: dict, # what `state` gave
     ):
-        "Go on where another session stopped."
+        "Go on where the run was stopped."
         self.seen, self.new, self.count = state["seen"], state["new"], state["count"]
 
 # %% ../../nbs/60_train.core.ipynb #e0351642
@@ -245,13 +245,13 @@ class NaNGuard(Callback):
         raise CancelBatchException
 
     def state(self) -> dict: # events and good steps since
-        "What the next session needs."
+        "What a resumed run needs."
         return {"events": self.events, "good": self.good}
 
     def load_state(self,
         state: dict, # what `state` gave
     ):
-        "Go on where another session stopped."
+        "Go on where the run was stopped."
         self.events, self.good = state["events"], state["good"]
 
 # %% ../../nbs/60_train.core.ipynb #0d859596
@@ -259,7 +259,7 @@ class TimeBudget(Callback):
     "Stop cleanly when the time is over, or when asked to by Ctrl-C or a signal."
     order = 70
     def __init__(self,
-        hours: float | None = None, # of this session; None for no limit
+        hours: float | None = None, # of training until it stops by itself, to be resumed; None for no limit
     ): self.hours, self.asked, self.old, self.begin, self.why = hours, "", {}, 0., ""
 
     def before_fit(self):
@@ -325,11 +325,11 @@ class BestBy(Callback):
             raise CancelFitException
 
     def state(self) -> dict: # best value, epochs since
-        "What the next session needs."
+        "What a resumed run needs."
         return {"best": self.best, "since": self.since}
 
     def load_state(self,
         state: dict, # what `state` gave
     ):
-        "Go on where another session stopped."
+        "Go on where the run was stopped."
         self.best, self.since = state["best"], state["since"]
