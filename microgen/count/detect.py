@@ -74,22 +74,10 @@ def recut(
     inside = along_rays(smooth, outlines.y, outlines.x, np.concatenate([0.7 * r, 0.85 * r], 2)).max(2)
     outside = along_rays(smooth, outlines.y, outlines.x, np.concatenate([r + 2.5, 1.12 * r + 1], 2)).min(2)
     half = np.r_[np.inf, (np.median(inside, 1) + np.median(outside, 1)) / 2].astype(np.float32)
-    near = _expanded(label, max(2, 0.25 * np.median(outlines.radius)))
+    near = expand_labels(label, max(2, 0.25 * np.median(outlines.radius)))
     shell = _highest(label, np.minimum) != label                 # only the last pixel of an outline may be cut off
     cut = np.where((smooth > half.take(near)) & valid, near, 0)
     return _largest_pieces(np.where((label > 0) & ~shell, label, cut))
-
-
-def _expanded(label, far, rows=128):
-    "As expand_labels, in bands that overlap by what a label can reach, on two threads."
-    out, halo = np.empty_like(label), int(far) + 2
-
-    def band(k):
-        top = max(k - halo, 0)
-        out[k:k + rows] = expand_labels(label[top:k + rows + halo], far)[k - top:k - top + rows]
-
-    with ThreadPoolExecutor(2) as pool: list(pool.map(band, range(0, len(label), rows)))
-    return out
 
 
 def _largest_pieces(label):

@@ -187,12 +187,12 @@ def _spread(own, known, sds): # sd of what particles have of their own, from val
     free, weight = own * noise / known, 1 / (noise + .01)**2
     return np.clip(np.sqrt(np.maximum((weight * (free**2 - noise)).sum(0) / weight.sum(0), 0)), .02, sds)
 
-def _fit(o, blur, rounds=3): # the same, with the spread of what particles differ in estimated in between
+def _fit(o, blur, rounds=3): # theta, own, its spread in what particles differ, normal equations
     (theta, own), sds = _begin(o, blur), _OWN
     for k in range(rounds):
         if k: sds = np.where(np.isin(np.arange(9), _DIFFER), _spread(own, np.array([np.diag(p[0]) for p in parts]), sds), _OWN)
         theta, own, (parts, square) = _descend(o, theta, own, sds)
-    return theta, own, parts, square
+    return theta, own, sds, parts, square
 
 # %% ../../nbs/36a_count.look.ipynb #bfe3e4cd
 def look_of(
@@ -204,15 +204,14 @@ def look_of(
     first = _gathered(detection, min(most, 40), 1.2)
     blur = float(np.exp(_descend(first, *_begin(first, min(1.2, .2 * np.median(first.d))), _OWN, 10)[0][1]))
     o = _gathered(detection, most, blur)
-    theta, own, parts, square = _fit(o, blur)
+    theta, own, sds, parts, square = _fit(o, blur)
     inverse = np.linalg.inv(square)
     pulls = np.array([k[4] for k in parts]) # each particle's: their scatter, not the noise alone, says how well the look is known
     spread = inverse @ (pulls.T @ pulls + np.diag(_OFTEN**-2)) @ inverse
-    known = np.array([k[0][_DIFFER, _DIFFER] for k in parts]) # variance of what each particle has of its own
     tone, bent, look = own[:, 0], own[:, 4:6], _look(theta, o.scale)
     louder = 1 + tone.mean()
-    tones = 1 + _true_share(tone - tone.mean(), known[:, 0]) * (tone - tone.mean())
-    aspects = np.exp(2 * _true_share(bent, known[:, 1:]) * np.hypot(*bent.T))
+    tones = 1 + _as_wide(tone - tone.mean(), sds[0])
+    aspects = np.exp(2 * np.hypot(*_as_wide(bent, sds[4:6]).T))
     return replace(look, face=look.face * louder, rim=look.rim * louder, gain=o.gain, tones=tuple(np.clip(tones, .2, 3)),
                    aspects=tuple(aspects), covariance=tuple(map(tuple, spread)))
 
@@ -233,8 +232,8 @@ def d50_error(
     rise = max((shown(look, d50_px * 1.02) - shown(look, d50_px / 1.02)) / np.log(1.02**2), .3)
     return float(np.hypot(least, min(np.sqrt(slope @ np.array(look.covariance) @ slope) / rise, .5)))
 
-def _true_share(value, variance): # factor that takes from a spread what noise adds
-    return np.sqrt(max(0., 1 - np.mean(variance) / max(np.mean(value**2), 1e-12)))
+def _as_wide(value, sd): # the same values, spread as they are known to be: the fit draws each one to the middle
+    return value * sd / np.maximum(np.sqrt((value**2).mean(0)), 1e-9)
 
 def _gain(detection): # growth of the noise variance per grey value, from the insides of particles and the ground
     image, label = detection.micrograph.data, detection.labels

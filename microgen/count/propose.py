@@ -100,16 +100,10 @@ def ground(
     step = max(1, min(image.shape) // 64)
     small = image[::step, ::step]
     wide = max(3, int(min(small.shape) * window))
-    low = ndi.gaussian_filter(_percentile(small, percentile, wide), wide / 4)
+    low = ndi.gaussian_filter(ndi.percentile_filter(small, percentile, size=wide), wide / 4)
     at = [np.minimum(np.arange(n) / step, m - 1) for n, m in zip(image.shape, low.shape)]
     rows = low[np.floor(at[0]).astype(int)] * (1 - at[0] % 1)[:, None] + low[np.ceil(at[0]).astype(int)] * (at[0] % 1)[:, None]
     return (rows[:, np.floor(at[1]).astype(int)] * (1 - at[1] % 1) + rows[:, np.ceil(at[1]).astype(int)] * (at[1] % 1)).astype(np.float32)
-
-def _percentile(image, percentile, wide):
-    "As percentile_filter in a square window; a sort of each row of windows is faster."
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(image, (wide // 2, (wide - 1) // 2), "symmetric"), (wide, wide))
-    rank = min(int(wide**2 * percentile / 100), wide**2 - 1)
-    return np.stack([np.partition(row.reshape(-1, wide**2), rank)[:, rank] for row in windows])
 
 # %% ../../nbs/34_count.propose.ipynb #67328c20
 def distance(
@@ -151,7 +145,7 @@ def seeds(
     h: float = 0.15, # depth of the saddle, fraction of the summit
 ) -> np.ndarray: # (N, 3): y, x, height, in px
     "Find summits of a distance transform whose saddle is deep, relative to their height."
-    smooth = _smoothed(distance)
+    smooth = ndi.gaussian_filter(distance, 1, truncate=2)
     y, x = np.nonzero((smooth == _highest(smooth)) & (distance > 1.2))
     order = np.argsort(-smooth[y, x], kind="stable")
     y, x = y[order], x[order]
@@ -166,17 +160,6 @@ def seeds(
     keep = np.ones(len(points), bool)
     keep[i[same]] = False
     return np.c_[points, distance[y, x]][keep].astype(np.float32)
-
-# %% ../../nbs/34_count.propose.ipynb #ea8384e3
-def _smoothed(image, rows=32):
-    "As gaussian_filter(image, 1, truncate=2), to the last bit; some rows at a time, which the cache of a processor holds."
-    w = np.exp(-0.5 * np.arange(3.0)**2) / np.exp(-0.5 * np.arange(-2.0, 3)**2).sum()
-    wide, out = np.pad(image, 2, "symmetric"), np.empty_like(image)
-    for k in range(0, len(image), rows):
-        a = wide[k:k + rows + 4].astype(float)
-        a = (w[0] * a[2:-2] + w[2] * (a[:-4] + a[4:]) + w[1] * (a[1:-3] + a[3:-1])).astype(np.float32).astype(float)
-        out[k:k + rows] = w[0] * a[:, 2:-2] + w[2] * (a[:, :-4] + a[:, 4:]) + w[1] * (a[:, 1:-3] + a[:, 3:-1])
-    return out
 
 # %% ../../nbs/34_count.propose.ipynb #a3de31c8
 def fill_holes(
