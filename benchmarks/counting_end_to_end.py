@@ -84,12 +84,12 @@ def judged(image_detection, d, was_found, n_injected):
     try: c = calibrate(None, detection=found, n=n_injected)
     except InputError as e: return row | dict(refused=f"calibration: {e}")
     seconds = time.perf_counter() - t
-    kept = found.particles[found.particles["edge_weight"] > 0]
-    size, weight = c.unbiased(kept[f"diameter_{found.unit}"].to_numpy()), kept["edge_weight"].to_numpy()
-    row |= dict(seconds=seconds, d50=c.curve.d50, d50_se=c.curve.d50_se, size_error=c.size_error, size_bias=c.size_bias)
+    kept = (found.particles["edge_weight"] > 0).to_numpy()
+    size, weight = c.sizes[kept], found.particles["edge_weight"].to_numpy()[kept]
+    row |= dict(seconds=seconds, d50=c.curve.d50, d50_se=c.curve.d50_se, look_error=c.look_error, size_error=c.size_error)
     try: row |= dict(d50_true=fit_detection(d, was_found).d50)
     except InputError: pass
-    try: fit = fit_sizes(size, c.curve, edge_weight=weight, size_error=min(c.size_error, .45), min_detection=.02)
+    try: fit = fit_sizes(size, c.curve, edge_weight=weight, size_error=c.response, min_detection=.02)
     except InputError as e: return row | dict(refused=f"fit: {e}")
     ht = horvitz_thompson(size, c.curve, weight)
     number, surface = fit.unseen_number, fit.unseen_surface

@@ -11,7 +11,7 @@ from scipy.special import logit
 from scipy.stats import norm
 
 from microgen.core import InputError
-from microgen.count.law import FAMILIES, DetectionCurve, fit_detection, size_law
+from microgen.count.law import FAMILIES, DetectionCurve, SizeResponse, fit_detection, size_law
 from microgen.count.likelihood import Sizes, ThinnedLikelihood, maximise, profile_ends
 from microgen.count.size import fit_sizes, show_sizes
 
@@ -49,7 +49,7 @@ def test_size_error_against_quadrature(family):
     "Blurred density of every particle by adaptive quadrature."
     law, e = size_law(family, 9, 1.4), .1
     d = observe(law, CURVE, 25, np.random.default_rng(0))
-    like = ThinnedLikelihood([Sizes(np.log(d), CURVE)], size_error=e)
+    like = ThinnedLikelihood([Sizes(np.log(d), CURVE, response=SizeResponse(1., 0., e))])
     seen = lambda x: float(np.exp(law.log_density([x])[0]) * CURVE(np.exp(x)))
     P = quad(seen, -2, 6, points=[2.], epsabs=1e-12)[0]
     brute = sum(np.log(quad(lambda t: seen(t) * norm.pdf(x, t, e), x - 8 * e, x + 8 * e, epsabs=1e-12)[0]) for x in np.log(d))

@@ -19,7 +19,7 @@ from ..core import InputError, check_positive
 from .inputs import CHARGE, SOURCES, EcsaInputs, Estimate, ecsa_inputs, stated
 from .law import FAMILIES, DetectionCurve
 from .likelihood import ThinnedLikelihood, profile_ends
-from .size import SizeFit, _fit_family
+from .size import SizeFit, _fit_family, visible_sizes
 from ..io import provenance, write_csv, write_json
 
 # %% ../../nbs/37_count.ecsa.ipynb #d226aecf
@@ -40,8 +40,8 @@ def _beyond(whole, part): # what a step added, in quadrature
     known = np.where(np.isfinite(part), part, 0)
     return np.where(np.isfinite(part), np.sqrt(np.maximum(whole**2 - known**2, 0)), 0)
 
-def _fits(images, families, size_error): # likelihood of the surface quantities, one fit for each family
-    surface = _Surface(ThinnedLikelihood(images, size_error))
+def _fits(images, families): # likelihood of the surface quantities, one fit for each family
+    surface = _Surface(ThinnedLikelihood(images))
     fits = [_fit_family(surface.like, images, f) for f in families]
     for f in fits: f["at"] = surface(f["law"].family, f["psi"][None])
     return surface, fits
@@ -58,11 +58,11 @@ def _ends(surface, fits, level): # best fit, and ends (2, 4) of its own interval
     return best, alone, whole
 
 def _from_law(fit): # -> {quantity: Estimate}, with errors of count, d50 and family
-    level, e = fit.settings["level"], fit.settings["size_error"]
-    best, own, whole = _ends(*_fits(fit.images, fit.settings["families"], e), level)
+    level = fit.settings["level"]
+    best, own, whole = _ends(*_fits(fit.images, fit.settings["families"]), level)
     sure = lambda c: replace(c, covariance=None) if isinstance(c, DetectionCurve) else c
     known = [replace(i, curve=sure(i.curve)) for i in fit.images]
-    fixed, count, _ = _ends(*_fits(known, [best["law"].family], e), level)
+    fixed, count, _ = _ends(*_fits(known, [best["law"].family]), level)
     value = best["at"][3][0]
     count = count - fixed["at"][3][0] + value
     ends = np.array([count, own, whole]) # (step, side, quantity)
@@ -74,13 +74,11 @@ def _from_law(fit): # -> {quantity: Estimate}, with errors of count, d50 and fam
 
 # %% ../../nbs/37_count.ecsa.ipynb #aeba4681
 def _visible(fit): # visible surface, nm², and its surface-weighted diameter, nm, with the error of the count
-    z, e = norm.ppf((1 + fit.settings["level"]) / 2), fit.settings["size_error"]
-    d = np.exp(np.concatenate([i.x for i in fit.images]))
-    w = np.concatenate([np.ones(len(i.x)) if i.weight is None else i.weight for i in fit.images])
-    s, v = w * np.pi * d**2 * np.exp(-2 * e**2), w * np.pi * d**3 * np.exp(-4.5 * e**2) # a size error adds to both
-    counted = lambda a: (z * float(np.sqrt((a**2).sum())),) * 2
-    return (Estimate(float(s.sum()), {"count": counted(s / s.sum())}),
-            Estimate(float(v.sum() / s.sum()), {"count": counted(v / v.sum() - s / s.sum())}))
+    z, (d, n, var) = norm.ppf((1 + fit.settings["level"]) / 2), visible_sizes(fit.images)
+    s, v = np.pi * d**2, np.pi * d**3
+    counted = lambda a: (z * float(np.sqrt(var @ a**2)),) * 2
+    return (Estimate(float(n @ s), {"count": counted(s / (n @ s))}),
+            Estimate(float(n @ v / (n @ s)), {"count": counted(v / (n @ v) - s / (n @ s))}))
 
 def _bounds(fit, d32): # -> {quantity: Estimate}, refused where the fit was
     u, m = fit.unseen_surface, fit.unseen_mass

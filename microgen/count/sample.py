@@ -8,7 +8,7 @@ __all__ = ['Sample', 'count_sample']
 # %% ../../nbs/38_count.sample.ipynb #13f14223
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +18,10 @@ import pandas as pd
 
 from ..core import InputError
 from .batch import count_images
-from .calibrate import calibrate, unbiased_sizes
+from .calibrate import calibrate
 from .detect import Detector
-from .ecsa import Ecsa, ecsa, ecsa_inputs
-from .law import DetectionCurve
+from .ecsa import Ecsa, _inputs, ecsa, ecsa_inputs
+from .law import DetectionCurve, SizeResponse
 from .size import SizeFit, fit_sizes, show_sizes
 from ..io import atomic_path, provenance, write_csv, write_json
 from ..plot import to_png
@@ -33,22 +33,19 @@ def _calibrate(n, seed, detector, detection, folder):
     try: found = calibrate(detection.micrograph, detector=detector, n=n, rng=rng, detection=detection)
     except InputError as why: return {"calibration": str(why)}
     unit, curve = found.unit, found.curve
-    facts = {"curve": {"d50": curve.d50, "width": curve.width, "upper": curve.upper, "covariance": curve.covariance},
-             "size_error": found.size_error, "sizing": {k: getattr(found, k) for k in ("size_bias", "size_slope", "size_at")},
-             "unit": unit, "note": found.note}
+    write_csv(folder / "particles.csv", detection.particles.assign(**{f"fitted_{unit}": found.sizes}))
     write_csv(folder / "injections.csv", found.injections)
-    write_json(folder / "calibration.json", facts | provenance(seed))
+    write_json(folder / "calibration.json", found.to_dict() | provenance(seed))
     return {"calibration": "", f"d50_{unit}": curve.d50, f"d50_se_{unit}": curve.d50_se, "size_error": found.size_error,
-            "size_bias": found.size_bias}
+            "look_error": found.look_error}
 
 
 def _read(folder):
-    "Diameters (freed of their bias), edge weights, curve and size error of one calibrated image."
+    "Diameters, edge weights, curve and size response of one calibrated image."
     facts = json.loads((folder / "calibration.json").read_text())
     p = pd.read_csv(folder / "particles.csv")
     p = p[p.edge_weight > 0]
-    d = unbiased_sizes(p.diameter_nm.to_numpy(), **facts["sizing"])
-    return d, p.edge_weight.to_numpy(), DetectionCurve(**facts["curve"]), facts["size_error"]
+    return p.fitted_nm.to_numpy(), p.edge_weight.to_numpy(), DetectionCurve(**facts["curve"]), SizeResponse(**facts["response"])
 
 # %% ../../nbs/38_count.sample.ipynb #758ee1dc
 @dataclass(frozen=True)
@@ -105,9 +102,8 @@ def _fit(out, table):
     why = [f"{Path(r.file).name} takes no part in the fit: {r.calibration or 'its pixel size is not known.'}"
            for r in counted.drop(scaled.index).itertuples()]
     if not len(scaled): return None, " ".join(["nothing was fitted.", *why])
-    d, weight, curves, errors = zip(*(_read(out / f) for f in scaled.folder))
-    return fit_sizes(list(d), list(curves), edge_weight=list(weight), size_error=float(np.sqrt(np.mean(np.square(errors)))),
-                     min_detection=0.02), " ".join(why)
+    d, weight, curves, responses = map(list, zip(*(_read(out / f) for f in scaled.folder)))
+    return fit_sizes(d, curves, edge_weight=weight, size_error=responses, min_detection=0.02), " ".join(why)
 
 
 def count_sample(
@@ -136,7 +132,9 @@ def count_sample(
 
 def _area(fit, inputs, table):
     used = table[(table.error == "") & (table.unit == "nm") & (table.calibration == "")]
-    return ecsa(fit, inputs, field_nm2=used.field_area_nm2.to_list())
+    inputs = _inputs(inputs, {})
+    shared = float(np.hypot(inputs.size_percent, 100 * np.sqrt(np.mean(used.look_error**2)))) # by all diameters: as stated, and for the look
+    return ecsa(fit, replace(inputs, size_percent=min(shared, 49.)), field_nm2=used.field_area_nm2.to_list())
 
 
 def _save(sample, seed):
