@@ -86,7 +86,7 @@ def judged(image_detection, d, was_found, n_injected):
     seconds = time.perf_counter() - t
     kept = (found.particles["edge_weight"] > 0).to_numpy()
     size, weight = c.sizes[kept], found.particles["edge_weight"].to_numpy()[kept]
-    row |= dict(seconds=seconds, d50=c.curve.d50, d50_se=c.curve.d50_se, look_error=c.look_error, size_error=c.size_error)
+    row |= dict(seconds=seconds, d50=c.curve.d50, d50_se=c.curve.d50_se, look_error=c.look_error(c.curve.d50), size_error=c.size_error)
     try: row |= dict(d50_true=fit_detection(d, was_found).d50)
     except InputError: pass
     try: fit = fit_sizes(size, c.curve, edge_weight=weight, size_error=c.response, min_detection=.02)

@@ -20,7 +20,7 @@ from scipy.special import ndtri
 from ..core import InputError, as_rng
 from .detect import Detection, Detector, detect
 from .law import DetectionCurve, SizeResponse, fit_detection, fit_response
-from .look import Look, _px, d50_error, fitted_sizes, inject, look_of
+from .look import Look, _px, d50_shift, fitted_sizes, inject, look_error, look_of, size_shift
 from .propose import overlay_mask
 from ..progress import progress_bar
 
@@ -102,11 +102,23 @@ class Calibration:
     curve: DetectionCurve # share found of each diameter, in the unit of the image
     response: SizeResponse # mean and scatter of measured over true diameter
     sizes: np.ndarray # (n,) diameters of the image's own particles, fitted with the look; NaN where the frame cuts them
-    look_error: float # relative error (sd) common to d50 and the sizes near it, as the look is known only so well
     injections: pd.DataFrame # y, x, d, found, measured, by_chance
     look: Look # what was drawn
     note: str # what to know about it
     unit: str = "nm" # "nm", or "px" where the image has no pixel size
+    pixel_size: float = 1. # nm per pixel; 1 where it is not known
+
+    def look_error(self,
+        d, # diameter, in the unit of the image
+    ) -> float: # relative error (sd) that all diameters near d share, as the look is known only so well
+        "Say how far diameters may be off together."
+        return look_error(self.look, size_shift(self.look, d / self.pixel_size))
+
+    @property
+    def d32(self):
+        "Surface-weighted diameter of the particles found."
+        d = self.sizes[np.isfinite(self.sizes)]
+        return float((d**3).sum() / (d**2).sum())
 
     @property
     def size_error(self):
@@ -116,14 +128,15 @@ class Calibration:
     def __repr__(self):
         c = self.curve
         return (f"Calibration(d50 {c.d50:.3g} ± {c.d50_se:.2g} {self.unit}, width {c.width:.2f}, upper {c.upper:.2f}, "
-                f"look ± {100 * self.look_error:.0f} %, size error {100 * self.size_error:.0f} %, {len(self.injections)} injected)")
+                f"sizes near d50 ± {100 * self.look_error(c.d50):.1f} % for the look, size error {100 * self.size_error:.0f} %, {len(self.injections)} injected)")
 
     def to_dict(self) -> dict: # plain numbers and text
         "Everything but the single particles, ready for JSON."
         c, look = self.curve, asdict(self.look)
         look |= {"tones": float(np.std(look["tones"])), "aspects": float(np.median(look["aspects"])),
                  "covariance": look["covariance"] and [list(r) for r in look["covariance"]]}
-        return {"curve": asdict(c), "d50_se": c.d50_se, "response": asdict(self.response), "look_error": self.look_error,
+        return {"curve": asdict(c), "d50_se": c.d50_se, "response": asdict(self.response), "look_error_d50": self.look_error(c.d50),
+                "look_error_d32": self.look_error(self.d32),
                 "size_error": self.size_error, "unit": self.unit, "n_injected": len(self.injections),
                 "n_found": int(self.injections["found"].sum()), "look": look, "note": self.note}
 
@@ -180,20 +193,22 @@ def _parts(d_px, detection, share=.15): # injected at a time: few against the pa
     return np.array_split(d_px, max(1, int(np.ceil(len(d_px) / max(n, 1)))))
 
 # %% ../../nbs/36b_count.calibrate.ipynb #ed10eff1
-def _calibration(detection, look, rows, least=.01): # least: of the error of d50, for what of the look does not cancel
-    unit, d, chance = detection.unit, rows[f"d_{detection.unit}"].to_numpy(), float(rows["by_chance"].mean())
-    curve = fit_detection(d, rows["found"].to_numpy(), chance)
-    curve = replace(curve, covariance=np.array(curve.covariance) + np.diag([least**2, 0, 0]))
+def _calibration(detection, look, rows):
+    unit, px, d = detection.unit, _px(detection), rows[f"d_{detection.unit}"].to_numpy()
+    curve = _unsure(fit_detection(d, rows["found"].to_numpy(), float(rows["by_chance"].mean())), detection, look)
     sized = (rows["found"] & ~rows["by_chance"]).to_numpy()
-    response, off = fit_response(d[sized], rows[f"measured_{unit}"].to_numpy()[sized]), _look_error(curve, detection, look)
+    response = fit_response(d[sized], rows[f"measured_{unit}"].to_numpy()[sized])
+    off = look_error(look, size_shift(look, curve.d50 / px))
     note = (f"{len(rows)} particles injected, {int(rows['found'].sum())} found; d50 {curve.d50:.3g} {unit} "
             f"± {100 * curve.d50_se / curve.d50:.1f} %; all diameters near it ± {100 * off:.1f} %, for the look")
-    return Calibration(curve, response, fitted_sizes(detection, look), off, rows, look, note, unit)
+    return Calibration(curve, response, fitted_sizes(detection, look), rows, look, note, unit, px)
 
-def _look_error(curve, detection, look): # what the look leaves open, in ln d
+def _unsure(curve, detection, look, least=.01): # with what the look leaves open of d50, in fitted diameters; least: what no slope shows
     px = _px(detection)
     d = np.sort(detection.particles[f"diameter_{detection.unit}"].to_numpy()) / px
-    return d50_error(look, curve.d50 / px, d[np.searchsorted(np.cumsum(d**2), (d**2).sum() / 2)])
+    large = d[np.searchsorted(np.cumsum(d**2), (d**2).sum() / 2)]
+    apart = look_error(look, d50_shift(look, curve.d50 / px, large) - size_shift(look, curve.d50 / px))
+    return replace(curve, covariance=np.array(curve.covariance) + np.diag([least**2 + apart**2, 0, 0]))
 
 # %% ../../nbs/36b_count.calibrate.ipynb #8f92a3c3
 def show_calibration(
