@@ -53,11 +53,23 @@ def whole(s):
     return t[(t.y_nm > r) & (t.x_nm > r) & (t.y_nm < h * px - r) & (t.x_nm < w * px - r)]
 
 
+def matched(s, found):
+    "Diameters of the particles wholly in the frame, and the row of what was found of each, or -1."
+    t = whole(s)
+    return t.diameter_nm.to_numpy(), match(found, t.diameter_nm.to_numpy(), t[["y_nm", "x_nm"]].to_numpy())
+
+
 def seen(s, found):
     "Diameters of the particles wholly in the frame, and which of them were found."
-    t = whole(s)
-    at = t[["y_nm", "x_nm"]].to_numpy()
-    return t.diameter_nm.to_numpy(), match(found, t.diameter_nm.to_numpy(), at) >= 0
+    d, which = matched(s, found)
+    return d, which >= 0
+
+
+def in_fitted_diameters(c, true, d, which):
+    "ln of calibrated over true d50, less what the diameters fitted near it are off by: the error that decides about the unseen share."
+    near = (which >= 0) & (d < 1.35 * true.d50)
+    off = np.log(c.sizes[which[near]] / d[near]) - c.response(d[near])[0]
+    return np.log(c.curve.d50 / true.d50) - np.nanmedian(off)
 
 
 def reference_curve(size=768):
@@ -75,9 +87,9 @@ def median_for(family, gsd, share, curve):
     return float(np.exp(brentq(lambda m: missed(m) - share, -2, 4)))
 
 
-def judged(image_detection, d, was_found, n_injected):
+def judged(found, d, which, n_injected):
     "Fit what was counted, and compare with the truth: one row."
-    found = image_detection
+    was_found = which >= 0
     u, s2 = 1 - was_found.mean(), (d**2 * was_found).sum() / (d**2).sum()
     row = dict(n_true=len(d), n_found=int((found.particles["edge_weight"] > 0).sum()), unseen=u, visible_surface=s2, false=np.nan)
     t = time.perf_counter()
@@ -87,7 +99,7 @@ def judged(image_detection, d, was_found, n_injected):
     kept = (found.particles["edge_weight"] > 0).to_numpy()
     size, weight = c.sizes[kept], found.particles["edge_weight"].to_numpy()[kept]
     row |= dict(seconds=seconds, d50=c.curve.d50, d50_se=c.curve.d50_se, look_error=c.look_error(c.curve.d50), size_error=c.size_error)
-    try: row |= dict(d50_true=fit_detection(d, was_found).d50)
+    try: row |= dict(d50_true=(true := fit_detection(d, was_found)).d50, width_off=c.curve.width / true.width - 1, gap=in_fitted_diameters(c, true, d, which))
     except InputError: pass
     try: fit = fit_sizes(size, c.curve, edge_weight=weight, size_error=c.response, min_detection=.02)
     except InputError as e: return row | dict(refused=f"fit: {e}")
@@ -103,8 +115,7 @@ def one_scene(family, gsd, share, median, size, n_injected, seed):
     n = int(min(.0008, .04 / (np.pi / 4 * median**2 * np.exp(2 * np.log(gsd)**2))) * size**2)
     s = scene(family, median, gsd, n, size, seed)
     found = detect(s.image)
-    d, was_found = seen(s, found)
-    row = dict(truth=family, gsd=gsd, asked=share, seed=seed) | judged(found, d, was_found, n_injected)
+    row = dict(truth=family, gsd=gsd, asked=share, seed=seed) | judged(found, *matched(s, found), n_injected)
     print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
     return row
 
@@ -132,6 +143,11 @@ def coverage(a):
     print(means.round(3).to_string())
 
 
+def stated(rows):
+    "Standard error of ln d50 in nm: of the injections, and of the look."
+    return np.hypot(rows.d50_se / rows.d50, rows.look_error)
+
+
 def report(rows, a):
     if a.out: rows.to_csv(a.out, index=False)
     kept = rows[rows.refused.isna()]
@@ -140,7 +156,10 @@ def report(rows, a):
     if "d50" in rows:
         fitted, off = rows.dropna(subset="low" if "low" in rows else "d50"), (rows.d50 / rows.d50_true - 1).dropna()
         print(f"d50: calibrated over true {100 * off.median():+.1f} % (median), scatter {100 * off.std():.1f} %, "
-              f"stated error {100 * (rows.d50_se / rows.d50).median():.1f} %")
+              f"stated error {100 * stated(rows).median():.1f} %")
+        gap = rows.gap.dropna()
+        print(f"d50 in fitted diameters: mean {100 * gap.mean():+.1f} %, rms {100 * np.sqrt((gap**2).mean()):.1f} %, stated {100 * (rows.d50_se / rows.d50).median():.1f} %; "
+              f"width of the curve off by {100 * rows.width_off.median():+.0f} % (median)")
     if "low" not in rows: return
     print(f"unseen number, bounds of refused ones too: {int(fitted.inside.sum())} inside, {int((~fitted.inside.astype(bool)).sum())} outside")
     given = fitted.dropna(subset="surface")
@@ -172,10 +191,10 @@ def one_degraded(path, by, electrons, n_injected):
     image, label = imread(path)[..., :3], imread(path.parent.parent / "masks" / path.name).astype(int)
     small, d, at = degraded_image(image, label, by, electrons, np.random.default_rng(by))
     found = detect(small)
-    was_found = match(found, d, at) >= 0
-    row = dict(image=path.stem, by=by, false=len(found.particles) - was_found.sum())
-    if len(found.particles) == 0: return row | dict(refused="no particle was found", unseen=1 - was_found.mean())
-    row |= {k: v for k, v in judged(found, d, was_found, n_injected).items() if k != "false"}
+    which = match(found, d, at)
+    row = dict(image=path.stem, by=by, false=len(found.particles) - (which >= 0).sum())
+    if len(found.particles) == 0: return row | dict(refused="no particle was found", unseen=1.)
+    row |= {k: v for k, v in judged(found, d, which, n_injected).items() if k != "false"}
     print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
     return row
 
@@ -210,13 +229,13 @@ def looks(a):
         scenes = [simulate_scene(Scene(**(usual | own)), np.random.default_rng([a.seed, k, m])) for m in range(1, 4)]
         found = [detect(s.image) for s in scenes]
         there = fit_detection(*(np.concatenate(o) for o in zip(*map(seen, scenes, found))))
-        rows.append(dict(look=name, d50_three=there.d50) | judged(found[0], *seen(scenes[0], found[0]), a.injections))
+        rows.append(dict(look=name, d50_three=there.d50) | judged(found[0], *matched(scenes[0], found[0]), a.injections))
         print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     rows = pd.DataFrame(rows)
     report(rows, a)
     for which, true in (("this image", rows.d50_true), ("three images", rows.d50_three)):
         off = np.log(rows.d50 / true)
-        print(f"d50 against that of the particles of {which}: mean {off.mean():+.3f}, rms {np.sqrt((off**2).mean()):.3f}, stated {(rows.d50_se / rows.d50).mean():.3f}")
+        print(f"d50 against that of the particles of {which}: mean {off.mean():+.3f}, rms {np.sqrt((off**2).mean()):.3f}, stated {stated(rows).mean():.3f}")
 
 
 def calibration(a):
@@ -227,7 +246,7 @@ def calibration(a):
     c = calibrate(None, detection=found, n=a.injections, workers=a.jobs)
     alone = fit_detection(c.injections["d_nm"], c.injections["found"])
     print(f"{s.image.shape}, {len(found.particles)} found, {len(c.injections)} injected: d50 {c.curve.d50:.3f} nm, standard error "
-          f"{100 * c.curve.d50_se / c.curve.d50:.2f} %, of the injections alone {100 * alone.d50_se / alone.d50:.2f} %, {time.perf_counter() - t:.0f} s on {a.jobs} processes")
+          f"{100 * c.curve.d50_se / c.curve.d50:.2f} % in fitted diameters, {100 * np.hypot(c.curve.d50_se / c.curve.d50, c.look_error(c.curve.d50)):.2f} % in nm, of the injections alone {100 * alone.d50_se / alone.d50:.2f} %, {time.perf_counter() - t:.0f} s on {a.jobs} processes")
     try: print(f"d50 of the particles that are there: {(k := fit_detection(*seen(s, found))).d50:.3f} ± {k.d50_se:.3f} nm")
     except InputError as e: print(e)
 

@@ -284,11 +284,12 @@ def look_of(
     return replace(look, face=look.face * louder, rim=look.rim * louder, gain=gain, noise=o.noise, tones=tuple(np.clip(tones, .2, 3)),
                    aspects=tuple(aspects), covariance=tuple(map(tuple, spread)))
 
-def _clear(detection, look, rows): # those well above what the counter finds; the others were found where noise made them stand out
+def _clear(detection, look, rows): # where most particles are near the limit: those well above it
     size, score = fitted_sizes(detection, look, rows), detection.particles["score"].to_numpy()[rows]
     if len(rows) < 60 or size.std() < .01 * size.mean(): return rows
     slope, base = np.polyfit(np.log(size), np.log(score), 1)
     cut = np.exp((np.log(1.6 * np.quantile(score, .02)) - base) / max(slope, .2))
+    if (size >= cut).mean() > .55: return rows
     return rows[size >= min(cut, np.quantile(size, .6))]
 
 def _as_wide(value, sd): # the same values, spread as they are known to be: the fit draws each one to the middle

@@ -37,7 +37,7 @@ def _calibrate(n, seed, detector, detection, folder):
     write_csv(folder / "injections.csv", found.injections)
     write_json(folder / "calibration.json", found.to_dict() | provenance(seed))
     return {"calibration": "", f"d50_{unit}": curve.d50, f"d50_se_{unit}": curve.d50_se, "size_error": found.size_error,
-            "look_error": found.look_error}
+            "look_error": found.look_error(found.d32)}
 
 
 def _read(folder):
