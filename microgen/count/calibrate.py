@@ -128,7 +128,8 @@ class Calibration:
     def __repr__(self):
         c = self.curve
         return (f"Calibration(d50 {c.d50:.3g} ± {c.d50_se:.2g} {self.unit}, width {c.width:.2f}, upper {c.upper:.2f}, "
-                f"sizes near d50 ± {100 * self.look_error(c.d50):.1f} % for the look, size error {100 * self.size_error:.0f} %, {len(self.injections)} injected)")
+                f"sizes near d50 ± {100 * self.look_error(c.d50):.1f} % for the look, "
+                f"size error {100 * self.size_error:.0f} %, {len(self.injections)} injected)")
 
     def to_dict(self) -> dict: # plain numbers and text
         "Everything but the single particles, ready for JSON."

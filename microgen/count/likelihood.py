@@ -83,7 +83,7 @@ class ThinnedLikelihood:
 
     def _grid(self, images, x, curves): # -> ln d (G,), its step
         responses = [i.response for i in images if i.response is not None]
-        blur, off = (max([0., *(max(map(abs, o)) for o in values)]) for values in ([r.sd for r in responses], [r.bias for r in responses]))
+        blur, off = (max([0., *(abs(v) for r in responses for v in getattr(r, name))]) for name in ("sd", "bias"))
         h = max(min([.02, x.std() / 6] + [c.width / 6 for c in curves]), .003)
         feet = [np.log(c.d50) - 5 * c.width for c in curves] + [self._foot(i.curve, x.min()) for i in images]
         start = min(feet) - 4 * h - 5 * blur - off

@@ -133,8 +133,9 @@ def count_sample(
 def _area(fit, inputs, table):
     used = table[(table.error == "") & (table.unit == "nm") & (table.calibration == "")]
     inputs = _inputs(inputs, {})
-    shared = float(np.hypot(inputs.size_percent, 100 * np.sqrt(np.mean(used.look_error**2)))) # by all diameters: as stated, and for the look
-    return ecsa(fit, replace(inputs, size_percent=min(shared, 49.)), field_nm2=used.field_area_nm2.to_list())
+    look = 100 * np.sqrt(np.mean(used.look_error**2)) # in %, shared by all diameters as what was stated is
+    shared = min(float(np.hypot(inputs.size_percent, look)), 49.)
+    return ecsa(fit, replace(inputs, size_percent=shared), field_nm2=used.field_area_nm2.to_list())
 
 
 def _save(sample, seed):
