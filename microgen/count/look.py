@@ -25,7 +25,7 @@ class Look:
     rim: float # what slopes add, times 1/cos - 1 of the surface, grey values
     depth_px: float # path in the particle over which the signal grows to 1 - 1/e, px
     blur_px: float # Gaussian sigma of the probe, px
-    gain: float = 0. # growth of the noise variance per grey value
+    gain: float = 0. # growth of the noise variance per grey value that a particle adds or takes
     noise: float = 1. # sd of the noise of the ground, grey values
     tones: tuple = (1.,) # relative brightness of particles, to draw from
     aspects: tuple = (1.,) # their aspect ratios, to draw from
@@ -144,7 +144,7 @@ def _matched(theta, own, o, drawn): # of every pixel: signal, noise, residual, w
     at = r / (1 + mine[4] * c + mine[5] * s) - d[o.who] / 2
     mix = lambda pair, **by: face * (pair[0].ev(ln_d, at, **by) + theta[3] * pair[1].ev(ln_d, at, **by))
     f = mix(drawn)
-    sd = np.sqrt(o.noise**2 + o.gain * np.maximum(f * np.sign(face), 0))
+    sd = np.sqrt(o.noise**2 + o.gain * np.abs(f))
     rest = (o.grey - (1 + mine[0]) * f - mine[6] - mine[7] * o.y - mine[8] * o.x) / sd
     far = np.sqrt(np.maximum(1, np.abs(rest) / 2.5)) # Huber's weights: particles that were not found lie about
     return f, sd, rest / far, far, mix, (1 + mine[0], d[o.who] / 2, y / r, x / r, r * c, r * s, at, ln_d)
@@ -362,7 +362,7 @@ def inject(
         over = np.where(under > 0, d > under, True)
         ground = np.median(old[box][label[box] == 0]) if (label[box] == 0).any() else np.median(old)
         sink = np.where(under > 0, cover * (ground - (old[box] - high[box])), 0)
-        louder = np.sqrt(np.clip(1 + look.gain * added / variance, .1, 10)) - 1
+        louder = np.sqrt(np.clip(1 + look.gain * np.abs(added) / variance, .1, 10)) - 1
         out[box] += over * (added + sink + high[box] * louder * (look.gain > 0))
     if (old == np.rint(old)).all(): out = np.rint(out)
     return np.clip(out, old.min(), old.max()).astype(np.float32)
