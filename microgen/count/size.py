@@ -157,9 +157,8 @@ def visible_sizes(
     return np.exp(x), n, var
 
 def _totals(images, shares, level): # DataFrame: visible and total number, surface and volume in the fields
-    rows = {}
+    rows, (d, n, var) = {}, visible_sizes(images)
     for name, q, c, u in zip(("number", "surface_nm2", "volume_nm3"), (0, 2, 3), (1, np.pi, np.pi / 6), shares):
-        d, n, var = visible_sizes(images)
         a = c * d**q
         visible, count = n @ a, norm.ppf((1 + level) / 2) * np.sqrt(var @ a**2) / (n @ a) # relative error of counting
         total, least, most = (visible / max(1 - v, 1e-12) for v in (u.value, u.low, u.high))
