@@ -294,6 +294,7 @@ def _draw_law(fit, ax, bins):
     edges = np.geomspace(d.min(), d.max() * 1.001, bins + 1)
     ax.hist(d, edges, color=".75", label="found")
     ax.set(xscale="log", xlabel="diameter, nm", ylabel="particles per bin")
+    ax.xaxis.set_minor_formatter(plt.NullFormatter())
     if fit.law is None: return
     s, step = np.geomspace(d.min() / 4, d.max() * 1.3, 300), np.log(edges[1] / edges[0])
     density, seen = fit.law.pdf(s) * s * step, 0
