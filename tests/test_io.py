@@ -22,7 +22,7 @@ from samples import ENDING, FORMATS, PIXEL_NM
 import microgen
 from microgen import io
 from microgen.core import InputError, Micrograph, MissingExtra, ReadError, UncalibratedError, UnitError, WriteError
-from microgen.io import atomic_path, read, write_csv, write_json, write_parquet, write_text, write_tiff
+from microgen.io import atomic_folder, atomic_path, make_folder, read, write_csv, write_json, write_parquet, write_text, write_tiff
 
 pytest.importorskip("ncempy.io.dm", reason='these tests read every format: pip install "microgen[em]"')
 ROOT = Path(__file__).resolve().parent.parent
@@ -488,7 +488,7 @@ for name, write in jobs.items():
         try: write(path, 1)
         except WriteError as e:
             refused += 1
-            assert name in str(e) and len(str(e).splitlines()) == 1, str(e)
+            assert name in str(e) and len(str(e).splitlines()) == 1 and "choose another folder" in str(e), str(e)
         except BaseException as e: raise SystemExit(f"{name} at {k} bytes: {type(e).__name__}: {e}")
         finally: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         assert path.read_bytes() == old, f"{name}: the old file changed when the disk ended at byte {k}"
@@ -546,6 +546,48 @@ def test_kill_9_while_writing(tmp_path):
         assert len(left) <= 1 and all(p.name.startswith(".") and p.name.endswith(".tmp") for p in left), left
         for p in left:
             p.unlink()
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("22500 requested and 14220 written")], ids=["system", "numpy"])
+def test_a_folder_is_written_whole_or_not_at_all(there, error, tmp_path):
+    out = tmp_path / "deep" / "measured"
+    if there:
+        with atomic_folder(out) as folder:
+            write_text(folder / "maps" / "Q.txt", "old")
+        (out / "mine.txt").write_text("stays")
+    before = {p: p.read_text() for p in tmp_path.rglob("*.txt")}
+    with pytest.raises(WriteError, match="measured: the disk is full; free some space or choose another folder"):
+        with atomic_folder(out) as folder:
+            write_text(folder / "maps" / "Q.txt", "new")
+            raise error
+    with pytest.raises(KeyboardInterrupt):
+        with atomic_folder(out) as folder:
+            write_text(folder / "walls.txt", "new")
+            raise KeyboardInterrupt
+    assert {p: p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == before and len(before) == 2 * there
+    assert (tmp_path / "deep").exists() == there and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_folder_takes_the_files_of_a_second_run(tmp_path):
+    for text in ("one", "two"):
+        with atomic_folder(tmp_path / "out") as folder:
+            write_text(folder / "maps" / "Q.txt", text)
+            write_text(folder / f"{text}.txt", text)
+    found = {p.relative_to(tmp_path).as_posix(): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {"out/maps/Q.txt": "two", "out/one.txt": "one", "out/two.txt": "two"}
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="/proc is a matter of Linux")
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file.tif").write_text("x")
+    for path, why in (("/proc/x", "choose another"), (tmp_path / "file.tif", "it is a file"), (tmp_path / "file.tif" / "x", "its folder is a file"),
+                      (tmp_path / ("a" * 300), "shorten it")):
+        with pytest.raises(WriteError, match=why):
+            make_folder(path)
+        with pytest.raises(WriteError, match=why):
+            with atomic_folder(path): raise AssertionError("the work begins only where there is a folder")
+    assert [p.name for p in tmp_path.iterdir()] == ["file.tif"]
 
 
 def test_a_folder_in_the_way(tmp_path):
