@@ -16,7 +16,6 @@ from ..core import InputError, Micrograph, as_micrograph, as_rng
 from .image import as_images, radial_spectrum
 from ..stem.column import find_columns, fit_columns
 from ..stem.crystal import load_structure, trimer
-from ..stem.domain import find_walls
 from ..stem.lattice import _fourier, _motif, _peaks, _taper, reference_columns
 from ..stem.measure import _add_order, measure
 
@@ -155,8 +154,7 @@ def _true_walls(found, pairs, constants): # Measurement, pairs, trimer constants
     keep = np.flatnonzero(t.trimer < 0).tolist() + where.tolist()
     t = t.assign(disp_pm=t.disp_pm.to_numpy().copy())
     t.iloc[where, t.columns.get_loc("disp_pm")] = pairs.disp_pm_true.to_numpy()
-    t = _add_order(t.iloc[keep].reset_index(drop=True), constants, None)
-    return find_walls(t[t.trimer >= 0], constants.u0_pm, constants.p0_pm)
+    return _add_order(t.iloc[keep].reset_index(drop=True), constants, None)[1]
 
 
 def wall_errors(

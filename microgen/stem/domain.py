@@ -29,10 +29,10 @@ def _spacings(yx): # (N, 2) R columns -> spacing along a row, distance of rows, 
     apart = float(np.median(rows[rows > 0.1])) if (rows > 0.1).any() else np.inf
     return float(np.median(along)) if len(along) else np.nan, apart
 
-def _wave_weights(yx, n, u0_pm, a, triples): # (N, 2) nm, (N,), pm, nm, 1 or 3 -> sparse complex (N, N); empty rows: no triple
+def _wave_weights(yx, n, u0_pm, a, triples): # (N, 2) nm, (N,), pm, nm, 1, 3 or 9 -> sparse complex (N, N); empty rows: no triple
     "Rows that turn heights of R columns (pm) into Q exp(i phi)."
     kernels = [((-1, 1), (0, 1), (1, 1)), ((0, 1), (1, 1), (2, 1)), ((-2, 1), (-1, 1), (0, 1))]
-    if triples == 3: kernels.insert(0, ((-2, 1 / 3), (-1, 2 / 3), (0, 1), (1, 2 / 3), (2, 1 / 3)))
+    if triples > 1: kernels.insert(0, ((-2, 1 / 3), (-1, 2 / 3), (0, 1), (1, 2 / 3), (2, 1 / 3)))
     reach = {k: _neighbours(yx, 0, k * a) if k else np.arange(len(yx)) for k in range(-2, 3)}
     free, rows, cols, values = np.ones(len(yx), bool), [], [], []
     for kernel in kernels:
@@ -41,10 +41,20 @@ def _wave_weights(yx, n, u0_pm, a, triples): # (N, 2) nm, (N,), pm, nm, 1 or 3 -
         for k, w in kernel:
             j = reach[k][i]
             rows.append(i); cols.append(j); values.append(2 / (3 * u0_pm) * w * np.exp(-2j * np.pi * n[j] / 3))
-    return sparse.csr_matrix((np.concatenate(values), (np.concatenate(rows), np.concatenate(cols))), (len(yx),) * 2)
+    W = sparse.csr_matrix((np.concatenate(values), (np.concatenate(rows), np.concatenate(cols))), (len(yx),) * 2)
+    return _with_next_rows(W, yx) if triples == 9 else W
+
+def _with_next_rows(W, yx): # -> the mean of each row of W and of those of the columns above and below
+    apart, known = _spacings(yx)[1], np.diff(W.indptr) > 0
+    if not np.isfinite(apart): return W
+    pairs = [(np.flatnonzero(known & (j >= 0) & known[j]), j) for j in (_neighbours(yx, k * apart, 0) for k in (-1, 1))]
+    i, j = (np.concatenate(o) for o in zip((np.flatnonzero(known),) * 2, *((i, j[i]) for i, j in pairs)))
+    mean = sparse.csr_matrix((1 / np.bincount(i, minlength=len(yx))[i], (i, j)), (len(yx),) * 2)
+    return mean @ W
 
 def _polar(z, W, var): # (N,) complex, sparse weights, (M,) variances pm² -> phi, Q, their standard errors; NaN without a triple
     "Modulus and angle of a linear complex estimate, with errors along and across."
+    W = W.sorted_indices() # real and imaginary part share them
     Wr, Wi = W.real.tocsr(), W.imag.tocsr()
     rr, ii, ri = Wr.power(2) @ var, Wi.power(2) @ var, Wr.multiply(Wi) @ var
     c, s = np.cos(np.angle(z)), np.sin(np.angle(z))
@@ -88,13 +98,15 @@ def _is_thick(yx, a, rows): # (n, 2) columns of a region -> at least four column
     return long and (len(np.unique(row)) > 1 or not np.isfinite(rows))
 
 # %% ../../nbs/13c_stem.domain.ipynb #7a0bef88
-def _wall_heights(p, yx, n, u0_pm, p0_pm): # (offset, normal, log width, phi left, jump, Q) -> (N,) heights, pm
-    "Heights of R columns around a straight wall, 8 % softer in its middle, as `stem.field.Wall` makes them."
+def _wall_order(p, yx): # (offset, normal, log width, phi left, jump, Q) -> Q (N,), phi (N,)
+    "Order parameter around a straight wall, 8 % softer in its middle, as `stem.field.Wall` makes it."
     d = yx[:, 1] * np.sin(p[1]) - yx[:, 0] * np.cos(p[1]) - p[0]
     e = np.exp(np.clip(d * KINK_WIDTH / np.exp(p[2]), -30, 30))
     kinks = max(1, int(np.ceil(abs(p[4]) / (np.pi / 3) - 0.5)))
     Q = p[5] * (1 - 0.08 * (2 * e / (1 + e**2)) ** 2) ** kinks
-    return displacement(Q, p[3] + p[4] * 2 / np.pi * np.arctan(e), n, u0_pm, p0_pm)
+    return Q, p[3] + p[4] * 2 / np.pi * np.arctan(e)
+
+def _wall_heights(p, yx, n, u0_pm, p0_pm): return displacement(*_wall_order(p, yx), n, u0_pm, p0_pm) # (N,) pm
 
 def _fit_wall(yx, n, u, se, right, phi, u0_pm, p0_pm): # -> parameters, covariance, chi² per freedom
     "Straight wall between two domains by least squares, weighted by the errors of the heights."
@@ -138,6 +150,37 @@ def _wall_rows(p, yx, n, u, se, u0_pm, p0_pm, rows): # straight wall, columns ->
     return pd.DataFrame(out, columns=["yc_nm", "xc_nm", "x_se_nm"])
 
 # %% ../../nbs/13c_stem.domain.ipynb #3d9adce3
+def _fit_walls(t, u0_pm, p0_pm, reach_nm): # R columns with heights -> [(parameters, covariance, chi², edge (M, 2) nm, columns used)]
+    "Fit a wall wherever two regions touch."
+    yx, region = t[["yc_nm", "xc_nm"]].to_numpy(), t.region.to_numpy()
+    if len(t) < 12: return []
+    near = _graph(yx, *_spacings(yx))
+    i, k = np.nonzero((near >= 0) & (region[near] != region[:, None]))
+    pairs, fits = {}, []
+    for one, two in zip(i, near[i, k]):
+        pairs.setdefault(tuple(sorted((region[one], region[two]))), set()).add(one)
+    for (one, two), edge in pairs.items():
+        at = yx[sorted(edge)]
+        use = np.isin(region, (one, two)) & (cKDTree(at).query(yx)[0] < reach_nm) & np.isfinite(t.disp_pm.to_numpy())
+        if len(edge) < 4 or use.sum() < 12: continue
+        side = _right_of(yx[use], region[use] == two)
+        data = [t[c].to_numpy()[use] for c in ("trimer", "disp_pm", "disp_se_pm")]
+        fits.append((*_fit_wall(yx[use], *data, side, t.phi.to_numpy()[use], u0_pm, p0_pm), at, use))
+    return fits
+
+def _wall_tables(t, fits, u0_pm, p0_pm): # -> walls, rows
+    if not fits: return _no_walls()
+    yx = t[["yc_nm", "xc_nm"]].to_numpy()
+    rows, crossings = _spacings(yx)[1], []
+    for k, (p, *_, use) in enumerate(fits):
+        if abs(np.sin(p[1])) <= 0.5: continue
+        data = [t[c].to_numpy()[use] for c in ("trimer", "disp_pm", "disp_se_pm")]
+        crossings.append(_wall_rows(p, yx[use], *data, u0_pm, p0_pm, rows).assign(wall=k))
+    walls = pd.DataFrame([_wall_row(*fit[:4], fit[4].sum(), rows) for fit in fits], columns=_WALL)
+    to_image = np.linalg.lstsq(np.c_[yx, np.ones(len(yx))], t[["y_nm", "x_nm"]].to_numpy(), rcond=None)[0]
+    rows = _in_image(pd.concat(crossings, ignore_index=True), to_image) if crossings else _no_walls()[1]
+    return _in_image(walls, to_image), rows
+
 def find_walls(table, # R columns: y_nm, x_nm, yc_nm, xc_nm, trimer, disp_pm, disp_se_pm, phi, phi_se, Q, region
                u0_pm, # trimerisation amplitude of the crystal, pm
                p0_pm, # uniform shift, pm
@@ -147,28 +190,7 @@ def find_walls(table, # R columns: y_nm, x_nm, yc_nm, xc_nm, trimer, disp_pm, di
 
     Source: sine-Gordon wall of 10.1038/nmat3786."""
     t = table[np.isfinite(table.disp_pm)].reset_index(drop=True)
-    yx, region = t[["yc_nm", "xc_nm"]].to_numpy(), t.region.to_numpy()
-    if len(t) < 12: return _no_walls()
-    a, rows = _spacings(yx)
-    near = _graph(yx, a, rows)
-    i, k = np.nonzero((near >= 0) & (region[near] != region[:, None]))
-    pairs, walls, crossings = {}, [], []
-    for one, two in zip(i, near[i, k]):
-        pairs.setdefault(tuple(sorted((region[one], region[two]))), set()).add(one)
-    for (one, two), edge in pairs.items():
-        at = yx[sorted(edge)]
-        use = np.isin(region, (one, two)) & (cKDTree(at).query(yx)[0] < reach_nm)
-        if len(edge) < 4 or use.sum() < 12: continue
-        side = _right_of(yx[use], region[use] == two)
-        data = [t[c].to_numpy()[use] for c in ("trimer", "disp_pm", "disp_se_pm")]
-        p, cov, chi2 = _fit_wall(yx[use], *data, side, t.phi.to_numpy()[use], u0_pm, p0_pm)
-        walls.append(_wall_row(p, cov, chi2, at, use.sum(), rows))
-        if abs(np.sin(p[1])) > 0.5:
-            crossings.append(_wall_rows(p, yx[use], *data, u0_pm, p0_pm, rows).assign(wall=len(walls) - 1))
-    to_image = np.linalg.lstsq(np.c_[yx, np.ones(len(yx))], t[["y_nm", "x_nm"]].to_numpy(), rcond=None)[0]
-    if not walls: return _no_walls()
-    rows = _in_image(pd.concat(crossings, ignore_index=True), to_image) if crossings else _no_walls()[1]
-    return _in_image(pd.DataFrame(walls, columns=_WALL), to_image), rows
+    return _wall_tables(t, _fit_walls(t, u0_pm, p0_pm, reach_nm), u0_pm, p0_pm)
 
 def _no_walls(): # -> two empty tables
     return pd.DataFrame(columns=["y_nm", "x_nm", *_WALL[2:]]), pd.DataFrame(columns=["y_nm", "x_nm", "x_se_nm", "wall"])
@@ -198,3 +220,19 @@ def _in_image(table, to_image): # crystal places -> image places in front
     out = table.drop(columns=["yc_nm", "xc_nm"])
     out.insert(0, "x_nm", yx[:, 1]); out.insert(0, "y_nm", yx[:, 0])
     return out
+
+# %% ../../nbs/13c_stem.domain.ipynb #3c0a2839
+def _beside_walls(W, yx, n, u, fits, u0_pm, p0_pm): # weights, columns, [fit] -> z (N,) complex, its slopes (N, 6) by unit errors of the wall
+    "Order parameter that follows the nearest fitted wall."
+    z, slopes = W @ u + 0j, np.zeros((len(u), 6), complex)
+    if not fits: return z, slopes
+    away = np.array([np.where(use, cKDTree(at).query(yx)[0], np.inf) for *_, at, use in fits])
+    for k, (p, cov, *_) in enumerate(fits):
+        mine = (away.argmin(0) == k) & np.isfinite(away[k]) & (np.diff(W.indptr) > 0)
+        def turned(p):
+            Q, phi = _wall_order(p, yx)
+            return (Q * np.exp(1j * phi) - W @ displacement(Q, phi, n, u0_pm, p0_pm))[mine]
+        step = np.linalg.cholesky(cov + 1e-12 * np.eye(6))
+        z[mine] += turned(p)
+        slopes[mine] = np.stack([turned(p + 0.1 * s) - turned(p - 0.1 * s) for s in step.T], 1) / 0.2
+    return z, slopes

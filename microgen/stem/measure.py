@@ -18,7 +18,7 @@ from scipy.spatial import cKDTree
 from ..core import InputError, Micrograph
 from .column import _check_image, _fit, find_columns
 from .crystal import load_structure, trimer
-from .domain import _WIDE, _domains, _no_walls, _polar, _spacings, _wave_weights, find_walls
+from .domain import _WIDE, _beside_walls, _domains, _fit_walls, _no_walls, _polar, _spacings, _wall_tables, _wave_weights
 from .lattice import reference_columns, sublattices
 from .order import polarisation, state_of
 
@@ -90,24 +90,24 @@ class Measurement:
     def save(self,
              out, # folder
             ) -> Path: # the folder, with columns.csv, walls.csv, wall_rows.csv, maps/*.tif, overlay.png, measurement.json
-        "Write tables, maps and an overlay picture."
+        "Write tables, maps and an overlay picture: all of it, or nothing."
         from matplotlib.figure import Figure
-        from microgen.io import atomic_path, provenance, write_csv, write_json, write_tiff
-        out = Path(out)
-        (out / "maps").mkdir(parents=True, exist_ok=True)
-        for name in ("columns", "walls", "wall_rows"): write_csv(out / f"{name}.csv", getattr(self, name))
-        for name, data in self.maps.items(): write_tiff(out / "maps" / f"{name}.tif", data, self.micrograph.pixel_size)
+
+        from microgen.io import atomic_folder, provenance, write_csv, write_json, write_tiff
         fig = Figure(figsize=(8, 8 * self.micrograph.fov[0] / self.micrograph.fov[1] + 0.2), layout="tight")
         self.show(ax=fig.add_subplot())
-        with atomic_path(out / "overlay.png") as path: fig.savefig(path, dpi=150, format="png")
-        write_json(out / "measurement.json", {**provenance(), **self.settings, "image": self.micrograph.source})
-        return out
+        with atomic_folder(out) as folder:
+            for name in ("columns", "walls", "wall_rows"): write_csv(folder / f"{name}.csv", getattr(self, name))
+            for name, data in self.maps.items(): write_tiff(folder / "maps" / f"{name}.tif", data, self.micrograph.pixel_size)
+            fig.savefig(folder / "overlay.png", dpi=150, format="png")
+            write_json(folder / "measurement.json", {**provenance(), **self.settings, "image": self.micrograph.source})
+        return Path(out)
 
 # %% ../../nbs/14_stem.measure.ipynb #bede3750
 def measure(micrograph,        # Micrograph, or anything `as_micrograph` takes
             structure=None,    # pymatgen Structure, shipped name or path of a CIF file; None: sublattices by brightness
             smooth_nm=0.3,     # radius of the frame that displacements refer to, nm
-            triples=None,      # 1 or 3 triples for one value of (Q, phi); None: 3 where single ones err by more than 4°
+            triples=None,      # 1, 3 or 9 triples for one value of (Q, phi); None: the fewest that err by less than 4°, or 9
             **kwargs,          # zone, up, rotation_deg of `reference_columns`
            ) -> Measurement: # tables of columns and walls, maps
     """Measure the columns of an image: positions, displacements and, for h-RMnO3, order parameter and walls.
@@ -127,8 +127,7 @@ def measure(micrograph,        # Micrograph, or anything `as_micrograph` takes
     constants = trimer(load_structure(structure)) if structure is not None else None
     walls = _no_walls()
     if constants and (table.trimer >= 0).sum() >= 3:
-        table = _add_order(table, constants, triples)
-        walls = find_walls(table[table.trimer >= 0], constants.u0_pm, constants.p0_pm)
+        table, walls = _add_order(table, constants, triples)
         settings.update(u0_pm=constants.u0_pm, p0_pm=constants.p0_pm)
     settings["residual_sd"] = float(fit.residual.std())
     table = table.rename(columns=dict(yc_nm="y_crystal_nm", xc_nm="x_crystal_nm"))
@@ -161,23 +160,26 @@ def _add_displacement(table, T, smooth_nm): # -> with up_pm, right_pm, disp_pm, 
     table["y0_nm"], table["x0_nm"] = table.y_nm - shift[:, 0], table.x_nm - shift[:, 1]
     return table
 
-def _add_order(table, constants, triples): # -> with phi, Q, errors, polarity, state, region of the R columns
-    "Order parameter and domains of the R columns."
+def _add_order(table, constants, triples): # -> with phi, Q, errors, polarity, state, region of the R columns; walls, rows
+    "Order parameter, domains and walls of the R columns."
     r = table.index[table.trimer >= 0]
-    t = table.loc[r]
+    t = table.loc[r].reset_index(drop=True)
     yx, n, u = t[["yc_nm", "xc_nm"]].to_numpy(), t.trimer.to_numpy(), t.disp_pm.to_numpy()
     a, rows = _spacings(yx)
     var = t.disp_se_pm.to_numpy() ** 2
-    for k in (triples,) if triples else (1, 3):
+    for k in (triples,) if triples else (1, 3, 9):
         W = _wave_weights(yx, n, constants.u0_pm, a, k)
         phi, Q, phi_se, Q_se = _polar(W @ u, W, var)
         if np.nanmedian(phi_se) < _WIDE: break
-    z = Q * np.exp(1j * phi)
-    state, region = _domains(yx, z, np.hypot(Q * phi_se, Q_se) / np.sqrt(2), a, rows)
+    state, region = _domains(yx, Q * np.exp(1j * phi), np.hypot(Q * phi_se, Q_se) / np.sqrt(2), a, rows)
+    t = t.assign(phi=phi, region=region)
+    fits = _fit_walls(t, constants.u0_pm, constants.p0_pm, 2.0)
+    z, slopes = _beside_walls(W, yx, n, u, fits, constants.u0_pm, constants.p0_pm)
+    phi, Q, phi_se, Q_se = _polar(z, sparse.hstack([W, slopes]).tocsr(), np.r_[var, np.ones(6)])
     new = dict(phi=phi, Q=Q, phi_se=phi_se, Q_se=Q_se, polarity=np.sign(polarisation(Q, phi)), region=region)
     for c, v in new.items(): table.loc[r, c] = v
     table.loc[r, "state"] = state_of(state * np.pi / 3)
-    return table
+    return table, _wall_tables(t, fits, constants.u0_pm, constants.p0_pm)
 
 def _maps(table, m): # -> name -> (H, W) float32
     "Displacement of the nearest column, and Q exp(i phi) drawn linearly from column to column."
