@@ -14,7 +14,8 @@ from fastai.learner import Learner
 from torch import nn
 
 from ..core import InputError
-from .pix2pix import Pix2Pix, ambient, pix2pix_learner
+from .loss import ambient, read_batch
+from .pix2pix import Pix2Pix, pix2pix_learner
 from ..nets.loss import ssim
 from ..nets.unet import Drawn, Encoder, UNet
 
@@ -24,6 +25,8 @@ EXPERTS = ("film", "attention")
 
 class Router(nn.Module):
     "Two generators, and for each class the one that draws it."
+    nets = tuple(f"experts.{name}" for name in EXPERTS)  # what begins with the U-Net of another run
+
     def __init__(self,
         in_ch: int,          # channels of the maps
         experts,             # for each class a name of `EXPERTS`
@@ -33,6 +36,7 @@ class Router(nn.Module):
         z_dim: int = 8,      # length of the latent variable
         norm: str = "instance", # see `microgen.nets.blocks.NORMS`
         seed: int = 0,       # seed of the weights
+        n_props: int = 0,    # properties, such as the dose
     ):
         super().__init__()
         if unknown := set(experts) - set(EXPERTS):
@@ -41,33 +45,33 @@ class Router(nn.Module):
             raise InputError(f"{len(experts)} experts are named for {n_classes} classes: name one per class.")
         self.in_ch, self.z_dim, self.n_classes, self.explore = in_ch, z_dim, n_classes, 0.0
         self.experts = nn.ModuleDict({
-            name: UNet(in_ch, 1, base, depth, n_classes, z_dim, norm, name == "attention", seed + k)
+            name: UNet(in_ch, 1, base, depth, n_classes, z_dim, norm, name == "attention", seed + k, n_props)
             for k, name in enumerate(EXPERTS)})
         self.encoder = Encoder(in_ch + 1, z_dim, max(8, base // 4), seed) if z_dim else None
         self.register_buffer("route", torch.tensor([EXPERTS.index(name) for name in experts]))
 
-    def forward(self, maps, label=None, z=None, noise=None): return self.draw(maps, label, z, noise).image
+    def forward(self, maps, label=None, props=None): return self.draw(maps, label, props=props).image
 
     def draw(self,
         maps: torch.Tensor, # (B, in_ch, H, W)
         label=None,         # (B,) int64; without a class the first expert draws
         z=None,             # (B, z_dim)
         noise=None,         # (B, 1, H, W)
+        domain=None,        # (B,) 0 simulated, 1 real
+        props=None,         # (B, n_props)
         expert: str | None = None, # this one for all images
-    ) -> Drawn: # as of `UNet.draw`; the mask is that of the expert with attention, for all images
+    ) -> Drawn: # as of `UNet.draw`; the wall is what the expert with attention finds, for all images
         "Send each image to its expert."
-        which = self.assign(label, len(maps), maps.device) if expert is None else None
-        mask = self.experts["attention"].attention(maps)
-        if which is None: return self.experts[expert].draw(maps, label, z, noise)._replace(mask=mask)
-        parts, order = [], []
+        told, wall = (label, z, noise, domain, props), self.experts["attention"].attention(maps)
+        if expert is not None: return self.experts[expert].draw(maps, *told)._replace(wall=wall)
+        which, parts, order = self.assign(label, len(maps), maps.device), [], []
         for k, name in enumerate(EXPERTS):
             rows = torch.where(which == k)[0]
             if not len(rows): continue
-            own = [None if v is None else v[rows] for v in (label, z, noise)]
-            parts.append(self.experts[name].draw(maps[rows], *own)[:3])
+            parts.append(self.experts[name].draw(maps[rows], *(None if v is None else v[rows] for v in told))[:3])
             order.append(rows)
         back = torch.argsort(torch.cat(order))
-        return Drawn(*(torch.cat(p)[back] for p in zip(*parts)), mask)
+        return Drawn(*(torch.cat(p)[back] for p in zip(*parts)), wall)
 
     def assign(self,
         label,  # (B,) int64, or None
@@ -113,7 +117,7 @@ def router_learner(
 @torch.no_grad()
 def expert_table(
     model: Pix2Pix,   # a `RouterPix2Pix`
-    batches,          # batches (maps, label, ..., image), such as `dls.valid`
+    batches,          # batches of `microgen.data.load`, such as `dls.valid`; images without maps are left out
     vocab,            # class names
 ) -> pd.DataFrame: # per class: n, SSIM of each, their difference and its error, winner, who draws now
     """Let both experts draw every image, and compare them class by class.
@@ -123,11 +127,11 @@ def expert_table(
     training, rows = model.training, []
     model.eval()
     for batch in batches:
-        maps, label, image = (t.as_subclass(torch.Tensor) for t in (batch[0], batch[1], batch[-1]))
-        drawn = {name: g.draw(maps, label, expert=name).image for name in EXPERTS}
-        for i in range(len(maps)):
-            scores = {name: float(ssim(d[i:i + 1], image[i:i + 1])) for name, d in drawn.items()}
-            rows.append({"label": vocab[label[i]], **scores})
+        b = read_batch(tuple(t.as_subclass(torch.Tensor) for t in batch))
+        drawn = {name: g.draw(b.maps, b.label, props=b.props, expert=name).image for name in EXPERTS}
+        for i in torch.where(b.paired)[0].tolist():
+            scores = {name: float(ssim(d[i:i + 1], b.image[i:i + 1])) for name, d in drawn.items()}
+            rows.append({"label": vocab[b.label[i]], **scores})
     model.train(training)
     return _compare(pd.DataFrame(rows), [EXPERTS[k] for k in g.route], vocab)
 
