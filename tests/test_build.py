@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from microgen.cli import app
-from microgen.core import Micrograph, MicrogenError
+from microgen.core import InputError, Micrograph, MicrogenError
 from microgen.data.build import build, read_recipe
 from microgen.data.item import Simulated, paths, write_item
 from microgen.data.particles import ParticleRecipe
@@ -118,7 +118,7 @@ def test_too_little_room_is_said_before_the_first_image(recipe, tmp_path, monkey
 
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(MicrogenError, match="GB free"): build(recipe, tmp_path / "set", workers=1)
-    assert not list((tmp_path / "set").glob("images/*/*"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_metadata_holds_what_a_learner_needs(walls):
@@ -208,6 +208,154 @@ def test_the_folder_is_what_the_hub_calls_an_imagefolder(recipe, whole):
     table = pd.read_csv(whole / "metadata.csv")
     assert table.columns[0] == "file_name" and all((whole / name).is_file() for name in table.file_name)
     assert len(table) == recipe.n
+
+
+# --- Recipes that cannot be right: one sentence, and nothing is written
+
+NAN, INF = float("nan"), float("inf")
+BAD_WALLS = [
+    ({"thickness_nm": (10, 5)}, "low not above high"), ({"thickness_nm": (5,)}, "pair"), ({"thickness_nm": (0, 5)}, "more than 0"),
+    ({"thickness_nm": "thick"}, "thickness_nm is 'thick'"), ({"thickness_nm": (5, 5000)}, "at most 1000"), ({"rotation_deg": (1, -1)}, "low not above"),
+    ({"defocus_nm": (NAN, 1)}, "finite"), ({"defocus_nm": (0, INF)}, "finite"), ({"roughness_nm": (-1, -0.5)}, "at least 0"),
+    ({"n": 2.5}, "whole"), ({"n": "a"}, "whole"), ({"n": None}, "whole"), ({"size": 64.5}, "whole"), ({"seed": 1.5}, "whole"),
+    ({"pixel_size": "x"}, "pixel_size is 'x'"), ({"pixel_size": (0.02, 0.03)}, "number"), ({"shares": ("a", "b", "c")}, "shares"),
+    ({"shares": 3}, "shares"), ({"splits": None}, "splits"), ({"splits": (NAN, 1, 1)}, "splits"), ({"voltage_kV": "high"}, "voltage_kV"),
+    ({"semiangle_mrad": 500}, "semiangle_mrad"), ({"walls": 3}, "no wall"), ({"pixel_size": 0.1}, "use at most 89 pm"),
+    ({"pixel_size": 1e-5}, "too many for memory"), ({"pixel_size": 1e-9}, "too many for memory"),
+    ({"pixel_size": 1e-9, "preset": "ideal"}, "too fine"), ({"size": 10**6}, "too many for memory")]
+BAD_PARTICLES = [
+    ({"n": 2.5}, "whole"), ({"size": "a"}, "whole"), ({"seed": None}, "whole"), ({"shares": ("a",)}, "shares"), ({"splits": "abc"}, "splits"),
+    ({"pixel_size": "x"}, "pixel_size"), ({"pixel_size": (4, 2)}, "low not above high"), ({"pixel_size": NAN}, "pixel_size"),
+    ({"presets": 3}, "no preset")]
+
+
+@pytest.mark.parametrize("kind, wrong, why", [(Recipe, *c) for c in BAD_WALLS] + [(ParticleRecipe, *c) for c in BAD_PARTICLES],
+                         ids=lambda o: repr(o)[:40])
+def test_a_recipe_that_cannot_be_right_writes_nothing(kind, wrong, why, tmp_path):
+    with pytest.raises(InputError, match=why) as error:
+        build(kind(**{"n": 2, "size": 64} | wrong), tmp_path / "set", workers=1)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_the_command_refuses_a_reversed_range_and_writes_nothing(tmp_path):
+    done = CliRunner().invoke(app, ["simulate", "--thickness", "10,5", "--n", "2", "--out", str(tmp_path / "set")])
+    assert done.exit_code == 1 and "low not above high" in done.output and len(done.output.strip().splitlines()) == 1, done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_nearly_right_is_made_right():
+    recipe = Recipe(thickness_nm=7.0, n=np.int64(2), shares=[1, 2, 3], rotation_deg=[-1, 1], structure=Path("YMnO3"))
+    assert (recipe.thickness_nm, recipe.rotation_deg, recipe.shares, recipe.structure) == ((7.0, 7.0), (-1.0, 1.0), (1.0, 2.0, 3.0), "YMnO3")
+    assert Recipe.from_dict(json.dumps(recipe.to_dict())) == recipe
+
+
+def test_the_coarsest_pixel_is_that_of_the_crystal():
+    "Two pixels per distance of the R columns: in InMnO3, with the smaller cell, fewer pm than in DyMnO3."
+    limits = {}
+    for name in ("InMnO3", "DyMnO3"):
+        with pytest.raises(InputError, match="use at most") as error: Recipe(structure=name, pixel_size=0.2).rehearse()
+        limits[name] = int(str(error.value).split("use at most ")[1].split(" pm")[0])
+        Recipe(structure=name, pixel_size=1e-3 * (limits[name] - 1)).rehearse()
+    assert limits["InMnO3"] < limits["DyMnO3"]
+
+
+@pytest.mark.parametrize("out, why", [("/proc/x", "make room"), ("file.tif", "it is a file"), ("file.tif/x", "its folder is a file")])
+def test_a_folder_that_cannot_be_made_is_one_sentence(out, why, tmp_path):
+    (tmp_path / "file.tif").write_text("x")
+    with pytest.raises(MicrogenError, match=why): build(RECIPES[0], tmp_path / out, workers=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["file.tif"]
+
+
+# --- Crystals of one's own
+
+
+@pytest.fixture
+def cif(tmp_path):
+    "A function that writes a CIF: the shipped YMnO3 with changes."
+    from importlib.resources import files
+
+    def write(*changes, name="mine.cif"):
+        text = (files("microgen") / "structures" / "YMnO3.cif").read_text(encoding="utf-8")
+        for old, new in changes:
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+def partly(share):
+    "The change that leaves the planar oxygen O3 partly empty."
+    from importlib.resources import files
+
+    line = next(o for o in (files("microgen") / "structures" / "YMnO3.cif").read_text(encoding="utf-8").splitlines() if o.startswith("O3 "))
+    return line, line[:-1] + str(share)
+
+
+@pytest.mark.filterwarnings("ignore:.*contradicts itself")
+@pytest.mark.parametrize("share", [0.75, 0.97, 0.9999])
+def test_a_partly_occupied_crystal_is_refused_with_the_remedy(share, cif, tmp_path):
+    recipe = dict(structure=cif(partly(share)), n=1, size=48, pixel_size=0.03)
+    with pytest.raises(InputError, match=rf"partly occupied sites \(O3: O {share}\).*--partial"):
+        build(Recipe(**recipe), tmp_path / "set", workers=1)
+    assert not (tmp_path / "set").exists()
+    done = CliRunner().invoke(app, ["simulate", "--structure", recipe["structure"], "--n", "1", "--out", str(tmp_path / "set")])
+    assert done.exit_code == 1 and "--partial" in done.output and not (tmp_path / "set").exists()
+    out = build(Recipe(**recipe, partial=True), tmp_path / "set", workers=1)
+    assert read_recipe(out).partial and len(pd.read_csv(out / "metadata.csv")) == 1
+
+
+def test_a_mixed_site_is_partly_occupied_too(cif):
+    line = partly(1)[0]
+    with pytest.raises(InputError, match="O 0.9, F 0.1"):
+        Recipe(structure=cif((line, line[:-1] + "0.9\n" + line.replace("O3  O", "F3  F", 1)[:-1] + "0.1"))).rehearse()
+
+
+def test_a_dataset_is_gone_on_with_only_on_the_crystal_it_was_begun_with(cif, tmp_path):
+    recipe = dict(structure=cif(), n=2, size=48, pixel_size=0.03, seed=1)
+    out = build(Recipe(**recipe), tmp_path / "set", workers=1)
+    before = contents(out)
+    (out / "images/00/000001.tif").unlink()
+    cif(("0.2743", "0.2753"))
+    with pytest.raises(InputError, match="the content of its cif is not that of .*mine.cif") as error:
+        build(Recipe(**recipe), out, workers=1)
+    assert len(str(error.value)) < 300
+    Path(recipe["structure"]).unlink()  # the recipe holds what it needs, also when the file is gone
+    assert contents(build(read_recipe(out), out, workers=1)) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*contradicts itself")
+def test_a_replaced_structure_brings_its_own_file(cif):
+    from dataclasses import replace
+
+    mine = Recipe(structure=cif())
+    other = replace(mine, structure=cif(("6.1387", "6.2387"), name="other.cif"))
+    assert mine.crystal.lattice.a == pytest.approx(6.1387) and other.crystal.lattice.a == pytest.approx(6.2387)
+    assert replace(mine, structure="LuMnO3").cif == ()
+
+
+def test_other_versions_are_warned_about(walls, tmp_path, recwarn):
+    out = shutil.copytree(walls, tmp_path / "set")
+    (out / "images/00/000003.tif").unlink()
+    (out / "metadata.csv").unlink()
+    build(RECIPES[0], out, workers=1)
+    assert not [w for w in recwarn if "was begun with" in str(w.message)]
+    held = json.loads((out / "recipe.json").read_text())
+    held["versions"] |= {"microgen": "0.0.1"}
+    (out / "recipe.json").write_text(json.dumps(held))
+    (out / "metadata.csv").unlink()
+    with pytest.warns(UserWarning, match=r"set was begun with microgen 0.0.1 \(now .*choose a new folder"): build(RECIPES[0], out, workers=1)
+
+
+def test_the_centre_of_a_wall_is_where_its_map_has_it(walls):
+    table = pd.read_csv(walls / "metadata.csv")
+    assert list(table)[-3:] == ["center_y_nm", "center_x_nm", "sha256"]
+    assert table.center_x_nm.isna().equals(table.label != "typeC")
+    for i in table.index[table.label == "typeC"]:
+        wall = read(paths(walls, i)[1]).data[4] > 0
+        row = round(table.center_y_nm[i] / 0.03)
+        assert np.flatnonzero(wall[row]).mean() * 0.03 == pytest.approx(table.center_x_nm[i], abs=0.25)
 
 
 # --- The command

@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import shutil
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pandas as pd
 
 from ..core import InputError, MicrogenError, require
 from .item import DatasetRecipe, paths
-from ..io import provenance, write_csv, write_json
+from ..io import make_folder, provenance, write_csv, write_json
 from ..progress import progress_bar
 
 # %% ../../nbs/40_data.build.ipynb #dcc449cd
@@ -83,8 +84,8 @@ def build(
         raise InputError(f"workers is {workers}: give at least 1, or None.")
     out = Path(out).absolute()
     recipe.rehearse()
-    _refuse_file(out)
-    out.mkdir(parents=True, exist_ok=True)
+    _check_space(recipe, out)
+    make_folder(out)
     try:
         with FileLock(out / ".lock", timeout=0):
             _claim(recipe, out)
@@ -96,11 +97,6 @@ def build(
     return out
 
 
-def _refuse_file(out):
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file: choose a folder for the dataset.")
-
-
 def _claim(recipe, out):
     "Write recipe.json, or check that the folder holds the same recipe."
     file = out / "recipe.json"
@@ -109,11 +105,26 @@ def _claim(recipe, out):
         if strangers: raise InputError(f"{out} is not empty (it holds {strangers[0]}): choose a new folder.")
         write_json(file, {"kind": recipe.kind, "recipe": recipe.to_dict(), **provenance(recipe.seed)})
     held = read_recipe(out)
-    if held == recipe: return
+    if held != recipe: raise InputError(f"{out} holds another dataset ({_difference(held, recipe)}): choose a new folder.")
+    if not (out / "metadata.csv").exists(): _warn_of_versions(out, json.loads(file.read_text(encoding="utf-8")))
+
+
+def _difference(held, recipe):
+    "The first field in which two recipes differ; texts as long as a file are not printed."
     there, here = ({"kind": r.kind, **r.to_dict()} for r in (held, recipe))
-    name = next(key for key in there if there[key] != here[key])
-    raise InputError(f"{out} holds another dataset ({name} is {there[name]!r} there and {here[name]!r} "
-                     "here): choose a new folder.")
+    name = next(key for key in there if there[key] != here.get(key))
+    texts = repr(there[name]), repr(here.get(name))
+    if max(map(len, texts)) > 200: return f"the content of its {name} is not that of {here.get('structure', 'now')}"
+    return f"{name} is {texts[0]} there and {texts[1]} here"
+
+
+def _warn_of_versions(out, held):
+    "Say which packages have changed since a dataset was begun."
+    there, here = held.get("versions", {}), provenance()["versions"]
+    changed = [f"{k} {there[k]} (now {here[k]})" for k in there if k in here and there[k] != here[k]]
+    if changed:
+        warnings.warn(f"{out.name} was begun with {', '.join(changed)}: images made now may differ from those made then in "
+                      "more than their seed. Install those versions, or choose a new folder, where bytes matter.", stacklevel=4)
 
 
 def _sweep(out):
@@ -125,7 +136,6 @@ def _sweep(out):
 def _make_missing(recipe, out, workers, scheduler, progress):
     todo = [i for i in range(recipe.n) if not paths(out, i)[0].exists()]
     if not todo: return
-    _check_space(recipe, out, len(todo))
     size = max(1, min(16, len(todo) // (4 * (workers or 2))))
     chunks = [todo[i:i + size] for i in range(0, len(todo), size)]
     spread, where = (_cluster, scheduler) if scheduler else (_local, workers)
@@ -135,9 +145,10 @@ def _make_missing(recipe, out, workers, scheduler, progress):
         for count in made: advance(count)
 
 
-def _check_space(recipe, out, n):
-    need = n * (4 * recipe.size**2 * 3 + 40_000)
-    free = shutil.disk_usage(out).free
+def _check_space(recipe, out):
+    missing = sum(not paths(out, i)[0].exists() for i in range(recipe.n))
+    need = missing * (4 * recipe.size**2 * 3 + 40_000)
+    free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.is_dir())).free
     if need > free:
         raise MicrogenError(f"The dataset needs about {need / 1e9:.1f} GB and {out} has {free / 1e9:.1f} GB "
                             "free: make room, or ask for fewer or smaller images.")

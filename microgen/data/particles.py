@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..check import check_number, check_numbers, check_range
 from ..core import InputError, Micrograph
 from .item import DatasetRecipe, Simulated, paths, write_item
 from ..io import read
@@ -68,14 +69,22 @@ class ParticleRecipe(DatasetRecipe):
 
 
 def _check(r):
-    object.__setattr__(r, "presets", (r.presets,) if isinstance(r.presets, str) else tuple(r.presets))
+    "Every setting as it should be, or one sentence."
+    put = lambda name, value: object.__setattr__(r, name, value)
+    names = (r.presets,) if isinstance(r.presets, str) else r.presets if isinstance(r.presets, (tuple, list)) else ()
+    put("presets", tuple(names))
     if not r.presets: raise InputError("The recipe names no preset: give one at least, such as 'spheres'.")
     try: settings = dict(r.settings)
     except (TypeError, ValueError):
         raise InputError(f"settings are {r.settings!r}: give a dict, such as {{'gsd': (1.2, 1.6)}}.") from None
     for name in ("size", "pixel_size"):
         if name in settings: raise InputError(f"Give {name} to the recipe itself, not among its settings.")
-    object.__setattr__(r, "settings", tuple(sorted(settings.items())))
+    put("settings", tuple(sorted(settings.items())))
+    for name in ("n", "size", "seed"): put(name, check_number(name, getattr(r, name), whole=True))
+    for name in ("shares", "splits"):
+        if getattr(r, name) is not None or name == "splits": put(name, check_numbers(name, getattr(r, name)))
+    if isinstance(r.pixel_size, (tuple, list)): put("pixel_size", check_range("pixel_size", r.pixel_size, 0, above=True))
+    elif r.pixel_size is not None: put("pixel_size", check_number("pixel_size", r.pixel_size, 0, above=True))
     r.check()
     try: list(map(r.scene, r.presets))
     except InputError: raise

@@ -6,17 +6,21 @@
 __all__ = ['TABLE', 'Recipe', 'Draw', 'draw', 'simulate']
 
 # %% ../../nbs/39_data.walls.ipynb #b9377c25
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from pymatgen.core import Structure
 
+from ..check import check_number, check_numbers, check_range
 from ..core import InputError, Micrograph
 from .item import DatasetRecipe, Simulated, write_item
 from ..scan import acquire, mistilt, preset, rim_px
 from ..stem.crystal import columns
-from ..stem.render import Probe, haadf
+from ..stem.render import Probe, check_pixel, haadf
+from ..stem.structure import _shipped, load_structure, partial_sites, structure_of
 from ..stem.wall import displace, label, truth_maps, wall
 
 # %% ../../nbs/39_data.walls.ipynb #762277ff
@@ -38,6 +42,8 @@ class Recipe(DatasetRecipe):
     roughness_nm: tuple = (0.0, 0.1)         # range of wall roughness (standard deviation)
     voltage_kV: float = 200.0                # acceleration voltage
     semiangle_mrad: float = 22.0             # convergence semi-angle
+    partial: bool = False                    # accept partly occupied sites: 0.75 of a site is 0.75 of an atom
+    cif: tuple = field(default=(), repr=False) # the structure's file and its text, read when not given
 
     kind = "walls"
 
@@ -48,10 +54,23 @@ class Recipe(DatasetRecipe):
         "The walls: the labels."
         return self.walls
 
+    @property
+    def crystal(self) -> Structure: # pymatgen structure
+        "The crystal that the images show."
+        return _crystal(self.structure, self.cif)
+
     def rehearse(self) -> None:
-        "Meet the errors of a structure, a thickness or a wall before anything is written."
-        for thickness in self.thickness_nm: crystal = columns(self.structure, (2, 2), thickness)
-        for name in self.walls: displace(crystal, wall(name, (2, 2)))
+        "Meet the errors of a structure, a thickness, a wall or a pixel size before anything is written."
+        if not self.partial and (parts := partial_sites(self.crystal)):
+            raise InputError(f"{self.structure} has partly occupied sites ({'; '.join(parts[:4])}): give a CIF with whole "
+                             "atoms, or accept parts of an atom by partial=True (--partial).")
+        for thickness in self.thickness_nm: view = columns(self.crystal, (2, 2), thickness)
+        for name in self.walls: displace(view, wall(name, (2, 2)))
+        side = self.size + 2 * rim_px(self.preset, (self.size, self.size), self.pixel_size)
+        apart = check_pixel(view, self.pixel_size, (side, side))
+        if self.size * self.pixel_size < apart:
+            raise InputError(f"A pixel of {self.pixel_size:g} nm is too fine: {self.size} of them show less than the "
+                             f"{apart:.3f} nm between two columns; use at least {apart / self.size:.2g} nm.")
 
     def make(self,
         out,        # dataset folder
@@ -74,16 +93,38 @@ class Recipe(DatasetRecipe):
         return {"split": d.split, "label": d.label, **_about(self, d, _thickness(self, d.thickness))}
 
 
+_RANGES = {"thickness_nm": (0, 1000), "rotation_deg": (-360, 360), "defocus_nm": (-1000, 1000), "roughness_nm": (0, 100)}
+
+
 def _check(r):
-    object.__setattr__(r, "walls", (r.walls,) if isinstance(r.walls, str) else tuple(r.walls))
+    "Every setting as it should be, or one sentence."
+    put = lambda name, value: object.__setattr__(r, name, value)
+    put("walls", (r.walls,) if isinstance(r.walls, str) else tuple(r.walls) if isinstance(r.walls, (tuple, list)) else ())
     if not r.walls: raise InputError("The recipe names no wall: give at least one, such as walls=('UP',).")
     for name in r.walls: wall(name)
     preset(r.preset)
+    for name in ("n", "size", "seed"): put(name, check_number(name, getattr(r, name), whole=True))
+    for name in ("shares", "splits"):
+        if getattr(r, name) is not None or name == "splits": put(name, check_numbers(name, getattr(r, name)))
     r.check()
-    if not r.pixel_size > 0: raise InputError(f"pixel_size is {r.pixel_size}: give a positive number, nm.")
-    if r.pixel_size > 0.05:
-        raise InputError(f"A pixel of {r.pixel_size} nm is too coarse for the lattice, whose columns are "
-                         "0.177 nm apart: use at most 0.05 nm.")
+    for name in ("pixel_size", "voltage_kV", "semiangle_mrad"): put(name, check_number(name, getattr(r, name), 0, above=True))
+    for name, (low, high) in _RANGES.items():
+        put(name, check_range(name, getattr(r, name), low, high, above=name == "thickness_nm"))
+    Probe(r.voltage_kV, r.semiangle_mrad)
+    put("structure", str(r.structure))
+    put("partial", bool(r.partial))
+    if r.cif[:1] != (r.structure,): put("cif", _held(r.structure))
+
+
+def _held(structure, max_bytes=2**24):
+    "The file of a structure and its text; nothing for a shipped one, and for a file that is none or too large for one."
+    file = Path(structure)
+    if structure in _shipped() or not file.is_file() or file.stat().st_size > max_bytes: return ()
+    return structure, file.read_text(encoding="utf-8", errors="replace")
+
+
+@lru_cache(maxsize=8)
+def _crystal(structure, cif): return structure_of(cif[1], Path(structure).name) if cif else load_structure(structure)
 
 # %% ../../nbs/39_data.walls.ipynb #730e0e2d
 class Draw(NamedTuple):
@@ -130,7 +171,7 @@ def simulate(
     "Simulate one image of a recipe."
     d, px = draw(recipe, index), recipe.pixel_size
     shape = (recipe.size + 2 * d.rim,) * 2
-    crystal = columns(recipe.structure, d.fov, d.thickness, origin=d.origin, rotation_deg=d.rotation)
+    crystal = columns(recipe.crystal, d.fov, d.thickness, origin=d.origin, rotation_deg=d.rotation)
     bent = displace(crystal, d.field)
     tilted = mistilt(bent, d.scan.mistilt_mrad, d.scan.mistilt_deg)
     ideal = haadf(tilted, px, d.probe, shape)
@@ -151,14 +192,16 @@ def _about(recipe, d, thickness):
         "rotation_deg": d.rotation, "defocus_nm": d.probe.defocus_nm, "roughness_nm": wall["roughness_nm"],
         "mistilt_mrad": scan.mistilt_mrad, "mistilt_deg": scan.mistilt_deg}
     numbers = {key: np.nan if value is None else float(value) for key, value in numbers.items()}
-    return numbers | {"charge": wall["charge"], "preset": recipe.preset, "seed": recipe.seed}
+    place = {f"center_{k}_nm": wall[f"center_{k}_nm"] for k in "yx"}
+    place = {k: np.nan if v is None else float(v - d.rim * recipe.pixel_size) for k, v in place.items()}
+    return numbers | {"charge": wall["charge"], "preset": recipe.preset, "seed": recipe.seed, **place}
 
 
 def _thickness(recipe, thickness):
     "Thickness in whole repeats, as `columns` rounds it."
-    repeat = _repeat(recipe.structure)
+    repeat = _repeat(recipe.structure, recipe.cif)
     return int(np.ceil(thickness / repeat - 1e-9)) * repeat
 
 
 @lru_cache(maxsize=8)
-def _repeat(structure): return columns(structure, fov=(1, 1), thickness=0.1).repeat_nm
+def _repeat(structure, cif): return columns(_crystal(structure, cif), fov=(1, 1), thickness=0.1).repeat_nm
