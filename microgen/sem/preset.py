@@ -116,11 +116,18 @@ class Scene:
     def from_json(cls,
         text, # what `to_json` wrote, or the dict it stands for
     ) -> "Scene": # the same settings
-        "Read settings from JSON."
-        held = json.loads(text) if isinstance(text, str) else text
-        return _scene(cls(), {k: _tuples(v) for k, v in held.items()})
+        """Read settings from JSON.
+        Raises: InputError for what is no JSON object, an unknown setting, or a value out of its limits."""
+        return _scene(cls(), {k: _tuples(v) for k, v in _settings(text).items()})
 
 def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, list) else v
+
+def _settings(text):
+    "JSON as a dict."
+    try: held = json.loads(text) if isinstance(text, (str, bytes)) else text
+    except ValueError as e: raise InputError(f"These settings of a Scene are no JSON ({e}); give what Scene.to_json() wrote.") from None
+    if not isinstance(held, dict): raise InputError(f"Settings of a Scene are a JSON object, not a {type(held).__name__}; give what Scene.to_json() wrote.")
+    return held
 
 # %% ../../nbs/32_sem.preset.ipynb #da01da79
 _WORDS = {"mode": ("se", "bf", "haadf"), "law": FAMILIES, "support": ("film", "carbon", "cloud"), "bar": (*BARS, "random")}
@@ -135,25 +142,35 @@ _WHOLE = {"n": 0, "spheres": 2}
 def _checked(name, v):
     "One setting, as it should be."
     if name in _WORDS:
-        if v not in _WORDS[name]:
+        if not isinstance(v, str) or v not in _WORDS[name]:
             raise InputError(f"Scene: {name} is {v!r}; use one of {', '.join(_WORDS[name])}.")
         return v
-    if name == "letter": return str(v)
-    if name == "size":
-        pair = tuple(int(o) for o in v) if isinstance(v, (tuple, list)) else (int(v),)
-        if len(pair) not in (1, 2) or min(pair) < 16:
-            raise InputError(f"Scene: size is {v!r}; give pixels, at least 16, or a pair (H, W).")
-        return pair if isinstance(v, (tuple, list)) else pair[0]
-    if name == "bits":
-        if v not in (None, 8, 16): raise InputError(f"Scene: bits is {v!r}; give 8, 16 or None.")
+    if name == "letter":
+        if not isinstance(v, str): raise InputError(f"Scene: letter is {v!r}; give a text such as '(a)', or ''.")
         return v
-    if name == "shape":
-        names = (v,) if isinstance(v, str) else tuple(k for k, _ in v)
-        if bad := set(names) - set(SHAPES):
-            raise InputError(f"Scene: there is no particle shape {min(bad)!r}; use {', '.join(SHAPES)}.")
-        return v if isinstance(v, str) else tuple((k, float(share)) for k, share in v)
+    if name == "bits":
+        if v is not None and (not isinstance(v, int) or v not in (8, 16)): raise InputError(f"Scene: bits is {v!r}; give 8, 16 or None.")
+        return v
     if v is None and name in ("n", "electrons"): return None
-    return _number(name, v)
+    return {"size": _pixels, "shape": _shapes}.get(name, lambda v: _number(name, v))(v)
+
+def _pixels(v):
+    "Pixels along each side, or a pair."
+    try:
+        pair = tuple(int(o) for o in (v if isinstance(v, (tuple, list)) else [v]))
+        if len(pair) not in (1, 2) or min(pair) < 16: raise ValueError
+    except (TypeError, ValueError, OverflowError): raise InputError(f"Scene: size is {v!r}; give pixels, at least 16, or a pair (H, W).") from None
+    return pair if isinstance(v, (tuple, list)) else pair[0]
+
+def _shapes(v):
+    "A shape, or shapes with their shares."
+    try: pairs = ((v, 1.),) if isinstance(v, str) else tuple((str(k), float(share)) for k, share in v)
+    except (TypeError, ValueError): pairs = ()
+    if not pairs or not all(0 <= share < float("inf") for _, share in pairs) or not sum(share for _, share in pairs):
+        raise InputError(f"Scene: shape is {v!r}; give one of {', '.join(SHAPES)}, or pairs such as (('sphere', 0.7), ('cube', 0.3)).")
+    if bad := {k for k, _ in pairs} - set(SHAPES):
+        raise InputError(f"Scene: there is no particle shape {min(bad)!r}; use {', '.join(SHAPES)}.")
+    return v if isinstance(v, str) else pairs
 
 def _number(name, v):
     "A number, or a range as a tuple."
@@ -180,7 +197,7 @@ def _pick(name, v, u):
 def _scene(base, over):
     "A Scene with some values replaced; an unknown name is an InputError."
     for name in set(over) - set(Scene.__dataclass_fields__):
-        near = get_close_matches(name, Scene.__dataclass_fields__, 1)
+        near = get_close_matches(str(name), Scene.__dataclass_fields__, 1)
         raise InputError(f"Scene has no setting {name!r}; " + (f"did you mean {near[0]!r}?" if near else "see help(Scene)."))
     return replace(base, **over)
 
@@ -188,6 +205,7 @@ def _scene(base, over):
 _ANY = (0., 360.)
 PRESETS = {
     # gold islands on carbon, the classical resolution specimen: bright on dark, small against the field
+    # Source: Cizmar et al. 2008, arXiv:1006.0171 (signal, radius, probe); the other ranges are chosen, no image was fitted
     "gold_on_carbon": Scene(
         pixel_size=(0.8, 2.5), median_nm=(12, 25), gsd=(1.25, 1.6), density_um2=(100, 300), shape=(("sphere",
         0.6), ("ellipsoid", 0.4)), aspect=1.5, clustering=(0, 0.3), cluster_size=3, overlap=(0, 0.1),
@@ -196,6 +214,7 @@ PRESETS = {
         astigmatism=(1, 1.5), astig_deg=_ANY, jitter_nm=(0, 0.4), drift_nm=(0, 5), drift_deg=_ANY,
         electrons=(30, 400), noise_px=(0, 0.6), ramp=(0, 0.15), ramp_deg=_ANY),
     # silica or latex nanospheres: a narrow law, bright rims, some in pairs and chains
+    # Source: EMPS 8d7fc4c578, a figure of doi:10.1016/j.bios.2016.02.056
     "spheres": Scene(
         pixel_size=(3, 6), median_nm=(60, 120), gsd=(1.05, 1.3), density_um2=(5, 25), clustering=(0.2, 0.6),
         cluster_size=(2, 6), packing=0.2, texture=(0.03, 0.1), texture_nm=(5, 40), support_level=(0.05, 0.3),
@@ -203,6 +222,7 @@ PRESETS = {
         shade_deg=_ANY, shadow=(0.1, 0.4), shadow_nm=(20, 50), glow=(0, 0.1), glow_nm=(100, 300), probe_nm=(2,
         5), electrons=(60, 600), noise_px=(0, 0.8), debris_um2=(0, 3), ramp=(0, 0.2), ramp_deg=_ANY),
     # equal spheres in rafts, touching
+    # Source: EMPS 6752c27137, a figure of doi:10.1016/j.powtec.2019.07.029
     "rafts": Scene(
         pixel_size=(4, 6), median_nm=(130, 190), gsd=(1.01, 1.03), density_um2=(8, 22), clustering=(0.85,
         0.98), cluster_size=(10, 60), packing=1., texture=(0.01, 0.03), texture_nm=(20, 200),
@@ -210,6 +230,7 @@ PRESETS = {
         edge=(0.2, 0.4), shade=(0, 0.08), shade_deg=_ANY, shadow=(0.15, 0.4), shadow_nm=(40, 70), probe_nm=(4,
         6), electrons=(500, 3000), noise_px=(0.5, 1), debris_um2=(0, 3), ramp=(0, 0.1), ramp_deg=_ANY),
     # faceted crystals lying flat
+    # Source: EMPS f3b36fb2ab, a figure of doi:10.1016/j.micpath.2017.10.032
     "cubes": Scene(
         pixel_size=(4, 8), median_nm=(90, 150), gsd=(1.25, 1.45), density_um2=(6, 25), shape=(("cube", 0.85),
         ("faceted", 0.15)), aspect=(1.3, 1.7), tilt_deg=(4, 12), clustering=(0, 0.3), cluster_size=2,
@@ -218,6 +239,7 @@ PRESETS = {
         0.3), shadow_nm=(30, 60), glow=(0, 0.1), glow_nm=(60, 200), probe_nm=(5, 9), electrons=(200, 2000),
         noise_px=(0.4, 0.8)),
     # aggregates of sintered primary particles
+    # Source: EMPS 245e1a4826, a figure of doi:10.1016/j.apcatb.2016.08.033
     "agglomerates": Scene(
         pixel_size=(6, 9), median_nm=(100, 140), gsd=(1.2, 1.35), density_um2=(4, 10), shape="agglomerate",
         spheres=(8, 20), texture=(0.02, 0.06), texture_nm=(10, 40), support_level=(0.2, 0.28),
@@ -225,6 +247,7 @@ PRESETS = {
         shade_deg=_ANY, shadow=(0.2, 0.4), shadow_nm=(20, 40), probe_nm=(4, 8), electrons=(150, 1500),
         noise_px=(0.4, 0.8)),
     # hollow looking: bright rim, core as dark as the support
+    # Source: EMPS 9c4905d020, a figure of doi:10.1016/j.colsurfb.2017.09.009
     "rings": Scene(
         pixel_size=(4, 6), median_nm=(110, 160), gsd=(1.08, 1.2), density_um2=(8, 16), clustering=(0.5, 0.9),
         cluster_size=(3, 6), packing=0.2, texture=(0.01, 0.03), texture_nm=(100, 400), support_level=(0.36,
@@ -233,6 +256,7 @@ PRESETS = {
         charging=(-0.6, 0.1), charging_px=(100, 600), probe_nm=(14, 22), electrons=(300, 3000), noise_px=(0.5,
         1.2)),
     # catalyst particles at the resolution limit: many are missed
+    # Source: the kind of image of Boiko et al. 2022, doi:10.3390/nano12213914 (Pd of 1 to 5 nm on carbon); ranges chosen, no image was fitted
     "small": Scene(
         pixel_size=(0.5, 1.2), median_nm=(3, 6), gsd=(1.3, 1.8), density_um2=(1000, 4000), shape=(("sphere",
         0.7), ("faceted", 0.3)), clustering=(0, 0.2), cluster_size=3, texture=(0.03, 0.1), texture_nm=(5, 40),
@@ -240,12 +264,14 @@ PRESETS = {
         1.6), astigmatism=(1, 1.4), astig_deg=_ANY, electrons=(20, 200), detector=(0.01, 0.04), buried=(0,
         0.2), jitter_nm=(0, 0.2), ramp=(0, 0.15), ramp_deg=_ANY),
     # metal on carbon black, secondary electrons
+    # Source: as for `small`; ranges chosen, no image was fitted
     "carbon_black": Scene(
         pixel_size=(0.4, 0.8), median_nm=(3, 6), gsd=(1.3, 1.6), density_um2=(3000, 8000), support="carbon",
         support_nm=(40, 80), support_cover=(0.6, 0.95), texture=(0.05, 0.12), texture_nm=(5, 20),
         support_level=(0.2, 0.3), particle_level=(0.7, 1.), escape_nm=(1, 2), edge=(0.2, 0.5), shadow=(0.3,
         0.8), shadow_nm=(20, 50), probe_nm=(0.7, 1.4), electrons=(30, 200), detector=0.02, buried=(0, 0.3)),
     # supported catalysts in transmission
+    # Source: PtCo1 (bright field) and Ru1 (HAADF) of Genc et al. 2025, doi:10.1016/j.ultramic.2025.114116
     "bright_field": Scene(
         mode="bf", pixel_size=(0.1, 0.25), median_nm=(2.5, 4.5), gsd=(1.3, 1.6), density_um2=(5000, 20000),
         shape=(("faceted", 0.5), ("sphere", 0.3), ("ellipsoid", 0.2)), overlap=0.8, support="carbon",
@@ -268,7 +294,7 @@ def scene_preset(
 ) -> Scene: # ranges and numbers
     """A preset, with settings of your own on top.
     Raises: InputError for an unknown preset or setting."""
-    if name not in PRESETS: raise InputError(f"Unknown scene preset {name!r}; use one of {', '.join(PRESETS)}.")
+    if not isinstance(name, str) or name not in PRESETS: raise InputError(f"Unknown scene preset {name!r}; use one of {', '.join(PRESETS)}.")
     return _scene(PRESETS[name], over)
 
 def as_scene(
