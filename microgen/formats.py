@@ -30,13 +30,17 @@ def _scale_dm_tags(page, tif):
         return (tags[65010], tags[65009]), (tags[65004], tags[65003])
 
 # %% ../nbs/00c_formats.ipynb #4138af81
+_PAPER = ("inch", "inches", "cm", "mm", "m", "meter", "metre")
+
+# %% ../nbs/00c_formats.ipynb #c4d70c1f
 def _scale_imagej(page, tif):
     "ImageJ: the unit in the description, pixels per unit in the resolution tags."
     if not page.is_imagej or not {"XResolution", "YResolution"} <= {t.name for t in page.tags}: return None
     described = tif.imagej_metadata or {}
-    y, x = (Fraction(*page.tags[k].value) for k in ("YResolution", "XResolution"))
-    unit = described.get("unit") or ""
-    return (float(1 / y), float(1 / x)), (described.get("yunit") or unit, unit)
+    y, x = (float(1 / Fraction(*page.tags[k].value)) for k in ("YResolution", "XResolution"))
+    unit = str(described.get("unit") or "")
+    if unit.strip().lower() in _PAPER and to_nm(max(y, x), unit) >= 1e4: return None
+    return (y, x), (described.get("yunit") or unit, unit)
 
 # %% ../nbs/00c_formats.ipynb #310b61b9
 def _scale_fei(page, tif):

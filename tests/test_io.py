@@ -241,9 +241,17 @@ def test_a_missing_unit_names_three_ways(tmp_path):
     (tmp_path / "blank.dm4").write_bytes(samples.dm(samples.image(), unit=""))
     tifffile.imwrite(tmp_path / "imagej.tif", samples.image(), imagej=True, resolution=(50, 50))
     tifffile.imwrite(tmp_path / "pixel.tif", samples.image(), imagej=True, resolution=(1, 1), metadata={"unit": "pixel"})
+    for unit, per in (("inch", 72), ("cm", 72 / 2.54), ("mm", 7.2 / 2.54), ("m", 7200 / 2.54), ("inch", 600)):  # what ImageJ makes of 72 and 600 dpi
+        tifffile.imwrite(tmp_path / f"paper_{unit}_{per:.0f}.tif", samples.image(), imagej=True, resolution=(per, per), metadata={"unit": unit})
     for path in tmp_path.iterdir():
         with pytest.raises(UncalibratedError, match="pixel_size=.*--pixel-size.*calibration"):
             read(path)
+
+
+def test_large_units_are_lengths_where_the_pixel_is_small(tmp_path):
+    for unit, nm in (("inch", 25.4e6), ("cm", 1e7), ("mm", 1e6), ("m", 1e9)):
+        tifffile.imwrite(tmp_path / "a.tif", samples.image(), imagej=True, resolution=(nm / 500, nm / 500), metadata={"unit": unit})
+        assert read(tmp_path / "a.tif").pixel_size == pytest.approx((500, 500), rel=1e-6)
 
 
 def test_diffraction_patterns_of_tia_and_gatan_are_refused(tmp_path):

@@ -38,7 +38,7 @@ def _tags(text: str) -> dict:
     return dict(next(iter(CifFile.from_str(text).data.values())).data)
 
 # %% ../../nbs/09_stem.structure.ipynb #c417372d
-def structures() -> pd.DataFrame: # one row per shipped structure: name, phase, a_A, c_A, source
+def structures() -> pd.DataFrame: # one row per shipped structure: name, phase, a_A, c_A, checked, source
     "List the crystal structures that come with microgen."
     rows = []
     for name, file in _shipped().items():
@@ -46,8 +46,8 @@ def structures() -> pd.DataFrame: # one row per shipped structure: name, phase, 
         source = f"cell: {tags['_microgen_cell_source']}; positions: {tags['_microgen_positions_source']}"
         if "_citation_DOI" in tags: source += f"; doi:{tags['_citation_DOI']}"
         rows.append((name, tags["_space_group_name_H-M_alt"].replace(" ", "").replace("63", "6_3"),
-                     _number(tags["_cell_length_a"]), _number(tags["_cell_length_c"]), source))
-    return pd.DataFrame(rows, columns=["name", "phase", "a_A", "c_A", "source"])
+                     _number(tags["_cell_length_a"]), _number(tags["_cell_length_c"]), tags["_microgen_checked"], source))
+    return pd.DataFrame(rows, columns=["name", "phase", "a_A", "c_A", "checked", "source"])
 
 # %% ../../nbs/09_stem.structure.ipynb #5b1ebc69
 def _parse(text: str, poscar: bool) -> Structure:
@@ -141,7 +141,7 @@ def partial_sites(structure: Structure # any structure
                   ) -> list: # such as ["O3: O 0.75"], one for each label; [] when every site holds one whole atom
     "Name the sites of a crystal that are not occupied by one whole atom."
     partial = [s for s in structure if len(s.species) > 1 or abs(s.species.num_atoms - 1) > 1e-6]
-    words = (f"{s.label}: " + ", ".join(f"{e.symbol} {n:.4g}" for e, n in s.species.items()) for s in partial)
+    words = (s.label.split(":")[0] + ": " + ", ".join(f"{e.symbol} {n:.4g}" for e, n in s.species.items()) for s in partial)
     return list(dict.fromkeys(words))
 
 # %% ../../nbs/09_stem.structure.ipynb #c8287f54
