@@ -13,7 +13,7 @@ pytest.importorskip("fastai")
 import tifffile
 import torch
 
-from microgen.core import InputError
+from microgen.core import InputError, ReadError
 from microgen.data.build import build
 from microgen.data.condition import CHANNELS, condition, move
 from microgen.data.files import list_images, split_by_group, split_images, unscale
@@ -150,6 +150,11 @@ def test_real_images_of_other_pixel_size_join_simulated_ones(walls, tmp_path):
             assert int(domain.sum()) == 2 and image.shape == (4, 1, 48, 48)
             assert maps[domain == 1].abs().max() == 0 and maps[domain == 0].abs().amax((1, 2, 3)).min() > 0.1
             assert all((dls.vocab[k] == "real") == bool(d) for k, d in zip(label, domain))
+    maps, label, wall, domain, image = (torch.cat(x) for x in zip(*dls.valid))
+    assert not domain.any() and maps.abs().amax((1, 2, 3)).min() > 0.1, "validation is on pairs alone"
+    assert len(domain) == (list_images(walls).split == "valid").sum()
+    seen = {i for seed in range(4) for i in dls.train.order(np.random.default_rng(seed))}
+    assert seen == set(range(len(dls.train_ds))), "every real image trains"
     pair = unpaired_dls(walls, tmp_path, bs=2, size=48, device="cpu")
     assert [x.shape for x in pair.one_batch()] == [(2, 1, 48, 48)] * 2
     assert len(list(pair.train)) == 3
@@ -190,7 +195,129 @@ def test_a_learner_trains_and_shows_its_results(walls):
     assert "generated" in [ax.get_title() for ax in fig.axes]
 
 
+class Mean(torch.nn.Module):
+    "Says of each item the mean of its inputs, through a weight."
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, *inputs): return self.weight * inputs[0].flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("kind", ["paired", "mixed", "images", "unpaired"])
+def test_predictions_come_in_the_order_of_the_items(walls, tmp_path, kind, part):
+    "fastai's get_preds, on shuffled and unshuffled loaders, against predictions made item by item."
+    from fastai.learner import Learner
+
+    tree(tmp_path, [f"s{k}.tif" for k in range(9)], (64, 64))
+    small = {"size": 40, "device": "cpu", "bs": 2}
+    dls = {"paired": lambda: paired_dls(walls, **small), "mixed": lambda: mixed_dls(walls, tmp_path, 0.5, **small),
+           "images": lambda: image_dls(walls, **small), "unpaired": lambda: unpaired_dls(walls, tmp_path, **small)}[kind]()
+    dls.train.load_rng_state({"seed": 0, "epoch": 3, "step": 1})
+    learn = Learner(dls, Mean(), loss_func=lambda out, *y: out.mean())
+    found = learn.get_preds(part, with_targs=False)[0]
+    items = dls.loaders[part].new(shuffle=False, bs=1, drop_last=False)
+    pixels, data = items.pixels, dls.loaders[part].dataset
+    pixels.corner = 0.5, 0.5
+    one_by_one = torch.stack([data[i][0].mean() for i in range(len(data))])
+    if kind == "unpaired": one_by_one = torch.cat([b[0].mean((1, 2, 3)) for b in items])
+    assert found.shape == one_by_one.shape and torch.allclose(found, one_by_one, atol=1e-6)
+    assert dls.train.rng_state() == {"seed": 0, "epoch": 3, "step": 1}
+
+
+def test_batches_have_names(walls, tmp_path):
+    "What is in a batch is told by dls.fields, whatever was asked for."
+    tree(tmp_path, [f"s{k}.tif" for k in range(3)], (64, 64))
+    conditional = paired_dls(walls, bs=2, properties=("dose",), device="cpu")
+    both = mixed_dls(walls, tmp_path, 0.5, bs=2, device="cpu", classes=("typeC", "UP"), contrast=0.3, gamma=0.3)
+    assert both.vocab == ["typeC", "UP", "real"]
+    for dls in (conditional, both):
+        batch = dict(zip(dls.fields, dls.one_batch(), strict=True))
+        assert batch["image"].shape == (2, 1, 64, 64) and batch["maps"].shape == (2, 4, 64, 64)
+        assert ("domain" in batch) == hasattr(dls, "paired") != ("props" in batch)
+
+
+def test_one_real_image_is_enough_to_join(walls, tmp_path):
+    dls = mixed_dls(walls, tree(tmp_path, ["lab/a.tif"], (200, 200)), 0.5, bs=4, size=48, device="cpu")
+    batches = list(dls.train)
+    assert all(int(b[3].sum()) == 2 for b in batches) and "lab" in dls.vocab
+    real = torch.cat([b[4][b[3] == 1] for b in batches])
+    assert len(torch.unique(real.flatten(1), dim=0)) == len(real), "each time another crop"
+
+
+def test_real_images_of_another_split_do_not_train(walls, tmp_path):
+    names = [f"s{k}.tif" for k in range(4)]
+    csv = pd.DataFrame({"file_name": names, "split": ["train", "valid", "test", "train"]})
+    csv.to_csv(tree(tmp_path, names, (64, 64)) / "metadata.csv", index=False)
+    dls = mixed_dls(walls, tmp_path, 0.5, bs=2, device="cpu")
+    assert len(dls.train_ds) == (list_images(walls).split == "train").sum() + 2
+    csv.assign(split="test").to_csv(tmp_path / "metadata.csv", index=False)
+    with pytest.raises(InputError, match="No image in .* has split 'train'"): mixed_dls(walls, tmp_path, 0.5, bs=2)
+
+
+def test_folders_without_images_are_no_classes(tmp_path):
+    tree(tmp_path, ["a.tif", "b.tif", ".thumbs/a.tif", "A/.cache/a.tif", "A/c.tif"])
+    (tmp_path / "dft").mkdir()
+    (tmp_path / "dft" / "YMnO3.cif").write_text("data_")
+    assert list_images(tmp_path).label.tolist() == ["A", "", ""]
+
+
 # --- bad input: one sentence, with what to do
+
+TABLES = {"NaN": lambda t: t.assign(y_nm=np.nan), "infinite": lambda t: t.assign(x_nm=np.inf),
+          "site": lambda t: t.drop(columns="site"), "missing": lambda t: t.assign(site=None)}
+
+
+@pytest.mark.parametrize("what", [*TABLES, "corrupt"])
+def test_bad_tables_are_named(copy, what):
+    path = list_images(copy).table[3]
+    if what == "corrupt": path.write_bytes(b"PAR1 no table")
+    else: TABLES[what](pd.read_parquet(path)).to_parquet(path)
+    with pytest.raises(InputError, match=f"1 of 12 images cannot be read.*{path.name}.*build the dataset again") as e: paired_dls(copy, bs=2)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("column", ["label", "file_name", "split"])
+def test_gaps_in_the_metadata(copy, column):
+    meta = pd.read_csv(copy / "metadata.csv")
+    meta[column] = meta[column].where(meta.index != 4)
+    meta.to_csv(copy / "metadata.csv", index=False)
+    with pytest.raises(InputError, match=f"1 of 12 images have no {column} in .*metadata.csv, the first in line 6"): paired_dls(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b'file_name,label\n"a'])
+def test_metadata_that_are_no_table(copy, content):
+    (copy / "metadata.csv").write_bytes(content)
+    with pytest.raises((InputError, ReadError), match="metadata.csv") as e: paired_dls(copy)
+    assert "\n" not in str(e.value)
+
+
+def test_a_split_of_another_name(copy):
+    meta = pd.read_csv(copy / "metadata.csv")
+    meta.assign(split=meta.split.replace("test", "holdout")).to_csv(copy / "metadata.csv", index=False)
+    with pytest.raises(InputError, match="split 'holdout': call them train, valid or test"): paired_dls(copy)
+
+
+def test_images_that_the_metadata_do_not_name_are_told_of(copy):
+    tree(copy / "images", ["00/more.tif", "01/new.tif"])
+    with pytest.warns(UserWarning, match="^2 images in .* does not name them; the first is images/00/more.tif.$") as told:
+        paired_dls(copy, bs=2, device="cpu")
+    assert len(told) == 1
+    run = subprocess.run([sys.executable, "-c", f"from microgen.data.files import list_images; list_images({str(copy)!r})"],
+                         capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert run.stderr.startswith("microgen:0: UserWarning: 2 images") and run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("load", [paired_dls, image_dls, lambda d, **kw: unpaired_dls(d, d, **kw), lambda d, **kw: mixed_dls(d, d, **kw)])
+@pytest.mark.parametrize("bs", [0, -3])
+def test_no_image_in_a_batch(walls, load, bs):
+    with pytest.raises(InputError, match="above zero|at least one of each"): load(walls, bs=bs)
+
+
+def test_no_pixel_in_a_crop(walls):
+    with pytest.raises(InputError, match="size is 0"): paired_dls(walls, size=0)
+
 
 def damaged(path, value):
     data = tifffile.imread(path)
@@ -228,11 +355,11 @@ def test_fewer_maps_than_images(copy):
 
 
 def test_one_image(tmp_path):
-    with pytest.raises(InputError, match="There is one image"): image_dls(tree(tmp_path, ["a.tif"]))
+    with pytest.raises(InputError, match=f"There is one image, {tmp_path}/a.tif.*mixed_dls"): image_dls(tree(tmp_path, ["a.tif"]))
 
 
 def test_one_group(tmp_path):
-    with pytest.raises(InputError, match="none can be held back"):
+    with pytest.raises(InputError, match="of one group, '/.*none can be held back"):
         image_dls(tree(tmp_path, ["a_tile0.tif", "a_tile1.tif", "a_tile2.tif"]))
 
 
@@ -264,3 +391,14 @@ def test_real_micrographs_load_with_their_scale(walls, tmp_path):
     dls = mixed_dls(walls, tmp_path, ratio=0.5, bs=4, size=64, device="cpu")
     maps, label, wall, domain, seen = dls.one_batch()
     assert "BTO" in dls.vocab and int(domain.sum()) == 2 and torch.isfinite(seen).all()
+
+
+@pytest.mark.skipif("MICROGEN_TEST_DATA" not in os.environ, reason="set MICROGEN_TEST_DATA to a folder with real images (stem/)")
+def test_a_folder_of_measurements_joins_as_it_is(walls, tmp_path):
+    "Files of four microscopes' formats beside a folder of structures; the picture without a scale is asked about."
+    source = Path(os.environ["MICROGEN_TEST_DATA"]) / "stem"
+    with pytest.raises(InputError, match="^hREMnO3_domain_wall_300kV.png does not say how large its pixels are"):
+        mixed_dls(walls, source, bs=4, size=48, device="cpu")
+    shutil.copytree(source, tmp_path / "stem", ignore=shutil.ignore_patterns("*.png"))
+    with pytest.warns(UserWarning, match="states no unit"): dls = mixed_dls(walls, tmp_path / "stem", bs=4, size=48, device="cpu")
+    assert dls.vocab[-1] == "typeC" and "real" in dls.vocab and len(dls.train_ds) == (list_images(walls).split == "train").sum() + 4

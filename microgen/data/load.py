@@ -6,7 +6,6 @@
 __all__ = ['paired_dls', 'image_dls', 'unpaired_dls', 'mixed_dls']
 
 # %% ../../nbs/41d_data.load.ipynb #efba04e8
-import warnings
 from functools import partial
 from os import cpu_count
 
@@ -16,9 +15,9 @@ import torch
 from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
 
-from ..core import InputError
+from ..core import InputError, check_positive
 from .condition import CHANNELS, allowed
-from .files import Pixels, list_images, split_images
+from .files import Pixels, list_images, split_images, warn
 from .loader import DIRECTED, Augment, Loader
 
 # %% ../../nbs/41d_data.load.ipynb #0de14296
@@ -34,22 +33,23 @@ class _Field:
 
 def _loaders(pixels, parts, fields, vocab, augment, bs, seed, values=None, n_inp=None, orders=(),
              num_workers=None, device=None, contrast=0.0, gamma=0.0):
-    "DataLoaders of these fields; `orders`: (function of a generator, items) for train, valid, ..."
-    sizes = [orders[k][1] if orders else len(p) for k, p in enumerate(parts)]
-    if bs > sizes[0]:
-        warnings.warn(f"bs is {bs}, there are {sizes[0]} training images: that is the batch.", stacklevel=3)
-        bs = sizes[0]
+    "DataLoaders of these fields; `orders`: functions of a generator for train, valid, ..., see `Loader`"
+    orders = [*orders, *[None] * (len(parts) - len(orders))]
+    n = len(orders[0](np.random.default_rng(0)) if orders[0] else parts[0])
+    if bs > n:
+        warn(f"bs is {bs}, there are {n} training images: that is the batch.")
+        bs = n
     if num_workers is None: num_workers = 0 if pixels.keeps else min(8, cpu_count() or 1)
     seen = [name for name in fields if name != "image_b"]
     getters = [_Field(name, pixels, (values or {}).get(name)) for name in seen]
     block = DataBlock([TransformBlock] * len(seen), getters=getters,
                       splitter=lambda items: [p.tolist() for p in parts], n_inp=n_inp, dl_type=Loader,
                       batch_tfms=[Augment(fields, augment, pixels.channels, vocab, contrast, gamma)])
-    each = [{"order": orders[k][0] if orders else None, "n": sizes[k]} for k in range(len(parts))]
+    each = [{"order": order} for order in orders]
     scaling = pixels.use(parts[0])
     dls = block.dataloaders(list(range(len(pixels))), bs=bs, pixels=pixels, fields=fields, vocab=vocab,
                             seed=seed, num_workers=num_workers, device=device, dl_kwargs=each)
-    dls.vocab, dls.channels, dls.scaling = list(vocab), pixels.channels, scaling
+    dls.fields, dls.vocab, dls.channels, dls.scaling = tuple(fields), list(vocab), pixels.channels, scaling
     dls.seed, dls.augment = seed, tuple(augment)
     dls.pixel_size = pixels.pixel_size and tuple(map(float, pixels.pixel_size))
     dls.has_wall = "wall" in pixels.names
@@ -124,9 +124,10 @@ def paired_dls(
     contrast: float = 0.0, # contrast of training images varies by factors exp(±contrast)
     gamma: float = 0.0, # gamma of training images varies by factors exp(±gamma)
     progress: bool = False, # show progress while reading
-) -> DataLoaders: # batches (maps, label, wall, image); also .vocab .channels .pixel_size .scaling .has_wall
+) -> DataLoaders: # batches (maps, label, wall, image); also .fields .vocab .channels .pixel_size .scaling .has_wall
     """Load images with their truth, to learn the way from the one to the other.
     Raises: InputError, one sentence each, for what is wrong with the folder or the arguments."""
+    check_positive("bs", bs)
     listed = _only(list_images(folder, group), classes)
     if listed["maps"].isna().any():
         raise InputError(f"{folder} holds no truth maps: make a dataset with microgen simulate, or load "
@@ -167,6 +168,7 @@ def image_dls(
 ) -> DataLoaders: # batches (image,), (label, image), (props, image) or (label, props, image)
     """Load images, with their classes and properties where asked for.
     Raises: InputError, one sentence each, for what is wrong with the folder or the arguments."""
+    check_positive("bs", bs)
     listed = _imageless(_only(list_images(folder, group), classes), pixel_size)
     parts = split_images(listed, valid, seed)
     vocab, labels = _vocab(listed, parts, classes)
@@ -207,11 +209,12 @@ def unpaired_dls(
 ) -> DataLoaders: # batches (image_a, image_b)
     """Load two sets of images that do not correspond, paired anew in each epoch.
     Raises: InputError, one sentence each, for what is wrong with the folders or the arguments."""
+    check_positive("bs", bs)
     folders = (a, pixel_size_a), (b, pixel_size_b)
     listed, parts = _join([_imageless(list_images(f, group), p) for f, p in folders], valid, seed)
     pixels = Pixels(listed, size, CHANNELS, None, scaling, percentiles, memory_gb, progress)
     sides = [[np.flatnonzero(listed["domain"].to_numpy()[p] == d) for d in (0, 1)] for p in parts]
-    orders = [(partial(_pairs, a=one, b=two), max(len(one), len(two))) for one, two in sides]
+    orders = [partial(_pairs, a=one, b=two) for one, two in sides]
     return _loaders(pixels, parts, ("image_a", "image_b"), (), tuple(augment), bs, seed, None, 1, orders,
                     num_workers, device)
 
@@ -230,9 +233,10 @@ def _cycle(rng, members, n):
 
 
 def _pairs(rng, a, b):
-    "Order of an epoch: pairs (place of an image of a, place of an image of b)"
+    "Order of an epoch: each pair of places in a and in b as one number; sorted where it is not shuffled"
     n = max(len(a), len(b))
-    return list(zip(_cycle(rng, a, n).tolist(), _cycle(rng, b, n).tolist()))
+    pairs = (_cycle(rng, a, n) * (len(a) + len(b)) + _cycle(rng, b, n)).tolist()
+    return sorted(pairs) if rng is None else pairs
 
 # %% ../../nbs/41d_data.load.ipynb #848238d7
 def mixed_dls(
@@ -242,31 +246,34 @@ def mixed_dls(
     bs: int = 16, # images in a batch
     size=None, # height and width of random crops, pixels
     channels: tuple = CHANNELS, # condition channels, see `microgen.data.condition`
+    classes=None, # names of simulated classes to use; None is all
     real_pixel_size=None, # nm per pixel of real images whose files do not say
     augment="auto", # names of operations, "auto" for those that the classes allow, () for none
     scaling: str = "image", # limits of grey levels: of each "image", or of each domain ("dataset")
     percentiles: tuple = (0.01, 99.99), # of grey levels that become -1 and 1
-    group=None, # what stays together in `real`, see `list_images`
-    valid: float = 0.2, # share of `real` held back
+    valid: float = 0.2, # share of `sim` held back where its metadata.csv has no column split
     seed: int = 0, # of split, order, crops and augmentation
     memory_gb: float = 4.0, # images are kept in memory if they need less
     num_workers: int | None = None, # processes that read; default: none when images are in memory
     device=None, # default: the GPU where there is one
+    contrast: float = 0.0, # contrast of training images varies by factors exp(±contrast)
+    gamma: float = 0.0, # gamma of training images varies by factors exp(±gamma)
     progress: bool = False, # show progress while reading
-) -> DataLoaders: # batches (maps, label, wall, domain, image); .paired says which domain has maps
+) -> DataLoaders: # batches (maps, label, wall, domain, image), in validation simulated ones only
     """Load simulated images with their truth and real ones without, in one batch.
     Raises: InputError, one sentence each, for what is wrong with the folders or the arguments."""
     n_real = int(round(ratio * bs))
     if not 0 < n_real < bs:
         raise InputError(f"ratio={ratio} of a batch of {bs} is {n_real} real images: choose a ratio and bs "
                          "that give at least one of each kind.")
-    simulated, others = list_images(sim), _imageless(list_images(real, group), real_pixel_size)
+    simulated, others = _only(list_images(sim), classes), _training(_imageless(list_images(real), real_pixel_size), real)
     if simulated["maps"].isna().any():
         raise InputError(f"{sim} holds no truth maps: make it with microgen simulate.")
-    others["label"] = others["label"].replace("", "real")
-    listed, parts = _join([simulated, others], valid, seed)
-    vocab, labels = _vocab(listed, parts)
+    listed = pd.concat([simulated.assign(domain=0), others.assign(domain=1)], ignore_index=True)
     domain = listed["domain"].to_numpy()
+    train, *held = split_images(simulated, valid, seed)
+    parts = [np.concatenate([train, np.flatnonzero(domain)]), *held]
+    vocab, labels = _vocab(listed, parts, classes and [*classes, *sorted(set(others["label"]) - set(classes))])
     ops = _chosen(augment, sorted(set(simulated["label"])), True)
     pixels = Pixels(listed, size, channels, None, scaling, percentiles, memory_gb, progress)
     one, two = (np.flatnonzero(domain[parts[0]] == d) for d in (0, 1))
@@ -275,16 +282,24 @@ def mixed_dls(
         raise InputError(f"{len(one)} simulated training images do not fill a batch of {bs}: simulate "
                          "more, or give a smaller bs.")
     mixture = partial(_mixture, sim=one, real=two, bs=bs, n_real=n_real)
-    orders = [(mixture, n), *((None, len(p)) for p in parts[1:])]
     dls = _loaders(pixels, parts, ("maps", "label", "wall", "domain", "image"), vocab, ops, bs, seed,
-                   {"label": labels, "domain": domain}, 2, orders, num_workers, device)
+                   {"label": labels, "domain": domain}, 2, [mixture], num_workers, device, contrast, gamma)
     dls.paired = True, False
     return dls
 
 
+def _training(listed, folder):
+    "Rows that may train, each with a class"
+    used = listed[listed["split"] == "train"].reset_index(drop=True) if "split" in listed else listed
+    if not len(used):
+        raise InputError(f"No image in {folder} has split 'train' in metadata.csv: give some of the {len(listed)} "
+                         "that split, or remove the column.")
+    return used.assign(label=used["label"].replace("", "real"))
+
+
 def _mixture(rng, sim, real, bs, n_real):
-    "Order of an epoch: in each batch the same share of real images"
+    "Order of an epoch: in each batch the same share of real images; unshuffled, each image once"
+    if rng is None: return list(range(len(sim) + len(real)))
     n = len(sim) // (bs - n_real)
     sims, reals = (_cycle(rng, m, n * k).reshape(n, k) for m, k in ((sim, bs - n_real), (real, n_real)))
-    batches = np.hstack([sims, reals])
-    return (batches if rng is None else rng.permuted(batches, axis=1)).ravel().tolist()
+    return rng.permuted(np.hstack([sims, reals]), axis=1).ravel().tolist()

@@ -6,6 +6,7 @@
 __all__ = ['DIRECTED', 'Loader', 'Augment', 'draw_batch']
 
 # %% ../../nbs/41c_data.loader.ipynb #2fc1fe82
+from itertools import count
 from random import Random
 
 import matplotlib.pyplot as plt
@@ -27,18 +28,20 @@ class Loader(TfmdDL):
         pixels=None, # where crops are cut, `microgen.data.files.Pixels`
         fields: tuple = (), # names of what is in a batch
         vocab=(), # class names
-        order=None, # function of a generator (or None) that gives an epoch's items; None is each item once
+        order=None, # function of a generator (None: unshuffled) that lists an epoch's items; None is each once
         seed: int = 0, # of order, crops and augmentation
         **kw, # as fastai's TfmdDL
     ):
         self.pixels, self.fields, self.vocab = pixels, tuple(fields), list(vocab)
         self.order, self.seed = order, int(seed)
         self.epoch, self.step, self._next = -1, 0, None
+        if order: kw["n"] = len(order(np.random.default_rng(0) if kw.get("shuffle") else None))
         super().__init__(dataset, **kw)
         self.fake_l.generator = torch.Generator()  # torch would draw its workers' seed from the global one
 
     def new(self, dataset=None, cls=None, **kw):
         mine = {name: getattr(self, name) for name in ("pixels", "fields", "vocab", "seed")}
+        if dataset is None or dataset is self.dataset: mine["order"] = self.order
         return super().new(dataset, cls, **{**mine, **kw})
 
     def set_epoch(self,
@@ -71,23 +74,31 @@ class Loader(TfmdDL):
 
     def before_iter(self):
         super().before_iter()
+        if not self.shuffle: self.after_batch.split_idx = 1  # nothing random, whichever part it reads
         for t in self._augmentation(): t.at = self.seed, self.epoch, self.step
 
     def _augmentation(self): return [t for t in getattr(self.after_batch, "fs", ()) if isinstance(t, Augment)]
 
     def get_idxs(self):
-        rng = np.random.default_rng([self.seed, self.epoch, 0]) if self.shuffle else None
+        rng = np.random.default_rng([self.seed, max(self.epoch, 0), 0]) if self.shuffle else None
         if self.order: idxs = self.order(rng)
-        else: idxs = rng.permutation(self.n).tolist() if self.shuffle else range(self.n)
-        return list(enumerate(idxs))[self.step * self.bs:]
+        else: idxs = rng.permutation(self.n).tolist() if self.shuffle else list(range(self.n))
+        return idxs[self.step * self.bs:]  # plain numbers: fastai sorts predictions by them
+
+    def create_batches(self, samps):
+        "Batches of these items, each item with its place in the epoch."
+        first = self.step * self.bs
+        places = (first + k for k in count() if k // self.bs % self.num_workers == self.offs)
+        return super().create_batches(zip(samps, places))
 
     def create_item(self, s):
-        place, i = s or (0, self.order(None)[0] if self.order else 0)
+        i, place = s or (self.order(None)[0] if self.order else 0, 0)
         rng = np.random.default_rng([self.seed, max(self.epoch, 0), 1, place]) if self.shuffle else None
         def one(j):
             self.pixels.corner = rng.random(2) if rng else (0.5, 0.5)
             return self.dataset[j]
-        return tuple(one(j)[0] for j in i) if np.ndim(i) else one(i)
+        if "image_b" not in self.fields: return one(i)
+        return tuple(one(j)[0] for j in divmod(i, len(self.dataset)))  # a pair is one number
 
     def __iter__(self):
         for batch in super().__iter__():
