@@ -71,14 +71,13 @@ def generate(
     model: nn.Module, # `Pix2Pix`
     batch: tuple,     # (maps, label, [props,] wall, [domain,] image)
 ) -> dict: # image, mean, sd; wall, mu and log_var where the model has them; maps and donor: of which image they are
-    "Draw a batch for training: z is read from the true image where there is a pair, random elsewhere."
+    "Draw a batch for training: z is read from the true image of the maps, so that it means the same in both domains."
     b = read_batch(batch)
-    paired, donor = b.paired, _donors(b.paired)
+    donor = _donors(b.paired)
     maps, z = b.maps[donor], None
     out = {"maps": maps, "donor": donor}
     if model.g.z_dim:
-        mu, log_var = model.g.encoder(b.image, b.maps)
-        mu, log_var = (torch.where(paired[:, None], v, 0) for v in (mu, log_var))
+        mu, log_var = model.g.encoder(b.image[donor], maps)
         z = mu + torch.exp(0.5 * log_var) * normal(mu.shape, mu)
         out |= {"mu": mu, "log_var": log_var}
     props = None if b.props is None else b.props[donor]
