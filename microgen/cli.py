@@ -9,6 +9,7 @@ __all__ = ['app', 'NAMES', 'command', 'main', 'simulate', 'particles', 'measure'
 # %% ../nbs/98_cli.ipynb #ee0d50d3
 import inspect
 import json
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,9 +37,12 @@ def command(
 
     @wraps(function)
     def run(*args, **kwargs):
-        try: return function(*args, **kwargs)
-        except MicrogenError as error: _stop(str(error), 1)
-        except KeyboardInterrupt: _stop("stopped by the user; what was finished is kept.", 130)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # words of one library to another, nothing that a user can mend
+            warnings.showwarning = _warn
+            try: return function(*args, **kwargs)
+            except MicrogenError as error: _stop(_as_options(str(error), function), 1)
+            except KeyboardInterrupt: _stop("stopped by the user; what was finished is kept.", 130)
 
     run.__signature__ = inspect.Signature(params)
     app.command(help=inspect.getdoc(function))(run)
@@ -53,6 +57,25 @@ def _option(param, words):
     return param.replace(annotation=Annotated[param.annotation, typer.Option(*NAMES.get(param.name, ()), help=words)])
 
 
+_PYTHON = {"real_pixel_size": "--pixel-size", "workers": "--workers"}  # names that Python functions give to what an option sets
+
+
+def _as_options(message, function):
+    "The same sentence with options in place of Python's keywords: pixel_size=0.02 as --pixel-size 0.02."
+    params = inspect.signature(function).parameters.values()
+    names = {p.name: NAMES.get(p.name, (f"--{p.name.replace('_', '-')}",))[0] for p in params if p.default is not p.empty}
+    for name, option in (_PYTHON | names).items():
+        message = re.sub(rf"(?<![\w-]){name}=(?=(\S?))", lambda m: option + (" " if re.match(r"[\w'\"(]", m[1]) else ""), message)
+    return message
+
+
+def _some(true, otherwise):
+    if not true: raise MicrogenError(otherwise)
+
+
+def _warn(message, category, *where): typer.secho(f"microgen: {message}", fg="yellow", err=True)
+
+
 def _stop(message, code):
     typer.secho(f"microgen: {message}", fg="red", err=True)
     raise typer.Exit(code)
@@ -60,7 +83,6 @@ def _stop(message, code):
 
 def main(): # nothing: runs the command line
     "Run the command line."
-    warnings.simplefilter("ignore", FutureWarning)  # words of one library to another, nothing that a user can mend
     app(prog_name="microgen")
 
 # %% ../nbs/98_cli.ipynb #23e448b9
@@ -75,6 +97,7 @@ def simulate(
     pixel_size: float = 0.015,   # nm
     preset: str = "typical",     # scan preset: ideal, good, typical or poor
     thickness: str = "5,10",     # specimen thickness in nm: one number or low,high
+    partial: bool = False,       # accept a crystal whose sites are partly occupied: 0.75 of a site is drawn as 0.75 of an atom
     seed: int = 0,               # root seed
     workers: int = 0,            # processes; 0 takes one per core
     scheduler: str = "",         # address of a Dask scheduler, such as tcp://host:8786
@@ -84,7 +107,7 @@ def simulate(
     from microgen.data.walls import Recipe
 
     recipe = Recipe(structure=structure, walls=_names(walls), shares=_numbers("shares", shares), n=n, size=size,
-                    pixel_size=pixel_size, preset=preset, thickness_nm=_range("thickness", thickness), seed=seed)
+                    pixel_size=pixel_size, preset=preset, thickness_nm=_range("thickness", thickness), partial=partial, seed=seed)
     folder = build(recipe, out, workers=workers or None, scheduler=scheduler or None, progress=True)
     typer.echo(f"{n} images in {folder}")
 
@@ -147,15 +170,28 @@ def measure(
     image: Path,                      # micrograph: .tif .png .jpg .dm3 .dm4 .ser .emd .mrc .hspy .hdf5
     structure: Optional[str] = None,  # shipped name or CIF file; without it columns are found but not named
     pixel_size: Optional[float] = None, # nm per pixel, when the file does not tell
+    zone: Optional[str] = None,       # direction towards the viewer, such as 1,0,0; that of the structure when not given
+    up: Optional[str] = None,         # direction that points up, such as 0,0,1; that of the structure when not given
+    rotation: Optional[float] = None, # degrees counter-clockwise by which the crystal is turned, to 3; 180 when the image is stored upside down
     out: Path = Path("measured"),     # folder to write
 ):
     "Find and fit the columns of a micrograph; recover displacements and walls."
     from microgen.io import read
     from microgen.stem.measure import measure
 
-    found = measure(read(image, pixel_size=pixel_size), structure)
+    given = {"zone": _direction("zone", zone), "up": _direction("up", up), "rotation_deg": rotation}
+    given = {name: value for name, value in given.items() if value is not None}
+    _some(structure or not given, "--zone, --up and --rotation are those of a lattice: give its --structure too.")
+    found = measure(read(image, pixel_size=pixel_size), structure, **given)
     found.save(out)
     typer.echo(f"{len(found.columns)} columns and {len(found.walls)} walls in {out}")
+
+# %% ../nbs/98_cli.ipynb #f138588f
+def _direction(option, text):
+    if not text: return None
+    numbers = _numbers(option, text)
+    if len(numbers) != 3: raise InputError(f"--{option} {text!r} is no direction: write three numbers like 1,0,0.")
+    return numbers
 
 # %% ../nbs/98_cli.ipynb #9882d5f1
 @command
@@ -181,10 +217,6 @@ def count(
     typer.echo(f"Tables, labels and overlays are in {out}")
 
 
-def _some(true, otherwise):
-    if not true: raise MicrogenError(otherwise)
-
-
 def _detector(detector, settings):
     given = dict(map(_setting, settings))
     if strange := set(given) - set(detector.__dataclass_fields__):
@@ -204,20 +236,38 @@ def train(
     bs: int = 8,                        # images in a batch
     config: Optional[str] = None,       # size of the networks: small, cpu or full; chosen by image size and machine when not given
     gan: str = "lsgan",                 # adversarial loss: vanilla, lsgan, hinge or relativistic
+    lr: Optional[float] = None,         # learning rate of the generator; that of the config when not given
+    weight: Optional[list[str]] = None, # of a loss term, NAME=VALUE, such as adv=0.05; as often as needed
     init: Optional[Path] = None,        # run whose weights to start from
     freeze: str = "",                   # parts that stay as they are, separated by commas, such as g.unet.down
     ratio: float = 0.25,                # share of real images in a batch
     pixel_size: Optional[float] = None, # nm per pixel of real images whose files do not say
+    group: Optional[str] = None,        # column of metadata.csv, or pattern of paths, that says what stays together: a specimen
+    properties: str = "",               # columns of metadata.csv that are conditions too, separated by commas, such as dose
+    contrast: float = 0.0,              # contrast of training images varies by factors exp(±contrast)
+    gamma: float = 0.0,                 # gamma of training images varies by factors exp(±gamma)
+    best_by: str = "ssim",              # ssim or valid_loss: the epoch that draws the valid images best is the result; none: the last
+    patience: Optional[int] = None,     # stop after so many epochs without a better one
+    preview_every: Optional[int] = None, # steps between previews; twenty in all when not given
+    bf16: bool = False,                 # mixed precision: faster and smaller on a GPU
     seed: int = 0,                      # of weights, split, order and noise
     max_hours: Optional[float] = None,  # stop cleanly after so many hours; the same line continues
 ):
-    "Train a generator; the same line continues a run that was stopped."
+    "Train a generator and judge it; the same line continues a run that was stopped."
     _some(model == "pix2pix", f"There is no model {model!r} to train: use pix2pix.")
     from microgen.gan.run import train_pix2pix
 
-    learn = train_pix2pix(data, out, real, arch, epochs, size, bs, config, gan, seed=seed, max_hours=max_hours, init=init,
-                          freeze=_names(freeze), ratio=ratio, real_pixel_size=pixel_size, progress=True)
-    typer.echo(f"Stopped: {learn.stopped}. The same line goes on." if learn.stopped else f"The trained model is in {out / 'model'}")
+    learn = train_pix2pix(data, out, real, arch, epochs, size, bs, config, gan, dict(map(_setting, weight or ())) or None, lr,
+                          ratio, pixel_size, seed, max_hours, init, _names(freeze), None if best_by == "none" else best_by, patience,
+                          preview_every, "bf16" if bf16 else None, group, _names(properties), contrast, gamma)
+    if learn.stopped: return typer.echo(f"Stopped: {learn.stopped}. The same line goes on.")
+    for row in learn.model.facts.get("metrics") or (): typer.echo(_metric(row))
+    typer.echo(f"The trained model and its card are in {out / 'model'}")
+
+
+def _metric(row):
+    interval = f" ({row['low']:.3g} to {row['high']:.3g})" if "low" in row else ""
+    return f"{row['name']}: {row['value']:.3g}{interval}, n = {row['n']}"
 
 
 @command
@@ -227,13 +277,16 @@ def sample(
     walls: str = "",                  # instead: names of new walls, separated by commas (see `microgen walls`)
     n: int = 16,                      # images
     out: Path = Path("samples"),      # dataset folder to write
+    domain: str = "simulated",        # whose style: simulated, or real after a training with --real
+    prop: Optional[list[str]] = None, # a condition of the training, NAME=VALUE, such as dose=3000; as often as needed
     size: Optional[int] = None,       # side of new walls, pixels; that of the training when not given
     seed: int = 0,                    # of walls, latent variables and noise
 ):
     "Draw images of new walls, or of given maps, with a trained generator."
     from microgen.gan.run import sample_run
 
-    folder = sample_run(run, maps, _names(walls) or None, n, out, seed, size)
+    props = dict(map(_setting, prop or ())) or None
+    folder = sample_run(run, maps, _names(walls) or None, n, out, seed, size, domain=domain, props=props)
     typer.echo(f"{n} images with their truth in {folder}")
 
 
@@ -257,7 +310,8 @@ def compare(
     extractors = [random_extractor(), inception_extractor(weights)] if weights else None
     result = compare(real, fake, out, train=train, ceiling=ceiling, paired=paired, structure=structure, extractors=extractors,
                      pixel_size=pixel_size, rng=seed, progress=True)
-    typer.echo(f"The report is {result.report}")
+    for note in result.notes: typer.echo(note)
+    typer.echo(f"The report is {out / 'report.html'}")
 
 # %% ../nbs/98_cli.ipynb #dd203e39
 @command

@@ -7,12 +7,14 @@ __all__ = ['MODELS', 'Progress', 'config_for', 'train_pix2pix', 'new_truth', 'sa
 
 # %% ../../nbs/72_gan.run.ipynb #a657cf57
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 
@@ -23,15 +25,15 @@ from ..data.files import list_images, unscale
 from ..data.item import Simulated, paths, write_item
 from ..data.load import mixed_dls, paired_dls
 from ..data.walls import TABLE, Recipe, draw
-from .pix2pix import pix2pix_learner
-from .router import expert_table, router_learner
+from .judge import judge, truth_of
+from .pix2pix import begin_with, pix2pix_learner
+from .router import RouterPix2Pix, expert_table, router_learner
 from ..io import provenance, read, write_csv, write_json
 from ..progress import progress_bar
 from ..stem.crystal import columns
 from ..stem.wall import displace, truth_maps
 from ..train.hub import load_model
-from ..train.core import fit_weights
-from ..train.run import run_weights, train
+from ..train.run import run_weights, save_model, train
 
 # %% ../../nbs/72_gan.run.ipynb #7eccec42
 class Progress(Callback):
@@ -82,7 +84,7 @@ def train_pix2pix(
     bs: int = 8,           # images in a batch
     config: str | None = None, # size of the networks; None chooses by image size and machine
     gan: str = "lsgan",    # adversarial loss: "vanilla", "lsgan", "hinge" or "relativistic"
-    weights: dict | None = None, # loss term to weight, see `microgen.gan.pix2pix.WEIGHTS`
+    weights: dict | None = None, # loss term to weight, see `microgen.gan.loss.WEIGHTS`
     lr: float | None = None, # learning rate of the generator; None is that of the config
     ratio: float = 0.25,   # share of real images in a batch
     real_pixel_size: float | None = None, # nm per pixel of real images whose files do not say
@@ -90,52 +92,66 @@ def train_pix2pix(
     max_hours: float | None = None, # stop cleanly after so many hours; the same line continues
     init=None,             # run whose weights to start from; its classes may be others
     freeze: tuple = (),    # parts that stay as they are, such as ("g.unet.down",)
-    progress: bool = True, # show a bar with time left
+    best_by: str | None = "ssim", # metric of the valid scenes whose best epoch is the result, such as "valid_loss"; None: the last
+    patience: int | None = None, # stop after so many epochs without a better one
+    preview_every: int | None = None, # steps between previews; None: twenty in all
+    autocast: str | None = None, # "bf16" for mixed precision: faster and smaller on a GPU
+    group: str | None = None, # column of metadata.csv, or pattern of paths, that says what stays together: a specimen
+    properties: tuple = (), # columns of metadata.csv that are conditions too, such as ("dose",)
+    contrast: float = 0.0, # contrast of training images varies by factors exp(±contrast)
+    gamma: float = 0.0,    # gamma of training images varies by factors exp(±gamma)
+    judged: int = 16,      # held-out scenes whose drawings are measured for the model card; 0 for none
+    progress: bool = True, # show a bar with time left and, in a notebook, the previews
 ) -> Learner: # trained; `.stopped` says why it ended early
-    """Train a generator of images from truth maps, into a run folder.
+    """Train a generator of images from truth maps, into a run folder, and judge it by held-out scenes.
     Raises: InputError for what is wrong with data or settings, one sentence each."""
     if model not in MODELS: raise InputError(f"model={model!r} is unknown: use one of {', '.join(MODELS)}.")
     if epochs < 1: raise InputError(f"epochs is {epochs}: give at least 1.")
-    dls = _data(data, real, bs, size, ratio, real_pixel_size, seed, progress)
+    look = {"size": size, "seed": seed, "contrast": contrast, "gamma": gamma, "progress": progress}
+    dls = _data(data, bs, look, {"group": group, "properties": tuple(properties)}, real, ratio, real_pixel_size)
     config = config or config_for(dls.one_batch()[-1].shape[-2:])
-    own = {"config": config, "gan": gan, "weights": weights, "seed": seed} | ({"lr": lr} if lr else {})
-    about = {"recipe": _recipe(data)}
-    own_about = own | {"about": about}
-    learn = router_learner(dls, **own_about) if model == "router" else pix2pix_learner(dls, model, **own_about)
-    names = " and ".join(Path(folder).name for folder in (data, real) if folder)
-    learn.model.facts |= {"data": names, "epochs": epochs}
-    settings = {"data": str(data), "real": real and str(real), "model": model, "size": size, "bs": bs, **own}
+    own = {"config": config, "gan": gan, "weights": weights, "seed": seed, "autocast": autocast} | ({"lr": lr} if lr else {})
+    own |= {"about": {"recipe": _recipe(data)}}
+    learn = router_learner(dls, **own) if model == "router" else pix2pix_learner(dls, model, **own)
+    learn.model.facts |= _known(data, real)
     if init and not any((Path(out) / "checkpoints").glob("step_*")): _begin(learn.model, init)
-    settings["begun_from"] = init and str(init)
+    settings = look | {"data": str(data), "real": real and str(real), "model": model, "bs": bs, "config": config, "gan": gan,
+                       "lr": lr, "weights": learn.weights, "autocast": autocast, "ratio": ratio if real else None,
+                       "real_pixel_size": real_pixel_size, "group": group, "properties": list(properties),
+                       "begun_from": init and str(init)}
+    del settings["progress"]
+    every = preview_every or max(50, len(dls.train) * epochs // 20)
     with learn.no_logging():
-        learn = train(learn, epochs, out, settings, seed=seed, freeze=freeze, max_hours=max_hours,
-                      ema=500 * bs, fade=0.5, preview_every=max(50, len(dls.train) * epochs // 20), shown=False,
-                      cbs=[Progress(progress)])
-    if model == "router" and not learn.stopped:
-        write_csv(Path(out) / "experts.csv", expert_table(learn.model, dls.valid, dls.vocab).reset_index())
+        learn = train(learn, epochs, out, settings, seed=seed, freeze=freeze, max_hours=max_hours, ema=500 * bs, fade=0.5,
+                      best_by=best_by, largest=best_by not in (None, "valid_loss"), patience=patience,
+                      preview_every=every, shown=progress, cbs=[Progress(progress)])
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()): _complete(learn, Path(out), epochs, judged, progress)
     return learn
 
 
 def _begin(model, init):
-    "Give a model the weights of a run; where classes differ, a new one begins as the mean of those there were."
-    weights, new = run_weights(init), model.about["vocab"]
-    try: old = load_model(init).about["vocab"]
-    except (ReadError, AttributeError, KeyError): old = new
-    if old != new: weights = {name: _moved(name, w, old, new) for name, w in weights.items()}
-    fit_weights(model, weights, init)
+    "Give a model the weights of a run, whose classes may be others."
+    try: about = load_model(init).about
+    except (ReadError, AttributeError, InputError): about = {}
+    begin_with(model, run_weights(init), about, init)
 
 
-def _moved(name, w, old, new):
-    "Weights of the code of classes and z, or of the router, for another list of classes."
-    if name.endswith("route"): return torch.stack([w[old.index(c)] if c in old else w[0] for c in new])
-    if not (".films." in name and name.endswith("linear.weight") and w.shape[1] >= len(old)): return w
-    classes, z = w.split([len(old), w.shape[1] - len(old)], 1)
-    return torch.cat([torch.stack([classes[:, old.index(c)] if c in old else classes.mean(1) for c in new], 1), z], 1)
+def _data(data, bs, look, paired, real, ratio, real_pixel_size):
+    "The loaders; what only pairs can be asked for is refused with real images."
+    if real is None: return paired_dls(data, bs, **look, **paired)
+    if asked := [name for name, value in paired.items() if value]:
+        raise InputError(f"{asked[0]} is not known of real images: leave it out, or train without them.")
+    return mixed_dls(data, real, ratio, bs, real_pixel_size=real_pixel_size, **look)
 
 
-def _data(data, real, bs, size, ratio, real_pixel_size, seed, progress):
-    if real is None: return paired_dls(data, bs, size, seed=seed, progress=progress)
-    return mixed_dls(data, real, ratio, bs, size, real_pixel_size=real_pixel_size, seed=seed, progress=progress)
+def _known(data, real):
+    "What the model card says of the data."
+    recipe, facts = _recipe(data), {"data": " and ".join(Path(f).name for f in (data, real) if f)}
+    if recipe is None: return facts
+    of = {"Structure": recipe["structure"], "Walls": ", ".join(recipe["walls"]), "Scan preset": recipe["preset"], "Seed": recipe["seed"]}
+    dose = list_images(data).get("dose")
+    if dose is not None: of["Dose"] = f"{dose.min():.3g} to {dose.max():.3g} e/Å²"
+    return facts | {"simulation": of}
 
 
 def _recipe(data):
@@ -144,6 +160,32 @@ def _recipe(data):
     except InputError: return None
     return recipe.to_dict() if isinstance(recipe, Recipe) else None
 
+
+def _complete(learn, out, epochs, judged, progress):
+    "The table of experts, and the model card; what was judged before is not judged again."
+    model = learn.model
+    if learn.stopped:
+        model.facts |= {"epochs": f"{learn.epoch} of {epochs}, then stopped: {learn.stopped}"} | _picture(out)
+    else:
+        if isinstance(model, RouterPix2Pix): write_csv(out / "experts.csv", expert_table(model, learn.dls.valid, learn.dls.vocab).reset_index())
+        model.facts = load_model(out).facts
+        if "judged" in model.facts: return
+        model.facts |= {"epochs": _epochs(out, epochs), "judged": judged} | _picture(out)
+        if judged: model.facts["metrics"] = judge(model, learn.dls, judged, progress=progress)
+    save_model(model.eval(), out / "model")
+
+
+def _picture(out):
+    "The last preview."
+    pictures = sorted((out / "previews").glob("*.png"))
+    return {"picture": str(pictures[-1])} if pictures else {}
+
+
+def _epochs(out, epochs):
+    "How many, and which was taken."
+    best = json.loads((out / "result.json").read_text(encoding="utf-8")).get("best")
+    return f"{epochs}, of which number {best['epoch'] + 1} is this one: the best by {best['metric']} of the valid images" if best else epochs
+
 # %% ../../nbs/72_gan.run.ipynb #702e6d4a
 def new_truth(
     recipe: Recipe, # what walls, in which structure, size and pixel size
@@ -151,24 +193,24 @@ def new_truth(
 ) -> tuple: # (label, maps, table): name to (H, W) float32, columns inside the image
     "The truth of a new wall, from geometry alone."
     d, shape, px = draw(recipe, index), (recipe.size,) * 2, recipe.pixel_size
-    crystal = columns(recipe.structure, d.fov, d.thickness, origin=d.origin, rotation_deg=d.rotation)
+    crystal = columns(recipe.crystal, d.fov, d.thickness, origin=d.origin, rotation_deg=d.rotation)
     moved = displace(crystal, d.field).table
     inside = moved.y_nm.between(0, (recipe.size - 1) * px) & moved.x_nm.between(0, (recipe.size - 1) * px)
     return d.label, truth_maps(crystal, d.field, shape, px), moved.loc[inside, TABLE].reset_index(drop=True)
 
 
 def _wanted(about, walls, n, size, seed):
-    "Yield (label, maps, table, where from) of new walls."
+    "Yield (label, maps, table, properties, where from) of new walls."
     held = about.get("recipe")
     if held is None:
         raise InputError("This run was not trained on simulated walls: give maps, a dataset folder with truth maps.")
     names = (walls,) if isinstance(walls, str) else tuple(walls)
     recipe = replace(Recipe.from_dict(held), walls=names, shares=None, n=n, seed=seed, preset="ideal", size=size)
-    for i in range(n): yield *new_truth(recipe, i), {"seed": seed}
+    for i in range(n): yield *new_truth(recipe, i), {}, {"seed": seed}
 
 
 def _given(about, folder, n):
-    "Yield (label, maps, table, where from) of a dataset folder, in turn."
+    "Yield (label, maps, table, properties, where from) of a dataset folder, in turn."
     listed = list_images(folder)
     if listed["maps"].isna().any():
         raise InputError(f"{folder} holds no truth maps: name a folder made by microgen simulate.")
@@ -178,8 +220,8 @@ def _given(about, folder, n):
         if not np.allclose(image.pixel_size, about["pixel_size"], rtol=0.01):
             raise InputError(f"The maps have pixels of {image.pixel_size[0]:.4g} nm, the run was trained at "
                              f"{about['pixel_size'][0]:.4g} nm: build maps of that pixel size.")
-        maps = dict(zip(image.metadata["channels"], np.asarray(image.data)))
-        yield row["label"], maps, pd.read_parquet(row["table"]), {"of": row["file_name"]}
+        props = {name: row[name] for name in about.get("properties") or {} if name in row}
+        yield row["label"], *truth_of(row), props, {"of": row["file_name"]}
 
 
 def sample_run(
@@ -191,6 +233,8 @@ def sample_run(
     seed: int = 0,    # of walls, latent variables and noise
     size: int | None = None, # side of new walls, pixels; None is that of the training
     noise: bool = True, # draw the pixel noise
+    domain: str = "simulated", # whose style: "simulated", or "real" after a training with real images
+    props: dict | None = None, # property to number, in the units of metadata.csv, for a run trained with `properties`
     progress: bool = True, # show a bar with time left
 ) -> Path: # the dataset folder
     """Draw images of new walls or of given maps, and write them as a dataset folder with their truth.
@@ -207,23 +251,24 @@ def sample_run(
     rows = []
     with progress_bar(n, "drawing", progress, "images") as advance:
         for i, truth in enumerate(truths):
-            rows.append(_draw_one(model, about, out, i, truth, seed, noise))
+            rows.append(_draw_one(model, out, i, truth, seed, noise, domain, props or {}))
             advance(1)
     write_csv(out / "metadata.csv", pd.DataFrame(rows))
-    made = {"run": str(run), "maps": maps and str(maps), "walls": walls, "n": n, "seed": seed, "noise": noise}
+    made = {"run": str(run), "maps": maps and str(maps), "walls": walls, "n": n, "seed": seed, "noise": noise, "domain": domain, "props": props}
     write_json(out / "recipe.json", {"kind": "generated", "recipe": made, **provenance(seed)})
     return out
 
 
-def _draw_one(model, about, out, i, truth, seed, noise):
+def _draw_one(model, out, i, truth, seed, noise, domain, props):
     "Draw and write one image; its row of the metadata."
-    label, maps, table, origin = truth
+    about, (label, maps, table, own, origin) = model.about, truth
     shape, pixel_size = next(iter(maps.values())).shape, tuple(about["pixel_size"])
     cond = torch.from_numpy(condition(maps, table, shape, pixel_size, tuple(about["channels"])))
     known = about["vocab"].index(label) if label in about["vocab"] else -1
-    drawn = model.sample(1, (cond, known), np.random.default_rng([seed, i]), noise)[0, 0].numpy()
-    facts = {"label": label, "split": "test", "class_known": known >= 0, "pixel_size_nm": pixel_size[0],
-             "index": i, **origin}
+    props = own | props
+    drawn = model.sample(1, (cond, known), np.random.default_rng([seed, i]), noise, domain=domain, props=props)[0, 0].numpy()
+    facts = {"label": label, "split": "test", "class_known": known >= 0, "domain": domain, "pixel_size_nm": pixel_size[0],
+             "index": i, **props, **origin}
     image = Micrograph(unscale(drawn, about["scaling"]), pixel_size, {"generated": True, **facts}, "microgen")
     write_item(out, i, Simulated(image, maps, table, facts))
     file = paths(out, i)[0]

@@ -39,7 +39,7 @@ images = model.sample(4, rng=0)   # (4, 1, H, W) in [-1, 1]"""
 def model_card(
     name: str, # class of the model
     facts: dict, # data, pixel_size (nm), channels, classes, images, epochs, example, license,
-                 # and metrics: dicts with name, value, low, high, n
+                 # simulation: name to text, metrics: dicts with name, value, low, high, n
 ) -> str: # Markdown with the front matter that the Hub reads
     "Write what a user must know about a model."
     front = ["---", "library_name: microgen", "tags:", "- microgen", "- electron-microscopy"]
@@ -48,6 +48,7 @@ def model_card(
     lines = {"Data": facts.get("data") or "not stated", "Pixel size": _length(facts.get("pixel_size")),
              "Training images": facts.get("images"), "Condition": ", ".join(facts.get("channels") or ()),
              "Classes": ", ".join(map(str, facts.get("classes") or ())), "Epochs": facts.get("epochs")}
+    lines |= facts.get("simulation") or {}
     listed = "\n".join(f"- **{k}**: {v}" for k, v in lines.items() if v not in (None, ""))
     picture = "\n\n![drawn while training](example.png)" if facts.get("picture") else ""
     module = facts.get("class", f"microgen.{name}").rsplit(".", 1)[0]
@@ -92,7 +93,7 @@ class HubModel(_hub_mixin()):
         where = Path(pretrained_model_name_or_path)
         if (where / "model/config.json").exists(): where = where / "model"
         name = str(where) if where.exists() else str(pretrained_model_name_or_path)
-        if where.is_dir(): _check_class(cls, where)
+        if where.is_dir(): _check_files(cls, where)
         try: return super().from_pretrained(name, **kwargs)
         except MicrogenError: raise
         except TypeError as e: raise InputError(f"{name} holds no {cls.__name__}: {e}.") from e
@@ -114,6 +115,19 @@ class HubModel(_hub_mixin()):
     def generate_model_card(self, *args, **kwargs):
         "The card from the facts."
         return _hub_card(model_card(type(self).__name__, self.facts | kwargs))
+
+
+def _check_files(cls, folder):
+    "Settings that can be read, of a model of this class."
+    try: settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError: settings = None
+    except (OSError, ValueError) as e: raise ReadError(folder / "config.json", "JSON", f"it is damaged ({e}); {_COPY}") from e
+    if not isinstance(settings, dict):
+        raise ReadError(folder / "config.json", "JSON", f"it does not hold the settings of a model; {_COPY}")
+    _check_class(cls, folder)
+
+
+_COPY = "copy the model folder again, or train on for one epoch, which writes it anew"
 
 
 def _check_class(cls, folder):
