@@ -1,8 +1,12 @@
-"""Calibrate the linear HAADF model against frozen-phonon PRISM images of YMnO3 along [100].
+"""Calibrate the linear HAADF model against frozen-phonon PRISM images: YMnO3 along [100], or a crystal of yours.
 
     python benchmarks/calibrate_haadf.py simulate --data DIR     # abTEM; about 1.5 CPU-hours in all, resumable
     python benchmarks/calibrate_haadf.py fit --data DIR          # seconds; prints the validation
     python benchmarks/calibrate_haadf.py fit --data DIR --write  # also writes microgen/tables/haadf.json
+
+    # another crystal, direction, probe, detector or thickness: a table of your own, for calibration= of `haadf`
+    python benchmarks/calibrate_haadf.py simulate --data DIR --structure mine.cif --zone 1,1,0 --voltage 300 --inner 60 --outer 180
+    python benchmarks/calibrate_haadf.py fit --data DIR --structure mine.cif --zone 1,1,0 --voltage 300 --table mine.csv
 
 The table is fitted to the perfect crystal only (one domain, Phi = pi). It is validated on walls that the fit never
 sees: A, a pi/3 wall of finite width; D, an abrupt pi wall; AP, an antiphase wall. The form of the model (a core and a
@@ -19,10 +23,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.optimize import least_squares, nnls
 
+from microgen.stem.crystal import load_structure, supercell
+from microgen.stem.probe import wavelength_nm
 from microgen.stem.render import Probe, sum_columns
+from microgen.stem.weight import thermal_nm
 
 # YMnO3 at 300 K, Å: van Aken et al., Acta Cryst. C57, 230 (2001); R heights u0 cos(Phi + 2 pi n/3) + p0 cos 3 Phi
 A_FE, C = 6.1387, 11.4071
@@ -35,7 +43,8 @@ SITES = [("Y", 0, 0, 0), ("Y", 0, 0, .5), ("Mn", 1/3, 2/3, .25), ("Mn", 2/3, 1/3
 THERMAL_A = {"Y": 0.075, "Mn": 0.067, "O": 0.091} # rms per axis, from B of 0.45, 0.35, 0.65 Å²
 ELEMENTS = tuple(THERMAL_A)
 OPTICS = {"voltage_kV": 200., "semiangle_mrad": 22., "inner_mrad": 70., "outer_mrad": 135., "source_nm": 0.}
-REPEATS = {5: 8, 10: 16} # nominal thickness, nm: unit cells along the beam
+REPEATS = {5: 8, 10: 16} # nominal thickness of YMnO3, nm: unit cells along the beam
+THICKNESSES = list(REPEATS)
 WALL_LENGTH = 12 * A # Å, four periods of three columns
 WALL_XI = 1.48 # Å, sine-Gordon width of the elementary wall
 
@@ -94,15 +103,26 @@ def atoms(phi, nx, ny, nz):
     return ase.Atoms(symbols, positions=positions, cell=size, pbc=True)
 
 
-def prism(cell, scan, seed, periods, interpolation):
+def other(structure, zone, up, thickness):
+    "Periodic cell of any crystal, at least 1 nm wide, as `atoms` makes it."
+    from pymatgen.io.ase import AseAtomsAdaptor
+    return AseAtomsAdaptor.get_atoms(supercell(structure, zone, up, fov=1., thickness=thickness))
+
+
+def grid_of(lengths):
+    "Points of the potential along x and y: two thirds of its angles reach past the detector."
+    step = 10 * wavelength_nm(OPTICS["voltage_kV"]) / (3 * 1.05e-3 * OPTICS["outer_mrad"])
+    return tuple(2 * int(np.ceil(v / step / 2)) for v in lengths)
+
+
+def prism(cell, scan, seed, gpts, interpolation):
     "One phonon configuration: image (x, y) and its sampling in Å."
     import abtem
     import dask
     dask.config.set(scheduler="synchronous")
     abtem.config.set({"device": "cpu", "precision": "float32", "diagnostics.progress_bar": False})
     phonons = abtem.FrozenPhonons(cell, num_configs=1, sigmas=THERMAL_A, seed=seed)
-    potential = abtem.Potential(phonons, gpts=(180 * periods[0], 192 * periods[1]), slice_thickness=2., projection="infinite",
-                                parametrization="lobato")
+    potential = abtem.Potential(phonons, gpts=gpts, slice_thickness=2., projection="infinite", parametrization="lobato")
     matrix = abtem.SMatrix(potential=potential, energy=1e3 * OPTICS["voltage_kV"], interpolation=interpolation,
                            semiangle_cutoff=OPTICS["semiangle_mrad"], downsample=False)
     grid = abtem.GridScan(start=(0, 0), end=scan, sampling=0.28, endpoint=False)
@@ -111,19 +131,25 @@ def prism(cell, scan, seed, periods, interpolation):
     return np.asarray(image.array).squeeze().astype("f4"), image.sampling
 
 
-def simulate(folder, thicknesses, counts):
-    "Simulate what is missing; one file per configuration."
+def simulate(folder, counts, crystal=None):
+    "Simulate what is missing; one file per configuration. `crystal`: (structure, zone, up) of another one."
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(max(counts.values())):
-        for thickness in thicknesses:
+        for thickness in THICKNESSES:
             for name in (n for n in counts if seed < counts[n]):
-                path = folder / f"{name}_{thickness}_{seed}.npz"
+                path = folder / f"{name}_{thickness:g}_{seed}.npz"
                 if path.exists():
                     continue
-                periods, interpolation = layout(name, thickness)
-                cell, start = atoms(PHI[name], *periods, REPEATS[thickness]), time.process_time()
-                scan = 2 * 5.316 if name == "bulk" else WALL_LENGTH, C
-                image, sampling = prism(cell, scan, FIRST_SEED[name] + seed, periods, interpolation)
+                start = time.process_time()
+                if crystal:
+                    cell, interpolation = other(*crystal, thickness), (1, 1)
+                    scan, gpts = tuple(cell.cell.lengths()[:2]), grid_of(cell.cell.lengths()[:2])
+                else:
+                    periods, interpolation = layout(name, thickness)
+                    repeats = REPEATS.get(thickness, max(1, round(10 * thickness / A_FE)))
+                    cell, gpts = atoms(PHI[name], *periods, repeats), (180 * periods[0], 192 * periods[1])
+                    scan = 2 * 5.316 if name == "bulk" else WALL_LENGTH, C
+                image, sampling = prism(cell, scan, FIRST_SEED[name] + seed, gpts, interpolation)
                 part = path.with_suffix(".part.npz")
                 np.savez(part, image=image, sampling=sampling, pos=cell.positions, cell=cell.cell.lengths(),
                          el=np.array(cell.get_chemical_symbols()), cpu=time.process_time() - start)
@@ -134,9 +160,9 @@ def simulate(folder, thicknesses, counts):
 
 def load(folder, name, thickness):
     "Images (configurations, y, x), columns {element: (y, x, atoms)} in nm, pixel size and period (y, x) in nm."
-    files = [np.load(f) for f in sorted(folder.glob(f"{name}_{thickness}_*.npz"), key=lambda f: (len(f.name), f.name))]
+    files = [np.load(f) for f in sorted(folder.glob(f"{name}_{thickness:g}_*.npz"), key=lambda f: (len(f.name), f.name))]
     if not files:
-        raise SystemExit(f"No images {name}_{thickness}_*.npz in {folder}; run `simulate` first.")
+        raise SystemExit(f"No images {name}_{thickness:g}_*.npz in {folder}; run `simulate` first.")
     first, columns = files[0], {}
     for element in ELEMENTS:
         flat = np.round(first["pos"][first["el"] == element][:, 1::-1] / 10, 6)
@@ -154,14 +180,14 @@ def basis(columns, shape, pixel, period, widths):
 
 
 def design(data, p):
-    """Images that the weights multiply, for widths p = (Y, Mn, O, wide, share of wide): (pixels, 4).
+    """Images that the weights multiply, for widths p = (one per element, wide, share of wide): (pixels, elements + 1).
 
     Each element has a core of its own width and a wide foot, common to all: the channelled probe spreads as it goes
     through the crystal.
     """
     images, columns, pixel, period = data
-    parts = basis(columns, images.shape[1:], pixel, period, {e: (w, p[3]) for e, w in zip(ELEMENTS, p)})
-    mixed = [((1 - p[4]) * core + p[4] * foot).ravel() for core, foot in parts]
+    parts = basis(columns, images.shape[1:], pixel, period, {e: (w, p[-2]) for e, w in zip(ELEMENTS, p)})
+    mixed = [((1 - p[-1]) * core + p[-1] * foot).ravel() for core, foot in parts]
     return np.stack([*mixed, np.ones(mixed[0].size)], 1)
 
 
@@ -174,7 +200,8 @@ def fit(data):
         weights = nnls(matrix, target)[0]
         return weights, (matrix @ weights - target) / target.std()
 
-    start, low, high = [.016, .016, .015, .06, .2], [.005] * 3 + [.03, 0], [.04] * 3 + [.12, .5]
+    n = len(ELEMENTS)
+    start, low, high = [.016] * n + [.06, .2], [.005] * n + [.03, 0], [.04] * n + [.12, .5]
     best = least_squares(lambda p: solve(p)[1], start, bounds=(low, high), diff_step=1e-3, x_scale=start)
     return best.x, solve(best.x)[0]
 
@@ -214,32 +241,33 @@ def rows_of(thickness_nm, p, weights):
     "The table rows of one thickness."
     rows = []
     for i, element in enumerate(ELEMENTS):
-        for component, (sigma, share) in enumerate(((p[i], 1 - p[4]), (p[3], p[4]))):
+        for component, (sigma, share) in enumerate(((p[i], 1 - p[-1]), (p[-2], p[-1]))):
             rows.append({"thickness_nm": round(thickness_nm, 4), "element": element, "component": component,
                          "weight_nm2": float(f"{weights[i] * share:.5g}"), "sigma_pm": round(1e3 * sigma, 2),
-                         "background": float(f"{weights[3]:.4g}")})
+                         "background": float(f"{weights[-1]:.4g}")})
     return rows
 
 
-def calibrate(folder, write=False):
-    "Fit each thickness to the bulk, judge it on bulk and walls, print, and write the table if asked."
+def calibrate(folder, write=False, table=None):
+    "Fit each thickness to the bulk, judge it on bulk and walls, print, and write the tables if asked."
     rows, checks = [], []
-    for nominal, repeats in REPEATS.items():
+    for nominal in THICKNESSES:
         crystal = load(folder, "bulk", nominal)
         p, weights = fit(crystal)
-        rows += rows_of(repeats * A_FE / 10, p, weights)
-        print(f"{nominal} nm: widths Y, Mn, O, foot {np.round(1e3 * p[:4], 1)} pm, share of the foot {p[4]:.2f}, "
-              f"background {weights[3]:.1e}, Y/Mn = (39/25)^{np.log(weights[0] / weights[1]) / np.log(39 / 25):.2f}")
+        depth = float(np.load(next(folder.glob(f"bulk_{nominal:g}_*.npz")))["cell"][2]) / 10
+        rows += rows_of(depth, p, weights)
+        print(f"{nominal:g} nm: widths {', '.join(ELEMENTS)}, foot {np.round(1e3 * p[:-1], 1)} pm, share of the foot {p[-1]:.2f}, "
+              f"background {weights[-1]:.1e}")
+        if {"Y", "Mn"} <= set(ELEMENTS):
+            ratio = weights[ELEMENTS.index("Y")] / weights[ELEMENTS.index("Mn")]
+            print(f"Y/Mn = (39/25)^{np.log(ratio) / np.log(39 / 25):.2f}")
         for name in PHI:
             for source in (0., 0.035):
-                if list(folder.glob(f"{name}_{nominal}_*.npz")):
+                if list(folder.glob(f"{name}_{nominal:g}_*.npz")):
                     found = judge(load(folder, name, nominal), p, weights, phonon_variance(crystal, source), source)
                     checks.append({"cell": name, "thickness_nm": nominal, "source_pm": 1e3 * source,
                                    **{k: round(float(v), 4) for k, v in found.items()}})
-    keys = list(checks[0])
-    print(" ".join(f"{k:>14}" for k in keys))
-    for check in checks:
-        print(" ".join(f"{check[k]!s:>14}" for k in keys))
+    print(pd.DataFrame(checks).to_string(index=False))
     about = {"what": "YMnO3 along [100]: frozen-phonon PRISM, fitted on the perfect crystal, checked on walls outside the fit; the form of the model was chosen with AP and D at 5 nm in view",
              "optics": OPTICS, "thermal_A": THERMAL_A, "made_by": "benchmarks/calibrate_haadf.py",
              "abtem": version("abtem"), "checks": checks}
@@ -248,36 +276,64 @@ def calibrate(folder, write=False):
         lines = ",\n".join(json.dumps(r) for r in rows)
         path.write_text(f'{{"provenance": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
         print(f"wrote {path} and {keep_references(folder)}")
+    if table:
+        pd.DataFrame(rows).to_csv(table, index=False)
+        print(f"wrote {table}; the rows of one thickness are the table: haadf(..., calibration=pd.read_csv({str(table)!r}).query('thickness_nm == {rows[0]['thickness_nm']}'))")
 
 
 def keep_references(folder):
     "Store the mean image of each wall beside this script, for `benchmarks/stem.py`."
     held = {}
-    for nominal in REPEATS:
+    for nominal in THICKNESSES:
         noise = phonon_variance(load(folder, "bulk", nominal))
         for name in list(PHI)[1:]:
-            if list(folder.glob(f"{name}_{nominal}_*.npz")):
+            if list(folder.glob(f"{name}_{nominal:g}_*.npz")):
                 images, _, pixel, _ = load(folder, name, nominal)
                 values = {"image": images.mean(0).astype("f4"), "noise": noise / len(images),
                           "configurations": len(images), "pixel": pixel}
-                held |= {f"{name}_{nominal}_{k}": v for k, v in values.items()}
+                held |= {f"{name}_{nominal:g}_{k}": v for k, v in values.items()}
     path = Path(__file__).with_name("haadf_reference.npz")
     np.savez_compressed(path, **held)
     return path
 
 
+def choose(args):
+    "Set crystal, optics and thicknesses of this run; (structure, zone, up) of another crystal than YMnO3 along [100]."
+    global THERMAL_A, ELEMENTS
+    THICKNESSES[:] = args.thickness
+    OPTICS.update(voltage_kV=args.voltage, semiangle_mrad=args.semiangle, inner_mrad=args.inner, outer_mrad=args.outer)
+    if args.structure is None:
+        return None
+    structure = load_structure(args.structure)
+    ELEMENTS = tuple(sorted({e.symbol for e in structure.composition}))
+    THERMAL_A = {e: 10 * thermal_nm(e) for e in ELEMENTS}
+    return structure, args.zone, args.up
+
+
 def main():
+    numbers = lambda kind: lambda text: [kind(v) for v in text.split(",")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["simulate", "fit"])
     parser.add_argument("--data", type=Path, required=True, help="folder of the simulated images")
     parser.add_argument("--bulk", type=int, default=16, help="phonon configurations of the perfect crystal")
-    parser.add_argument("--walls", type=int, default=4, help="phonon configurations of each wall")
+    parser.add_argument("--walls", type=int, default=4, help="phonon configurations of each wall of YMnO3")
     parser.add_argument("--write", action="store_true", help="write the shipped table")
+    parser.add_argument("--table", type=Path, help="write a table of your own, CSV")
+    parser.add_argument("--structure", help="shipped name or CIF file; without it YMnO3 along [100] with its walls")
+    parser.add_argument("--zone", type=numbers(int), default=[1, 0, 0], help="zone axis of --structure")
+    parser.add_argument("--up", type=numbers(int), default=[0, 0, 1], help="direction of --structure that points up")
+    parser.add_argument("--thickness", type=numbers(float), default=THICKNESSES, help="nm, separated by commas")
+    for name, unit in (("voltage", "kV"), ("semiangle", "mrad"), ("inner", "mrad"), ("outer", "mrad")):
+        parser.add_argument(f"--{name}", type=float, default=OPTICS[f"{name}_{unit}"], help=f"{unit}; default %(default)g")
     args = parser.parse_args()
-    if args.task == "simulate":
-        simulate(args.data, list(REPEATS), {"bulk": args.bulk} | dict.fromkeys(list(PHI)[1:], args.walls))
+    shipped = OPTICS | {"thickness": [5, 10]}
+    crystal = choose(args)
+    if args.write and (crystal or OPTICS | {"thickness": THICKNESSES} != shipped):
+        parser.error("--write is for the shipped table: YMnO3 along [100] with the defaults; use --table for yours")
+    if args.task == "fit":
+        calibrate(args.data, args.write, args.table)
     else:
-        calibrate(args.data, args.write)
+        simulate(args.data, {"bulk": args.bulk} | ({} if crystal else dict.fromkeys(list(PHI)[1:], args.walls)), crystal)
 
 
 if __name__ == "__main__":

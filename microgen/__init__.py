@@ -5,8 +5,8 @@ import lazy_loader as _lazy
 # Names load their module when first used, so that `import microgen` costs milliseconds.
 __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
-    submodules=["core", "io", "plot", "stem", "scan", "sem", "count", "data", "metrics", "train", "nets", "gan",
-                "doctor", "report", "tour", "cli"],
+    submodules=["core", "raw", "formats", "check", "io", "plot", "progress", "stem", "warp", "preset", "scan", "sem", "count",
+                "data", "metrics", "train", "nets", "gan", "chapters", "doctor", "report", "tour", "cli"],
     submod_attrs={
         "core": ["Micrograph", "as_micrograph", "MicrogenError", "ReadError", "InputError", "MissingExtra"],
         "io": ["read"],
