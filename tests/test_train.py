@@ -22,7 +22,8 @@ from torch import nn
 
 from microgen.train.adversarial import Parts, adversarial_learner, gan_losses, r1_penalty
 from microgen.train.core import EMA, NaNGuard, Repeat, random_state_kept, read_weights
-from microgen.train.run import read_checkpoint, train, write_checkpoint
+from microgen.train.checkpoint import read_checkpoint, write_checkpoint
+from microgen.train.run import train
 from microgen.train.watch import History
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,8 +80,8 @@ def start(out, **kw):
     return subprocess.Popen([sys.executable, "-c", program(out, **kw)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def finish(process):
-    _, err = process.communicate(timeout=300)
+def finish(process, timeout=300):
+    _, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, err.decode()[-2000:]
 
 
@@ -248,17 +249,17 @@ def test_shares_of_a_batch_are_the_batch(tmp_path):
     assert torch.allclose(*out, atol=2e-5)
 
 
-def plain_learner(path, bs=8, **kw):
+def plain_learner(path, bs=8, width=8, data=0, **kw):
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
-    x = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(32, 3, generator=torch.Generator().manual_seed(data))
     items = [(a, a.sum(0, keepdim=True)) for a in x]
-    with random_state_kept(0): model = Parts(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
+    with random_state_kept(0): model = Parts(nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1)), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
     d, g = gan_losses("lsgan")
     see = lambda m, b, y: m.d(torch.cat([b[0], y], 1))
     return adversarial_learner(DataLoaders(DataLoader(items, bs=bs), DataLoader(items, bs=bs)), model, lambda m, b: m.g(b[0]),
                                lambda m, b, f: d(see(m, b, b[1]), see(m, b, f)), lambda m, b, f: {"adv": g(see(m, b, f)), "l2": (f - b[1]).square().mean()},
-                               d_reg=lambda m, b, f: {"r1": r1_penalty(lambda y: see(m, b, y), b[1])}, reg_every=2, path=path, lr=1e-3, **kw)
+                               d_reg=lambda m, b, f: {"r1": r1_penalty(lambda y: see(m, b, y), b[1])}, reg_every=2, path=path, **{"lr": 1e-3} | kw)
 
 
 WORKER = """
@@ -277,11 +278,14 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_do_the_step_of_one(tmp_path):
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    text = WORKER.format(tests=str(ROOT / "tests"), root=str(ROOT), port=port, tmp=str(tmp_path), out=str(tmp_path / "two"))
+        return s.getsockname()[1]
+
+
+def test_two_processes_do_the_step_of_one(tmp_path):
+    text = WORKER.format(tests=str(ROOT / "tests"), root=str(ROOT), port=free_port(), tmp=str(tmp_path), out=str(tmp_path / "two"))
     both = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", text, str(r)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for r in (0, 1)]
     for p in both: finish(p)
     learn = plain_learner(tmp_path, bs=7)
@@ -305,7 +309,7 @@ def test_damaged_newest_checkpoint(made, tmp_path):
 
 def test_a_full_disk_loses_no_checkpoint(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, 1, {"w": torch.ones(3)})
-    monkeypatch.setattr("microgen.train.run.save_file", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("microgen.train.checkpoint.save_file", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError): write_checkpoint(tmp_path, 2, {"w": torch.ones(3)})
     assert read_checkpoint(tmp_path)[0] == 1 and len(list(tmp_path.iterdir())) == 1
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core import InputError, MicrogenError
-from .core import Averaged, random_state_kept
+from .core import Averaged, any_process, processes, random_state_kept
 
 # %% ../../nbs/61_train.adversarial.ipynb #6f6e611b
 class Parts(Averaged):
@@ -113,9 +113,6 @@ def _plain(t): # fastai's subclasses of Tensor as tensors: they leak into losses
 
 def _trainable(net): return [p for p in net.parameters() if p.requires_grad]
 
-def _world(): # rank and number of processes
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
 def _sum_over_processes(params, total): # gradients and loss
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     flat = torch.cat([*(g.float().flatten() for g in grads), total.float().reshape(1)])
@@ -151,7 +148,7 @@ class AdversarialTrainer(Callback):
         "Find who listens to steps; give every process the same weights."
         ordered = self.learn.cbs.sorted("order")
         self.fired = {e: [cb for cb in ordered if hasattr(type(cb), e) or e in vars(cb)] for e in ("before_step", "after_step")}
-        if _world()[1] > 1:
+        if processes()[1] > 1:
             for t in self.learn.model.state_dict().values(): dist.broadcast(t, 0)
 
     def _fire(self, event): # as the learner does, but asks only those that listen: the others cost a millisecond
@@ -177,52 +174,61 @@ class AdversarialTrainer(Callback):
         learn.loss = learn.loss_func(learn.pred, *learn.yb)
 
     def _train(self, batch):
-        while True:
-            try: return self._step(batch)
-            except torch.OutOfMemoryError as e: self._halve(batch, e)
-
-    def _halve(self, batch, error): # d may have stepped already: it then steps twice on this batch
-        self.learn.opt.zero_grad()
-        if torch.cuda.is_available(): torch.cuda.empty_cache()
-        self.accumulate, n = 2 * self.accumulate, len(batch[0])
-        if self.accumulate > n:
-            raise MicrogenError("the memory does not hold this model with a single image: choose smaller images "
-                                "or fewer channels.") from error
-        warnings.warn(f"the memory does not hold {n} images at once; each batch is cut into {self.accumulate} shares "
-                      "from now on (same mean gradient; BatchNorm sees the smaller shares).")
-
-    def _step(self, batch):
-        learn, (rank, world), n = self.learn, _world(), len(batch[0])
-        if world > 1: batch = tuple(t[rank::world] for t in batch)
+        learn, (rank, world) = self.learn, processes()
+        mine = tuple(t[rank::world] for t in batch) if world > 1 else batch
         learn.terms, step = {}, learn.train_iter
-        g_turn = step % self.n_disc == self.n_disc - 1
-        shares = [(len(s[0]) / n, s) for s in zip(*(t.chunk(self.accumulate) for t in batch))]
+        g_turn, regular = step % self.n_disc == self.n_disc - 1, step % self.reg_every == 0
         with random_state_kept(step, rank) if world > 1 else nullcontext():
-            keep = self._draw(shares[0][1], g_turn) if len(shares) == 1 else None
-            self._phase("d", shares, keep, step % self.reg_every == 0)
-            if g_turn: self._phase("g", shares, keep)
+            fakes = self._phase("d", mine, len(batch[0]), None, regular, g_turn)
+            if g_turn: self._phase("g", mine, len(batch[0]), fakes)
         learn.stepping = None
         self._fire("after_step")
         self._check_weights()
 
+    def _halve(self, n, error): # n images of the fullest process
+        self.learn.opt.zero_grad()
+        if torch.cuda.is_available(): torch.cuda.empty_cache()
+        if self.accumulate >= n:
+            raise MicrogenError("the memory does not hold this model with a single image: choose smaller images "
+                                "or fewer channels.") from error
+        self.accumulate = min(2 * self.accumulate, n)
+        warnings.warn(f"the memory does not hold {n} images at once; each batch is cut into {self.accumulate} shares "
+                      "from now on (same mean gradient; BatchNorm sees the smaller shares).")
+
     def _draw(self, batch, graph=True):
         with torch.set_grad_enabled(graph), self._precision(): return self.functions[0](self.learn.model, batch)
 
-    def _phase(self, name, shares, keep, regular=False):
-        learn, params = self.learn, self.learn.opt.param_lists["gd".index(name)]
-        learn.opt.zero_grad()
-        if name == "g": frozen = [p.requires_grad_(False) for p in learn.opt.param_lists[1]]
-        try: total = sum(self._backward(name, share, batch, keep, regular) for share, batch in shares)
-        finally:
-            if name == "g": [p.requires_grad_(True) for p in frozen]
-        if _world()[1] > 1: total = _sum_over_processes(params, total)
+    def _phase(self, name, batch, n, fakes, regular=False, graph=False): # -> the fakes, where one drawing serves both
+        learn, params, world = self.learn, self.learn.opt.param_lists["gd".index(name)], processes()[1]
+        before = learn.terms
+        while True:
+            learn.opt.zero_grad()
+            learn.terms = dict(before)
+            total, fakes, short = self._gradient(name, batch, n, fakes, regular, graph)
+            if not any_process(short, batch[0].device): break
+            fakes = None
+            self._halve(-(-n // world), short)
+        if world > 1: total = _sum_over_processes(params, total)
         learn.stepping, learn.loss_grad, learn.loss = params, total, total
         self._fire("before_step")
         learn.opt.step(name)
+        return fakes
 
-    def _backward(self, name, share, batch, keep, regular):
+    def _gradient(self, name, batch, n, fakes, regular, graph): # -> loss, fakes, the error where memory was short
+        shares = [(len(s[0]) / n, s) for s in zip(*(t.chunk(self.accumulate) for t in batch)) if len(s[0])]
+        total, frozen = batch[0].new_zeros((), dtype=torch.float32), self.learn.opt.param_lists[1] if name == "g" else ()
+        for p in frozen: p.requires_grad_(False)
+        try:
+            if shares and name == "d" and self.accumulate == 1: fakes = self._draw(batch, graph)
+            for share, part in shares: total = total + self._backward(name, share, part, fakes, regular)
+        except torch.OutOfMemoryError as e: return total, None, e.with_traceback(None)
+        finally:
+            for p in frozen: p.requires_grad_(True)
+        return total, fakes, None
+
+    def _backward(self, name, share, batch, fakes, regular):
         model, (_, d_loss, g_loss, d_reg) = self.learn.model, self.functions
-        fakes = self._draw(batch, name == "g") if keep is None else keep
+        if fakes is None: fakes = self._draw(batch, name == "g")
         with self._precision():
             if name == "g": total = self._total("g", g_loss(model, batch, fakes), share)
             else:

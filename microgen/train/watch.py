@@ -79,6 +79,13 @@ class Preview(Callback):
         step = self.learn.train_iter + 1
         if step % self.every == 0 or step == 1: self.save(step)
 
+    def after_fit(self):
+        "Draw what came out; a run that pauses is not at its end."
+        step, budget = self.learn.train_iter, getattr(self.learn, "time_budget", None)
+        if step and not (budget and budget.why) and not self._file(step).exists(): self.save(step)
+
+    def _file(self, step): return self.folder / f"{step:08d}.png"
+
     def save(self,
         step: int, # names the file
     ) -> Path: # the picture, PNG
@@ -88,7 +95,7 @@ class Preview(Callback):
         training = model.training
         with torch.no_grad(), random_state_kept(self.root): drawn = self.draw(model.eval(), xb, yb)
         model.train(training)
-        return self._store(drawn, self.folder / f"{step:08d}.png")
+        return self._store(drawn, self._file(step))
 
     def _store(self, drawn, file):
         from PIL import Image
