@@ -3,12 +3,15 @@
     python benchmarks/pix2pix.py --quick                          # two minutes: 64 px, one minute of training a seed
     python benchmarks/pix2pix.py --minutes 12 --seeds 0 1 2 --processes 2   # 128 px on a CPU, one core a seed
     python benchmarks/pix2pix.py --minutes 60 --config full --size 256 --n 6000   # with a GPU
+    python benchmarks/pix2pix.py --keep DIR --judge-only --pictures nbs/images    # runs that --keep DIR left
 
 Data: walls of YMnO3, low-noise scans (preset "good"); every image is a geometry, a crystal and a scan of its own, so those of the
 test split are unseen. The seeds change weights, order and noise; the images are the same for all. Judged is the averaged
 generator, against three things: the true image; a second scan of the same scene (the same specimen, optics and settings, other
 noise and other jitter: the ceiling for single draws; a mean over z is free of noise and can pass it); and the Cramér-Rao bound of
-the true image's columns.
+the true image's columns. Intervals are 95 % bootstrap intervals over scenes, which all seeds share. Set metrics are those of a
+network with random weights, each beside its floor, real half against real half. The draws of one scene over z are compared with
+scans of that scene by the microscopes (optics, thickness, dose) of other images.
 Training stops by the clock: half of the minutes at the full rate, then as many steps again while the rates fade.
 """
 import argparse
@@ -28,19 +31,28 @@ import numpy as np
 import pandas as pd
 import torch
 
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 from microgen.core import Micrograph
 from microgen.data.build import build, read_recipe
 from microgen.data.condition import condition
 from microgen.data.files import list_images, scale
 from microgen.data.walls import TABLE, Recipe, draw
+from microgen.gan.pix2pix import spread
 from microgen.gan.run import train_pix2pix
 from microgen.io import read
+from microgen.metrics.features import random_extractor
 from microgen.metrics.image import ssim
-from microgen.metrics.physics import column_errors, position_bound, rms_pm, structure_errors
+from microgen.metrics.physics import bragg_transfer, column_errors, position_bound, rms_pm, structure_errors
+from microgen.metrics.sets import copy_test, feature_pair, half_samples, kernel_distance
+from microgen.plot import show
 from microgen.scan import acquire, mistilt
 from microgen.stem.crystal import columns
 from microgen.stem.render import haadf
 from microgen.stem.wall import displace, truth_maps
+from microgen.train.hub import load_model
 
 CELL_NM = 0.5316  # distance of the rare-earth columns along the layer in YMnO3, a cell of the wall's steps
 
@@ -72,31 +84,60 @@ def scan_again(recipe, index):
     return seen.image, seen.maps, t[inside].reset_index(drop=True)
 
 
-def physics(image, table, maps=None):
-    "Column error, and with maps polarity and wall, of one image."
+def other_microscopes(recipe, index, n):
+    "Scans of one scene, each with optics, thickness and settings of another image: (n, H, W) in [-1, 1]."
+    scene, out = draw(recipe, index), []
+    shape = (recipe.size + 2 * scene.rim,) * 2
+    for k in range(n):
+        other = draw(recipe, k)
+        crystal = columns(recipe.structure, scene.fov, other.thickness, origin=scene.origin, rotation_deg=scene.rotation)
+        ideal = haadf(displace(crystal, scene.field), recipe.pixel_size, other.probe, shape)
+        out.append(unit(acquire(ideal, other.scan, np.random.default_rng([index, k]), rim=scene.rim).data))
+    return np.stack(out)
+
+
+def physics(image, table, maps=None, true=None):
+    "Column error; with maps polarity, phase and wall; with the true image the transfer of Bragg reflections."
     e = column_errors(image, table)
     out = {"rms_pm": rms_pm(e), "found": float(e.found.mean())}
     if maps is None: return out
     s = structure_errors(image, table, maps)
-    return out | {"polarity": s["polarity_right"], "wall_cells": s.get("wall_error_nm", np.nan) / CELL_NM,
-                  "walls_found": s.get("walls_found", 0) / s["walls"] if s.get("walls") else np.nan}
+    out |= {"polarity": s["polarity_right"], "phi_deg": s["phi_error_deg"], "wall_cells": s.get("wall_error_nm", np.nan) / CELL_NM,
+            "width_nm": s.get("width_error_nm", np.nan), "walls_found": s.get("walls_found", 0) / s["walls"] if s.get("walls") else np.nan}
+    return out | (bragg(true, image) if true is not None else {})
 
 
-def repeat_scans(folder, n_ssim, n_physics):
+def bragg(true, image):
+    "Amplitude of a drawn image over that of the true one: median over the main and over the superlattice reflections of the scene."
+    pair = [Micrograph(unit(i.data), i.pixel_size) for i in (true, image)]
+    t = bragg_transfer(pair[:1], pair[1:], "YMnO3")
+    return {f"bragg_{kind}": float(t.transfer[(t.kind == kind) & (t.snr_real > 30)].median()) for kind in ("main", "superlattice")}
+
+
+def repeat_scans(folder, n_ssim, n_physics, n_spread):
     "What a second scan of each test scene reaches: one row per scene."
     torch.set_num_threads(1)
     recipe, rows = read_recipe(folder), []
     for k, (image, _, table, _, index) in enumerate(scenes(folder, n_ssim)):
         again, maps, moved = scan_again(recipe, index)
-        row = {"ssim": float(ssim(unit(image.data)[None], unit(again.data)[None], L=2)[0])}
-        if k < n_physics: row |= {"bound_pm": position_bound(image, table)} | physics(again, moved, maps)
+        row = {"ssim_draw": float(ssim(unit(image.data)[None], unit(again.data)[None], L=2)[0])}
+        if k < n_physics: row |= {"bound_pm": position_bound(image, table)} | physics(again, moved, maps, image)
+        if k < n_spread: row |= varied(other_microscopes(recipe, index, N_SPREAD))
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def judge(model, folder, n_ssim, n_physics, n_z=16):
-    "One row per test scene: SSIM of the mean over z and of single draws, physics of both."
-    about, rows = model.about, []
+N_SPREAD = 12  # draws and scans of one scene
+
+
+def varied(images):
+    "Standard deviation of level, contrast and noise over images of one scene."
+    return {f"sd_{name}": float(v) for name, v in spread(images).std().items()}
+
+
+def judge(model, folder, n_ssim, n_physics, n_spread, n_z=16):
+    "One row per test scene, and what holds for the set: SSIM of the mean over z and of single draws, physics, spread; sets."
+    about, rows, real, fake = model.about, [], [], []
     for k, (image, maps, table, label, index) in enumerate(scenes(folder, n_ssim)):
         cond = torch.from_numpy(condition(maps, table, image.shape, image.pixel_size, tuple(about["channels"])))
         known, rng = about["vocab"].index(label), np.random.default_rng([7, index])
@@ -107,9 +148,24 @@ def judge(model, folder, n_ssim, n_physics, n_z=16):
                "ssim_draw": float(ssim(np.stack([true] * 2), drawn, L=2).mean())}
         if k < n_physics:
             row |= {f"mean_{a}": b for a, b in physics(Micrograph(mean, image.pixel_size), table).items()}
-            row |= physics(Micrograph(drawn[0], image.pixel_size), table, maps)
+            row |= physics(Micrograph(drawn[0], image.pixel_size), table, maps, image)
+        if k < n_spread: row |= varied(model.sample(N_SPREAD, (cond, known), rng).numpy()[:, 0])
         rows.append(row)
-    return pd.DataFrame(rows)
+        real.append(true)
+        fake.append(drawn[0])
+    return pd.DataFrame(rows), sets(folder, np.stack(real), np.stack(fake))
+
+
+def sets(folder, real, fake, n_train=400):
+    "Kernel distance of drawn to true images with its floor, and the copying test, in features of a network with random weights."
+    listed, net = list_images(folder), random_extractor()
+    train = np.stack([unit(read(p).data) for p in listed[listed.split == "train"].image.head(n_train)])
+    x, y = feature_pair(real, fake, net)
+    values, floors = half_samples(x, y, lambda a, b: {"kd": kernel_distance(a, b)})
+    both, seen = feature_pair(np.concatenate([real, fake]), train, net)
+    chance, z = copy_test(seen, both[:len(real)], both[len(real):])
+    return {"kd": list(values.kd.quantile([0.5, 0.025, 0.975])), "kd_floor": list(floors.kd.quantile([0.5, 0.025, 0.975])),
+            "kd_n": len(x) // 2, "copy": [chance.value, chance.low, chance.high], "copy_z": float(z)}
 
 
 def learn_for(minutes, data, out, **settings):
@@ -121,45 +177,132 @@ def learn_for(minutes, data, out, **settings):
     return learn, (time.perf_counter() - wall) / 60, (time.process_time() - cpu) / 60
 
 
-def one_seed(seed, minutes, data, out, model, config, bs, n_ssim, n_physics):
+def one_seed(seed, minutes, data, out, model, config, bs, counts):
     "Train and judge one seed: a dict of numbers."
     torch.set_num_threads(1)
     learn, wall, cpu = learn_for(minutes, data, out, model=model, config=config, bs=bs, seed=seed)
-    table = judge(learn.model.eval(), data, n_ssim, n_physics)
-    steps = pd.read_csv(Path(out) / "history.csv").step.max()
-    about = {"seed": seed, "wall_minutes": wall, "cpu_minutes": cpu, "steps": int(steps), "stopped": learn.stopped,
-             "parameters": sum(p.numel() for p in learn.model.g.parameters())}
-    print(f"seed {seed}: {steps} steps in {wall:.1f} min ({cpu:.1f} of CPU), SSIM {table.ssim_mean.mean():.3f}", flush=True)
-    return about | summary(table)
+    steps = int(pd.read_csv(Path(out) / "history.csv").step.max())
+    about = {"wall_minutes": wall, "cpu_minutes": cpu, "steps": steps, "stopped": learn.stopped}
+    return judged(seed, learn.model.eval(), data, counts) | about
 
 
-def summary(table):
-    "Means over scenes; errors of position and walls as root mean square and median."
-    out = {name: float(table[name].mean()) for name in table if not name.endswith(("_pm", "cells"))}
-    out |= {name: float(np.sqrt((table[name] ** 2).mean())) for name in table if name.endswith("_pm")}
-    if "wall_cells" in table: out["wall_cells"] = float(table.wall_cells.median())
-    return out
+def judged(seed, model, data, counts):
+    "The numbers of one trained seed."
+    torch.set_num_threads(1)
+    table, of_sets = judge(model, data, *counts)
+    print(f"seed {seed}: SSIM {table.ssim_mean.mean():.3f}, columns {aim(table.rms_pm):.3f} pm", flush=True)
+    return {"seed": seed, "parameters": sum(p.numel() for p in model.g.parameters()), "scenes": table.to_dict("list"), "sets": of_sets}
 
 
-ROWS = [("SSIM, mean over z", "ssim_mean", "ssim"), ("SSIM, single draws with noise", "ssim_draw", "ssim"),
-        ("column error of the mean, rms pm", "mean_rms_pm", None), ("column error of draws, rms pm", "rms_pm", "rms_pm"),
-        ("columns found, draws", "found", "found"), ("polarity right, draws", "polarity", "polarity"),
-        ("walls found, draws", "walls_found", "walls_found"), ("wall error of draws, median, unit cells", "wall_cells", "wall_cells")]
+def only_judged(seed, data, out, counts):
+    "Judge a run that is finished."
+    return judged(seed, load_model(out), data, counts) | {"steps": int(pd.read_csv(Path(out) / "history.csv").step.max())}
+
+
+def aim(v, how="rms"):
+    "One number of many scenes (and seeds): root mean square, median or mean of what is finite."
+    v = np.asarray(v, float)
+    v = v[np.isfinite(v)]
+    if not len(v): return np.nan
+    return float({"rms": lambda v: np.sqrt((v**2).mean()), "median": np.median, "mean": np.mean}[how](v))
+
+
+def over_scenes(statistic, *tables, n=999):
+    "Value and 95 % interval of a function of tables (seeds, scenes), with the scenes drawn anew."
+    rng, size = np.random.default_rng(0), tables[0].shape[1]
+    draws = [statistic(*(t[:, i] for t in tables)) for i in rng.integers(size, size=(n, size))]
+    return statistic(*tables), *np.nanpercentile(draws, (2.5, 97.5))
+
+
+ROWS = [("SSIM, mean over z", "ssim_mean", "mean"), ("SSIM, single draws with noise", "ssim_draw", "mean"),
+        ("column error of the mean, rms pm", "mean_rms_pm", "rms"), ("column error of draws, rms pm", "rms_pm", "rms"),
+        ("columns found, draws", "found", "mean"), ("polarity right, draws", "polarity", "mean"),
+        ("phase error of draws, degrees, median of medians", "phi_deg", "median"), ("walls found, draws", "walls_found", "mean"),
+        ("wall error of draws, median, unit cells", "wall_cells", "median"),
+        ("wall width error of draws, median, nm", "width_nm", "median"),
+        ("Bragg transfer of draws, main", "bragg_main", "mean"), ("Bragg transfer of draws, superlattice", "bragg_superlattice", "mean"),
+        ("spread of draws: level", "sd_level", "mean"), ("spread of draws: contrast", "sd_contrast", "mean"),
+        ("spread of draws: noise", "sd_noise", "mean")]
 
 
 def report(seeds, again):
-    "The table as Markdown: mean and spread over seeds, beside a second scan."
-    lines = ["| held-out walls | generated: mean ± sd over seeds | each seed | a second scan |", "|---|---|---|---|"]
-    for name, key, ref in ROWS:
-        v = np.array([s[key] for s in seeds])
-        spread = f" ± {v.std(ddof=1):.3f}" if len(v) > 1 else ""
-        beside = f"{again[ref]:.3f}" if ref else ""
-        lines.append(f"| {name} | {v.mean():.3f}{spread} | {', '.join(f'{x:.3f}' for x in v)} | {beside} |")
-    bound = again["bound_pm"]
-    draws = np.mean([s["rms_pm"] for s in seeds])
-    lines += [f"| Cramér–Rao bound of the columns, pm | {bound:.3f}; draws are at {draws / bound:.1f} times the bound | | |",
-              f"| share of the ceiling, SSIM | {np.mean([s['ssim_mean'] for s in seeds]) / again['ssim']:.3f} | | |"]
+    "The table as Markdown: value with its interval over scenes, each seed, and a second scan."
+    lines = ["| held-out walls | generated [95 % over scenes] | each seed | a second scan [95 % over scenes] |", "|---|---|---|---|"]
+    tables = [pd.DataFrame(s["scenes"]) for s in seeds]
+    say = lambda v, low, high: f"{v:.3f} [{low:.3f}, {high:.3f}]"
+    for name, key, how in ROWS:
+        one, each = lambda t: aim(t, how), ", ".join(f"{aim(t[key], how):.3f}" for t in tables)
+        beside = say(*over_scenes(one, column([again], key))) if key in again else ""
+        lines.append(f"| {name} | {say(*over_scenes(one, column(tables, key)))} | {each} | {beside} |")
+    lines += _ratios(tables, again, say)
+    for s in seeds:
+        k = s["sets"]
+        lines.append(f"| seed {s['seed']}: KD(random), N = {k['kd_n']}; floor | {say(*k['kd'])}; {say(*k['kd_floor'])} | | |")
+        copied = f"{say(*k['copy'])}, z = {k['copy_z']:.1f}"
+        lines.append(f"| seed {s['seed']}: further from the training set than unseen scans (0.5: as far; 0: copies) | {copied} | | |")
     return "\n".join(lines)
+
+
+def column(frames, key):
+    "(frames, scenes) of one column."
+    return np.stack([f[key].to_numpy(float) for f in frames])
+
+
+RATIOS = [("column error of draws over the Cramér–Rao bound", "rms_pm", "bound_pm", "rms"),
+          ("column error of the mean over the bound", "mean_rms_pm", "bound_pm", "rms"),
+          ("share of the ceiling, SSIM of the mean", "ssim_mean", "ssim_draw", "mean"),
+          ("share of the ceiling, SSIM of draws", "ssim_draw", "ssim_draw", "mean"),
+          *((f"spread of draws over spread of scans: {v}", f"sd_{v}", f"sd_{v}", "mean") for v in ("level", "contrast", "noise"))]
+
+
+def _ratios(tables, again, say):
+    "Rows of what is divided: errors by the bound, spread of draws by that of scans, SSIM by the ceiling."
+    rows = []
+    for name, top, bottom, how in RATIOS:
+        ratio = lambda a, b: aim(a, how) / aim(b, how)
+        known = np.isfinite(column([again], bottom)[0])
+        below = column([again], bottom)[:, known]
+        values = over_scenes(ratio, column(tables, top)[:, known], below)
+        beside = say(*over_scenes(ratio, column([again], top)[:, known], below)) if top == "rms_pm" else ""
+        each = ", ".join(f"{ratio(column([t], top)[:, known], below):.3f}" for t in tables)
+        rows.append(f"| {name} | {say(*values)} | {each} | {beside} |")
+    return [*rows, f"| Cramér–Rao bound of the columns, pm | {aim(again['bound_pm']):.3f} | | |"]
+
+
+def pictures(model, data, runs, out, per_kind=("UP", "typeC", "typeD")):
+    "The two stored pictures: held-out walls with their maps, and the course of training."
+    recipe, shown = read_recipe(data), {}
+    for scene in scenes(data, 10_000):
+        if scene[3] in per_kind: shown.setdefault(scene[3], scene)
+        if len(shown) == len(per_kind): break
+    titles = ("displacement", "a scan", "a second scan", "drawn", "drawn, another z", "mean over z")
+    fig, axes = plt.subplots(len(shown), len(titles), figsize=(11, 1.95 * len(shown)), dpi=72, layout="constrained", squeeze=False)
+    for row, (label, (image, maps, table, _, index)) in zip(axes, shown.items()):
+        cond = torch.from_numpy(condition(maps, table, image.shape, image.pixel_size, tuple(model.about["channels"])))
+        given = cond, model.about["vocab"].index(label)
+        mean = model.sample(16, given, 0, noise=False).mean(0)[0].numpy()
+        drawn = model.sample(2, given, 1).numpy()[:, 0]
+        disp = cond[list(model.about["channels"]).index("disp")].numpy()
+        for ax, panel, title in zip(row, (disp, unit(image.data), unit(scan_again(recipe, index)[0].data), *drawn, mean), titles):
+            style = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if panel is disp else {}
+            show(panel, image.pixel_size, ax=ax, title=f"{label}: {title}" if panel is disp else title, **style)
+    save_picture(fig, Path(out) / "pix2pix_walls.png")
+    fig, axes = plt.subplots(1, 2, figsize=(7.4, 2.7), dpi=72, layout="constrained")
+    for run in runs:
+        h = pd.read_csv(run / "history.csv")
+        valid = h.dropna(subset=["ssim"])
+        axes[0].plot(valid.step, valid.ssim, lw=1, label=run.name)
+        axes[1].semilogy(h.step, h.g_l1.rolling(20, min_periods=1).mean(), lw=1)
+    axes[0].set(xlabel="step", ylabel="SSIM, validation", ylim=(0.85, 1)); axes[0].legend(fontsize=8)
+    axes[1].set(xlabel="step", ylabel="L1, mean over 20 steps")
+    save_picture(fig, Path(out) / "pix2pix_training.png")
+
+
+def save_picture(fig, file):
+    "Write a picture for the documentation."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(file)
+    plt.close(fig)
 
 
 def main():
@@ -174,28 +317,34 @@ def main():
     ask.add_argument("--model", default="film", choices=("film", "attention", "router", "plain"))
     ask.add_argument("--config", default="cpu", choices=("small", "cpu", "full"))
     ask.add_argument("--bs", type=int, default=8)
-    ask.add_argument("--judge", type=int, nargs=2, default=(80, 24), help="test scenes for SSIM, and for physics")
+    ask.add_argument("--judge", type=int, nargs=3, default=(80, 24, 8), help="test scenes for SSIM, for physics, and for spread")
+    ask.add_argument("--judge-only", action="store_true", help="judge the runs that --keep holds")
+    ask.add_argument("--pictures", help="folder for the two pictures of the documentation")
     ask.add_argument("--quick", action="store_true")
     ask.add_argument("--keep", help="folder for data and runs; default: thrown away")
     ask.add_argument("--out", default="pix2pix.json")
     a = ask.parse_args()
-    if a.quick: a.minutes, a.seeds, a.size, a.pixel_size, a.n, a.config, a.judge = 1, [0], 64, 0.03, 100, "small", (10, 4)
+    if a.quick: a.minutes, a.seeds, a.size, a.pixel_size, a.n, a.config, a.judge = 1, [0], 64, 0.03, 100, "small", (10, 4, 2)
     with TemporaryDirectory() as tmp: run(a, Path(a.keep or tmp))
 
 
 def run(a, folder):
     recipe = Recipe(walls=tuple(a.walls), n=a.n, size=a.size, pixel_size=a.pixel_size, preset="good", splits=(0.87, 0.03, 0.1), seed=11)
-    data = build(recipe, folder / "walls", workers=a.processes)
-    again = summary(repeat_scans(data, *a.judge))
-    print(f"{a.n} images; a second scan: SSIM {again['ssim']:.3f}, bound {again['bound_pm']:.2f} pm", flush=True)
-    jobs = [(s, a.minutes, data, folder / f"seed{s}", a.model, a.config, a.bs, *a.judge) for s in a.seeds]
+    data = folder / "walls" if a.judge_only else build(recipe, folder / "walls", workers=a.processes)
+    runs = [folder / f"seed{s}" for s in a.seeds]
     with ProcessPoolExecutor(a.processes, mp_context=get_context("spawn")) as pool:
-        seeds = [f.result() for f in [pool.submit(one_seed, *job) for job in jobs]]
+        scans = pool.submit(repeat_scans, data, *a.judge)
+        if a.judge_only: jobs = [pool.submit(only_judged, s, data, r, a.judge) for s, r in zip(a.seeds, runs)]
+        else: jobs = [pool.submit(one_seed, s, a.minutes, data, r, a.model, a.config, a.bs, a.judge) for s, r in zip(a.seeds, runs)]
+        again, seeds = scans.result(), [job.result() for job in jobs]
+    print(f"a second scan: SSIM {again.ssim_draw.mean():.3f}, bound {aim(again.bound_pm):.2f} pm", flush=True)
     where = "GPU" if torch.cuda.is_available() else f"CPU, 1 thread a seed, {os.cpu_count()} cores"
-    Path(a.out).write_text(json.dumps({"settings": vars(a), "machine": where, "second_scan": again, "seeds": seeds}, indent=1))
+    found = {"settings": vars(a), "machine": where, "second_scan": again.to_dict("list"), "seeds": seeds}
+    Path(a.out).write_text(json.dumps(found, indent=1))
     print(f"\n{a.model}, {a.config} ({seeds[0]['parameters']:,} parameters of the generator), {a.size} px of {a.pixel_size} nm, {where}; "
-          f"steps {[s['steps'] for s in seeds]}, minutes {[round(s['wall_minutes'], 1) for s in seeds]}\n")
+          f"steps {[s['steps'] for s in seeds]}, minutes {[round(s.get('wall_minutes', np.nan), 1) for s in seeds]}\n")
     print(report(seeds, again))
+    if a.pictures: pictures(load_model(runs[0]), data, runs, a.pictures)
 
 
 if __name__ == "__main__": main()
