@@ -92,7 +92,8 @@ def train_pix2pix(
     max_hours: float | None = None, # stop cleanly after so many hours; the same line continues
     init=None,             # run whose weights to start from; its classes may be others
     freeze: tuple = (),    # parts that stay as they are, such as ("g.unet.down",)
-    best_by: str | None = "ssim", # metric of the valid scenes whose best epoch is the result, such as "valid_loss"; None: the last
+    best_by: str | None = "auto", # metric of the valid scenes whose best epoch is the result: "ssim" or "valid_loss"; None: the last;
+                           # "auto": ssim, and the last with real images, whose style no valid scene shows
     patience: int | None = None, # stop after so many epochs without a better one
     preview_every: int | None = None, # steps between previews; None: twenty in all
     autocast: str | None = None, # "bf16" for mixed precision: faster and smaller on a GPU
@@ -107,6 +108,7 @@ def train_pix2pix(
     Raises: InputError for what is wrong with data or settings, one sentence each."""
     if model not in MODELS: raise InputError(f"model={model!r} is unknown: use one of {', '.join(MODELS)}.")
     if epochs < 1: raise InputError(f"epochs is {epochs}: give at least 1.")
+    if best_by == "auto": best_by = None if real else "ssim"
     look = {"size": size, "seed": seed, "contrast": contrast, "gamma": gamma, "progress": progress}
     dls = _data(data, bs, look, {"group": group, "properties": tuple(properties)}, real, ratio, real_pixel_size)
     config = config or config_for(dls.one_batch()[-1].shape[-2:])
