@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastcore.basics import noop
 from filelock import FileLock, Timeout
 from torch import nn
 
@@ -96,9 +97,8 @@ _BEGINNING = {"init", "begun_from"}  # may be left out when a run goes on
 
 
 def _loader_facts(loader): # number of images; mean and standard deviation of each tensor of the first eight
-    with random_state_kept(0):
-        plain = loader.new(shuffle=False, drop_last=False, num_workers=0) if hasattr(loader, "new") else loader
-        batch = next(iter(plain))
+    plain = dict(shuffle=False, drop_last=False, num_workers=0, after_batch=noop)  # as read: what varies them may use the GPU
+    with random_state_kept(0): batch = next(iter(loader.new(**plain) if hasattr(loader, "new") else loader))
     tensors = [b[:8].detach().float().flatten(1) if b.ndim > 1 else b[:8].detach().float()[:, None]
                for b in batch if isinstance(b, torch.Tensor)]
     values = [v for t in tensors for row in (t.mean(1), t.std(1, correction=0)) for v in row.tolist()]
