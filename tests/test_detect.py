@@ -5,14 +5,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tifffile
 from scipy import ndimage as ndi
 
-from microgen.core import InputError
-from microgen.count.batch import count_images
-from microgen.count.detect import Detector, detect
+from microgen.cli import app
+from microgen.core import InputError, Micrograph
+from microgen.count.batch import count_images, explore
+from microgen.count.detect import Detection, Detector, detect, save
 from microgen.count.propose import overlay_mask
+from microgen.count.sample import count_sample
+from microgen.io import read
+from microgen.sem.preset import scene_preset
+from microgen.sem.scene import simulate_scene
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from counting_detect import centred, discs, matched, sem  # noqa: E402
@@ -77,9 +83,29 @@ def test_blank_and_saturated(value):
     assert summary["n_particles"] == 0 and "blank or saturated" in " ".join(summary["notes"])
 
 
-def test_noise_alone_holds_no_particle():
-    image = 100 + 10 * np.random.default_rng(3).normal(size=(256, 256))
-    assert detect(image, 1.0).summary["n_particles"] <= 2
+@pytest.mark.parametrize("seed", range(4))
+def test_noise_alone_holds_no_particle(seed):
+    image = 100 + 10 * np.random.default_rng(seed).normal(size=(256, 256))
+    summary = detect(image, 1.0).summary
+    assert summary["n_particles"] == 0 and "no particle" in summary["notes"][-1]
+
+
+EMPTY = {"carbon_black": 1}  # places of a thick support that cannot be told from particles; haadf has many
+
+
+@pytest.mark.parametrize("preset", ["gold_on_carbon", "spheres", "rafts", "cubes", "agglomerates", "rings", "small", "carbon_black", "bright_field"])
+def test_a_bare_support_holds_no_particle(preset):
+    for seed in range(2):
+        found = detect(simulate_scene(scene_preset(preset, size=384, n=0), rng=seed).image)
+        assert len(found.particles) <= EMPTY.get(preset, 0)
+        assert "do not stand out" in " ".join(found.summary["notes"])
+
+
+def test_few_particles_stand_out_of_their_support():
+    scene = simulate_scene(scene_preset("cubes", size=384, n=4), rng=0)
+    assert len(detect(scene.image).particles) >= 4
+    scene = simulate_scene(scene_preset("gold_on_carbon", size=384, n=1), rng=0)
+    assert len(detect(scene.image).particles) == 1
 
 
 def test_clipped_at_eight_bits():
@@ -138,3 +164,120 @@ def test_a_bad_file_does_not_stop_the_rest(tmp_path):
     assert list(table["error"] == "") == [True, False]
     assert json.loads((tmp_path / "out" / "a" / "summary.json").read_text())["n_particles"] == 12
     assert not (tmp_path / "out" / "b").exists() and not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_columns_of_the_table(tmp_path):
+    image = grid(40, 9, (120, 160))
+    length = ["id", "y_{0}", "x_{0}", "diameter_{0}", "area_{0}2", "mask_area_{0}2", "perimeter_{0}", "circularity", "aspect", "on_edge",
+              "edge_weight", "score", "contrast", "free_outline"]
+    for size, unit in ((0.5, "nm"), (None, "px")):
+        header = (save(detect(image, size), tmp_path / unit) / "particles.csv").read_text().splitlines()[0]
+        assert header.split(",") == [c.format(unit) for c in length]
+
+
+def test_labels_are_calibrated_and_wide_enough(tmp_path):
+    label = np.arange(70_000, dtype=np.int32).reshape(250, 280) + 1
+    few = detect(grid(40, 9, (250, 280)), 0.5)
+    many = Detection(few.micrograph, pd.DataFrame({"edge_weight": np.ones(70_000)}), label, few.summary, few.unit)
+    for name, one, kind in (("few", few, np.uint16), ("many", many, np.uint32)):
+        file = save(one, tmp_path / name) / "labels.tif"
+        assert tifffile.imread(file).dtype == kind and (tifffile.imread(file) == one.labels).all()
+        assert read(file).pixel_size == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("setting, words", [({"h": "abc"}, "h='abc'"), ({"levels": 1}, "rising"), ({"accept": True}, "positive"), ({"h": 2}, "at most 1"),
+                                            ({"overlap": None}, "positive"), ({"polarity": 3}, "one of"), ({"least_snr": float("nan")}, "positive")])
+def test_every_setting_is_checked(setting, words):
+    with pytest.raises(InputError, match=words): Detector(**setting)
+
+
+def test_nothing_counted_is_drawn_as_a_sentence(tmp_path):
+    (tmp_path / "torn.tif").write_bytes(b"torn")
+    sample = count_sample(tmp_path / "torn.tif", tmp_path / "out", calibrate=False, workers=1)
+    assert len(sample.particles()) == 0 and "No image could be counted" in sample.show().texts[0].get_text()
+
+
+def test_an_earlier_run_leaves_nothing_behind(tmp_path):
+    from microgen.count.batch import OWN
+    from microgen.count.sample import OWN as TOGETHER
+
+    Micrograph(grid(40, 9, (120, 160)), 1.0).save(tmp_path / "a.tif")
+    out = tmp_path / "out"
+    for folder in ("a", "gone"):
+        (out / folder).mkdir(parents=True)
+        for name in (*OWN, "mine.txt"): (out / folder / name).write_text("old")
+    for name in TOGETHER: (out / name).write_text("old")
+    (out / "summary.csv").write_text("file,folder\na.tif,a\ngone.tif,gone\n../b.tif,..\n")
+    count_sample(tmp_path / "a.tif", out, calibrate=False, workers=1)
+    assert sorted(p.name for p in out.iterdir()) == ["a", "gone", "summary.csv"]
+    assert sorted(p.name for p in (out / "a").iterdir()) == ["labels.tif", "mine.txt", "overlay.png", "particles.csv", "summary.json"]
+    assert [p.name for p in (out / "gone").iterdir()] == ["mine.txt"]
+
+
+def test_missing_pixels_of_a_file_are_left_out_as_those_of_an_array(tmp_path):
+    image = grid(40, 9, (120, 160))
+    image[2:6, 70:90] = np.nan
+    tifffile.imwrite(tmp_path / "a.tif", image)
+    table = count_images(tmp_path / "a.tif", tmp_path / "out", 0.5, workers=1, progress=False)
+    here = detect(image, 0.5)
+    assert table.error[0] == "" and table.n_particles[0] == len(here.particles) == 12 and "80 pixels are not finite" in table.notes[0]
+    assert count_images(tmp_path / "a.tif", tmp_path / "out", workers=1, progress=False).unit[0] == "px"
+
+
+def test_a_stack_says_what_to_do(tmp_path):
+    tifffile.imwrite(tmp_path / "stack.tif", np.stack([grid(40, 9, (120, 160))] * 3), photometric="minisblack")
+    error = count_images(tmp_path / "stack.tif", tmp_path / "out", 1.0, workers=1, progress=False).error[0]
+    assert "stack of 3 images" in error and "a file of its own" in error
+
+
+def test_the_explorer_draws_anew_when_a_slider_moves(monkeypatch):
+    import IPython.display
+
+    drawn = []
+    monkeypatch.setattr(IPython.display, "display", lambda fig, *_, **__: drawn.append(fig.axes[1].get_title()))
+    for support, name, moved in (("even", "accept", 0.95), ("uneven", "accept_blob", 0.95)):
+        image, _, _ = discs(4, (200, 200), 20)
+        image[:, :100] = 0.5 * image[:, :100] + 0.25                       # half of the particles are fainter
+        box = explore(image, 1.0)
+        knobs = {k.description: k for row in box.children[:2] for k in row.children}
+        knobs["support"].value = support
+        before = drawn[-1]
+        assert not knobs[name].disabled
+        knobs[name].value = moved
+        assert drawn[-1] != before
+
+
+def test_one_image_shows_the_bar_of_its_injections(tmp_path, capsys):
+    simulate_scene(scene_preset("gold_on_carbon", size=256), rng=1).image.save(tmp_path / "a.tif")
+    count_sample(tmp_path / "a.tif", tmp_path / "out", n=200, workers=1, progress=True)
+    assert "injecting" in capsys.readouterr().out
+
+
+def command(*words):
+    from typer.testing import CliRunner
+
+    return CliRunner().invoke(app, ["count", *map(str, words)])
+
+
+def test_count_on_the_command_line(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", grid(40, 9, (200, 240)))
+    assert command(tmp_path / "a.tif", "--pixel-size", 0.5, "--out", tmp_path / "out").exit_code == 0
+    summary = json.loads((tmp_path / "out" / "a" / "summary.json").read_text())
+    assert summary["unit"] == "nm" and abs(summary["median_diameter"] - 9) < 0.2
+    assert command(tmp_path / "a.tif", "--pixel-size", 0.5, "--calibrate", "--n", 200, "--out", tmp_path / "out").exit_code in (0, 1)
+    assert json.loads((tmp_path / "out" / "a" / "calibration.json").read_text())["n_injected"] >= 200
+
+
+@pytest.mark.parametrize("words, said", [(["--pixel-size", 0], "must be a finite number above zero"), (["--setting", "h=abc"], "h='abc'"), (["--setting", "levels=1"], "levels=1"),
+                                         (["--calibrate", "--n", 10], "10 injected particles"), (["--ecsa", "m2=5"], "m2")])
+def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path, words, said):
+    tifffile.imwrite(tmp_path / "a.tif", grid(40, 9, (120, 160)))
+    result = command(tmp_path / "a.tif", *words, "--out", tmp_path / "out")
+    assert result.exit_code == 1 and said in result.output and "Traceback" not in result.output and "float64" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_surface_area_is_said_and_is_no_success(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", grid(40, 9, (200, 240)))
+    result = command(tmp_path / "a.tif", "--ecsa", "roughness=2", "--n", 200, "--out", tmp_path / "out")
+    assert "ECSA was not computed, because" in result.output and result.exit_code == 1

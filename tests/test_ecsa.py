@@ -286,3 +286,13 @@ def test_each_mistake_has_its_sentence(text, words):
     (dict(roughness=3, field_nm2=[1., 1., 1.]), "3 fields for 1 images"), (dict(colour="red"), "no input 'colour'"), (dict(inputs={"m2g": 3}), "no input 'm2g'")])
 def test_bad_calls_say_how_to_mend_them(fit, call, words):
     with pytest.raises(InputError, match=words): ecsa(fit, **call)
+
+
+def test_a_fit_in_pixels_knows_it():
+    in_px = fit_sizes(observe(LAW, CURVE, 900, np.random.default_rng(11)), CURVE, unit="px")
+    for unit in (None, "nm"):
+        with pytest.raises(InputError, match="are in px"): ecsa(in_px, m2_g=62, density=21.45, unit=unit)
+
+
+def test_stated_numbers_are_rounded(fit):
+    assert re.search(r"size_percent=2\.31$", str(ecsa(fit, m2_g=62, density=21.45, size_percent=2.314418884753462)), re.M)

@@ -7,7 +7,7 @@ __all__ = ['RULES', 'Detector', 'recut', 'Detection', 'detect', 'overlay', 'save
 
 # %% ../../nbs/35_count.detect.ipynb #d02b162c
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,21 +45,38 @@ class Detector:
     least_snr: float = 4.0 # least score in standard deviations of the pixel noise, reduced by the length of the outline
     least_snr_blob: float = 2.0 # the same on an uneven support, where the significance of a blob has its own limit
     overlap: float = 0.35 # share of a particle that better ones may cover
+    rivals: float = 0.15 # most places of the opposite polarity that stand out of an uneven support as well, per particle
+    margin: float = 1.25 # what stands out as well: a score down to this factor below that of three quarters of the particles
     uneven: float = 1.4 # how much better blobs must explain the edges than levels do, for the support to be uneven
     edge_rule: str = "weight" # frame: "weight" drops cut particles and weights the rest, "drop" drops them, "count" keeps them
 
     def __post_init__(self):
-        choices = {"polarity": ("auto", "bright", "dark"), "support": ("auto", "even", "uneven"), "edge_rule": tuple(RULES)}
-        for name, allowed in choices.items():
-            if getattr(self, name) in allowed: continue
-            raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
-        for name in ("smooth_px", "smallest_px", "largest", "ground_window", "significance", "accept", "accept_blob"):
-            if not 0 < getattr(self, name) < np.inf: raise InputError(f"{name}={getattr(self, name)!r} must be a positive number.")
+        for f in fields(self):
+            v = getattr(self, f.name)
+            if f.name in _WORDS: _one_of(f.name, v)
+            elif f.name == "levels": object.__setattr__(self, f.name, _rising(v))
+            elif isinstance(v, bool) or not isinstance(v, (int, float, np.number)) or not 0 < v <= _MOST.get(f.name, 1e9):
+                most = f", at most {_MOST[f.name]:g}" if f.name in _MOST else ""
+                raise InputError(f"{f.name}={v!r} must be a positive number{most}; {f.name}={f.default:g} is the default.")
 
 
 RULES = {"weight": "ISO 13322-1: particles cut by the frame are left out, each other one has the weight WH / ((W - bx)(H - by))",
          "drop": "particles cut by the frame are left out, without weights: large particles are undercounted",
          "count": "particles cut by the frame are counted as they are seen, without weights: sizes are biased low"}
+_WORDS = {"polarity": ("auto", "bright", "dark"), "support": ("auto", "even", "uneven"), "edge_rule": tuple(RULES)}
+_MOST = {"smooth_px": 50, "largest": 1, "ground_window": 1, "ground_percentile": 100, "h": 1, "noise_window": 1, "ray_quantile": 0.95,
+         "overlap": 1}
+
+
+def _one_of(name, v):
+    if v not in _WORDS[name]: raise InputError(f"{name}={v!r} must be one of {', '.join(_WORDS[name])}.")
+
+
+def _rising(levels) -> tuple:
+    try: out = tuple(float(v) for v in levels)
+    except (TypeError, ValueError): out = ()
+    if out and (np.diff((0, *out)) > 0).all() and np.isfinite(out).all(): return out
+    raise InputError(f"levels={levels!r} must be rising numbers above zero; levels=0.15,0.3,0.45,0.6,0.8,1.0,1.2 is the default.")
 
 # %% ../../nbs/35_count.detect.ipynb #6ab1d5b0
 def recut(
@@ -108,6 +125,10 @@ class Detection:
                 f"{s['polarity']} on {s['support']} ground)")
 
 # %% ../../nbs/35_count.detect.ipynb #c7ac83db
+_BLOB_ROUNDNESS, _BLOB_EDGE = 2.0, 0.25  # powers in the score of blobs, of the circularity and of the edge
+_READ_AT = 640  # px: polarity and support are decided on the image reduced to this
+
+
 class _View(NamedTuple):
     "An image made ready for reading."
     image: np.ndarray # (H, W) float32, lettering replaced
@@ -135,7 +156,7 @@ def _evidence(v, sign, kind, d):
     size = 2 * proposals[:, 2]
     proposals = proposals[(size >= 0.7 * d.smallest_px) & (size <= d.largest * min(shape))]
     outlines = trace(v.octaves, proposals, sign)
-    score = edge_score(outlines, v.valid, d.ray_quantile, d.roundness if kind == "even" else 2.0)
+    score = edge_score(outlines, v.valid, d.ray_quantile, d.roundness if kind == "even" else _BLOB_ROUNDNESS)
     if kind == "uneven": score = _of_one_material(outlines, score, proposals[:, 3], shape, d)
     choose = without_rafts if kind == "even" else select
     label, kept = choose(outlines, score, shape, _least(score), d.overlap)
@@ -149,11 +170,28 @@ def _least(score) -> float:
 
 def _of_one_material(outlines, edge, significance, shape, d):
     "Score of blobs; 0 where the contrast per diameter is too low for the particles: grains of the support are thick and faint."
-    score = edge**0.25 * significance**0.75
+    score = edge**_BLOB_EDGE * significance**(1 - _BLOB_EDGE)
     label, kept = select(outlines, score, shape, _least(score), d.overlap)
     kept = kept[:_accepted(score[kept], label, "uneven", d)]
     density = edge / np.median(outlines.radius, 1)
     return np.where(density > d.material * np.median(density[kept]), score, 0) if len(kept) else score
+
+
+def _standing_out(score, rivals, d) -> int:
+    "How many of the particles, best first, stand out of the support as no more than few places of the opposite polarity do."
+    n = np.arange(1, len(score) + 1)
+    lowest = score[(3 * n - 1) // 4]                             # three quarters of the first n are better
+    as_well = len(rivals) - np.searchsorted(np.sort(d.margin * rivals), lowest)
+    return int(n[as_well <= d.rivals * n].max(initial=0))
+
+
+def _rivals(v, sign, label, d):
+    "Scores of what the same counter finds at the opposite polarity, away from the particles, whose own edges would be taken twice."
+    outlines, score, other = _evidence(v, -sign, "uneven", d)
+    near = ndi.maximum_filter(label > 0, 5)
+    around = along_rays(near, outlines.y, outlines.x, outlines.radius[:, :, None] + 3).mean((1, 2))
+    on = np.bincount(other.ravel(), near.ravel(), len(score) + 1)[1:] / np.maximum(np.bincount(other.ravel(), minlength=len(score) + 1)[1:], 1)
+    return score[(around < 0.15) & (on < 0.1)]
 
 
 def _accepted(score, label, kind, d) -> int:
@@ -192,9 +230,9 @@ def _read(v, sign, kind, d):
 
 
 def _best_reading(whole, d) -> tuple:
-    "Polarity, kind of support and what is found with them; decided on the image reduced to at most 640 pixels."
+    "Polarity, kind of support, what is found with them, and how many more do not stand out; decided on the reduced image."
     signs, (image, valid) = {"auto": (1, -1), "bright": (1,), "dark": (-1,)}[d.polarity], whole[:2]
-    while min(image.shape) > 640: image, valid = ndi.gaussian_filter(image, 0.8, truncate=3)[::2, ::2], valid[::2, ::2]
+    while min(image.shape) > _READ_AT: image, valid = ndi.gaussian_filter(image, 0.8, truncate=3)[::2, ::2], valid[::2, ::2]
     v = whole if image is whole.image else _view(image, valid, d)
     gy, gx = np.gradient(v.smooth)
     steep, first = np.where(ndi.binary_erosion(valid, iterations=4), gy**2 + gx**2, 0), "even" if d.support == "auto" else d.support
@@ -204,7 +242,18 @@ def _best_reading(whole, d) -> tuple:
     if d.support == "auto":
         blobs = _read(v, sign, "uneven", d)
         if _is_uneven(_explained(*best, steep), _explained(*blobs, steep), d.uneven): kind, best = "uneven", blobs
-    return sign, kind, (best if v is whole else _read(whole, sign, kind, d))[0]
+    sure, doubtful = _without_doubtful(v, sign, kind, best[0], d)
+    if v is whole: return sign, kind, sure, doubtful
+    found = _read(whole, sign, kind, d)[0]
+    return sign, kind, *(_without_doubtful(whole, sign, kind, found, d) if doubtful or not len(sure[1]) else (found, 0))
+
+
+def _without_doubtful(v, sign, kind, found, d) -> tuple:
+    "What stands out of the support, and the number that does not; on an even ground the levels have seen to it."
+    outlines, score, label = found
+    if kind == "even" or not len(score): return found, 0
+    n = _standing_out(score, _rivals(v, sign, label, d), d)
+    return _subset(outlines, score, label, np.arange(len(score)) < n), len(score) - n
 
 
 def _strength(found, low) -> float:
@@ -267,13 +316,18 @@ def detect(
         notes.append(f"{100 * clipped:.0f} % of the pixels are clipped at the brightest grey value; particles may merge there.")
     filled = m.data.astype(np.float32) if valid.all() else np.where(valid, m.data, np.median(m.data[valid])).astype(np.float32)
     view = _view(filled, valid, detector)
-    sign, kind, (outlines, score, label) = _best_reading(view, detector)
+    sign, kind, (outlines, score, label), doubtful = _best_reading(view, detector)
+    if doubtful: notes.append(_DOUBTFUL.format(doubtful, "bright" if sign > 0 else "dark", "dark" if sign > 0 else "bright"))
     label = recut(sign * view.smooth, label, outlines, valid)
     sized, free = fit_size(filled, outlines, label, valid)
     there = np.bincount(label.ravel(), minlength=len(score) + 1)[1:] > 0
     there &= 2 * np.sqrt(outline_shape(sized.radius)["area"] / np.pi) >= detector.smallest_px
     (sized, score, label), free = _subset(sized, score, label, there), free[there]
     return _result(m, known, notes, detector, (sized, score, label, free, sign, kind), valid)
+
+
+_DOUBTFUL = ("{} {} places do not stand out of the support more than {} ones do; they were not counted. "
+             "Choose polarity and support, or a larger rivals=, if they are particles.")
 
 
 def _blank(data) -> str:
@@ -346,14 +400,22 @@ def save(
 ) -> Path: # the folder
     """Write particles.csv, labels.tif, overlay.png and summary.json, each whole or not at all.
     Raises: WriteError when the disk refuses."""
-    import tifffile
-    out, label = Path(out), detection.labels
+    out = Path(out)
     write_csv(out / "particles.csv", detection.particles)
-    with atomic_path(out / "labels.tif") as p: tifffile.imwrite(p, label.astype(np.uint16 if label.max() < 2**16 else np.uint32))
+    with atomic_path(out / "labels.tif") as p: _labels(p, detection)
     with atomic_path(out / "overlay.png") as p:
         with open(p, "wb") as f: _png(f, overlay(detection))
     write_json(out / "summary.json", {**detection.summary, **provenance()})
     return out
+
+
+def _labels(path, detection):
+    "Labels in 16 bits, or 32 above 65,535 particles; with the pixel size, in the tags that `microgen.read` and others understand."
+    import tifffile
+    label, (py, px) = detection.labels, detection.micrograph.pixel_size
+    size = [*((code, "s", 0, "nm", True) for code in (65003, 65004)), (65009, "d", 1, px, True), (65010, "d", 1, py, True)]
+    known = dict(resolution=(1e7 / px, 1e7 / py), resolutionunit="CENTIMETER", extratags=size) if detection.unit == "nm" else {}
+    tifffile.imwrite(path, label.astype(np.uint16 if label.max() < 2**16 else np.uint32), **known)
 
 
 def _png(file, rgb):

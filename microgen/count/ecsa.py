@@ -202,7 +202,7 @@ def _draw(result, quantity):
 # %% ../../nbs/37_count.ecsa.ipynb #0c5d5907
 def _stated(i): # inputs in words
     named = {f.name: getattr(i, f.name) for f in fields(i) if getattr(i, f.name) is not None}
-    word = lambda v: f"{v[0]:.6g}" + (f"±{v[1]:.2g}" if v[1] else "") if isinstance(v, tuple) else f"{v}"
+    word = lambda v: f"{v[0]:.6g}" + (f"±{v[1]:.2g}" if v[1] else "") if isinstance(v, tuple) else f"{v:.3g}" if isinstance(v, float) else f"{v}"
     return ", ".join(f"{k}={word(v)}" for k, v in named.items())
 
 def _rows(result): # name, text of each quantity
@@ -246,15 +246,16 @@ def ecsa(
     fit: SizeFit, # what `fit_sizes` returned
     inputs=None, # EcsaInputs, text such as "m2_g=62,density=21.45", or a dict; None: geometry only
     field_nm2=None, # area of the field, nm²: `detection.summary["field_area_nm2"]`; several images: a list
-    unit: str = "nm", # unit of the diameters: `detection.unit`; "px" is refused
+    unit: str = None, # unit of the diameters; None: that of the fit; "px" is refused
     **over, # single inputs, such as m2_g=62, density=21.45
 ) -> Ecsa: # areas, explained ratios, intervals, budget
     """Carry a size law to surface area and compare it with a measured ECSA.
     Raises: InputError for sizes in px, a missing field, and inputs that do not fit together.
     Source: doi:10.1351/pac199163050711 (charge constants), doi:10.1002/sim.3095 (intervals)."""
+    if not isinstance(fit, SizeFit): raise InputError(f"fit is a {type(fit).__name__}; give what fit_sizes returned.")
+    unit = fit.unit if unit is None or fit.unit == "px" else unit
     if unit != "nm":
         raise InputError(f"the diameters are in {unit}, and an area in m² needs nm; give the pixel size and count again.")
-    if not isinstance(fit, SizeFit): raise InputError(f"fit is a {type(fit).__name__}; give what fit_sizes returned.")
     i, area = _inputs(inputs, over), _field(field_nm2, fit)
     if i.per == "area" and area is None:
         raise InputError('an area per area needs field_nm2, the area of the images: detection.summary["field_area_nm2"].')

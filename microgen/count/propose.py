@@ -140,13 +140,16 @@ def _along(at, wide, far):
     return np.minimum(n - np.repeat(before.astype(np.int32), each), np.repeat(behind.astype(np.int32), each) - n)
 
 # %% ../../nbs/34_count.propose.ipynb #075c6353
+_SUMMIT = 1.2  # px: lower summits of the distance transform are single pixels
+
+
 def seeds(
     distance, # (H, W) distance to the ground, px
     h: float = 0.15, # depth of the saddle, fraction of the summit
 ) -> np.ndarray: # (N, 3): y, x, height, in px
     "Find summits of a distance transform whose saddle is deep, relative to their height."
     smooth = ndi.gaussian_filter(distance, 1, truncate=2)
-    y, x = np.nonzero((smooth == _highest(smooth)) & (distance > 1.2))
+    y, x = np.nonzero((smooth == _highest(smooth)) & (distance > _SUMMIT))
     order = np.argsort(-smooth[y, x], kind="stable")
     y, x = y[order], x[order]
     top, points = smooth[y, x], np.stack([y, x], 1)
@@ -200,11 +203,15 @@ def level_proposals(
         return distinct(np.concatenate(list(cuts)))
 
 
+_GAPS = 0.002  # share of the image: smaller holes are those inside bright rims
+_COMPACT = 2.2  # radius of a piece over that of its largest inscribed circle: above, it is no single particle
+
+
 def _cut(mask, h):
     "Proposals of one level: holes filled, for bright rims; and open, for the gaps of a raft."
     filled = fill_holes(mask)
     gaps = np.count_nonzero(filled) - np.count_nonzero(mask)
-    return np.concatenate([_pieces(filled, h), _pieces(mask, h)]) if gaps > 0.002 * mask.size else _pieces(filled, h)
+    return np.concatenate([_pieces(filled, h), _pieces(mask, h)]) if gaps > _GAPS * mask.size else _pieces(filled, h)
 
 
 def _pieces(mask, h):
@@ -218,7 +225,7 @@ def _pieces(mask, h):
     inner = np.zeros(n + 1, np.float32)
     np.maximum.at(inner, label[seed[:, 0].astype(int), seed[:, 1].astype(int)], seed[:, 2])
     whole = np.stack([np.bincount(piece, y)[1:] / area, np.bincount(piece, x)[1:] / area, np.sqrt(area / np.pi)], 1)
-    return np.concatenate([seed, whole[(area >= 5) & (whole[:, 2] < 2.2 * np.maximum(inner[1:], 1))]]).astype(np.float32)
+    return np.concatenate([seed, whole[(area >= 5) & (whole[:, 2] < _COMPACT * np.maximum(inner[1:], 1))]]).astype(np.float32)
 
 # %% ../../nbs/34_count.propose.ipynb #651ea934
 def pyramid(
