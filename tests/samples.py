@@ -5,8 +5,11 @@ import struct
 import numpy as np
 
 PIXEL_NM = 0.02
-FORMATS = ("tif", "png", "jpg", "dm3", "dm4", "ser", "emd", "velox", "mrc", "hspy")
-ENDING = {"velox": "emd"}
+TIFFS = ("fei", "zeiss", "tvips", "ome", "tiled", "stack")  # of other makers and of other layouts
+FORMATS = ("tif", "png", "jpg", "dm3", "dm4", "ser", "emd", "velox", "mrc", "hspy", "bmp", "atomap", *TIFFS)
+ENDING = {"velox": "emd", "atomap": "hdf5", **dict.fromkeys(TIFFS, "tif")}
+UNCALIBRATED = ("png", "jpg", "bmp", "atomap")  # they hold no length, or one without a unit
+HOW = {"stack": {"frame": 1}}  # what `read` has to be told
 
 
 def image(shape=(24, 32)):
@@ -136,6 +139,55 @@ def velox(path, data, pixel_m=PIXEL_NM * 1e-9, unit="m", detectors=("HAADF",)):
     return path
 
 
+def atomap(path, data, pixel=PIXEL_NM):
+    "An atom lattice as atomap saves it: the image, and sublattices that carry its pixel size, without a unit."
+    import h5py
+
+    with h5py.File(path, "w") as f:
+        f.create_dataset("image_data", data=data, chunks=True, compression="gzip")
+        f.attrs["atom_lattice_type"], f.attrs["pixel_size"] = "atom_lattice", pixel
+        for name in ("A_sublattice", "B_sublattice"):
+            group = f.create_group(name)
+            group.attrs["pixel_size"], group.attrs["tag"] = pixel, name[0]
+            group.create_dataset("atom_positions", data=np.arange(8.0).reshape(4, 2))
+    return path
+
+
+# --- TIFF of other makers
+
+
+def tiff(path, kind, data, pixel_nm=PIXEL_NM):
+    "A TIFF as FEI, Zeiss, TVIPS or an OME writer make it, in deflated tiles, or as pages of a stack."
+    import tifffile
+
+    metres, how = pixel_nm * 1e-9, {}
+    if kind == "fei":
+        text = f"[User]\r\nDate=01/02/2020\r\n[Beam]\r\nHV=30000\r\nScan=EScan\r\n[EScan]\r\nPixelWidth={metres}\r\nPixelHeight={metres}\r\n"
+        how = {"extratags": [(34682, "s", 0, text, True)]}
+    elif kind == "zeiss":  # the first number is the pixel size for 1024 pixels, the named one is rounded
+        text = f"1\r\n0\r\n0\r\n{metres * data.shape[1] / 1024}\r\nAP_IMAGE_PIXEL_SIZE\r\nImage Pixel Size = {1e3 * pixel_nm:.1f} pm\r\n"
+        how = {"extratags": [(34118, "s", 0, text, True)]}
+    elif kind == "tvips":
+        first = np.zeros((), np.dtype([(n, t) for n, t in tifffile.TIFF.TVIPS_HEADER_V1]).newbyteorder("<"))
+        second = np.zeros((), np.dtype([(n, t) for n, t in tifffile.TIFF.TVIPS_HEADER_V2]).newbyteorder("<"))
+        first["Version"], second["Magic"], second["PixelSizeX"], second["PixelSizeY"] = 2, 0xAAAAAAAA, pixel_nm, pixel_nm
+        raw = first.tobytes() + second.tobytes()
+        how = {"extratags": [(37706, 1, len(raw), raw, True)]}
+    elif kind == "ome":
+        h, w = data.shape
+        text = ('<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" '
+                f'DimensionOrder="XYCZT" Type="float" SizeX="{w}" SizeY="{h}" SizeC="1" SizeZ="1" SizeT="1" PhysicalSizeX="{pixel_nm / 1e3}" '
+                f'PhysicalSizeY="{pixel_nm / 1e3}"><TiffData/></Pixels></Image></OME>')
+        how = {"description": text.encode(), "metadata": None}
+    else:
+        tags = [(code, "s", 0, "nm", True) for code in (65003, 65004)] + [(code, "d", 1, pixel_nm, True) for code in (65009, 65010)]
+        how = {"extratags": tags, "photometric": "minisblack", "metadata": None}
+        how |= {"tile": (16, 16), "compression": "zlib"} if kind == "tiled" else {}
+        data = np.stack([data + 1, data, data + 2]) if kind == "stack" else data
+    tifffile.imwrite(path, data, **how)
+    return path
+
+
 def write(folder, kind, data=None):
     "A good file of one format; its path."
     data = image() if data is None else data
@@ -144,8 +196,10 @@ def write(folder, kind, data=None):
         path.write_bytes(dm(data, version=int(kind[-1])))
     elif kind in ("ser", "mrc"):
         path.write_bytes(globals()[kind](data))
-    elif kind in ("hspy", "emd", "velox"):
+    elif kind in ("hspy", "emd", "velox", "atomap"):
         globals()[kind](path, data)
+    elif kind in TIFFS:
+        tiff(path, kind, data)
     elif kind == "tif":
         from microgen.io import write_tiff
         write_tiff(path, data, PIXEL_NM, {"sample": "made for a test"})

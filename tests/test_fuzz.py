@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import samples
-from samples import FORMATS
+from samples import FORMATS, HOW, UNCALIBRATED
 
 from microgen.core import ReadError
 from microgen.io import read
@@ -43,8 +43,8 @@ def mutate(good, rng):
 def test_fuzz(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("tifffile"), "disabled", True)
     path = samples.write(tmp_path, kind)
-    good, pixel_size = path.read_bytes(), None if kind not in ("png", "jpg") else 0.02
-    read(path, pixel_size)  # loads the libraries
+    good, how = path.read_bytes(), HOW.get(kind, {}) | {"pixel_size": 0.02 if kind in UNCALIBRATED else None}
+    read(path, **how)  # loads the libraries
     seen, slowest = Counter(), (0.0, 0)
     for seed in range(N):
         path.write_bytes(mutate(good, np.random.default_rng([FORMATS.index(kind), seed])))
@@ -52,7 +52,7 @@ def test_fuzz(kind, tmp_path, monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                image = read(path, pixel_size, max_bytes=2**26)
+                image = read(path, max_bytes=2**26, **how)
                 seen["read"] += 1
                 assert np.isfinite(image.data).all() and min(image.pixel_size) > 0, f"seed {seed} reads as nonsense"
             except ReadError as e:
@@ -83,8 +83,9 @@ def test_other_files_under_every_name(tmp_path):
     for kind in FORMATS:
         ending = samples.ENDING.get(kind, kind)
         for other, raw in made.items():
-            if ending == samples.ENDING.get(other, other) or {kind, other} in ({"png", "jpg"}, {"dm3", "dm4"}) \
-                    or {ending, samples.ENDING.get(other, other)} == {"emd", "hspy"}:
+            other_ending = samples.ENDING.get(other, other)
+            if any({ending, other_ending} <= same for same in ({"png", "jpg", "bmp"}, {"dm3", "dm4"}, {"emd", "hspy", "hdf5"})) \
+                    or ending == other_ending:
                 continue
             path = tmp_path / f"{other}_as.{ending}"
             path.write_bytes(raw)

@@ -17,7 +17,7 @@ import samples
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import ENDING, FORMATS, PIXEL_NM
+from samples import ENDING, FORMATS, HOW, PIXEL_NM, UNCALIBRATED
 
 import microgen
 from microgen import io
@@ -26,7 +26,7 @@ from microgen.io import atomic_folder, atomic_path, make_folder, read, write_csv
 
 pytest.importorskip("ncempy.io.dm", reason='these tests read every format: pip install "microgen[em]"')
 ROOT = Path(__file__).resolve().parent.parent
-CALIBRATED = [f for f in FORMATS if f not in ("png", "jpg")]
+CALIBRATED = [f for f in FORMATS if f not in UNCALIBRATED]
 
 
 # --- Real files
@@ -127,7 +127,7 @@ def test_real_file_through_tiff_and_back(real, tmp_path):
 
 @pytest.mark.parametrize("kind", CALIBRATED)
 def test_every_format_gives_its_pixels_and_scale(kind, tmp_path):
-    image = read(samples.write(tmp_path, kind))
+    image = read(samples.write(tmp_path, kind), **HOW.get(kind, {}))
     np.testing.assert_array_equal(image.data, samples.image())
     assert image.pixel_size == pytest.approx((PIXEL_NM, PIXEL_NM), rel=1e-7)  # dm and mrc store 32-bit floats
     assert image.data.dtype == np.float32 and image.data.flags["C_CONTIGUOUS"]
@@ -169,6 +169,22 @@ def test_png_and_jpeg(tmp_path):
     for kind in ("png", "jpg"):
         with pytest.raises(UncalibratedError, match="--pixel-size"):
             read(tmp_path / f"{kind}.{kind}")
+
+
+def test_an_atom_lattice_of_atomap_asks_for_its_unit(tmp_path):
+    "atomap keeps the pixel size as a bare number beside each sublattice."
+    path = samples.write(tmp_path, "atomap")
+    with pytest.raises(UncalibratedError, match="no length.*pixel_size="):
+        read(path)
+    np.testing.assert_array_equal(read(path, pixel_size=PIXEL_NM).data, samples.image())
+    import h5py
+
+    from microgen.formats import _atomap_images
+    with h5py.File(path) as f:
+        (name, data, scale, unit, _), = _atomap_images(f, path)
+        assert (name, data.shape, scale, unit) == ("image_data", (24, 32), [PIXEL_NM, PIXEL_NM], ["", ""])
+    with h5py.File(samples.hspy(tmp_path / "a.hspy", samples.image())) as f:
+        assert not list(_atomap_images(f, path)), "a file of another layout holds no atom lattice"
 
 
 STACK = np.stack([samples.image(), samples.image() + 1, samples.image() + 2])
@@ -371,7 +387,7 @@ def test_truncated_files(kind, tmp_path):
     for part in np.linspace(0, 0.9, 40):
         bad.write_bytes(good[:int(part * len(good))])
         with pytest.raises(ReadError) as error:
-            read(bad, pixel_size=0.02)
+            read(bad, pixel_size=0.02, **HOW.get(kind, {}))
         assert str(bad) in str(error.value) and error.value.reader in str(error.value) and error.value.cause
 
 
@@ -631,6 +647,13 @@ def test_tables_are_deterministic_and_exact(tmp_path):
         a, b = write(tmp_path / "a", table), write(tmp_path / "b", table)
         assert a.read_bytes() == b.read_bytes()
         pd.testing.assert_frame_equal(load(a), table, check_exact=True)
+
+
+def test_every_module_is_reached_from_the_package():
+    "In a fresh interpreter: here, other tests have imported them."
+    code = "import microgen, pkgutil; print(*[m.name for m in pkgutil.iter_modules(microgen.__path__) if not m.name.startswith('_') and not hasattr(microgen, m.name)])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0 and run.stdout.strip() == "", run.stdout + run.stderr
 
 
 def test_provenance_is_json_and_the_same_twice():
