@@ -238,3 +238,114 @@ def test_two_halves_of_a_real_micrograph_lie_within_their_floor():
     table = compare(*([tiles[i] for i in part] for part in (order[:12], order[12:24]))).tables["sets"].set_index("metric")
     assert table.low["KD(random)"] < table.floor_high["KD(random)"] and table.low["FD(random)"] < table.floor_high["FD(random)"]
     assert 10 < im.information_limit(tiles[:4])[0] < 25  # 1/nm: the file is filtered, its Nyquist frequency is 30.5
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    "Two small datasets with their truth: UP and typeC, and typeC alone, of a worse scan."
+    from microgen.data.build import build
+    from microgen.data.walls import Recipe
+    out, same = tmp_path_factory.mktemp("sets"), dict(size=96, pixel_size=0.024)
+    return (build(Recipe(walls=("UP", "typeC"), n=8, preset="good", seed=1, **same), out / "real", workers=1, progress=False),
+            build(Recipe(walls=("typeC",), n=5, preset="typical", seed=2, **same), out / "fake", workers=1, progress=False))
+
+
+@pytest.fixture(scope="module")
+def unlike(sets):
+    "Their comparison, without a word about structure or classes."
+    from microgen.metrics.compare import compare
+    return compare(*sets, sets[0].parent / "report", most_physics=2)
+
+
+def test_the_recipe_says_which_structure_is_measured(unlike):
+    assert unlike.tables["physics"].polarity_right.between(0, 1).all()
+    assert unlike.tables["physics"].phi_error_deg.notna().any() and len(unlike.tables["bragg"]) > 3
+    assert {"bragg.csv", "physics_means.csv"} <= {p.name for p in unlike.out.iterdir()}
+
+
+def test_only_classes_of_both_sets_are_compared(unlike, sets):
+    from microgen.metrics.compare import compare, load_set
+    assert "Compared are the classes that both sets have: typeC. Left out, real: UP; generated: none." in unlike.notes
+    assert "left out, real: up" in (unlike.out / "report.html").read_text().lower()
+    real = load_set(sets[0])
+    walls = real.images._replace(data=real.images.data[[k for k, name in enumerate(real.labels) if name == "typeC"]])
+    alone = compare(walls, sets[1], structure="YMnO3", most_physics=2)
+    assert alone.tables["intensity_and_spectrum"].equals(unlike.tables["intensity_and_spectrum"])
+
+
+def test_sets_without_a_common_class_are_compared_and_told_apart(sets, tmp_path):
+    import shutil
+
+    from microgen.metrics.compare import compare
+    renamed = shutil.copytree(sets[1], tmp_path / "renamed")
+    meta = pd.read_csv(renamed / "metadata.csv")
+    meta.assign(label="lab").to_csv(renamed / "metadata.csv", index=False)
+    found = compare(renamed, sets[1], paired=False, most_physics=1)
+    assert any("No class is in both sets (real: lab; generated: typeC)" in note for note in found.notes)
+
+
+def test_every_number_of_whole_sets_and_of_physics_has_an_interval(unlike):
+    table = unlike.tables["intensity_and_spectrum"]
+    assert (table.low <= table.value).all() and (table.value <= table.high).all() and (table.low < table.high).all()
+    assert (table.floor_low <= table.floor).all() and (table.n == 2).all()
+    means = unlike.tables["physics_means"].set_index("metric")
+    assert (means.low <= means.value).all() and (means.value <= means.high).all()
+    assert means.value["rms_pm"] == pytest.approx(unlike.tables["physics"].rms_pm.mean()) and means.n["rms_pm"] == 2
+
+
+def test_intervals_of_whole_sets_hold_the_distance_of_many_images():
+    "Nineteen of twenty should; the chance that fewer than 13 of 20 do is below 1e-6."
+    from microgen.metrics.compare import global_table
+    make = lambda n, mean, seed: im.as_images(np.random.default_rng(seed).normal(mean, 1, (n, 1, 1)) + noise(n, 16, seed + 1) / 4, 1.0)
+    truth = im.intensity_distance(make(4000, 0, 0), make(4000, 2, 1))["wasserstein"]
+    rows = [global_table(make(40, 0, 10 + 2 * k), make(40, 2, 500 + 2 * k), k).set_index("metric").loc["wasserstein"] for k in range(20)]
+    assert sum(r.low <= truth <= r.high for r in rows) >= 13
+
+
+@pytest.mark.parametrize("what", ["NaN", "corrupt", "label"])
+def test_a_damaged_set_is_named_in_one_sentence(sets, tmp_path, what):
+    import shutil
+
+    from microgen.core import MicrogenError
+    from microgen.metrics.compare import compare
+    bad = shutil.copytree(sets[1], tmp_path / "bad")
+    path = bad / "tables" / "00" / "000002.parquet"
+    path = path if path.exists() else sorted((bad / "tables").rglob("*.parquet"))[2]
+    if what == "NaN": pd.read_parquet(path).assign(x_nm=np.nan).to_parquet(path)
+    if what == "corrupt": path.write_bytes(b"no table")
+    if what == "label":
+        meta = pd.read_csv(path := bad / "metadata.csv")
+        meta.assign(label=meta.label.where(meta.index > 0)).to_csv(path, index=False)
+    with pytest.raises(MicrogenError, match=path.name) as why: compare(sets[0], bad)
+    assert "\n" not in str(why.value)
+
+
+def test_inception_is_used_where_its_weights_lie_and_never_fetched(tmp_path, monkeypatch):
+    import socket
+
+    from microgen.metrics import compare as room
+    from microgen.metrics.features import Extractor, inception_path
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("a connection was opened"))
+    assert set(room.compare(noise(16), noise(16, rng=1)).tables["sets"].features.str.split().str[0]) == {"random"}
+    inception_path().parent.mkdir(parents=True)
+    inception_path().write_bytes(b"something else")
+    found = room.compare(noise(16), noise(16, rng=1))
+    assert any("Inception is left out" in note and "is not the Inception file" in note for note in found.notes)
+    stand_in = Extractor("Inception (stand-in)", "FID", lambda x: x.mean((2, 3)).repeat(1, 3) + 0.1)
+    monkeypatch.setattr(room, "inception_extractor", lambda: stand_in)
+    assert "FID" in set(room.compare(noise(16), noise(16, rng=1)).tables["sets"].metric)
+
+
+def test_the_discriminator_of_a_run_is_an_extractor():
+    "PatchGAN of four maps and an image: its features see a change of texture, and are called FD(run)."
+    from microgen.metrics.features import run_extractor
+    from microgen.metrics.sets import set_table
+    from microgen.nets.unet import PatchGAN
+    disc = PatchGAN(5, 8, 2, "none", True, seed=0)
+    seen = run_extractor(type("Model", (), {"d": disc})())
+    a = noise(24, 32)
+    assert seen(a, (-3, 3)).shape == (24, 32) and np.array_equal(seen(a, (-3, 3)), run_extractor(disc)(a, (-3, 3)))
+    table = set_table(a, noise(24, 32, 1) ** 3, seen).set_index("metric")
+    assert "FD(run)" in table.index and not table.index.str.contains("FID").any()
+    assert table.low["FD(run)"] > table.floor_high["FD(run)"]

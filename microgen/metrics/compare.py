@@ -6,23 +6,28 @@
 __all__ = ['Loaded', 'load_set', 'global_table', 'pair_table', 'Comparison', 'compare']
 
 # %% ../../nbs/96a_metrics.compare.ipynb #7d4a8077
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import entropy
 
-from ..core import InputError, Micrograph, MissingExtra, ReadError, UncalibratedError, as_rng
+from ..core import InputError, Micrograph, MicrogenError, MissingExtra, ReadError, UncalibratedError, as_rng
+from ..data.build import read_recipe
+from ..data.condition import read_table
 from ..data.files import list_images
 from ..io import read, write_csv
-from .features import random_extractor
-from .image import (SSIM_NAME, as_images, image_table, intensity_distance, mean_estimate,
-                                    ms_ssim, ms_ssim_levels, show_spectra, show_values, spectrum_distance, ssim)
+from .features import MissingWeights, inception_extractor, random_extractor
+from .image import (SSIM_NAME, as_images, image_table, mean_estimate, ms_ssim, ms_ssim_levels,
+                                    radial_spectrum, show_spectra, show_values, ssim)
 from .physics import bragg_transfer, physics_table
-from .sets import copy_test, feature_pair, nearest, set_table
+from .sets import copy_test, feature_pair, half_samples, nearest, set_table
 from ..plot import show_grid
 from ..progress import progress_bar
 from ..report import Report, Section
+from ..stem.crystal import trimer
 
 # %% ../../nbs/96a_metrics.compare.ipynb #547c7b43
 @dataclass
@@ -33,6 +38,8 @@ class Loaded:
     tables: list | None = None                 # true columns of each image
     maps: list | None = None                   # truth maps of each image
     notes: list = field(default_factory=list)  # sentences for the report
+    labels: list | None = None                 # class of each image
+    structure: object = None                   # crystal of the recipe, where it is an h-RMnO3
 
 
 def load_set(
@@ -43,7 +50,7 @@ def load_set(
     name="images",   # what they are called, for messages
 ) -> Loaded: # images, and the truth where the folder holds it
     """Read a set of images from a folder, or take it as it is.
-    Raises: InputError for a folder without readable images, or images that make no set."""
+    Raises: InputError for a folder without readable images, or images that make no set; ReadError for a bad table."""
     if not isinstance(source, (str, Path)):
         data = as_images(source, pixel_size, name)
         return Loaded(data, [str(i) for i in range(len(data.data))])
@@ -62,8 +69,15 @@ def load_set(
     known = all(m.metadata.get("pixel size") != "unknown" for m in kept)
     data = as_images(kept if known else [m.data for m in kept], pixel_size, f"{name} in {source}")
     truth = lambda column, load: [load(p) for p in listed[column]] if listed[column].notna().all() else None
-    names = [p.name for p in listed.image]
-    return Loaded(data, names, truth("table", pd.read_parquet), truth("maps", _read_maps), notes)
+    labels = listed.label.tolist() if (listed.label != "").all() else None
+    return Loaded(data, [p.name for p in listed.image], truth("table", read_table), truth("maps", _read_maps), notes,
+                  labels, _structure(source))
+
+
+def _structure(folder): # -> the crystal of its recipe, None where there is none or no h-RMnO3
+    try: crystal = read_recipe(folder).crystal
+    except (MicrogenError, AttributeError): return None
+    return crystal if trimer(crystal) is not None else None
 
 
 def _read(path, pixel_size): # -> Micrograph (H, W); without a known scale 1 nm, and a remark in the metadata
@@ -78,25 +92,40 @@ def _read_maps(path): # -> name -> (H, W)
     return dict(zip(m.metadata["channels"], m.data))
 
 # %% ../../nbs/96a_metrics.compare.ipynb #4cf11966
-def _halves(data, rng, statistic, repeats=10): # real-against-real floor: statistic of two random halves
-    i = [as_rng(rng).permutation(len(data)) for _ in range(repeats)] if len(data) > 3 else []
-    n = len(data) // 2
-    return float(np.mean([statistic(data[j[:n]], data[j[n : 2 * n]]) for j in i])) if i else np.nan
+_BINS, _FINE = 128, 32  # bins of KL and JS; parts of each, for the Wasserstein distance
+_NAMES = ["kl_real_fake", "kl_fake_real", "js", "wasserstein", "wasserstein_rel", "spectrum (rms log10 ratio)"]
 
 
 def global_table(
     real,  # ImageSet
-    fake,  # ImageSet of the same image size
-    rng=0, # seed of the halves
-) -> pd.DataFrame: # metric, value, floor (two halves of the real set), n
-    "Intensities and spectra of two sets as wholes."
-    rows, floor = intensity_distance(real, fake), {}
-    for key in rows: floor[key] = _halves(real.data, rng, lambda a, b: intensity_distance(a, b)[key], 4)
-    scale = real.pixel_size or fake.pixel_size or (1, 1)
-    rows["spectrum (rms log10 ratio)"] = spectrum_distance(real.data, fake.data, scale)
-    floor["spectrum (rms log10 ratio)"] = _halves(real.data, rng, lambda a, b: spectrum_distance(a, b, scale))
-    table = pd.DataFrame({"value": rows, "floor": floor, "n": len(real.data)})
-    return table.rename_axis("metric").reset_index()
+    fake,  # ImageSet with as many images of the same size
+    rng=0, # seed of the halvings
+) -> pd.DataFrame: # metric, value, low, high, n (images of each half), floor (two real halves), floor_low, floor_high
+    "Intensities and spectra of two sets as wholes, with 95 % intervals; below four images only values."
+    low, high = min(real.data.min(), fake.data.min()), max(real.data.max(), fake.data.max())
+    x, y = (_summary(s, (low, high), real.pixel_size or fake.pixel_size or (1, 1)) for s in (real, fake))
+    apart, n = lambda a, b: _distances(a, b, (high - low) / (_BINS * _FINE)), len(x)
+    if n < 4: return pd.DataFrame({"metric": _NAMES, "value": apart(x, y).values(), "n": n})
+    values, floors = half_samples(x, y, apart, rng=rng)
+    table = {"value": values.mean(), "low": values.quantile(0.025), "high": values.quantile(0.975), "n": n // 2,
+             "floor": floors.mean(), "floor_low": floors.quantile(0.025), "floor_high": floors.quantile(0.975)}
+    return pd.DataFrame(table).rename_axis("metric").reset_index()
+
+
+def _summary(s, limits, scale): # -> (N, bins + rings): histogram and spectrum of each image
+    counts = [np.histogram(a, _BINS * _FINE, limits)[0] for a in s.data]
+    return np.hstack([counts, radial_spectrum(s.data, scale).power])
+
+
+def _distances(x, y, width): # two arrays of `_summary`, width of a fine bin -> name -> distance
+    n = _BINS * _FINE
+    p, q = x[:, :n].sum(0), y[:, :n].sum(0)
+    a, b = (v.reshape(_BINS, _FINE).sum(1) + 1 for v in (p, q))
+    p, q, at = p / p.sum(), q / q.sum(), width * np.arange(n)
+    w = float(np.abs(np.cumsum(p - q)).sum() * width)
+    ratio = np.log10(np.maximum(y[:, n:].mean(0), 1e-300) / np.maximum(x[:, n:].mean(0), 1e-300))
+    std = np.sqrt(max(p @ at**2 - (p @ at) ** 2, 1e-60))
+    return dict(zip(_NAMES, (entropy(a, b), entropy(b, a), jensenshannon(a, b) ** 2, w, w / std, np.sqrt(np.mean(ratio**2)))))
 
 
 def pair_table(
@@ -138,8 +167,8 @@ def compare(
     train=None,      # images that the generator was trained on: tests for copying, with `real` as unseen ones
     ceiling=None,    # second real scans of the scenes of `real`, in the same order
     paired=None,     # does the i-th image of both show the same scene? None: yes when their true columns agree
-    structure=None,  # name or CIF of an h-RMnO3: order parameter, walls and Bragg reflections
-    extractors=None, # list of `Extractor`s; None: the random network
+    structure=None,  # name or CIF of an h-RMnO3: order parameter, walls, Bragg reflections; None: that of the recipes
+    extractors=None, # list of `Extractor`s; None: the random network, and Inception where its weights lie ready
     pixel_size=None, # nm per pixel of all images; wins over what files say
     standardise=False, # bring every image to mean 0 and standard deviation 1: contrast is not compared
     most=1000,       # images of each set at most
@@ -152,8 +181,9 @@ def compare(
     draw = np.random.default_rng(as_rng(rng).integers(2**63))
     seed = int(draw.integers(2**31))
     load = lambda s, name: None if s is None else _standard(load_set(s, pixel_size, most, seed, name), standardise)
-    real, fake = load(real, "real images"), load(fake, "generated images")
+    real, fake, seconds = load(real, "real images"), load(fake, "generated images"), load(ceiling, "second scans")
     notes = real.notes + fake.notes
+    if not paired: real, fake, seconds = _same_classes(real, fake, seconds, notes)
     if standardise: notes.append("Every image was brought to mean 0 and standard deviation 1: contrast is not compared.")
     _check_pair(real, fake)
     paired = _same_scenes(real, fake) if paired is None else paired
@@ -161,8 +191,8 @@ def compare(
         raise InputError(f"{len(real.names)} real and {len(fake.names)} generated images make no pairs: give as many of each, "
                          "or paired=False.")
     real, fake = _equal(real, fake, paired, draw, notes)
-    job = _Job(real, fake, load(train, "training images"), load(ceiling, "second scans"), paired, structure,
-               extractors or [random_extractor()], most_physics, seed)
+    job = _Job(real, fake, load(train, "training images"), seconds, paired, structure or _one_structure(real, fake, notes),
+               extractors or _extractors(notes), most_physics, seed)
     steps, tables, sections = (_overview, _sets, _pairs, _physics, _bragg), {}, []
     with progress_bar(len(steps), "comparing", progress, "parts") as advance:
         for step in steps:
@@ -180,6 +210,36 @@ def _standard(s, wanted): # Loaded, bool -> Loaded, each image with mean 0 and s
     data = s.images.data - s.images.data.mean((1, 2), keepdims=True)
     s.images = s.images._replace(data=data / np.maximum(data.std((1, 2), keepdims=True), 1e-30))
     return s
+
+
+def _same_classes(real, fake, seconds, notes): # -> the same sets, of the classes that both have
+    if real.labels is None or fake.labels is None or set(real.labels) == set(fake.labels): return real, fake, seconds
+    shared = set(real.labels) & set(fake.labels)
+    names = lambda found: ", ".join(sorted(found)) or "none"
+    if not shared:
+        notes.append(f"No class is in both sets (real: {names(set(real.labels))}; generated: {names(set(fake.labels))}): "
+                     "all images are compared, whatever their class.")
+        return real, fake, seconds
+    notes.append(f"Compared are the classes that both sets have: {names(shared)}. Left out, real: "
+                 f"{names(set(real.labels) - shared)}; generated: {names(set(fake.labels) - shared)}.")
+    rows = [[i for i, label in enumerate(s.labels) if label in shared] for s in (real, fake)]
+    belong = seconds is not None and len(seconds.names) == len(real.names)
+    return _take(real, rows[0]), _take(fake, rows[1]), _take(seconds, rows[0]) if belong else seconds
+
+
+def _one_structure(real, fake, notes): # -> the crystal that the recipes name, None where they differ
+    known = [s.structure for s in (fake, real) if s.structure is not None]
+    if len(known) == 2 and known[0] != known[1]:
+        notes.append("The recipes of the two sets are of different crystals: give structure= to measure them by one.")
+        return None
+    return known[0] if known else None
+
+
+def _extractors(notes): # -> the random network, and Inception where its weights lie ready: nothing is downloaded
+    try: return [random_extractor(), inception_extractor()]
+    except MissingWeights: pass
+    except MicrogenError as why: notes.append(f"Inception is left out: {why}")
+    return [random_extractor()]
 
 
 @dataclass
@@ -224,8 +284,8 @@ def _equal(real, fake, paired, rng, notes): # -> the two sets with as many image
 
 def _take(s, rows):
     some = lambda v: None if v is None else [v[i] for i in rows]
-    images = s.images._replace(data=s.images.data[rows])
-    return Loaded(images, some(s.names), some(s.tables), some(s.maps), s.notes)
+    return replace(s, images=s.images._replace(data=s.images.data[rows]), names=some(s.names), tables=some(s.tables),
+                   maps=some(s.maps), labels=some(s.labels))
 
 
 def _overview(job, tables, notes):
@@ -239,7 +299,8 @@ def _overview(job, tables, notes):
     grid = show_grid([*a.data[some], *b.data[some]], scale, titles, ncols=len(some), size=1.9)
     return (Section("Pictures, intensities, spectra").figure(grid, "Real above, generated below; drawn at random")
         .figure(show_spectra({"real": a, "generated": b}, scale or 1).figure, "Mean power spectra, band: 16 to 84 % of the images")
-        .table(table, "Distances of the whole sets; floor: between two random halves of the real images. KL and JS in nats"))
+        .table(table, "Each at N = n: generated half against real half; floor: real half against real half; 95 % intervals "
+               "over random halvings. KL and JS in nats"))
 
 
 def _sets(job, tables, notes):
@@ -291,12 +352,18 @@ def _physics(job, tables, notes):
     part = Section("Are the columns where they were asked for?")
     if job.paired:
         tables["physics_real"] = own = physics_table(reference, *truth, job.structure)
-        part.table(_means(own), "The real images, measured the same way: what can be reached")
-    part.table(_means(table), f"Means over {n} generated images; pm per axis; bound: Cramér–Rao")
+        tables["physics_real_means"] = _means(own, job.seed)
+        part.table(tables["physics_real_means"], "The real images, measured the same way: what can be reached")
+    tables["physics_means"] = _means(table, job.seed)
+    part.table(tables["physics_means"], "Means over generated images with 95 % bootstrap intervals; n: images that have a value; "
+               "pm per axis; bound: Cramér–Rao")
     return part.table(tables["physics"], "Image by image")
 
 
-def _means(table): return table.mean(numeric_only=True).to_frame().T
+def _means(table, rng): # one row per image -> one row per measure: metric, value, low, high, n
+    numbers = table.select_dtypes("number").dropna(axis=1, how="all")
+    rows = [mean_estimate(values, name, rng).row() for name, values in numbers.items()]
+    return pd.DataFrame(rows).rename(columns={"name": "metric"}).drop(columns="floor")
 
 
 def _bragg(job, tables, notes):
