@@ -66,7 +66,7 @@ def _as_options(message, function):
     names = {p.name: NAMES.get(p.name, (f"--{p.name.replace('_', '-')}",))[0] for p in params if p.default is not p.empty}
     for name, option in (_PYTHON | names).items():
         message = re.sub(rf"(?<![\w-]){name}=(?=(\S?))", lambda m: option + (" " if re.match(r"[\w'\"(]", m[1]) else ""), message)
-    return message
+    return re.sub(r"as (--[\w-]+) in nm per pixel, as \1 NM on the command line", r"as \1 NM (nm per pixel)", message)
 
 
 def _some(true, otherwise):
@@ -215,6 +215,7 @@ def count(
     typer.echo(str(sample))
     _some((sample.table.error == "").any(), f"no image could be counted; {out / 'summary.csv'} says why.")
     typer.echo(f"Tables, labels and overlays are in {out}")
+    if getattr(sample, "missing", ""): raise typer.Exit(1)
 
 
 def _detector(detector, settings):
@@ -246,7 +247,7 @@ def train(
     properties: str = "",               # columns of metadata.csv that are conditions too, separated by commas, such as dose
     contrast: float = 0.0,              # contrast of training images varies by factors exp(±contrast)
     gamma: float = 0.0,                 # gamma of training images varies by factors exp(±gamma)
-    best_by: str = "ssim",              # ssim or valid_loss: the epoch that draws the valid images best is the result; none: the last
+    best_by: str = "auto",              # ssim, valid_loss: the epoch that is best in it; none: the last; auto: ssim, the last with --real
     patience: Optional[int] = None,     # stop after so many epochs without a better one
     preview_every: Optional[int] = None, # steps between previews; twenty in all when not given
     bf16: bool = False,                 # mixed precision: faster and smaller on a GPU
