@@ -22,6 +22,7 @@ from .detect import Detection, Detector, detect
 from .law import DetectionCurve, SizeResponse, fit_detection, fit_response
 from .look import Look, _px, d50_shift, fitted_sizes, inject, look_error, look_of, size_shift
 from .propose import overlay_mask
+from .size import _size_axis
 from ..progress import progress_bar
 
 # %% ../../nbs/36b_count.calibrate.ipynb #c566db5c
@@ -157,9 +158,10 @@ def calibrate(
     progress=False, # show a bar
 ) -> Calibration: # detection curve, size error and bias
     """Inject particles of known size into an image, count again, and fit the detection curve.
-    Raises: InputError when no particle shows how they look, or the sizes found fix no curve."""
+    Raises: InputError when fewer than ten particles show how they look, or the sizes found fix no curve."""
     if n < 200: raise InputError(f"n={n} injected particles fix no curve; give 200 or more, best 2000.")
     detection = detect(image, pixel_size, detector) if detection is None else detection
+    if len(detection.particles) < _LEAST: raise InputError(_FEW.format(len(detection.particles)))
     look = look_of(detection)
     fixed = replace(detector, polarity=detection.summary["polarity"], support=detection.summary["support"])
     room = ndi.distance_transform_edt(np.pad(~overlay_mask(detection.micrograph.data), 1))[1:-1, 1:-1]
@@ -176,6 +178,9 @@ def calibrate(
     return _calibration(detection, look, rows)
 
 # %% ../../nbs/36b_count.calibrate.ipynb #0a1813d8
+_LEAST = 10 # particles that must be there
+_FEW = f"{{}} particles do not show how particles look here; calibrate an image that shows {_LEAST} or more."
+
 def _sizes(rows, n, detection, detector, rng): # diameters to inject next, px: broad at first, then where the curve rises
     d, unit = detection.particles[f"diameter_{detection.unit}"].to_numpy() / _px(detection), detection.unit
     low, high = np.log(max(.4 * detector.smallest_px, .8)), np.log(max(1.2 * np.quantile(d, .98), 3 * detector.smallest_px))
@@ -188,10 +193,10 @@ def _sizes(rows, n, detection, detector, rng): # diameters to inject next, px: b
     rising, above = rng.uniform(a - 1.8 * b, a + 1.8 * b, some), rng.choice(np.log(large) if len(large) > 9 else [high - .1, high], some)
     return np.exp(np.where(rng.random(some) < .75, rising, above))
 
-def _parts(d_px, detection, share=.15): # injected at a time: few against the particles that are there
+def _parts(d_px, detection, share=.15): # injected at a time: few against the particles that are there, or 40
     found = detection.particles[f"diameter_{detection.unit}"].to_numpy() / _px(detection)
-    n = min(share * (found**2).sum() / (d_px**2).mean(), max(.2 * len(found), 12), 150)
-    return np.array_split(d_px, max(1, int(np.ceil(len(d_px) / max(n, 1)))))
+    n = max(40, min(share * (found**2).sum() / (d_px**2).mean(), .2 * len(found), 150))
+    return np.array_split(d_px, int(np.ceil(len(d_px) / n)))
 
 # %% ../../nbs/36b_count.calibrate.ipynb #ed10eff1
 def _calibration(detection, look, rows):
@@ -204,12 +209,12 @@ def _calibration(detection, look, rows):
             f"± {100 * curve.d50_se / curve.d50:.1f} %; all diameters near it ± {100 * off:.1f} %, for the look")
     return Calibration(curve, response, fitted_sizes(detection, look), rows, look, note, unit, px)
 
-def _unsure(curve, detection, look, least=.01): # with what the look leaves open of d50, in fitted diameters; least: what no slope shows
+def _unsure(curve, detection, look, least=.01, shape=.15): # with what the look leaves open of d50 and of ln width, in fitted diameters
     px = _px(detection)
     d = np.sort(detection.particles[f"diameter_{detection.unit}"].to_numpy()) / px
     large = d[np.searchsorted(np.cumsum(d**2), (d**2).sum() / 2)]
     apart = look_error(look, d50_shift(look, curve.d50 / px, large) - size_shift(look, curve.d50 / px))
-    return replace(curve, covariance=np.array(curve.covariance) + np.diag([least**2 + apart**2, 0, 0]))
+    return replace(curve, covariance=np.array(curve.covariance) + np.diag([least**2 + apart**2, shape**2, 0]))
 
 # %% ../../nbs/36b_count.calibrate.ipynb #8f92a3c3
 def show_calibration(
@@ -231,7 +236,7 @@ def show_calibration(
     axes[1].loglog(d[found], rows.loc[rows["found"], f"measured_{unit}"], "k.", ms=2, alpha=.4)
     axes[1].loglog(s, s, "k", lw=.5)
     axes[1].set(xlabel=f"true diameter, {unit}", ylabel=f"measured, {unit}")
-    for ax, axis in ((axes[0], "x"), (axes[1], "x"), (axes[1], "y")): getattr(ax, f"{axis}axis").set_minor_formatter(plt.NullFormatter())
+    for axis in (axes[0].xaxis, axes[1].xaxis, axes[1].yaxis): _size_axis(axis)
     return fig
 
 # %% ../../nbs/36b_count.calibrate.ipynb #58126786

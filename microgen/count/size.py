@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator
 from scipy.special import expit
 from scipy.stats import chi2, norm
 
@@ -62,24 +63,32 @@ class SizeFit:
     law: SizeLaw | None # best family; None when nothing could be fitted
     gof_p: float # goodness of fit of that family
     families: pd.DataFrame # one row per family: parameters, AIC, goodness of fit, its own unseen shares
-    table: pd.DataFrame # visible, total, low, high of number, surface (nm²) and volume (nm³), and the unseen share
+    table: pd.DataFrame # visible, total, low, high of number, surface (nm²) and volume (nm³; mass over density), and the unseen share
     images: tuple # what was fitted: sizes, curve and frame of each image
     settings: dict # families, level, least share found
+    unit: str = "nm" # of all lengths here, "nm" or "px"
+
+    @property
+    def supported(self) -> bool:
+        "Does the law carry at least one of the three shares?"
+        return self.law is not None and not all(u.refused for u in (self.unseen_number, self.unseen_surface, self.unseen_mass))
 
     def __str__(self):
         lines = [f"{sum(len(i.x) for i in self.images)} particles in {len(self.images)} image(s); unseen share of"]
         for name in ("number", "surface", "mass"): lines.append(f"  {name:8s} {getattr(self, 'unseen_' + name)}")
-        if self.law is not None:
-            lines.append(f"{self.law.family}: median {self.law.median_nm:.3g} nm, GSD {self.law.gsd:.3g}, "
+        if self.supported:
+            lines.append(f"{self.law.family}: median {self.law.median_nm:.3g} {self.unit}, GSD {self.law.gsd:.3g}, "
                          f"goodness of fit p = {self.gof_p:.2g}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict: # plain numbers, text and lists; NaN and infinity are None
         "Everything but the sizes, ready for JSON."
-        law = self.law and asdict(self.law) | {"median_nm": self.law.median_nm, "gsd": self.law.gsd, "d32_nm": self.law.d32_nm}
+        law, families = self.law, self.families
+        if not self.supported: law, families = None, families.filter(["family", "delta_aic", "gof_p"])
+        law = law and asdict(law) | {"median_nm": law.median_nm, "gsd": law.gsd, "d32_nm": law.d32_nm}
         return _plain({f"unseen_{k}": asdict(getattr(self, f"unseen_{k}")) for k in ("number", "surface", "mass")} |
-                      {"refused": self.refused, "law": law, "gof_p": self.gof_p, "settings": self.settings,
-                       "families": self.families.to_dict("records"), "table": self.table.reset_index().to_dict("records")})
+                      {"refused": self.refused, "law": law, "gof_p": self.gof_p, "settings": self.settings, "unit": self.unit,
+                       "families": families.to_dict("records"), "table": self.table.reset_index().to_dict("records")})
 
 def _plain(v): # for JSON
     if isinstance(v, dict): return {k: _plain(x) for k, x in v.items()}
@@ -225,6 +234,7 @@ def fit_sizes(
     families: tuple = ("lognormal", "weibull", "gamma"), # size laws to consider; also "lognormal2", two populations
     level: float = .95, # confidence of the intervals
     min_detection: float = 0., # leave out sizes that are found less often than this, where most detections are false
+    unit: str = "nm", # of the diameters, the curve and fov: "nm", or "px" where the image has no pixel size
 ) -> SizeFit: # laws, unseen shares with intervals, totals
     """Fit size laws through a detection curve and say what was not seen.
     Raises: InputError for sizes, curves, weights or families that cannot be right.
@@ -232,6 +242,7 @@ def fit_sizes(
     families = _known(families)
     if not .5 <= level < 1: raise InputError(f"level={level!r} must be a confidence from 0.5 up to below 1.")
     if not 0 <= min_detection < .5: raise InputError(f"min_detection={min_detection!r} must lie from 0 to below 0.5.")
+    if unit not in ("nm", "px"): raise InputError(f"unit={unit!r} must be nm, or px where there is no pixel size.")
     images = _images(d_nm, p_det, fov, edge_weight, size_error, min_detection)
     settings = {"families": list(families), "level": level, "min_detection": min_detection}
     floors = [_floor(images, q, level) for q in ThinnedLikelihood.moments]
@@ -240,7 +251,7 @@ def fit_sizes(
         said = f"{len(x)} particles are too few" if len(x) < 20 else "the sizes of the particles are too equal"
         shares = [Unseen(float("nan"), f, 1., f"{said} to fit a size law") for f in floors]
         return SizeFit(*shares, shares[0].refused, None, float("nan"), pd.DataFrame(),
-                       _totals(images, shares, level), tuple(images), settings)
+                       _totals(images, shares, level), tuple(images), settings, unit)
     like = ThinnedLikelihood(images)
     fits = [_fit_family(like, images, f) for f in families]
     best = min(fits, key=lambda f: f["aic"])
@@ -249,7 +260,7 @@ def fit_sizes(
     low, high = _envelope(like, fits, level)
     shares = [_share(k, fits, low, high, f, reason) for k, f in enumerate(floors)]
     return SizeFit(*shares, shares[0].refused, best["law"], best["gof_p"], _family_table(fits),
-                   _totals(images, shares, level), tuple(images), settings)
+                   _totals(images, shares, level), tuple(images), settings, unit)
 
 def _known(families): # -> tuple of names
     names = (families,) if isinstance(families, str) else tuple(families)
@@ -292,9 +303,9 @@ def show_sizes(
 def _draw_law(fit, ax, bins):
     d = np.exp(np.concatenate([i.x for i in fit.images]))
     edges = np.geomspace(d.min(), d.max() * 1.001, bins + 1)
-    ax.hist(d, edges, color=".75", label="found")
-    ax.set(xscale="log", xlabel="diameter, nm", ylabel="particles per bin")
-    ax.xaxis.set_minor_formatter(plt.NullFormatter())
+    bars, *_ = ax.hist(d, edges, color=".75", label="found")
+    ax.set(xscale="log", xlabel=f"diameter, {fit.unit}", ylabel="particles per bin")
+    _size_axis(ax.xaxis)
     if fit.law is None: return
     s, step = np.geomspace(d.min() / 4, d.max() * 1.3, 300), np.log(edges[1] / edges[0])
     density, seen = fit.law.pdf(s) * s * step, 0
@@ -303,7 +314,7 @@ def _draw_law(fit, ax, bins):
         p = i.curve(s)
         found = _measured(density * p * inside, i, s)
         seen = seen + len(i.x) / (found.sum() * np.log(s[1] / s[0]) / step) * np.stack([found, density * inside])
-    ax.set_ylim(0, min(1.1 * seen[1].max(), 4 * seen[0].max()))
+    ax.set_ylim(0, max(1.05 * bars.max(), min(1.1 * seen[1].max(), 4 * seen[0].max())))
     ax.plot(s, seen[0], "k", label=f"{fit.law.family}, seen")
     refused = fit.refused is not None
     ax.plot(s, seen[1], "k--", lw=1, alpha=.3 if refused else 1, label="all" + (" (not supported)" if refused else ""))
@@ -323,5 +334,10 @@ def _draw_curves(fit, ax):
         draws = np.random.default_rng(0).multivariate_normal(np.zeros(3), curve.covariance, 200)
         band = np.percentile([_shifted(curve, v)(s) for v in draws], [2.5, 97.5], 0)
         ax.fill_between(s, *band, color="tab:blue", alpha=.3)
-    ax.set(xlabel="diameter, nm", ylabel="share found", ylim=(0, 1.02))
-    ax.xaxis.set_minor_formatter(plt.NullFormatter())
+    ax.set(xlabel=f"diameter, {fit.unit}", ylabel="share found", ylim=(0, 1.02))
+    _size_axis(ax.xaxis)
+
+def _size_axis(axis): # labels at 1, 2, 5, 10, 20, ...
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(plt.NullFormatter())

@@ -98,10 +98,12 @@ def _is_thick(yx, a, rows): # (n, 2) columns of a region -> at least four column
     return long and (len(np.unique(row)) > 1 or not np.isfinite(rows))
 
 # %% ../../nbs/13c_stem.domain.ipynb #7a0bef88
+_WIDTHS = np.log([0.02, 4]) # ln nm: the narrowest wall and the widest
+
 def _wall_order(p, yx): # (offset, normal, log width, phi left, jump, Q) -> Q (N,), phi (N,)
     "Order parameter around a straight wall, 8 % softer in its middle, as `stem.field.Wall` makes it."
     d = yx[:, 1] * np.sin(p[1]) - yx[:, 0] * np.cos(p[1]) - p[0]
-    e = np.exp(np.clip(d * KINK_WIDTH / np.exp(p[2]), -30, 30))
+    e = np.exp(np.clip(d * KINK_WIDTH / np.exp(np.clip(p[2], *_WIDTHS)), -30, 30))
     kinks = max(1, int(np.ceil(abs(p[4]) / (np.pi / 3) - 0.5)))
     Q = p[5] * (1 - 0.08 * (2 * e / (1 + e**2)) ** 2) ** kinks
     return Q, p[3] + p[4] * 2 / np.pi * np.arctan(e)
@@ -124,7 +126,7 @@ def _fit_wall(yx, n, u, se, right, phi, u0_pm, p0_pm): # -> parameters, covarian
         for width in (0.3, 0.8):
             fit = least_squares(lambda p: level((_wall_heights(p, yx, n, u0_pm, p0_pm) - u) / sigma),
                 [start, theta, np.log(width), left_phi, jump, 1.0], loss="soft_l1", f_scale=3.0,
-                bounds=([-np.inf, theta - 1, np.log(0.02), -np.inf, -7, 0.2], [np.inf, theta + 1, np.log(4), np.inf, 7, 2]))
+                bounds=([-np.inf, theta - 1, _WIDTHS[0], -np.inf, -7, 0.2], [np.inf, theta + 1, _WIDTHS[1], np.inf, 7, 2]))
             if best is None or fit.cost < best.cost: best = fit
     chi2 = 2 * best.cost / max(len(u) - 6, 1)
     covariance = np.linalg.pinv(best.jac.T @ best.jac) * max(1.0, chi2)

@@ -111,6 +111,8 @@ def _distortion(image, px, T, shift, g, F, at, smooth_nm=0.5): # at (N, 2) nm ->
     return np.linalg.solve(A + 1e-9 * np.trace(A, axis1=1, axis2=2).mean() * np.eye(2), b[..., None])[..., 0]
 
 # %% ../../nbs/13b_stem.lattice.ipynb #ee983e43
+_SMALLEST = 1.5 # nm: below, the search for Fourier peaks has no frequency near a peak
+
 def reference_columns(micrograph,        # Micrograph, or anything `as_micrograph` takes
                       structure,         # pymatgen Structure, shipped name or path of a CIF file
                       zone=(1, 0, 0),    # zone axis [u, v, w]
@@ -121,6 +123,7 @@ def reference_columns(micrograph,        # Micrograph, or anything `as_micrograp
 
     Raises: InputError when the lattice of the structure is not in the image."""
     m, px = _check_image(micrograph), np.array(as_micrograph(micrograph).pixel_size)
+    if min(m.fov) < _SMALLEST: raise InputError(f"a field of {min(m.fov):.2f} nm shows too few periods of a lattice; {_SMALLEST} nm are needed")
     image = m.data.astype(float)
     image = image - ndimage.gaussian_filter(image, 0.6 / px)
     motif, net = _motif(structure, tuple(map(float, m.fov)), zone, up)
