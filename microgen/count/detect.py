@@ -190,8 +190,8 @@ def _rivals(v, sign, label, d):
     outlines, score, other = _evidence(v, -sign, "uneven", d)
     near = ndi.maximum_filter(label > 0, 5)
     around = along_rays(near, outlines.y, outlines.x, outlines.radius[:, :, None] + 3).mean((1, 2))
-    on = np.bincount(other.ravel(), near.ravel(), len(score) + 1)[1:] / np.maximum(np.bincount(other.ravel(), minlength=len(score) + 1)[1:], 1)
-    return score[(around < 0.15) & (on < 0.1)]
+    area, on = (np.bincount(other.ravel(), o, len(score) + 1)[1:] for o in (None, near.ravel()))
+    return score[(around < 0.15) & (on < 0.1 * area)]
 
 
 def _accepted(score, label, kind, d) -> int:

@@ -202,7 +202,8 @@ def _draw(result, quantity):
 # %% ../../nbs/37_count.ecsa.ipynb #0c5d5907
 def _stated(i): # inputs in words
     named = {f.name: getattr(i, f.name) for f in fields(i) if getattr(i, f.name) is not None}
-    word = lambda v: f"{v[0]:.6g}" + (f"±{v[1]:.2g}" if v[1] else "") if isinstance(v, tuple) else f"{v:.3g}" if isinstance(v, float) else f"{v}"
+    pair = lambda v: f"{v[0]:.6g}" + (f"±{v[1]:.2g}" if v[1] else "")
+    word = lambda v: pair(v) if isinstance(v, tuple) else f"{v:.3g}" if isinstance(v, float) else f"{v}"
     return ", ".join(f"{k}={word(v)}" for k, v in named.items())
 
 def _rows(result): # name, text of each quantity
