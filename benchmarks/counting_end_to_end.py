@@ -24,9 +24,10 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"): os.environ.setdefault(
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed, parallel_config
 from scipy import ndimage as ndi
 from scipy.optimize import brentq
+
+from counting import FAMILIES, results
 
 from microgen.core import InputError
 from microgen.count.calibrate import calibrate, horvitz_thompson, match
@@ -36,7 +37,6 @@ from microgen.count.size import fit_sizes
 from microgen.sem.preset import Scene, scene_preset
 from microgen.sem.scene import simulate_scene
 
-FAMILIES = ("lognormal", "weibull", "gamma")
 IMAGING = dict(pixel_size=1., probe_nm=1.3, astigmatism=1.1, electrons=60, detector=.02, noise_px=0, shape="sphere", buried=0, clustering=0,
                texture=.04, texture_nm=20, tone_spread=.05, escape_nm=1.5, edge=.3, jitter_nm=.1, ramp=.05, support_level=.25,
                particle_level=.6)
@@ -98,7 +98,7 @@ def judged(found, d, which, n_injected):
     seconds = time.perf_counter() - t
     kept = (found.particles["edge_weight"] > 0).to_numpy()
     size, weight = c.sizes[kept], found.particles["edge_weight"].to_numpy()[kept]
-    row |= dict(seconds=seconds, d50=c.curve.d50, d50_se=c.curve.d50_se, look_error=c.look_error(c.curve.d50), size_error=c.size_error)
+    row |= dict(seconds=seconds, foreseen=1 - c.curve(d).mean(), d50=c.curve.d50, d50_se=c.curve.d50_se, look_error=c.look_error(c.curve.d50), size_error=c.size_error)
     try: row |= dict(d50_true=(true := fit_detection(d, was_found)).d50, width_off=c.curve.width / true.width - 1, gap=in_fitted_diameters(c, true, d, which))
     except InputError: pass
     try: fit = fit_sizes(size, c.curve, edge_weight=weight, size_error=c.response, min_detection=.02)
@@ -120,15 +120,6 @@ def one_scene(family, gsd, share, median, size, n_injected, seed):
     return row
 
 
-def run(function, jobs, a):
-    "All jobs, on the processes of this machine or on Dask."
-    if a.scheduler:
-        from dask.distributed import Client
-        Client(a.scheduler)
-        with parallel_config("dask"): return Parallel()(delayed(function)(*j) for j in jobs)
-    return Parallel(a.jobs)(delayed(function)(*j) for j in jobs)
-
-
 def coverage(a):
     "Coverage of the unseen number and surface share, from images."
     curve = reference_curve()
@@ -136,7 +127,7 @@ def coverage(a):
     cells = list(product(FAMILIES, a.gsd or ((1.5,) if a.quick else (1.3, 1.5, 1.8)), a.unseen or ((.3,) if a.quick else (.1, .3, .5, .7, .9))))
     runs = a.runs or (1 if a.quick else 20)
     jobs = [(f, g, u, median_for(f, g, u, curve), a.size, a.injections, 1000 * i + k) for i, (f, g, u) in enumerate(cells) for k in range(runs)]
-    rows = pd.DataFrame(run(one_scene, jobs, a))
+    rows = pd.DataFrame(results(one_scene, jobs, a.jobs, a.scheduler)).sort_values("seed", ignore_index=True)
     report(rows, a)
     columns = [c for c in ("n_found", "unseen", "value", "low", "high", "inside", "visible_surface", "surface", "surface_inside") if c in rows]
     means = rows.assign(refused=rows.refused.notna()).astype({c: float for c in columns}).groupby(["truth", "gsd", "asked"])[[*columns, "refused"]].mean()
@@ -204,7 +195,8 @@ def degraded(a):
     if not a.data: sys.exit("give --data, the folder that holds particles/sem")
     paths = sorted((Path(a.data) / "particles" / "sem" / "images").glob("*.png"))
     paths = [p for p in paths if p.stem in ("f3b36fb2ab", "6752c27137", "245e1a4826", "9c4905d020")]  # those of more than 100 particles
-    rows = pd.DataFrame(run(one_degraded, [(p, by, 60, a.injections) for p in paths[:1 if a.quick else None] for by in (2, 3, 4)], a))
+    jobs = [(p, by, 60, a.injections) for p in paths[:1 if a.quick else None] for by in (2, 3, 4)]
+    rows = pd.DataFrame(results(one_degraded, jobs, a.jobs, a.scheduler)).sort_values(["image", "by"], ignore_index=True)
     print(rows[[c for c in ("image", "by", "n_true", "n_found", "false", "unseen", "value", "guess", "low", "high", "visible_surface", "surface", "d50",
                             "d50_true", "refused") if c in rows]].round(3).to_string())
     if a.out: rows.to_csv(a.out, index=False)

@@ -125,8 +125,10 @@ def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, list) else v
 def _settings(text):
     "JSON as a dict."
     try: held = json.loads(text) if isinstance(text, (str, bytes)) else text
-    except ValueError as e: raise InputError(f"These settings of a Scene are no JSON ({e}); give what Scene.to_json() wrote.") from None
-    if not isinstance(held, dict): raise InputError(f"Settings of a Scene are a JSON object, not a {type(held).__name__}; give what Scene.to_json() wrote.")
+    except ValueError as e:
+        raise InputError(f"These settings of a Scene are no JSON ({e}); give what Scene.to_json() wrote.") from None
+    if not isinstance(held, dict):
+        raise InputError(f"Settings of a Scene are a JSON object, not a {type(held).__name__}; give what Scene.to_json() wrote.")
     return held
 
 # %% ../../nbs/32_sem.preset.ipynb #da01da79
@@ -149,7 +151,8 @@ def _checked(name, v):
         if not isinstance(v, str): raise InputError(f"Scene: letter is {v!r}; give a text such as '(a)', or ''.")
         return v
     if name == "bits":
-        if v is not None and (not isinstance(v, int) or v not in (8, 16)): raise InputError(f"Scene: bits is {v!r}; give 8, 16 or None.")
+        if v is not None and (not isinstance(v, int) or v not in (8, 16)):
+            raise InputError(f"Scene: bits is {v!r}; give 8, 16 or None.")
         return v
     if v is None and name in ("n", "electrons"): return None
     return {"size": _pixels, "shape": _shapes}.get(name, lambda v: _number(name, v))(v)
@@ -159,7 +162,8 @@ def _pixels(v):
     try:
         pair = tuple(int(o) for o in (v if isinstance(v, (tuple, list)) else [v]))
         if len(pair) not in (1, 2) or min(pair) < 16: raise ValueError
-    except (TypeError, ValueError, OverflowError): raise InputError(f"Scene: size is {v!r}; give pixels, at least 16, or a pair (H, W).") from None
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"Scene: size is {v!r}; give pixels, at least 16, or a pair (H, W).") from None
     return pair if isinstance(v, (tuple, list)) else pair[0]
 
 def _shapes(v):
@@ -167,7 +171,8 @@ def _shapes(v):
     try: pairs = ((v, 1.),) if isinstance(v, str) else tuple((str(k), float(share)) for k, share in v)
     except (TypeError, ValueError): pairs = ()
     if not pairs or not all(0 <= share < float("inf") for _, share in pairs) or not sum(share for _, share in pairs):
-        raise InputError(f"Scene: shape is {v!r}; give one of {', '.join(SHAPES)}, or pairs such as (('sphere', 0.7), ('cube', 0.3)).")
+        raise InputError(f"Scene: shape is {v!r}; give one of {', '.join(SHAPES)}, "
+                         "or pairs such as (('sphere', 0.7), ('cube', 0.3)).")
     if bad := {k for k, _ in pairs} - set(SHAPES):
         raise InputError(f"Scene: there is no particle shape {min(bad)!r}; use {', '.join(SHAPES)}.")
     return v if isinstance(v, str) else pairs
@@ -205,7 +210,7 @@ def _scene(base, over):
 _ANY = (0., 360.)
 PRESETS = {
     # gold islands on carbon, the classical resolution specimen: bright on dark, small against the field
-    # Source: Cizmar et al. 2008, arXiv:1006.0171 (signal, radius, probe); the other ranges are chosen, no image was fitted
+    # Source: Cizmar et al. 2008, arXiv:1006.0171 (signal, radius, probe); other ranges chosen, no image fitted
     "gold_on_carbon": Scene(
         pixel_size=(0.8, 2.5), median_nm=(12, 25), gsd=(1.25, 1.6), density_um2=(100, 300), shape=(("sphere",
         0.6), ("ellipsoid", 0.4)), aspect=1.5, clustering=(0, 0.3), cluster_size=3, overlap=(0, 0.1),
@@ -256,7 +261,7 @@ PRESETS = {
         charging=(-0.6, 0.1), charging_px=(100, 600), probe_nm=(14, 22), electrons=(300, 3000), noise_px=(0.5,
         1.2)),
     # catalyst particles at the resolution limit: many are missed
-    # Source: the kind of image of Boiko et al. 2022, doi:10.3390/nano12213914 (Pd of 1 to 5 nm on carbon); ranges chosen, no image was fitted
+    # Source: Boiko et al. 2022, doi:10.3390/nano12213914 (Pd of 1 to 5 nm on carbon); ranges chosen, no image fitted
     "small": Scene(
         pixel_size=(0.5, 1.2), median_nm=(3, 6), gsd=(1.3, 1.8), density_um2=(1000, 4000), shape=(("sphere",
         0.7), ("faceted", 0.3)), clustering=(0, 0.2), cluster_size=3, texture=(0.03, 0.1), texture_nm=(5, 40),
@@ -264,7 +269,7 @@ PRESETS = {
         1.6), astigmatism=(1, 1.4), astig_deg=_ANY, electrons=(20, 200), detector=(0.01, 0.04), buried=(0,
         0.2), jitter_nm=(0, 0.2), ramp=(0, 0.15), ramp_deg=_ANY),
     # metal on carbon black, secondary electrons
-    # Source: as for `small`; ranges chosen, no image was fitted
+    # Source: as for `small`; ranges chosen, no image fitted
     "carbon_black": Scene(
         pixel_size=(0.4, 0.8), median_nm=(3, 6), gsd=(1.3, 1.6), density_um2=(3000, 8000), support="carbon",
         support_nm=(40, 80), support_cover=(0.6, 0.95), texture=(0.05, 0.12), texture_nm=(5, 20),
