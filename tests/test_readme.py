@@ -1,9 +1,13 @@
-"""The Python of README.md, run as it stands there."""
+"""README.md run as it stands there: its Python, and its commands with small numbers."""
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from house import ROOT
 
@@ -59,3 +63,44 @@ def test_five_lines_count_a_sample(tmp_path, monkeypatch):
     sample = run(COUNT.replace('ecsa=', 'n=300, ecsa='), tmp_path, monkeypatch)["sample"]  # fewer injections than a user's
     assert len(sample.table) == 2 and sample.fit is not None and sample.ecsa.unit == "m²/g"
     assert (tmp_path / "counted" / "ecsa.json").exists()
+
+
+def commands(small=True):
+    "The commands of README's block that draws walls, with small numbers."
+    (block,) = [b for b in re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M) if "train pix2pix" in b]
+    for option, few in (("n", 12), ("epochs", 1)) if small else ():
+        block = re.sub(rf"(--{option}) \d+", rf"\1 {few}", block)
+    return [shlex.split(line) for line in block.splitlines() if line.strip()]
+
+
+def test_four_commands_draw_walls(tmp_path):
+    "Each of README's commands runs in a shell's way, one after the other, in a folder of its own."
+    resource = pytest.importorskip("resource")  # of POSIX
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    lines, said, seconds = commands(), [], 0.0
+    assert len(lines) == 4 and all(words[0] == "microgen" for words in lines)
+    for words in lines:
+        code = "from microgen.cli import main; main()"
+        before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+        done = subprocess.run([sys.executable, "-c", code, *words[1:]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+        seconds += sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
+        assert done.returncode == 0 and "Traceback" not in done.stderr, (words, done.stderr[-1000:])
+        said.append(done.stdout)
+    assert seconds < 60, f"the commands took {seconds:.0f} s of processor time"
+    assert "base64" not in said[3] and said[3].strip().endswith("report.html")
+    labels = pd.read_csv(tmp_path / "drawn/metadata.csv").label
+    assert "typeC" in set(labels), "walls of type C are drawn"
+    trained = pd.read_csv(tmp_path / "walls/metadata.csv").label
+    assert set(labels) == set(trained), "like is compared with like"
+    assert (tmp_path / "compared/report.html").exists() and "SSIM" in (tmp_path / "run/model/README.md").read_text()
+
+
+def test_the_commands_compare_like_with_like():
+    "The walls that are drawn are those of the training, and not too few."
+    simulate, _, sample, compare = [dict(zip(w, w[1:])) for w in commands(small=False)]
+    from microgen.cli import simulate as command
+    import inspect
+
+    trained = simulate.get("--walls", inspect.signature(command).parameters["walls"].default)
+    assert set(sample["--walls"].split(",")) == set(trained.split(",")) and int(sample["--n"]) >= 48
+    assert compare["compare"] == simulate["--out"]
