@@ -210,7 +210,7 @@ def _scene(base, over):
 _ANY = (0., 360.)
 PRESETS = {
     # gold islands on carbon, the classical resolution specimen: bright on dark, small against the field
-    # Source: Cizmar et al. 2008, arXiv:1006.0171 (signal, radius, probe); other ranges chosen, no image fitted
+    # Source: Cizmar et al., arXiv:1006.0171 (signal, radius, probe); other ranges chosen, no image fitted
     "gold_on_carbon": Scene(
         pixel_size=(0.8, 2.5), median_nm=(12, 25), gsd=(1.25, 1.6), density_um2=(100, 300), shape=(("sphere",
         0.6), ("ellipsoid", 0.4)), aspect=1.5, clustering=(0, 0.3), cluster_size=3, overlap=(0, 0.1),
@@ -299,7 +299,8 @@ def scene_preset(
 ) -> Scene: # ranges and numbers
     """A preset, with settings of your own on top.
     Raises: InputError for an unknown preset or setting."""
-    if not isinstance(name, str) or name not in PRESETS: raise InputError(f"Unknown scene preset {name!r}; use one of {', '.join(PRESETS)}.")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise InputError(f"Unknown scene preset {name!r}; use one of {', '.join(PRESETS)}.")
     return _scene(PRESETS[name], over)
 
 def as_scene(
