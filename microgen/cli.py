@@ -172,7 +172,7 @@ def measure(
     pixel_size: Optional[float] = None, # nm per pixel, when the file does not tell
     zone: Optional[str] = None,       # direction towards the viewer, such as 1,0,0; that of the structure when not given
     up: Optional[str] = None,         # direction that points up, such as 0,0,1; that of the structure when not given
-    rotation: Optional[float] = None, # degrees counter-clockwise by which the crystal is turned, to 3; 180 when the image is stored upside down
+    rotation: Optional[float] = None, # degrees by which the crystal is turned, to 3; 180 when the image is stored upside down
     out: Path = Path("measured"),     # folder to write
 ):
     "Find and fit the columns of a micrograph; recover displacements and walls."

@@ -169,7 +169,8 @@ def _complete(learn, out, epochs, judged, progress):
     if learn.stopped:
         model.facts |= {"epochs": f"{learn.epoch} of {epochs}, then stopped: {learn.stopped}"} | _picture(out)
     else:
-        if isinstance(model, RouterPix2Pix): write_csv(out / "experts.csv", expert_table(model, learn.dls.valid, learn.dls.vocab).reset_index())
+        if isinstance(model, RouterPix2Pix):
+            write_csv(out / "experts.csv", expert_table(model, learn.dls.valid, learn.dls.vocab).reset_index())
         model.facts = load_model(out).facts
         if "judged" in model.facts: return
         model.facts |= {"epochs": _epochs(out, epochs), "judged": judged} | _picture(out)
@@ -186,7 +187,8 @@ def _picture(out):
 def _epochs(out, epochs):
     "How many, and which was taken."
     best = json.loads((out / "result.json").read_text(encoding="utf-8")).get("best")
-    return f"{epochs}, of which number {best['epoch'] + 1} is this one: the best by {best['metric']} of the valid images" if best else epochs
+    if not best: return epochs
+    return f"{epochs}, of which number {best['epoch'] + 1} is this one: the best by {best['metric']} of the valid images"
 
 # %% ../../nbs/72_gan.run.ipynb #702e6d4a
 def new_truth(
@@ -256,7 +258,8 @@ def sample_run(
             rows.append(_draw_one(model, out, i, truth, seed, noise, domain, props or {}))
             advance(1)
     write_csv(out / "metadata.csv", pd.DataFrame(rows))
-    made = {"run": str(run), "maps": maps and str(maps), "walls": walls, "n": n, "seed": seed, "noise": noise, "domain": domain, "props": props}
+    made = {"run": str(run), "maps": maps and str(maps), "walls": walls, "n": n, "seed": seed, "noise": noise,
+            "domain": domain, "props": props}
     write_json(out / "recipe.json", {"kind": "generated", "recipe": made, **provenance(seed)})
     return out
 
