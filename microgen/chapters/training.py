@@ -62,7 +62,7 @@ def training_chapter(
     data = build(recipe, tour.out / name / f"{n}_walls", workers=1, progress=tour.progress)
     run = tour.out / name / f"run_{n}_{epochs}"
     with _one_thread():
-        learn = train_pix2pix(data, run, epochs=epochs, bs=6, config="small", seed=tour.seed, progress=tour.progress)
+        learn = train_pix2pix(data, run, epochs=epochs, bs=6, config="small", seed=tour.seed, judged=0, progress=tour.progress)
     ssim = pd.read_csv(run / "history.csv").ssim.dropna()
     return (Section(TITLE)
         .text("A generator that draws an image from the map of a wall can draw, as often as you like, walls that the "

@@ -53,7 +53,7 @@ def score(
             "disp_rms_error_pm": np.sqrt(np.nanmean(error**2)),
             "disp_stated_se_pm": np.sqrt(np.nanmean(pairs.disp_se_pm_found**2)),
             "phi_error_deg": np.degrees(np.nanmedian(np.abs(phi))),
-            "wall_error_cells": np.nanmedian(walls) / CELL_NM if len(walls) else np.nan}
+            "wall_error_cells": np.nanmedian(walls) / CELL_NM if len(walls) else np.nan, "walls_found": len(found.walls)}
 
 
 def _true_phi(one, pairs):
