@@ -37,12 +37,13 @@ def command(
 
     @wraps(function)
     def run(*args, **kwargs):
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("ignore", FutureWarning)  # words of one library to another, nothing that a user can mend
-            warnings.showwarning = _warn
             try: return function(*args, **kwargs)
             except MicrogenError as error: _stop(_as_options(str(error), function), 1)
             except KeyboardInterrupt: _stop("stopped by the user; what was finished is kept.", 130)
+            finally:
+                for one in said: typer.secho(f"microgen: {one.message}", fg="yellow", err=True)
 
     run.__signature__ = inspect.Signature(params)
     app.command(help=inspect.getdoc(function))(run)
@@ -73,7 +74,7 @@ def _some(true, otherwise):
     if not true: raise MicrogenError(otherwise)
 
 
-def _warn(message, category, *where): typer.secho(f"microgen: {message}", fg="yellow", err=True)
+def _leave(code): raise typer.Exit(code)
 
 
 def _stop(message, code):
@@ -215,7 +216,7 @@ def count(
     typer.echo(str(sample))
     _some((sample.table.error == "").any(), f"no image could be counted; {out / 'summary.csv'} says why.")
     typer.echo(f"Tables, labels and overlays are in {out}")
-    if getattr(sample, "missing", ""): raise typer.Exit(1)
+    if getattr(sample, "missing", ""): _leave(1)
 
 
 def _detector(detector, settings):
@@ -261,9 +262,8 @@ def train(
     learn = train_pix2pix(data, out, real, arch, epochs, size, bs, config, gan, dict(map(_setting, weight or ())) or None, lr,
                           ratio, pixel_size, seed, max_hours, init, _names(freeze), None if best_by == "none" else best_by, patience,
                           preview_every, "bf16" if bf16 else None, group, _names(properties), contrast, gamma)
-    if learn.stopped: return typer.echo(f"Stopped: {learn.stopped}. The same line goes on.")
     for row in learn.model.facts.get("metrics") or (): typer.echo(_metric(row))
-    typer.echo(f"The trained model and its card are in {out / 'model'}")
+    typer.echo(f"Stopped: {learn.stopped}. The same line goes on." if learn.stopped else f"The trained model is in {out / 'model'}")
 
 
 def _metric(row):
