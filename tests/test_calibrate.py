@@ -53,7 +53,7 @@ def test_matching_is_one_to_one():
 
 
 def test_bad_input():
-    with pytest.raises(InputError, match="no whole particle"): calibrate(np.full((64, 64), 7.0), 1.0)
+    with pytest.raises(InputError, match="do not show how particles look"): calibrate(np.full((64, 64), 7.0), 1.0)
     with pytest.raises(InputError, match="too small"): calibrate(np.zeros((8, 8)), 1.0)
     with pytest.raises(InputError, match="give 200 or more"): calibrate(discs()[0], n=10)
 

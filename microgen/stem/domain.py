@@ -234,7 +234,8 @@ def _beside_walls(W, yx, n, u, fits, u0_pm, p0_pm): # weights, columns, [fit] ->
         def turned(p):
             Q, phi = _wall_order(p, yx)
             return (Q * np.exp(1j * phi) - W @ displacement(Q, phi, n, u0_pm, p0_pm))[mine]
-        step = np.linalg.cholesky(cov + 1e-12 * np.eye(6))
+        values, vectors = np.linalg.eigh(cov)
+        steps = (vectors * np.sqrt(np.clip(values, 0, 1))).T # a number that nothing fixes moves by one, not by 1e6
         z[mine] += turned(p)
-        slopes[mine] = np.stack([turned(p + 0.1 * s) - turned(p - 0.1 * s) for s in step.T], 1) / 0.2
+        slopes[mine] = np.stack([turned(p + 0.1 * s) - turned(p - 0.1 * s) for s in steps], 1) / 0.2
     return z, slopes
