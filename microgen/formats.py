@@ -12,6 +12,7 @@ import struct
 import warnings
 from contextlib import suppress
 from fractions import Fraction
+from itertools import islice
 from math import prod
 from pathlib import Path
 from traceback import clear_frames
@@ -129,6 +130,8 @@ def _load_tiff(path, max_bytes, frame, dataset) -> Raw:
     "TIFF by tifffile; ImageJ's calibration line of grey values is applied."
     import tifffile
     with tifffile.TiffFile(path) as tif:
+        if sum(1 for _ in islice(tif.pages, len(tif.pages) + 1)) > len(tif.pages):
+            raise Unreadable("its list of pages has no end: it is damaged")  # tifffile would follow it for ever
         series = tif.series[_dataset_of(range(len(tif.series)), 0 if dataset is None else dataset)]
         page, axes = series.keyframe, [a for a in series.axes if a in "YXSC"]
         data, found = _tiff_pixels(path, tif, series, max_bytes, frame), None
