@@ -43,7 +43,7 @@ def command(
             except MicrogenError as error: _stop(_as_options(str(error), function), 1)
             except KeyboardInterrupt: _stop("stopped by the user; what was finished is kept.", 130)
             finally:
-                for one in said: typer.secho(f"microgen: {one.message}", fg="yellow", err=True)
+                for one in dict.fromkeys(str(w.message) for w in said): typer.secho(f"microgen: {one}", fg="yellow", err=True)
 
     run.__signature__ = inspect.Signature(params)
     app.command(help=inspect.getdoc(function))(run)
