@@ -241,7 +241,7 @@ def test_two_halves_of_a_real_micrograph_lie_within_their_floor():
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory):
+def folders(tmp_path_factory):
     "Two small datasets with their truth: UP and typeC, and typeC alone, of a worse scan."
     from microgen.data.build import build
     from microgen.data.walls import Recipe
@@ -251,10 +251,10 @@ def sets(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unlike(sets):
+def unlike(folders):
     "Their comparison, without a word about structure or classes."
     from microgen.metrics.compare import compare
-    return compare(*sets, sets[0].parent / "report", most_physics=2)
+    return compare(*folders, folders[0].parent / "report", most_physics=2)
 
 
 def test_the_recipe_says_which_structure_is_measured(unlike):
@@ -263,24 +263,24 @@ def test_the_recipe_says_which_structure_is_measured(unlike):
     assert {"bragg.csv", "physics_means.csv"} <= {p.name for p in unlike.out.iterdir()}
 
 
-def test_only_classes_of_both_sets_are_compared(unlike, sets):
+def test_only_classes_of_both_sets_are_compared(unlike, folders):
     from microgen.metrics.compare import compare, load_set
     assert "Compared are the classes that both sets have: typeC. Left out, real: UP; generated: none." in unlike.notes
     assert "left out, real: up" in (unlike.out / "report.html").read_text().lower()
-    real = load_set(sets[0])
+    real = load_set(folders[0])
     walls = real.images._replace(data=real.images.data[[k for k, name in enumerate(real.labels) if name == "typeC"]])
-    alone = compare(walls, sets[1], structure="YMnO3", most_physics=2)
+    alone = compare(walls, folders[1], structure="YMnO3", most_physics=2)
     assert alone.tables["intensity_and_spectrum"].equals(unlike.tables["intensity_and_spectrum"])
 
 
-def test_sets_without_a_common_class_are_compared_and_told_apart(sets, tmp_path):
+def test_sets_without_a_common_class_are_compared_and_told_apart(folders, tmp_path):
     import shutil
 
     from microgen.metrics.compare import compare
-    renamed = shutil.copytree(sets[1], tmp_path / "renamed")
+    renamed = shutil.copytree(folders[1], tmp_path / "renamed")
     meta = pd.read_csv(renamed / "metadata.csv")
     meta.assign(label="lab").to_csv(renamed / "metadata.csv", index=False)
-    found = compare(renamed, sets[1], paired=False, most_physics=1)
+    found = compare(renamed, folders[1], paired=False, most_physics=1)
     assert any("No class is in both sets (real: lab; generated: typeC)" in note for note in found.notes)
 
 
@@ -303,12 +303,12 @@ def test_intervals_of_whole_sets_hold_the_distance_of_many_images():
 
 
 @pytest.mark.parametrize("what", ["NaN", "corrupt", "label"])
-def test_a_damaged_set_is_named_in_one_sentence(sets, tmp_path, what):
+def test_a_damaged_set_is_named_in_one_sentence(folders, tmp_path, what):
     import shutil
 
     from microgen.core import MicrogenError
     from microgen.metrics.compare import compare
-    bad = shutil.copytree(sets[1], tmp_path / "bad")
+    bad = shutil.copytree(folders[1], tmp_path / "bad")
     path = bad / "tables" / "00" / "000002.parquet"
     path = path if path.exists() else sorted((bad / "tables").rglob("*.parquet"))[2]
     if what == "NaN": pd.read_parquet(path).assign(x_nm=np.nan).to_parquet(path)
@@ -316,7 +316,7 @@ def test_a_damaged_set_is_named_in_one_sentence(sets, tmp_path, what):
     if what == "label":
         meta = pd.read_csv(path := bad / "metadata.csv")
         meta.assign(label=meta.label.where(meta.index > 0)).to_csv(path, index=False)
-    with pytest.raises(MicrogenError, match=path.name) as why: compare(sets[0], bad)
+    with pytest.raises(MicrogenError, match=path.name) as why: compare(folders[0], bad)
     assert "\n" not in str(why.value)
 
 
