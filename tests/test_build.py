@@ -372,7 +372,7 @@ def test_the_command_writes_the_particles_of_the_recipe(tmp_path):
 
 
 WRONG = {"--preset gold": "gold_on_carbon", "--preset ,": "no preset", "--setting gsd": "NAME=VALUE", "--setting gsd=": "NAME=VALUE",
-         "--setting median=3": "median_nm", "--setting gsd=0.5": "gsd", "--setting gsd=NaN": "gsd", "--setting shape=[1]": "settings",
+         "--setting median=3": "median_nm", "--setting gsd=0.5": "gsd", "--setting gsd=NaN": "gsd", "--setting shape=[1]": "shape",
          "--setting size=64": "to the recipe itself", "--size 1024 --setting density_um2=1e6": "too many",
          "--pixel-size small": "--pixel-size", "--pixel-size 0": "pixel_size", "--shares 1,1": "shares", "--n 0": "at least one",
          "--size 8": "at least 32", "--seed -1": "seed", "--workers -1": "workers"}

@@ -224,8 +224,8 @@ def _in_image(table, to_image): # crystal places -> image places in front
     return out
 
 # %% ../../nbs/13c_stem.domain.ipynb #3c0a2839
-def _beside_walls(W, yx, n, u, fits, u0_pm, p0_pm): # weights, columns, [fit] -> z (N,) complex, its slopes (N, 6) by unit errors of the wall
-    "Order parameter that follows the nearest fitted wall."
+def _beside_walls(W, yx, n, u, fits, u0_pm, p0_pm): # weights, columns, [fit] -> z (N,) complex, its slopes (N, 6)
+    "Order parameter that follows the nearest fitted wall, and how it moves with unit errors of that wall."
     z, slopes = W @ u + 0j, np.zeros((len(u), 6), complex)
     if not fits: return z, slopes
     away = np.array([np.where(use, cKDTree(at).query(yx)[0], np.inf) for *_, at, use in fits])

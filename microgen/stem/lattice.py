@@ -123,7 +123,8 @@ def reference_columns(micrograph,        # Micrograph, or anything `as_micrograp
 
     Raises: InputError when the lattice of the structure is not in the image."""
     m, px = _check_image(micrograph), np.array(as_micrograph(micrograph).pixel_size)
-    if min(m.fov) < _SMALLEST: raise InputError(f"a field of {min(m.fov):.2f} nm shows too few periods of a lattice; {_SMALLEST} nm are needed")
+    if min(m.fov) < _SMALLEST:
+        raise InputError(f"a field of {min(m.fov):.2f} nm shows too few periods of a lattice; {_SMALLEST} nm are needed")
     image = m.data.astype(float)
     image = image - ndimage.gaussian_filter(image, 0.6 / px)
     motif, net = _motif(structure, tuple(map(float, m.fov)), zone, up)
