@@ -92,10 +92,10 @@ def tour(
     image = None if image is None else Path(image)
     if image is not None: read(image, pixel_size=pixel_size)
     context = Context(make_folder(out), seed, image, structure, pixel_size, size, workers, progress, quick)
-    todo = [c for c in chapters() if image is not None or c.write is not image_chapter]
+    planned = [c for c in chapters() if image is not None or c.write is not image_chapter]
     report = Report("microgen: a tour", "Micrographs whose truth is known, and what is measured in them.")
     failed = {}
-    for c, said in zip(todo, headings(todo)):
+    for c, said in zip(planned, headings(planned)):
         if progress: print(said, flush=True)
         try: section = c.write(context)
         except Exception as why: section = Section(c.title).text(_failed(failed, c.title, why))
@@ -106,14 +106,14 @@ def tour(
 
 
 def headings(
-    todo: list, # chapters, in order
+    planned: list, # chapters, in order
 ) -> Iterator[str]: # a line before each: number, title and time left, at the pace of those before
     "Say which chapter comes and what time is left."
     start, past = time.monotonic(), 0
-    for i, c in enumerate(todo):
+    for i, c in enumerate(planned):
         pace = (time.monotonic() - start) / past if past else 1
-        left = pace * sum(o.seconds for o in todo[i:])
-        yield f"{i + 1}/{len(todo)} {c.title}; about {left:.0f} s left"
+        left = pace * sum(o.seconds for o in planned[i:])
+        yield f"{i + 1}/{len(planned)} {c.title}; about {left:.0f} s left"
         past += c.seconds
 
 
