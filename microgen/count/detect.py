@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import ndimage as ndi
-from skimage.segmentation import expand_labels
+
 
 from ..core import InputError, Micrograph, as_micrograph
 from .contour import N_RAYS, Outlines, along_rays, edge_score, fit_size, outline_shape, select, trace, without_rafts
@@ -91,7 +91,8 @@ def recut(
     inside = along_rays(smooth, outlines.y, outlines.x, np.concatenate([0.7 * r, 0.85 * r], 2)).max(2)
     outside = along_rays(smooth, outlines.y, outlines.x, np.concatenate([r + 2.5, 1.12 * r + 1], 2)).min(2)
     half = np.r_[np.inf, (np.median(inside, 1) + np.median(outside, 1)) / 2].astype(np.float32)
-    near = expand_labels(label, max(2, 0.25 * np.median(outlines.radius)))
+    near = label
+    for _ in range(int(max(2, 0.25 * np.median(outlines.radius)))): near = np.where(near > 0, near, _highest(near))
     shell = _highest(label, np.minimum) != label                 # only the last pixel of an outline may be cut off
     cut = np.where((smooth > half.take(near)) & valid, near, 0)
     return _largest_pieces(np.where((label > 0) & ~shell, label, cut))
@@ -126,7 +127,8 @@ class Detection:
 
 # %% ../../nbs/35_count.detect.ipynb #c7ac83db
 _BLOB_ROUNDNESS, _BLOB_EDGE = 2.0, 0.25  # powers in the score of blobs, of the circularity and of the edge
-_READ_AT = 640  # px: polarity and support are decided on the image reduced to this
+_READ_AT = 640  # px: the support is judged on the image reduced to this, the polarity on half of it
+_CLEAR = 2.0  # times stronger outlines of one polarity than of the other: otherwise it is judged on the larger image
 
 
 class _View(NamedTuple):
@@ -206,16 +208,21 @@ def _accepted(score, label, kind, d) -> int:
 # %% ../../nbs/35_count.detect.ipynb #82b3c017
 def _noise(image, valid) -> float:
     "Standard deviation of the pixel noise, from second differences across the diagonal."
-    d = (image[:-1, :-1] - image[1:, :-1] - image[:-1, 1:] + image[1:, 1:]) / 2
-    d = np.abs(d[valid[1:, 1:] & valid[:-1, :-1]])
+    apart = max(1, image.shape[0] // 256)                        # so many rows tell it
+    up, down = image[:-1:apart], image[1::apart]
+    d = np.abs(up[:, :-1] - down[:, :-1] - up[:, 1:] + down[:, 1:]) / 2
+    d = d[(valid[1::apart, 1:] & valid[:-1:apart, :-1])]
     return float(1.4826 * np.median(d)) if d.size else 0.0
 
 
-def _explained(found, low, steep) -> tuple:
-    "Share of the edges of the image near the particles, that share per share of the area, and the upper quartile of the contrast."
-    near = ndi.maximum_filter(found[2] > 0, 7)
-    share = float(steep[near].sum() / max(steep.sum(), 1e-9))
-    return share, share / max(near.mean(), 1e-9), float(np.percentile(low, 75)) if len(low) else 0.0
+def _explained(v, readings):
+    "Of each reading, share of the edges near the particles, that share per share of the area, and upper quartile of the contrast."
+    gy, gx = np.gradient(v.smooth)
+    steep = np.where(ndi.binary_erosion(v.valid, iterations=4), gy**2 + gx**2, 0)
+    for found, low in readings:
+        near = ndi.maximum_filter(found[2] > 0, 7)
+        share = float(steep[near].sum() / max(steep.sum(), 1e-9))
+        yield share, share / max(near.mean(), 1e-9), float(np.percentile(low, 75)) if len(low) else 0.0
 
 
 def _read(v, sign, kind, d):
@@ -231,21 +238,30 @@ def _read(v, sign, kind, d):
 
 def _best_reading(whole, d) -> tuple:
     "Polarity, kind of support, what is found with them, and how many more do not stand out; decided on the reduced image."
-    signs, (image, valid) = {"auto": (1, -1), "bright": (1,), "dark": (-1,)}[d.polarity], whole[:2]
-    while min(image.shape) > _READ_AT: image, valid = ndi.gaussian_filter(image, 0.8, truncate=3)[::2, ::2], valid[::2, ::2]
-    v = whole if image is whole.image else _view(image, valid, d)
-    gy, gx = np.gradient(v.smooth)
-    steep, first = np.where(ndi.binary_erosion(valid, iterations=4), gy**2 + gx**2, 0), "even" if d.support == "auto" else d.support
-    with ThreadPoolExecutor(2) as pool: found = dict(zip(signs, pool.map(lambda s: _read(v, s, first, d), signs)))
-    sign, kind = max(signs, key=lambda s: _strength(*found[s])), first
-    best = found[sign]
-    if d.support == "auto":
-        blobs = _read(v, sign, "uneven", d)
-        if _is_uneven(_explained(*best, steep), _explained(*blobs, steep), d.uneven): kind, best = "uneven", blobs
-    sure, doubtful = _without_doubtful(v, sign, kind, best[0], d)
+    v, kinds = _reduced(whole, _READ_AT, d), ("even", "uneven") if d.support == "auto" else (d.support,)
+    sign = {"auto": 0, "bright": 1, "dark": -1}[d.polarity] or _polarity(v, kinds[0], d)
+    with ThreadPoolExecutor(2) as pool: read = dict(zip(kinds, pool.map(lambda k: _read(v, sign, k, d), kinds)))
+    kind = kinds[0] if len(kinds) == 1 or not _is_uneven(*_explained(v, read.values()), d.uneven) else "uneven"
+    sure, doubtful = _without_doubtful(v, sign, kind, read[kind][0], d)
     if v is whole: return sign, kind, sure, doubtful
     found = _read(whole, sign, kind, d)[0]
     return sign, kind, *(_without_doubtful(whole, sign, kind, found, d) if doubtful or not len(sure[1]) else (found, 0))
+
+
+def _reduced(v, at, d):
+    "The view of the image reduced by two until its shorter side is at most so many pixels."
+    image, valid = v[:2]
+    while min(image.shape) > at: image, valid = ndi.gaussian_filter(image, 0.8, truncate=3)[::2, ::2], valid[::2, ::2]
+    return v if image is v.image else _view(image, valid, d)
+
+
+def _polarity(v, kind, d) -> int:
+    "1 for bright particles, -1 for dark ones: the stronger outlines, on a smaller image where that is clear."
+    for at in (_READ_AT // 2, _READ_AT):
+        small = _reduced(v, at, d)
+        with ThreadPoolExecutor(2) as pool: bright, dark = pool.map(lambda s: _strength(*_read(small, s, kind, d)), (1, -1))
+        if max(bright, dark) > _CLEAR * min(bright, dark): break
+    return 1 if bright >= dark else -1
 
 
 def _without_doubtful(v, sign, kind, found, d) -> tuple:

@@ -100,10 +100,22 @@ def ground(
     step = max(1, min(image.shape) // 64)
     small = image[::step, ::step]
     wide = max(3, int(min(small.shape) * window))
-    low = ndi.gaussian_filter(ndi.percentile_filter(small, percentile, size=wide), wide / 4)
-    at = [np.minimum(np.arange(n) / step, m - 1) for n, m in zip(image.shape, low.shape)]
-    rows = low[np.floor(at[0]).astype(int)] * (1 - at[0] % 1)[:, None] + low[np.ceil(at[0]).astype(int)] * (at[0] % 1)[:, None]
-    return (rows[:, np.floor(at[1]).astype(int)] * (1 - at[1] % 1) + rows[:, np.ceil(at[1]).astype(int)] * (at[1] % 1)).astype(np.float32)
+    apart = max(1, wide // 10)
+    low = ndi.gaussian_filter(_windows(small, wide, apart, percentile), wide / 4 / apart)
+    step *= apart
+    at = [np.minimum(np.arange(n) / step, m - 1).astype(np.float32) for n, m in zip(image.shape, low.shape)]
+    (y, x), (up, right) = [a.astype(int) for a in at], [a % 1 for a in at]
+    rows = low[y] * (1 - up)[:, None] + low[np.minimum(y + 1, len(low) - 1)] * up[:, None]
+    return rows[:, x] * (1 - right) + rows[:, np.minimum(x + 1, low.shape[1] - 1)] * right
+
+
+def _windows(image, wide, apart, percentile):
+    "A percentile in windows of a width, every so many pixels; what a filter of ranks gives, at these places alone."
+    far = [(wide // 2, wide - 1 - wide // 2 + apart)] * 2        # the last window may begin beyond the last pixel
+    each = np.lib.stride_tricks.sliding_window_view(np.pad(image, far, "symmetric"), (wide, wide))[::apart, ::apart]
+    rows, columns = ((n - 2 + apart) // apart + 1 for n in image.shape)
+    rank = min(int(percentile / 100 * wide * wide), wide * wide - 1)
+    return np.array([np.partition(row[:columns].reshape(-1, wide * wide), rank, 1)[:, rank] for row in each[:rows]])
 
 # %% ../../nbs/34_count.propose.ipynb #67328c20
 def distance(
@@ -140,6 +152,7 @@ def _along(at, wide, far):
     return np.minimum(n - np.repeat(before.astype(np.int32), each), np.repeat(behind.astype(np.int32), each) - n)
 
 # %% ../../nbs/34_count.propose.ipynb #075c6353
+_NEAR = {k: np.exp(-k**2 / 2) / (1 + 2 * np.exp(-0.5) + 2 * np.exp(-2)) for k in range(-2, 3)}  # Gaussian of one pixel
 _SUMMIT = 1.2  # px: lower summits of the distance transform are single pixels
 
 
@@ -148,11 +161,10 @@ def seeds(
     h: float = 0.15, # depth of the saddle, fraction of the summit
 ) -> np.ndarray: # (N, 3): y, x, height, in px
     "Find summits of a distance transform whose saddle is deep, relative to their height."
-    smooth = ndi.gaussian_filter(distance, 1, truncate=2)
-    y, x = np.nonzero((smooth == _highest(smooth)) & (distance > _SUMMIT))
-    order = np.argsort(-smooth[y, x], kind="stable")
-    y, x = y[order], x[order]
-    top, points = smooth[y, x], np.stack([y, x], 1)
+    smooth, y, x, top = _summits(distance)
+    order = np.argsort(-top, kind="stable")
+    y, x, top = y[order], x[order], top[order]
+    points = np.stack([y, x], 1)
     if len(points) < 2: return np.c_[points, distance[y, x]].astype(np.float32)
     pairs = cKDTree(points).query(points, k=min(7, len(points)), workers=1)[1]
     i, j = np.repeat(np.arange(len(points)), pairs.shape[1]), pairs.ravel()
@@ -163,6 +175,19 @@ def seeds(
     keep = np.ones(len(points), bool)
     keep[i[same]] = False
     return np.c_[points, distance[y, x]][keep].astype(np.float32)
+
+
+def _summits(distance):
+    "The distance, smoothed where it is above the least summit, and its maxima there: y, x, height."
+    wide, flat = distance.shape[1] + 4, np.pad(distance, 2).ravel()
+    at, value, near = np.flatnonzero(flat > _SUMMIT), 0, range(-2, 3)      # few pixels of the image; filters would take them all
+    for k in near:
+        for n in near: value = value + np.float32(_NEAR[k] * _NEAR[n]) * flat.take(at + (k * wide + n))
+    smooth = np.zeros_like(flat)
+    smooth[at] = value
+    top = np.logical_and.reduce([value >= smooth.take(at + k * wide + n) for k in (-1, 0, 1) for n in (-1, 0, 1)])
+    y, x = np.divmod(at[top], wide)
+    return smooth.reshape(-1, wide)[2:-2, 2:-2], y - 2, x - 2, value[top]
 
 # %% ../../nbs/34_count.propose.ipynb #a3de31c8
 def fill_holes(
@@ -196,22 +221,35 @@ def level_proposals(
     "Propose pieces of the image above several levels, and the seeds within them."
     seen = flat[valid]
     if not seen.size or np.ptp(seen) == 0: return np.zeros((0, 3), np.float32)
+    seen = seen[::max(1, seen.size // 250_000)]       # as many tell the levels
     cut = threshold_otsu(seen)
     with ThreadPoolExecutor(2) as pool:               # scipy.ndimage releases the interpreter
         low, high = pool.map(lambda part: np.median(seen[part]), (seen <= cut, seen > cut))
-        cuts = pool.map(lambda k: _cut((flat > low + k * (high - low)) & valid, h), levels)
+        above = lambda k: (flat > low + k * (high - low)) & valid
+        sure = above(2 * levels[0])
+        cuts = pool.map(lambda k: _cut(_reaching(above(k), sure) if k < 2 * levels[0] else above(k), h), levels)
         return distinct(np.concatenate(list(cuts)))
 
 
+_NO_GROUND = 0.9  # share of the image: where filled pieces cover more, no ground is left to tell them from
 _GAPS = 0.002  # share of the image: smaller holes are those inside bright rims
 _COMPACT = 2.2  # radius of a piece over that of its largest inscribed circle: above, it is no single particle
+
+
+def _reaching(mask, sure):
+    "The pieces of a mask that hold a sure pixel of it: at the lowest level most pieces are noise."
+    label, n = ndi.label(mask)
+    has = np.zeros(n + 1, bool)
+    has[label[sure]] = True
+    return has.take(label)
 
 
 def _cut(mask, h):
     "Proposals of one level: holes filled, for bright rims; and open, for the gaps of a raft."
     filled = fill_holes(mask)
-    gaps = np.count_nonzero(filled) - np.count_nonzero(mask)
-    return np.concatenate([_pieces(filled, h), _pieces(mask, h)]) if gaps > _GAPS * mask.size else _pieces(filled, h)
+    area, gaps = np.count_nonzero(filled), np.count_nonzero(filled) - np.count_nonzero(mask)
+    parts = [m for m, there in ((filled, area < _NO_GROUND * mask.size), (mask, gaps > _GAPS * mask.size)) if there]
+    return np.concatenate([_pieces(m, h) for m in parts]) if parts else np.zeros((0, 3), np.float32)
 
 
 def _pieces(mask, h):
@@ -242,14 +280,13 @@ def pyramid(
 
 
 def _laplacians(reduced, factor, per_octave=3):
-    "Scale-normalised Laplacian of Gaussian over one octave: (radius in px, response)."
+    "Scale-normalised Laplacian of Gaussian over one octave, from fine to coarse: (radius in px, response)."
     sigma = np.sqrt(2) * 2 ** (np.arange(-1 if factor == 1 else 0, per_octave + 1) / per_octave)
-    planes, at, last = [], 0.5, reduced
-    for s in sigma:
-        last = ndi.gaussian_filter(last, np.sqrt(max(s**2 - at**2, 1e-6)), truncate=3)
-        planes, at = [*planes, last], s
-    step = 2 ** (1 / per_octave) - 1
-    return [(s * np.sqrt(2) * factor, (a - b) / step) for s, a, b in zip(sigma, planes, planes[1:])]
+    wider, step = np.sqrt(np.diff(sigma**2)), 2 ** (1 / per_octave) - 1
+    last = ndi.gaussian_filter(reduced, np.sqrt(sigma[0]**2 - 0.25), truncate=3)      # a pixel has blurred by half a pixel
+    for s, more in zip(sigma, wider):
+        fine, last = last, ndi.gaussian_filter(last, more, truncate=3)
+        yield s * np.sqrt(2) * factor, (fine - last) / step
 
 # %% ../../nbs/34_count.propose.ipynb #f0936600
 def noise_excess(
@@ -259,10 +296,12 @@ def noise_excess(
     "Compare the noise from place to place: the median response of the finest blobs in a window, which a few particles do not move."
     wide = max(3, int(min(image.shape) * window))
     step = max(1, wide // 12)
-    response = np.abs(_laplacians(image, 1)[0][1][::step, ::step])
-    local = ndi.median_filter(response, max(3, wide // step))
+    response = np.abs(next(_laplacians(image, 1))[1][::step, ::step])
+    side = max(3, wide // step)
+    apart = max(1, side // 8)
+    local = _windows(response, side, apart, 50)
     usual = np.median(local[local > 0]) if local.any() else 1.0
-    return step, np.maximum(local / usual, 1)
+    return step * apart, np.maximum(local / usual, 1)
 
 # %% ../../nbs/34_count.propose.ipynb #4b6af4cb
 def blob_proposals(
