@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from ..nets.blocks import noise_nll
 from ..nets.loss import diversity_term, pixel_terms, spectral_term, style_term
-from ..nets.unet import full_precision, kl_to_normal
+from ..nets.unet import full_precision
 from ..train.adversarial import gan_losses, r1_penalty
 
 # %% ../../nbs/69_gan.loss.ipynb #dd4a5a14
 WEIGHTS = {"adv": 0.02, "l1": 1.0, "ssim": 1.0, "ms_ssim": 0.0, "edge": 0.5, "spectral": 0.1, "attention": 0.1,
-           "diversity": 0.0, "noise": 0.05, "kl": 0.002, "keep": 1.0, "style": 0.5}
+           "diversity": 0.0, "noise": 0.05, "keep": 1.0, "style": 0.5}
 
 
 def ambient(
@@ -70,16 +70,13 @@ def read_batch(
 def generate(
     model: nn.Module, # `Pix2Pix`
     batch: tuple,     # (maps, label, [props,] wall, [domain,] image)
-) -> dict: # image, mean, sd; wall, mu and log_var where the model has them; maps and donor: of which image they are
+) -> dict: # image, mean, sd; wall and z where the model has them; maps and donor: of which image they are
     "Draw a batch for training: z is read from the true image of the maps, so that it means the same in both domains."
     b = read_batch(batch)
     donor = _donors(b.paired)
     maps, z = b.maps[donor], None
     out = {"maps": maps, "donor": donor}
-    if model.g.z_dim:
-        mu, log_var = model.g.encoder(b.image[donor], maps)
-        z = mu + torch.exp(0.5 * log_var) * normal(mu.shape, mu)
-        out |= {"mu": mu, "log_var": log_var}
+    if model.g.z_dim: out["z"] = z = model.g.style(b.image[donor])
     props = None if b.props is None else b.props[donor]
     drawn = model.g.draw(maps, b.label[donor], z, normal(b.image.shape, b.image), b.domain, props)
     return out | {name: value for name, value in drawn._asdict().items() if value is not None}
@@ -134,7 +131,7 @@ def g_terms(
         if weights.get("adv"):
             real = _judged(model, b.image, b.maps, b.paired).detach() if mode == "relativistic" else None
             terms["adv"] = adversarial(_judged(model, fakes["image"], fakes["maps"], b.paired), real)
-        if weights.get("diversity") and "mu" in fakes: terms["diversity"] = _diversity(model, b, fakes)
+        if weights.get("diversity") and "z" in fakes: terms["diversity"] = _diversity(model, b, fakes)
         with full_precision(b.image):
             if b.paired.any(): terms |= _paired_terms(weights, b, fakes, has_wall)
             if not b.paired.all(): terms |= _unpaired_terms(weights, b, fakes)
@@ -149,7 +146,6 @@ def _paired_terms(weights, b, fakes, has_wall):
     terms = pixel_terms(own["mean"], true, weights)
     if weights.get("noise"): terms["noise"] = noise_nll((true - own["mean"]).detach(), own["sd"])
     if weights.get("spectral"): terms["spectral"] = spectral_term(own["image"], true)
-    if weights.get("kl") and "mu" in own: terms["kl"] = kl_to_normal(own["mu"], own["log_var"])
     if weights.get("attention") and "wall" in own and has_wall:
         terms["attention"] = F.binary_cross_entropy_with_logits(own["wall"].float(), b.wall[b.paired])
     return terms
@@ -165,7 +161,7 @@ def _unpaired_terms(weights, b, fakes):
 
 def _diversity(model, b, fakes):
     "Two draws of the same maps with two random z."
-    donor, (z_a, z_b) = fakes["donor"], normal((2, *fakes["mu"].shape), fakes["mu"])
+    donor, (z_a, z_b) = fakes["donor"], normal((2, *fakes["z"].shape), fakes["z"])
     props = None if b.props is None else b.props[donor]
     a, b = (model.g.draw(fakes["maps"], b.label[donor], z, None, b.domain, props).mean for z in (z_a, z_b))
     return diversity_term(a, b, z_a, z_b)

@@ -20,8 +20,9 @@ from torch import nn
 from ..core import InputError, as_rng
 from .loss import WEIGHTS, d_terms, g_terms, generate, r1_term
 from ..nets.blocks import WallAttention
-from ..nets.loss import check_weights, ssim, statistics
-from ..nets.unet import Drawn, Encoder, PatchGAN, UNet
+from ..nets.loss import check_weights, ssim
+from ..nets.style import STYLE, Style, statistics
+from ..nets.unet import Drawn, PatchGAN, UNet
 from ..train.adversarial import Parts, adversarial_learner
 from ..train.core import fit_weights
 from ..train.hub import HubModel
@@ -31,7 +32,7 @@ ARCHITECTURES = ("plain", "film", "attention")
 
 
 class Generator(nn.Module):
-    "U-Net and encoder: draws images of truth maps."
+    "U-Net that draws images of truth maps, in a style that is read from images or drawn."
     nets = ("unet",)  # what begins with the U-Net of another run
 
     def __init__(self,
@@ -40,7 +41,7 @@ class Generator(nn.Module):
         base: int = 64,       # channels at full size
         depth: int = 4,       # how often the size is halved
         n_classes: int = 0,   # classes
-        z_dim: int = 8,       # length of the latent variable
+        z_dim: int = len(STYLE), # length of the latent variable; 0 for none
         norm: str = "instance", # see `microgen.nets.blocks.NORMS`
         seed: int = 0,        # seed of the weights
         n_props: int = 0,     # properties, such as the dose
@@ -50,7 +51,7 @@ class Generator(nn.Module):
         if arch == "plain": n_classes = z_dim = n_props = 0
         self.z_dim, self.n_classes, self.in_ch = z_dim, n_classes, in_ch
         self.unet = UNet(in_ch, 1, base, depth, n_classes, z_dim, norm, arch == "attention", seed, n_props)
-        self.encoder = Encoder(in_ch + 1, z_dim, max(8, base // 4), seed) if z_dim else None
+        self.style = Style(z_dim) if z_dim else None
 
     def forward(self, maps, label=None, props=None): return self.draw(maps, label, props=props).image
 
@@ -74,7 +75,7 @@ class Pix2Pix(Parts, HubModel):
         base: int = 64,       # channels of the generator at full size
         depth: int = 4,       # how often it halves the size
         n_classes: int = 0,   # classes
-        z_dim: int = 8,       # length of the latent variable
+        z_dim: int = len(STYLE), # length of the latent variable; 0 for none
         n_layers: int = 3,    # layers of the discriminator that halve the size
         disc_base: int = 64,  # channels of its first layer
         norm: str = "instance", # norm of both
@@ -124,6 +125,20 @@ class Pix2Pix(Parts, HubModel):
         g.train(training and g is self.g)
         return torch.cat(out)
 
+    @torch.no_grad()
+    def style_of(self,
+        images, # (n, 1, H, W) in [-1, 1]
+    ) -> torch.Tensor: # (n, z_dim), on the CPU
+        """Read the style of images, for `sample(z=...)`: other maps, drawn as those images were taken.
+        Raises: InputError for a model without a latent variable, and for what are no images."""
+        if not self.g.z_dim: raise InputError('This model has no latent variable: make it with arch="film", "attention" or a router.')
+        images = torch.as_tensor(images).float()
+        if images.ndim != 4 or images.shape[1] != 1: raise InputError(f"The images have shape {tuple(images.shape)}: give (n, 1, H, W).")
+        style, training = self.best_g().style, self.training
+        z = style.eval()(images.to(style.mean.device)).cpu()
+        style.train(training and style is self.g.style)
+        return z
+
 
 DOMAINS = ("simulated", "real")
 
@@ -164,9 +179,9 @@ def _condition(n, cond):
 
 # %% ../../nbs/70_gan.pix2pix.ipynb #265e4b79
 CONFIGS = {
-    "small": dict(base=8, depth=3, n_layers=1, z_dim=4, lr=5e-3, disc_base=8),    # 64 px, seconds on a laptop
-    "cpu": dict(base=16, depth=4, n_layers=2, z_dim=6, lr=2e-3, disc_base=16),  # 128 px, an hour on two cores
-    "full": dict(base=64, depth=5, n_layers=3, z_dim=8, lr=5e-4, disc_base=64),   # 256 px, a GPU
+    "small": dict(base=8, depth=3, n_layers=1, lr=5e-3, disc_base=8),    # 64 px, seconds on a laptop
+    "cpu": dict(base=16, depth=4, n_layers=2, lr=2e-3, disc_base=16),  # 128 px, an hour on two cores
+    "full": dict(base=64, depth=5, n_layers=3, lr=5e-4, disc_base=64),   # 256 px, a GPU
 }
 
 
@@ -184,7 +199,7 @@ def pix2pix_learner(
     about: dict | None = None, # what the saved model should say of its data, beside what `dls` knows
     autocast: str | None = None, # "bf16" for mixed precision, on GPU and CPU
     cbs=(),                 # more callbacks
-    **over,                 # base, depth, n_layers, z_dim, lr, disc_base: instead of those of the config
+    **over,                 # base, depth, n_layers, lr, disc_base: instead of those of the config
 ) -> Learner: # `.model.sample(n, cond)` draws; every loss term is in the history
     """Make a fastai `Learner` that trains a generator from maps to images; `.weights` are those of the loss.
     Raises: InputError for an unknown name, for images that cannot be halved three times, and for real images with "plain"."""
@@ -194,7 +209,7 @@ def pix2pix_learner(
     weights, about = check_weights(WEIGHTS | (weights or {}), WEIGHTS), _about(dls) | (about or {})
     if arch == "plain" and len(about["domains"]) > 1:
         raise InputError('A network with arch="plain" cannot be told that an image is real: use film, attention or a router.')
-    model = model_class(len(about["channels"]), arch, s["base"], _depth(s["depth"], about["size"]), len(about["vocab"]), s["z_dim"],
+    model = model_class(len(about["channels"]), arch, s["base"], _depth(s["depth"], about["size"]), len(about["vocab"]), len(STYLE),
                         s["n_layers"], s["disc_base"], norm, spectral_norm, seed, about, len(about["properties"]))
     has_wall = bool(getattr(dls, "has_wall", True))
     used = _used(weights, model.g, dls, has_wall) | ({"r1": float(r1)} if r1 else {})
@@ -222,7 +237,7 @@ def _used(weights, g, dls, has_wall):
     "The weights of the terms that this model and these data have."
     gated = any(isinstance(m, WallAttention) for m in g.modules())
     absent = set() if gated and has_wall else {"attention"}
-    if not g.z_dim: absent |= {"kl", "diversity"}
+    if not g.z_dim: absent.add("diversity")
     if not hasattr(dls, "paired"): absent |= {"keep", "style"}
     return {name: value for name, value in weights.items() if value and name not in absent}
 
@@ -261,7 +276,7 @@ def _moved(name, w, old, new):
     "Weights of the code, or of the router, for other classes and properties."
     at = [old["vocab"].index(c) if c in old["vocab"] else None for c in new["vocab"]]
     if name.endswith("route"): return torch.stack([w[0 if k is None else k] for k in at])
-    if not (".films." in name and name.endswith("linear.weight")): return w
+    if not name.endswith((".linear.weight", ".told.weight")): return w  # the layers that read the code
     n, p = len(old["vocab"]), len(old["properties"])
     classes, domain, props, z = w.split([n, 1, p, w.shape[1] - n - 1 - p], 1)
     columns = [classes.mean(1) if k is None else classes[:, k] for k in at]
@@ -300,7 +315,7 @@ def show_attention(
 # %% ../../nbs/70_gan.pix2pix.ipynb #1d055bef
 def spread(
     images, # (n, 1, H, W) or (n, H, W): draws or scans of one scene
-) -> pd.DataFrame: # one row per image: level, contrast (standard deviation of the signal) and noise (of a pixel)
-    "Measure level, contrast and pixel noise of each image, see `microgen.nets.loss.statistics`."
+) -> pd.DataFrame: # one row per image: the numbers of `STYLE`
+    "Measure the style of each image, see `microgen.nets.style.statistics`."
     x = torch.as_tensor(images).float().reshape(-1, 1, *np.shape(images)[-2:])
-    return pd.DataFrame(statistics(x).numpy(), columns=["level", "contrast", "noise"])
+    return pd.DataFrame(statistics(x).numpy(), columns=list(STYLE))

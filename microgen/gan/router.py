@@ -17,7 +17,8 @@ from ..core import InputError
 from .loss import ambient, read_batch
 from .pix2pix import Pix2Pix, pix2pix_learner
 from ..nets.loss import ssim
-from ..nets.unet import Drawn, Encoder, UNet
+from ..nets.style import Style
+from ..nets.unet import Drawn, UNet
 
 # %% ../../nbs/71_gan.router.ipynb #49ef1d95
 EXPERTS = ("film", "attention")
@@ -33,7 +34,7 @@ class Router(nn.Module):
         base: int = 64,      # channels at full size
         depth: int = 4,      # how often the size is halved
         n_classes: int = 0,  # classes
-        z_dim: int = 8,      # length of the latent variable
+        z_dim: int = 4,      # length of the latent variable; 0 for none
         norm: str = "instance", # see `microgen.nets.blocks.NORMS`
         seed: int = 0,       # seed of the weights
         n_props: int = 0,    # properties, such as the dose
@@ -47,7 +48,7 @@ class Router(nn.Module):
         self.experts = nn.ModuleDict({
             name: UNet(in_ch, 1, base, depth, n_classes, z_dim, norm, name == "attention", seed + k, n_props)
             for k, name in enumerate(EXPERTS)})
-        self.encoder = Encoder(in_ch + 1, z_dim, max(8, base // 4), seed) if z_dim else None
+        self.style = Style(z_dim) if z_dim else None
         self.register_buffer("route", torch.tensor([EXPERTS.index(name) for name in experts]))
 
     def forward(self, maps, label=None, props=None): return self.draw(maps, label, props=props).image

@@ -208,16 +208,21 @@ class WallAttention(nn.Module):
 
 # %% ../../nbs/65_nets.blocks.ipynb #1c07a62a
 class PixelNoise(nn.Module):
-    "Add white noise whose standard deviation is read from the features, pixel by pixel."
+    "Give the standard deviation of white noise, read from the features, pixel by pixel, and from the code, for the whole image."
     def __init__(self,
         channels: int,       # channels of the features
+        n_code: int = 0,     # length of the vector of `code`; 0 for none
         start: float = 0.05, # standard deviation before training
     ):
         super().__init__()
         self.head = zeroed(nn.Conv2d(channels, 1, 1))
+        self.told = zeroed(nn.Linear(n_code, 1, bias=False)) if n_code else None
         self.start = start
 
-    def forward(self, h): return self.start * torch.exp(self.head(h).clamp(-6, 4))
+    def forward(self, h, code=None):
+        log_sd = self.head(h)
+        if self.told is not None: log_sd = log_sd + self.told(code)[:, :, None, None]
+        return self.start * torch.exp(log_sd.clamp(-6, 4))
 
 # %% ../../nbs/65_nets.blocks.ipynb #f8060c1f
 def noise_nll(
