@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage as ndi
 
-
 from ..core import InputError, Micrograph, as_micrograph
+from .beside import beside
 from .contour import N_RAYS, Outlines, along_rays, edge_score, fit_size, outline_shape, select, trace, without_rafts
 from .propose import _highest, blob_proposals, ground, level_proposals, overlay_mask, pyramid
 from ..io import atomic_path, provenance, write_csv, write_json
@@ -199,11 +199,21 @@ def _rivals(v, sign, label, d):
 def _accepted(score, label, kind, d) -> int:
     "How many of the particles, best first, are accepted."
     if not len(score): return 0
-    if kind == "uneven": return int((score > d.accept_blob * np.median(score[:30])).sum())
+    return int((score > (d.accept_blob * np.median(score[:30]) if kind == "uneven" else d.accept * _middle(score, label))).sum())
+
+
+def _middle(score, label) -> float:
+    "Median score over the area of the particles."
     area = np.bincount(label.ravel(), minlength=len(score) + 1)[1:] * score
     up = np.argsort(score)
-    middle = score[up][np.searchsorted(np.cumsum(area[up]), area.sum() / 2)]
-    return int((score > d.accept * middle).sum())
+    return score[up][np.searchsorted(np.cumsum(area[up]), area.sum() / 2)]
+
+
+def _with_neighbours(v, sign, found, d):
+    "What was found, and the particles that touch it."
+    if not len(found[1]): return found
+    flat = sign * v.smooth - ground(sign * v.smooth, d.ground_window, d.ground_percentile)
+    return beside(v, flat, found, sign, d.accept * _middle(*found[1:]), d)
 
 # %% ../../nbs/35_count.detect.ipynb #82b3c017
 def _noise(image, valid) -> float:
@@ -333,6 +343,7 @@ def detect(
     filled = m.data.astype(np.float32) if valid.all() else np.where(valid, m.data, np.median(m.data[valid])).astype(np.float32)
     view = _view(filled, valid, detector)
     sign, kind, (outlines, score, label), doubtful = _best_reading(view, detector)
+    if kind == "even": outlines, score, label = _with_neighbours(view, sign, (outlines, score, label), detector)
     if doubtful: notes.append(_DOUBTFUL.format(doubtful, "bright" if sign > 0 else "dark", "dark" if sign > 0 else "bright"))
     label = recut(sign * view.smooth, label, outlines, valid)
     sized, free = fit_size(filled, outlines, label, valid)

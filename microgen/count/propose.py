@@ -217,6 +217,7 @@ def level_proposals(
     valid, # (H, W) bool, False on lettering
     levels=(0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.2), # cuts, from the median ground (0) to the median particle (1) of Otsu's split
     h: float = 0.15, # depth of the saddle between touching particles, fraction of the summit
+    found=None, # (H, W) bool, True on particles that were found before; their pixels are left out
 ) -> np.ndarray: # (N, 3): y, x, radius, in px
     "Propose pieces of the image above several levels, and the seeds within them."
     seen = flat[valid]
@@ -225,7 +226,8 @@ def level_proposals(
     cut = threshold_otsu(seen)
     with ThreadPoolExecutor(2) as pool:               # scipy.ndimage releases the interpreter
         low, high = pool.map(lambda part: np.median(seen[part]), (seen <= cut, seen > cut))
-        above = lambda k: (flat > low + k * (high - low)) & valid
+        there = valid if found is None else valid & ~found
+        above = lambda k: (flat > low + k * (high - low)) & there
         sure = above(2 * levels[0])
         cuts = pool.map(lambda k: _cut(_reaching(above(k), sure) if k < 2 * levels[0] else above(k), h), levels)
         return distinct(np.concatenate(list(cuts)))
