@@ -264,7 +264,8 @@ def test_the_recipe_says_which_structure_is_measured(unlike):
 
 
 def test_only_classes_of_both_sets_are_compared(unlike, folders):
-    from microgen.metrics.compare import compare, load_set
+    from microgen.metrics.compare import compare
+    from microgen.metrics.gather import load_set
     assert "Compared are the classes that both sets have: typeC. Left out, real: UP; generated: none." in unlike.notes
     assert "left out, real: up" in (unlike.out / "report.html").read_text().lower()
     real = load_set(folders[0])
