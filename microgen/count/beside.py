@@ -13,7 +13,7 @@ from .contour import N_RAYS, Outlines, _COS, _SIN, edge_score, select, trace
 from .propose import level_proposals, pyramid
 
 # %% ../../nbs/34c_count.beside.ipynb #8807b4d2
-_HIDDEN = 0.25  # share of the outline that one neighbour may hide: of a corner of the neighbour more is hidden
+_HIDDEN = 0.22  # share of the outline that one neighbour may hide: of a corner of the neighbour more is hidden
 
 
 def hidden_by(
