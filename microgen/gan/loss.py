@@ -76,7 +76,8 @@ def generate(
     donor = _donors(b.paired)
     maps, z = b.maps[donor], None
     out = {"maps": maps, "donor": donor}
-    if model.g.z_dim: out["z"] = z = model.g.style(b.image[donor])
+    if model.g.z_dim:  # images without maps are taken otherwise, and do not count in its moments
+        out["z"] = z = model.g.style(b.image[donor]) if b.paired.any() else normal((len(maps), model.g.z_dim), b.image)
     props = None if b.props is None else b.props[donor]
     drawn = model.g.draw(maps, b.label[donor], z, normal(b.image.shape, b.image), b.domain, props)
     return out | {name: value for name, value in drawn._asdict().items() if value is not None}
