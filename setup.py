@@ -1,4 +1,5 @@
 "Metadata of microgen, read from settings.ini."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -8,7 +9,11 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-extras = {key.removesuffix("_requirements"): cfg[key].split() for key in cfg if key.endswith("_requirements")}
+extras = {
+    key.removesuffix("_requirements"): cfg[key].split()
+    for key in cfg
+    if key.endswith("_requirements")
+}
 readme = (here / "README.md").read_text(encoding="utf-8")
 # PyPI shows no relative picture: point at the files of the repository.
 raw = cfg["git_url"].replace("github.com", "raw.githubusercontent.com") + "/" + cfg["branch"]
@@ -40,7 +45,9 @@ setup(
     extras_require=extras,
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
-        "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],  # symbols that backticks link to
+        "nbdev": [
+            f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"
+        ],  # symbols that backticks link to
     },
     zip_safe=False,
 )

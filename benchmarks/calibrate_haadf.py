@@ -13,6 +13,7 @@ sees: A, a pi/3 wall of finite width; D, an abrupt pi wall; AP, an antiphase wal
 common foot) was chosen against one Gaussian per element with the images of bulk, AP and D at 5 nm in view, where it
 adds 0.0007 to the correlation of the walls; A, and both walls at 10 nm, are later. Needs the `dev` extra (abTEM).
 """
+
 import argparse
 import json
 import os
@@ -37,16 +38,31 @@ A_FE, C = 6.1387, 11.4071
 A = A_FE / np.sqrt(3)
 U0, P0 = 0.314, -0.037
 APICAL = 0.0865
-SITES = [("Y", 0, 0, 0), ("Y", 0, 0, .5), ("Mn", 1/3, 2/3, .25), ("Mn", 2/3, 1/3, .75), ("O", 0, 0, .25),
-         ("O", 0, 0, .75), ("O", 1/3, 2/3, APICAL), ("O", 2/3, 1/3, APICAL + .5), ("O", 2/3, 1/3, -APICAL),
-         ("O", 1/3, 2/3, -APICAL + .5)]
-THERMAL_A = {"Y": 0.075, "Mn": 0.067, "O": 0.091} # rms per axis, from B of 0.45, 0.35, 0.65 Å²
+SITES = [
+    ("Y", 0, 0, 0),
+    ("Y", 0, 0, 0.5),
+    ("Mn", 1 / 3, 2 / 3, 0.25),
+    ("Mn", 2 / 3, 1 / 3, 0.75),
+    ("O", 0, 0, 0.25),
+    ("O", 0, 0, 0.75),
+    ("O", 1 / 3, 2 / 3, APICAL),
+    ("O", 2 / 3, 1 / 3, APICAL + 0.5),
+    ("O", 2 / 3, 1 / 3, -APICAL),
+    ("O", 1 / 3, 2 / 3, -APICAL + 0.5),
+]
+THERMAL_A = {"Y": 0.075, "Mn": 0.067, "O": 0.091}  # rms per axis, from B of 0.45, 0.35, 0.65 Å²
 ELEMENTS = tuple(THERMAL_A)
-OPTICS = {"voltage_kV": 200., "semiangle_mrad": 22., "inner_mrad": 70., "outer_mrad": 135., "source_nm": 0.}
-REPEATS = {5: 8, 10: 16} # nominal thickness of YMnO3, nm: unit cells along the beam
+OPTICS = {
+    "voltage_kV": 200.0,
+    "semiangle_mrad": 22.0,
+    "inner_mrad": 70.0,
+    "outer_mrad": 135.0,
+    "source_nm": 0.0,
+}
+REPEATS = {5: 8, 10: 16}  # nominal thickness of YMnO3, nm: unit cells along the beam
 THICKNESSES = list(REPEATS)
-WALL_LENGTH = 12 * A # Å, four periods of three columns
-WALL_XI = 1.48 # Å, sine-Gordon width of the elementary wall
+WALL_LENGTH = 12 * A  # Å, four periods of three columns
+WALL_XI = 1.48  # Å, sine-Gordon width of the elementary wall
 
 
 def bulk(x):
@@ -55,18 +71,23 @@ def bulk(x):
 
 def wall_a(x):
     "Phi from pi to 4 pi/3 and back: two elementary walls in the periodic cell."
-    step = [np.arctan(np.exp((x - at * WALL_LENGTH) / WALL_XI)) for at in (.25, .75)]
+    step = [np.arctan(np.exp((x - at * WALL_LENGTH) / WALL_XI)) for at in (0.25, 0.75)]
     return np.pi + 2 / 3 * (step[0] - step[1])
 
 
 def wall_d(x):
-    return np.pi if .25 * WALL_LENGTH < x < .75 * WALL_LENGTH else 0.
+    return np.pi if 0.25 * WALL_LENGTH < x < 0.75 * WALL_LENGTH else 0.0
 
 
 def wall_ap(x):
     "Phi from 2 pi/3 to 4 pi/3 and back: half of each step is abrupt, half has the elementary width."
-    away = [(x - at * WALL_LENGTH + WALL_LENGTH / 2) % WALL_LENGTH - WALL_LENGTH / 2 for at in (.25, .75)]
-    return np.pi + 2 / 3 * (np.arctan(np.exp(away[0] / WALL_XI)) - np.arctan(np.exp(away[1] / WALL_XI)))
+    away = [
+        (x - at * WALL_LENGTH + WALL_LENGTH / 2) % WALL_LENGTH - WALL_LENGTH / 2
+        for at in (0.25, 0.75)
+    ]
+    return np.pi + 2 / 3 * (
+        np.arctan(np.exp(away[0] / WALL_XI)) - np.arctan(np.exp(away[1] / WALL_XI))
+    )
 
 
 PHI = {"bulk": bulk, "A": wall_a, "D": wall_d, "AP": wall_ap}
@@ -88,6 +109,7 @@ def layout(name, thickness):
 def atoms(phi, nx, ny, nz):
     "Periodic cell: x along the R row, y along c, z along the beam."
     import ase
+
     size = nx * 3 * A, ny * C, nz * A_FE
     symbols, positions = [], []
     for element, fx, fy, fz in SITES:
@@ -106,7 +128,8 @@ def atoms(phi, nx, ny, nz):
 def other(structure, zone, up, thickness):
     "Periodic cell of any crystal, at least 1 nm wide, as `atoms` makes it."
     from pymatgen.io.ase import AseAtomsAdaptor
-    return AseAtomsAdaptor.get_atoms(supercell(structure, zone, up, fov=1., thickness=thickness))
+
+    return AseAtomsAdaptor.get_atoms(supercell(structure, zone, up, fov=1.0, thickness=thickness))
 
 
 def grid_of(lengths):
@@ -119,12 +142,20 @@ def prism(cell, scan, seed, gpts, interpolation):
     "One phonon configuration: image (x, y) and its sampling in Å."
     import abtem
     import dask
+
     dask.config.set(scheduler="synchronous")
     abtem.config.set({"device": "cpu", "precision": "float32", "diagnostics.progress_bar": False})
     phonons = abtem.FrozenPhonons(cell, num_configs=1, sigmas=THERMAL_A, seed=seed)
-    potential = abtem.Potential(phonons, gpts=gpts, slice_thickness=2., projection="infinite", parametrization="lobato")
-    matrix = abtem.SMatrix(potential=potential, energy=1e3 * OPTICS["voltage_kV"], interpolation=interpolation,
-                           semiangle_cutoff=OPTICS["semiangle_mrad"], downsample=False)
+    potential = abtem.Potential(
+        phonons, gpts=gpts, slice_thickness=2.0, projection="infinite", parametrization="lobato"
+    )
+    matrix = abtem.SMatrix(
+        potential=potential,
+        energy=1e3 * OPTICS["voltage_kV"],
+        interpolation=interpolation,
+        semiangle_cutoff=OPTICS["semiangle_mrad"],
+        downsample=False,
+    )
     grid = abtem.GridScan(start=(0, 0), end=scan, sampling=0.28, endpoint=False)
     detector = abtem.AnnularDetector(inner=OPTICS["inner_mrad"], outer=OPTICS["outer_mrad"])
     image = matrix.scan(scan=grid, detectors=detector).compute()
@@ -147,20 +178,38 @@ def simulate(folder, counts, crystal=None):
                 else:
                     periods, interpolation = layout(name, thickness)
                     repeats = REPEATS.get(thickness, max(1, round(10 * thickness / A_FE)))
-                    cell, gpts = atoms(PHI[name], *periods, repeats), (180 * periods[0], 192 * periods[1])
+                    cell, gpts = (
+                        atoms(PHI[name], *periods, repeats),
+                        (180 * periods[0], 192 * periods[1]),
+                    )
                     scan = 2 * 5.316 if name == "bulk" else WALL_LENGTH, C
                 image, sampling = prism(cell, scan, FIRST_SEED[name] + seed, gpts, interpolation)
                 part = path.with_suffix(".part.npz")
-                np.savez(part, image=image, sampling=sampling, pos=cell.positions, cell=cell.cell.lengths(),
-                         el=np.array(cell.get_chemical_symbols()), cpu=time.process_time() - start)
+                np.savez(
+                    part,
+                    image=image,
+                    sampling=sampling,
+                    pos=cell.positions,
+                    cell=cell.cell.lengths(),
+                    el=np.array(cell.get_chemical_symbols()),
+                    cpu=time.process_time() - start,
+                )
                 part.rename(path)
-                print(f"{path.name}: {len(cell)} atoms, {image.shape} probes, "
-                      f"{time.process_time() - start:.0f} CPU-s", flush=True)
+                print(
+                    f"{path.name}: {len(cell)} atoms, {image.shape} probes, "
+                    f"{time.process_time() - start:.0f} CPU-s",
+                    flush=True,
+                )
 
 
 def load(folder, name, thickness):
     "Images (configurations, y, x), columns {element: (y, x, atoms)} in nm, pixel size and period (y, x) in nm."
-    files = [np.load(f) for f in sorted(folder.glob(f"{name}_{thickness:g}_*.npz"), key=lambda f: (len(f.name), f.name))]
+    files = [
+        np.load(f)
+        for f in sorted(
+            folder.glob(f"{name}_{thickness:g}_*.npz"), key=lambda f: (len(f.name), f.name)
+        )
+    ]
     if not files:
         raise SystemExit(f"No images {name}_{thickness:g}_*.npz in {folder}; run `simulate` first.")
     first, columns = files[0], {}
@@ -168,15 +217,24 @@ def load(folder, name, thickness):
         flat = np.round(first["pos"][first["el"] == element][:, 1::-1] / 10, 6)
         places, count = np.unique(flat, axis=0, return_counts=True)
         columns[element] = torch.as_tensor(np.c_[places, count].T[:, None])
-    return (np.stack([f["image"].T for f in files]).astype(float), columns, tuple(first["sampling"][::-1] / 10),
-            tuple(float(v) for v in first["cell"][1::-1] / 10))
+    return (
+        np.stack([f["image"].T for f in files]).astype(float),
+        columns,
+        tuple(first["sampling"][::-1] / 10),
+        tuple(float(v) for v in first["cell"][1::-1] / 10),
+    )
 
 
 def basis(columns, shape, pixel, period, widths):
     "One image per element and width (nm), of weight 1 nm² per atom: lists of (H, W)."
-    probe = Probe(OPTICS["voltage_kV"], OPTICS["semiangle_mrad"], source_nm=0.)
-    return [[sum_columns(*columns[e], shape, pixel, probe, torch.tensor(s), period)[0].numpy() for s in widths[e]]
-            for e in ELEMENTS]
+    probe = Probe(OPTICS["voltage_kV"], OPTICS["semiangle_mrad"], source_nm=0.0)
+    return [
+        [
+            sum_columns(*columns[e], shape, pixel, probe, torch.tensor(s), period)[0].numpy()
+            for s in widths[e]
+        ]
+        for e in ELEMENTS
+    ]
 
 
 def design(data, p):
@@ -186,7 +244,9 @@ def design(data, p):
     through the crystal.
     """
     images, columns, pixel, period = data
-    parts = basis(columns, images.shape[1:], pixel, period, {e: (w, p[-2]) for e, w in zip(ELEMENTS, p)})
+    parts = basis(
+        columns, images.shape[1:], pixel, period, {e: (w, p[-2]) for e, w in zip(ELEMENTS, p)}
+    )
     mixed = [((1 - p[-1]) * core + p[-1] * foot).ravel() for core, foot in parts]
     return np.stack([*mixed, np.ones(mixed[0].size)], 1)
 
@@ -201,8 +261,10 @@ def fit(data):
         return weights, (matrix @ weights - target) / target.std()
 
     n = len(ELEMENTS)
-    start, low, high = [.016] * n + [.06, .2], [.005] * n + [.03, 0], [.04] * n + [.12, .5]
-    best = least_squares(lambda p: solve(p)[1], start, bounds=(low, high), diff_step=1e-3, x_scale=start)
+    start, low, high = [0.016] * n + [0.06, 0.2], [0.005] * n + [0.03, 0], [0.04] * n + [0.12, 0.5]
+    best = least_squares(
+        lambda p: solve(p)[1], start, bounds=(low, high), diff_step=1e-3, x_scale=start
+    )
     return best.x, solve(best.x)[0]
 
 
@@ -222,16 +284,22 @@ def judge(data, p, weights, noise, source_nm):
     """
     images, _, pixel, _ = data
     model = (design(data, p) @ weights).reshape(images.shape[1:])
-    mean, model = (blurred(v, pixel, source_nm) if source_nm else v for v in (images.mean(0), model))
+    mean, model = (
+        blurred(v, pixel, source_nm) if source_nm else v for v in (images.mean(0), model)
+    )
     noise, residual = noise / len(images), mean - model
     correlation = np.corrcoef(mean.ravel(), model.ravel())[0, 1]
-    return {"configurations": len(images), "correlation": correlation,
-            "unlimited": correlation / np.sqrt(1 - noise / mean.var()),
-            "slope": np.polyfit(model.ravel(), mean.ravel(), 1)[0],
-            "rms_percent": 100 * residual.std() / mean.max(), "phonons": noise / residual.var()}
+    return {
+        "configurations": len(images),
+        "correlation": correlation,
+        "unlimited": correlation / np.sqrt(1 - noise / mean.var()),
+        "slope": np.polyfit(model.ravel(), mean.ravel(), 1)[0],
+        "rms_percent": 100 * residual.std() / mean.max(),
+        "phonons": noise / residual.var(),
+    }
 
 
-def phonon_variance(data, source_nm=0.):
+def phonon_variance(data, source_nm=0.0):
     "Variance between single phonon configurations, mean over the image."
     images, _, pixel, _ = data
     return (blurred(images, pixel, source_nm) if source_nm else images).var(0, ddof=1).mean()
@@ -242,9 +310,16 @@ def rows_of(thickness_nm, p, weights):
     rows = []
     for i, element in enumerate(ELEMENTS):
         for component, (sigma, share) in enumerate(((p[i], 1 - p[-1]), (p[-2], p[-1]))):
-            rows.append({"thickness_nm": round(thickness_nm, 4), "element": element, "component": component,
-                         "weight_nm2": float(f"{weights[i] * share:.5g}"), "sigma_pm": round(1e3 * sigma, 2),
-                         "background": float(f"{weights[-1]:.4g}")})
+            rows.append(
+                {
+                    "thickness_nm": round(thickness_nm, 4),
+                    "element": element,
+                    "component": component,
+                    "weight_nm2": float(f"{weights[i] * share:.5g}"),
+                    "sigma_pm": round(1e3 * sigma, 2),
+                    "background": float(f"{weights[-1]:.4g}"),
+                }
+            )
     return rows
 
 
@@ -256,29 +331,53 @@ def calibrate(folder, write=False, table=None):
         p, weights = fit(crystal)
         depth = float(np.load(next(folder.glob(f"bulk_{nominal:g}_*.npz")))["cell"][2]) / 10
         rows += rows_of(depth, p, weights)
-        print(f"{nominal:g} nm: widths {', '.join(ELEMENTS)}, foot {np.round(1e3 * p[:-1], 1)} pm, share of the foot {p[-1]:.2f}, "
-              f"background {weights[-1]:.1e}")
+        print(
+            f"{nominal:g} nm: widths {', '.join(ELEMENTS)}, foot {np.round(1e3 * p[:-1], 1)} pm, share of the foot {p[-1]:.2f}, "
+            f"background {weights[-1]:.1e}"
+        )
         if {"Y", "Mn"} <= set(ELEMENTS):
             ratio = weights[ELEMENTS.index("Y")] / weights[ELEMENTS.index("Mn")]
             print(f"Y/Mn = (39/25)^{np.log(ratio) / np.log(39 / 25):.2f}")
         for name in PHI:
-            for source in (0., 0.035):
+            for source in (0.0, 0.035):
                 if list(folder.glob(f"{name}_{nominal:g}_*.npz")):
-                    found = judge(load(folder, name, nominal), p, weights, phonon_variance(crystal, source), source)
-                    checks.append({"cell": name, "thickness_nm": nominal, "source_pm": 1e3 * source,
-                                   **{k: round(float(v), 4) for k, v in found.items()}})
+                    found = judge(
+                        load(folder, name, nominal),
+                        p,
+                        weights,
+                        phonon_variance(crystal, source),
+                        source,
+                    )
+                    checks.append(
+                        {
+                            "cell": name,
+                            "thickness_nm": nominal,
+                            "source_pm": 1e3 * source,
+                            **{k: round(float(v), 4) for k, v in found.items()},
+                        }
+                    )
     print(pd.DataFrame(checks).to_string(index=False))
-    about = {"what": "YMnO3 along [100]: frozen-phonon PRISM, fitted on the perfect crystal, checked on walls outside the fit; the form of the model was chosen with AP and D at 5 nm in view",
-             "optics": OPTICS, "thermal_A": THERMAL_A, "made_by": "benchmarks/calibrate_haadf.py",
-             "abtem": version("abtem"), "checks": checks}
+    about = {
+        "what": "YMnO3 along [100]: frozen-phonon PRISM, fitted on the perfect crystal, checked on walls outside the fit; the form of the model was chosen with AP and D at 5 nm in view",
+        "optics": OPTICS,
+        "thermal_A": THERMAL_A,
+        "made_by": "benchmarks/calibrate_haadf.py",
+        "abtem": version("abtem"),
+        "checks": checks,
+    }
     if write:
         path = Path(__file__).parents[1] / "microgen" / "tables" / "haadf.json"
         lines = ",\n".join(json.dumps(r) for r in rows)
-        path.write_text(f'{{"provenance": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+        path.write_text(
+            f'{{"provenance": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n',
+            encoding="utf-8",
+        )
         print(f"wrote {path} and {keep_references(folder)}")
     if table:
         pd.DataFrame(rows).to_csv(table, index=False)
-        print(f"wrote {table}; the rows of one thickness are the table: haadf(..., calibration=pd.read_csv({str(table)!r}).query('thickness_nm == {rows[0]['thickness_nm']}'))")
+        print(
+            f"wrote {table}; the rows of one thickness are the table: haadf(..., calibration=pd.read_csv({str(table)!r}).query('thickness_nm == {rows[0]['thickness_nm']}'))"
+        )
 
 
 def keep_references(folder):
@@ -289,8 +388,12 @@ def keep_references(folder):
         for name in list(PHI)[1:]:
             if list(folder.glob(f"{name}_{nominal:g}_*.npz")):
                 images, _, pixel, _ = load(folder, name, nominal)
-                values = {"image": images.mean(0).astype("f4"), "noise": noise / len(images),
-                          "configurations": len(images), "pixel": pixel}
+                values = {
+                    "image": images.mean(0).astype("f4"),
+                    "noise": noise / len(images),
+                    "configurations": len(images),
+                    "pixel": pixel,
+                }
                 held |= {f"{name}_{nominal:g}_{k}": v for k, v in values.items()}
     path = Path(__file__).with_name("haadf_reference.npz")
     np.savez_compressed(path, **held)
@@ -301,7 +404,12 @@ def choose(args):
     "Set crystal, optics and thicknesses of this run; (structure, zone, up) of another crystal than YMnO3 along [100]."
     global THERMAL_A, ELEMENTS
     THICKNESSES[:] = args.thickness
-    OPTICS.update(voltage_kV=args.voltage, semiangle_mrad=args.semiangle, inner_mrad=args.inner, outer_mrad=args.outer)
+    OPTICS.update(
+        voltage_kV=args.voltage,
+        semiangle_mrad=args.semiangle,
+        inner_mrad=args.inner,
+        outer_mrad=args.outer,
+    )
     if args.structure is None:
         return None
     structure = load_structure(args.structure)
@@ -312,28 +420,58 @@ def choose(args):
 
 def main():
     numbers = lambda kind: lambda text: [kind(v) for v in text.split(",")]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=["simulate", "fit"])
     parser.add_argument("--data", type=Path, required=True, help="folder of the simulated images")
-    parser.add_argument("--bulk", type=int, default=16, help="phonon configurations of the perfect crystal")
-    parser.add_argument("--walls", type=int, default=4, help="phonon configurations of each wall of YMnO3")
+    parser.add_argument(
+        "--bulk", type=int, default=16, help="phonon configurations of the perfect crystal"
+    )
+    parser.add_argument(
+        "--walls", type=int, default=4, help="phonon configurations of each wall of YMnO3"
+    )
     parser.add_argument("--write", action="store_true", help="write the shipped table")
     parser.add_argument("--table", type=Path, help="write a table of your own, CSV")
-    parser.add_argument("--structure", help="shipped name or CIF file; without it YMnO3 along [100] with its walls")
-    parser.add_argument("--zone", type=numbers(int), default=[1, 0, 0], help="zone axis of --structure")
-    parser.add_argument("--up", type=numbers(int), default=[0, 0, 1], help="direction of --structure that points up")
-    parser.add_argument("--thickness", type=numbers(float), default=THICKNESSES, help="nm, separated by commas")
-    for name, unit in (("voltage", "kV"), ("semiangle", "mrad"), ("inner", "mrad"), ("outer", "mrad")):
-        parser.add_argument(f"--{name}", type=float, default=OPTICS[f"{name}_{unit}"], help=f"{unit}; default %(default)g")
+    parser.add_argument(
+        "--structure", help="shipped name or CIF file; without it YMnO3 along [100] with its walls"
+    )
+    parser.add_argument(
+        "--zone", type=numbers(int), default=[1, 0, 0], help="zone axis of --structure"
+    )
+    parser.add_argument(
+        "--up", type=numbers(int), default=[0, 0, 1], help="direction of --structure that points up"
+    )
+    parser.add_argument(
+        "--thickness", type=numbers(float), default=THICKNESSES, help="nm, separated by commas"
+    )
+    for name, unit in (
+        ("voltage", "kV"),
+        ("semiangle", "mrad"),
+        ("inner", "mrad"),
+        ("outer", "mrad"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=float,
+            default=OPTICS[f"{name}_{unit}"],
+            help=f"{unit}; default %(default)g",
+        )
     args = parser.parse_args()
     shipped = OPTICS | {"thickness": [5, 10]}
     crystal = choose(args)
     if args.write and (crystal or OPTICS | {"thickness": THICKNESSES} != shipped):
-        parser.error("--write is for the shipped table: YMnO3 along [100] with the defaults; use --table for yours")
+        parser.error(
+            "--write is for the shipped table: YMnO3 along [100] with the defaults; use --table for yours"
+        )
     if args.task == "fit":
         calibrate(args.data, args.write, args.table)
     else:
-        simulate(args.data, {"bulk": args.bulk} | ({} if crystal else dict.fromkeys(list(PHI)[1:], args.walls)), crystal)
+        simulate(
+            args.data,
+            {"bulk": args.bulk} | ({} if crystal else dict.fromkeys(list(PHI)[1:], args.walls)),
+            crystal,
+        )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ share of a scene is counted in its own table: particles wholly in the frame with
 annotated images of FOLDER/particles/sem (default: MICROGEN_TEST_DATA) by 2, 3 and 4, adds noise, and compares with the masks.
 `--scheduler ADDRESS` sends the scenes to Dask.
 """
+
 import argparse
 import os
 import sys
@@ -20,7 +21,8 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"): os.environ.setdefault(_name, "1")
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
 
 import numpy as np
 import pandas as pd
@@ -37,13 +39,33 @@ from microgen.count.size import fit_sizes
 from microgen.sem.preset import Scene, scene_preset
 from microgen.sem.scene import simulate_scene
 
-IMAGING = dict(pixel_size=1., probe_nm=1.3, astigmatism=1.1, electrons=60, detector=.02, noise_px=0, shape="sphere", buried=0, clustering=0,
-               texture=.04, texture_nm=20, tone_spread=.05, escape_nm=1.5, edge=.3, jitter_nm=.1, ramp=.05, support_level=.25,
-               particle_level=.6)
+IMAGING = dict(
+    pixel_size=1.0,
+    probe_nm=1.3,
+    astigmatism=1.1,
+    electrons=60,
+    detector=0.02,
+    noise_px=0,
+    shape="sphere",
+    buried=0,
+    clustering=0,
+    texture=0.04,
+    texture_nm=20,
+    tone_spread=0.05,
+    escape_nm=1.5,
+    edge=0.3,
+    jitter_nm=0.1,
+    ramp=0.05,
+    support_level=0.25,
+    particle_level=0.6,
+)
 
 
 def scene(family, median, gsd, n, size, seed):
-    return simulate_scene(scene_preset("small", **IMAGING, law=family, median_nm=median, gsd=gsd, n=n, size=size), rng=seed)
+    return simulate_scene(
+        scene_preset("small", **IMAGING, law=family, median_nm=median, gsd=gsd, n=n, size=size),
+        rng=seed,
+    )
 
 
 def whole(s):
@@ -56,7 +78,9 @@ def whole(s):
 def matched(s, found):
     "Diameters of the particles wholly in the frame, and the row of what was found of each, or -1."
     t = whole(s)
-    return t.diameter_nm.to_numpy(), match(found, t.diameter_nm.to_numpy(), t[["y_nm", "x_nm"]].to_numpy())
+    return t.diameter_nm.to_numpy(), match(
+        found, t.diameter_nm.to_numpy(), t[["y_nm", "x_nm"]].to_numpy()
+    )
 
 
 def seen(s, found):
@@ -74,16 +98,18 @@ def in_fitted_diameters(c, true, d, which):
 
 def reference_curve(size=768):
     "The curve of this imaging, from the truth of a broad scene."
-    s = scene("lognormal", 6., 1.5, int(.0011 * size**2), size, 12345)
+    s = scene("lognormal", 6.0, 1.5, int(0.0011 * size**2), size, 12345)
     return fit_detection(*seen(s, detect(s.image)))
 
 
 def median_for(family, gsd, share, curve):
     "Median diameter at which this curve misses the share."
     x = np.linspace(-4, 6, 4001)
+
     def missed(m):
         f = np.exp(size_law(family, np.exp(m), gsd).log_density(x))
         return 1 - np.average(curve(np.exp(x)), weights=f)
+
     return float(np.exp(brentq(lambda m: missed(m) - share, -2, 4)))
 
 
@@ -91,46 +117,122 @@ def judged(found, d, which, n_injected):
     "Fit what was counted, and compare with the truth: one row."
     was_found = which >= 0
     u, s2 = 1 - was_found.mean(), (d**2 * was_found).sum() / (d**2).sum()
-    row = dict(n_true=len(d), n_found=int((found.particles["edge_weight"] > 0).sum()), unseen=u, visible_surface=s2, false=np.nan)
+    row = dict(
+        n_true=len(d),
+        n_found=int((found.particles["edge_weight"] > 0).sum()),
+        unseen=u,
+        visible_surface=s2,
+        false=np.nan,
+    )
     t = time.perf_counter()
-    try: c = calibrate(None, detection=found, n=n_injected)
-    except InputError as e: return row | dict(refused=f"calibration: {e}")
+    try:
+        c = calibrate(None, detection=found, n=n_injected)
+    except InputError as e:
+        return row | dict(refused=f"calibration: {e}")
     seconds = time.perf_counter() - t
     kept = (found.particles["edge_weight"] > 0).to_numpy()
     size, weight = c.sizes[kept], found.particles["edge_weight"].to_numpy()[kept]
-    row |= dict(seconds=seconds, foreseen=1 - c.curve(d).mean(), d50=c.curve.d50, d50_se=c.curve.d50_se, look_error=c.look_error(c.curve.d50), size_error=c.size_error)
-    try: row |= dict(d50_true=(true := fit_detection(d, was_found)).d50, width_off=c.curve.width / true.width - 1, gap=in_fitted_diameters(c, true, d, which))
-    except InputError: pass
-    try: fit = fit_sizes(size, c.curve, edge_weight=weight, size_error=c.response, min_detection=.02)
-    except InputError as e: return row | dict(refused=f"fit: {e}")
+    row |= dict(
+        seconds=seconds,
+        foreseen=1 - c.curve(d).mean(),
+        d50=c.curve.d50,
+        d50_se=c.curve.d50_se,
+        look_error=c.look_error(c.curve.d50),
+        size_error=c.size_error,
+    )
+    try:
+        row |= dict(
+            d50_true=(true := fit_detection(d, was_found)).d50,
+            width_off=c.curve.width / true.width - 1,
+            gap=in_fitted_diameters(c, true, d, which),
+        )
+    except InputError:
+        pass
+    try:
+        fit = fit_sizes(
+            size, c.curve, edge_weight=weight, size_error=c.response, min_detection=0.02
+        )
+    except InputError as e:
+        return row | dict(refused=f"fit: {e}")
     ht = horvitz_thompson(size, c.curve, weight)
     number, surface = fit.unseen_number, fit.unseen_surface
-    guess = fit.families.sort_values("delta_aic").unseen_number.iloc[0] if fit.law else np.nan # what the best family says, refused or not
-    return row | dict(refused=number.refused, guess=guess, low=number.low, high=number.high, value=number.value, inside=number.low <= u <= number.high,
-                      surface=1 - surface.value, surface_inside=surface.low <= 1 - s2 <= surface.high, family=fit.law and fit.law.family,
-                      ht=ht.number, ht_fit=ht.number / ht.fitted(fit.law) - 1 if fit.law else np.nan)
+    guess = (
+        fit.families.sort_values("delta_aic").unseen_number.iloc[0] if fit.law else np.nan
+    )  # what the best family says, refused or not
+    return row | dict(
+        refused=number.refused,
+        guess=guess,
+        low=number.low,
+        high=number.high,
+        value=number.value,
+        inside=number.low <= u <= number.high,
+        surface=1 - surface.value,
+        surface_inside=surface.low <= 1 - s2 <= surface.high,
+        family=fit.law and fit.law.family,
+        ht=ht.number,
+        ht_fit=ht.number / ht.fitted(fit.law) - 1 if fit.law else np.nan,
+    )
 
 
 def one_scene(family, gsd, share, median, size, n_injected, seed):
-    n = int(min(.0008, .04 / (np.pi / 4 * median**2 * np.exp(2 * np.log(gsd)**2))) * size**2)
+    n = int(min(0.0008, 0.04 / (np.pi / 4 * median**2 * np.exp(2 * np.log(gsd) ** 2))) * size**2)
     s = scene(family, median, gsd, n, size, seed)
     found = detect(s.image)
-    row = dict(truth=family, gsd=gsd, asked=share, seed=seed) | judged(found, *matched(s, found), n_injected)
-    print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    row = dict(truth=family, gsd=gsd, asked=share, seed=seed) | judged(
+        found, *matched(s, found), n_injected
+    )
+    print(
+        ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+        flush=True,
+    )
     return row
 
 
 def coverage(a):
     "Coverage of the unseen number and surface share, from images."
     curve = reference_curve()
-    print(f"reference curve: d50 {curve.d50:.2f} ± {curve.d50_se:.2f} px, width {curve.width:.2f}, upper {curve.upper:.3f}", flush=True)
-    cells = list(product(FAMILIES, a.gsd or ((1.5,) if a.quick else (1.3, 1.5, 1.8)), a.unseen or ((.3,) if a.quick else (.1, .3, .5, .7, .9))))
+    print(
+        f"reference curve: d50 {curve.d50:.2f} ± {curve.d50_se:.2f} px, width {curve.width:.2f}, upper {curve.upper:.3f}",
+        flush=True,
+    )
+    cells = list(
+        product(
+            FAMILIES,
+            a.gsd or ((1.5,) if a.quick else (1.3, 1.5, 1.8)),
+            a.unseen or ((0.3,) if a.quick else (0.1, 0.3, 0.5, 0.7, 0.9)),
+        )
+    )
     runs = a.runs or (1 if a.quick else 20)
-    jobs = [(f, g, u, median_for(f, g, u, curve), a.size, a.injections, 1000 * i + k) for i, (f, g, u) in enumerate(cells) for k in range(runs)]
-    rows = pd.DataFrame(results(one_scene, jobs, a.jobs, a.scheduler)).sort_values("seed", ignore_index=True)
+    jobs = [
+        (f, g, u, median_for(f, g, u, curve), a.size, a.injections, 1000 * i + k)
+        for i, (f, g, u) in enumerate(cells)
+        for k in range(runs)
+    ]
+    rows = pd.DataFrame(results(one_scene, jobs, a.jobs, a.scheduler)).sort_values(
+        "seed", ignore_index=True
+    )
     report(rows, a)
-    columns = [c for c in ("n_found", "unseen", "value", "low", "high", "inside", "visible_surface", "surface", "surface_inside") if c in rows]
-    means = rows.assign(refused=rows.refused.notna()).astype({c: float for c in columns}).groupby(["truth", "gsd", "asked"])[[*columns, "refused"]].mean()
+    columns = [
+        c
+        for c in (
+            "n_found",
+            "unseen",
+            "value",
+            "low",
+            "high",
+            "inside",
+            "visible_surface",
+            "surface",
+            "surface_inside",
+        )
+        if c in rows
+    ]
+    means = (
+        rows.assign(refused=rows.refused.notna())
+        .astype({c: float for c in columns})
+        .groupby(["truth", "gsd", "asked"])[[*columns, "refused"]]
+        .mean()
+    )
     print(means.round(3).to_string())
 
 
@@ -140,111 +242,210 @@ def stated(rows):
 
 
 def report(rows, a):
-    if a.out: rows.to_csv(a.out, index=False)
+    if a.out:
+        rows.to_csv(a.out, index=False)
     kept = rows[rows.refused.isna()]
     print(f"{len(rows)} images, {len(rows) - len(kept)} refused")
-    for why, n in rows.refused.dropna().str.replace(r"[\d.]+", "#", regex=True).str[:90].value_counts().items(): print(f"  {n} x {why}")
+    for why, n in (
+        rows.refused.dropna()
+        .str.replace(r"[\d.]+", "#", regex=True)
+        .str[:90]
+        .value_counts()
+        .items()
+    ):
+        print(f"  {n} x {why}")
     if "d50" in rows:
-        fitted, off = rows.dropna(subset="low" if "low" in rows else "d50"), (rows.d50 / rows.d50_true - 1).dropna()
-        print(f"d50: calibrated over true {100 * off.median():+.1f} % (median), scatter {100 * off.std():.1f} %, "
-              f"stated error {100 * stated(rows).median():.1f} %")
+        fitted, off = (
+            rows.dropna(subset="low" if "low" in rows else "d50"),
+            (rows.d50 / rows.d50_true - 1).dropna(),
+        )
+        print(
+            f"d50: calibrated over true {100 * off.median():+.1f} % (median), scatter {100 * off.std():.1f} %, "
+            f"stated error {100 * stated(rows).median():.1f} %"
+        )
         gap = rows.gap.dropna()
-        print(f"d50 in fitted diameters: mean {100 * gap.mean():+.1f} %, rms {100 * np.sqrt((gap**2).mean()):.1f} %, stated {100 * (rows.d50_se / rows.d50).median():.1f} %; "
-              f"width of the curve off by {100 * rows.width_off.median():+.0f} % (median)")
-    if "low" not in rows: return
-    print(f"unseen number, bounds of refused ones too: {int(fitted.inside.sum())} inside, {int((~fitted.inside.astype(bool)).sum())} outside")
+        print(
+            f"d50 in fitted diameters: mean {100 * gap.mean():+.1f} %, rms {100 * np.sqrt((gap**2).mean()):.1f} %, stated {100 * (rows.d50_se / rows.d50).median():.1f} %; "
+            f"width of the curve off by {100 * rows.width_off.median():+.0f} % (median)"
+        )
+    if "low" not in rows:
+        return
+    print(
+        f"unseen number, bounds of refused ones too: {int(fitted.inside.sum())} inside, {int((~fitted.inside.astype(bool)).sum())} outside"
+    )
     given = fitted.dropna(subset="surface")
     surface = given.surface - given.visible_surface
-    print(f"visible surface share: {int(given.surface_inside.sum())} of {len(given)} inside, bias {surface.mean():+.3f}, rmse {np.sqrt((surface**2).mean()):.3f}; "
-          f"{len(fitted) - len(given)} refused")
-    if not len(kept): return
+    print(
+        f"visible surface share: {int(given.surface_inside.sum())} of {len(given)} inside, bias {surface.mean():+.3f}, rmse {np.sqrt((surface**2).mean()):.3f}; "
+        f"{len(fitted) - len(given)} refused"
+    )
+    if not len(kept):
+        return
     error = kept.value - kept.unseen
-    print(f"unseen number, not refused: {int(kept.inside.sum())} of {len(kept)} inside, bias {error.mean():+.3f}, rmse {np.sqrt((error**2).mean()):.3f}, "
-          f"median width {(kept.high - kept.low).median():.3f}")
-    print(f"Horvitz-Thompson over the fitted law, sizes with p > 0.2: {100 * kept.ht_fit.median():+.1f} % (median), scatter {100 * kept.ht_fit.std():.1f} %")
+    print(
+        f"unseen number, not refused: {int(kept.inside.sum())} of {len(kept)} inside, bias {error.mean():+.3f}, rmse {np.sqrt((error**2).mean()):.3f}, "
+        f"median width {(kept.high - kept.low).median():.3f}"
+    )
+    print(
+        f"Horvitz-Thompson over the fitted law, sizes with p > 0.2: {100 * kept.ht_fit.median():+.1f} % (median), scatter {100 * kept.ht_fit.std():.1f} %"
+    )
 
 
 def degraded_image(image, label, by, electrons, rng):
     "Blurred, reduced by a whole factor, with Poisson noise; the masks' diameters and centres in the new pixels."
-    grey = image if image.ndim == 2 else image @ np.array([.299, .587, .114])
-    soft = ndi.gaussian_filter(grey.astype(float), .6 * by)
+    grey = image if image.ndim == 2 else image @ np.array([0.299, 0.587, 0.114])
+    soft = ndi.gaussian_filter(grey.astype(float), 0.6 * by)
     h, w = (n // by * by for n in soft.shape)
     small = soft[:h, :w].reshape(h // by, by, w // by, by).mean((1, 3))
     small = rng.poisson(np.maximum(small, 0) / 255 * electrons) / electrons * 255
     ids = np.unique(label[label > 0])
     area = np.bincount(label.ravel(), minlength=ids.max() + 1)[ids]
-    at = (np.array(ndi.center_of_mass(label > 0, label, ids)) + .5) / by - .5
+    at = (np.array(ndi.center_of_mass(label > 0, label, ids)) + 0.5) / by - 0.5
     return small.astype(np.float32), 2 * np.sqrt(area / np.pi) / by, at
 
 
 def one_degraded(path, by, electrons, n_injected):
     from skimage.io import imread
-    image, label = imread(path)[..., :3], imread(path.parent.parent / "masks" / path.name).astype(int)
+
+    image, label = (
+        imread(path)[..., :3],
+        imread(path.parent.parent / "masks" / path.name).astype(int),
+    )
     small, d, at = degraded_image(image, label, by, electrons, np.random.default_rng(by))
     found = detect(small)
     which = match(found, d, at)
     row = dict(image=path.stem, by=by, false=len(found.particles) - (which >= 0).sum())
-    if len(found.particles) == 0: return row | dict(refused="no particle was found", unseen=1.)
+    if len(found.particles) == 0:
+        return row | dict(refused="no particle was found", unseen=1.0)
     row |= {k: v for k, v in judged(found, d, which, n_injected).items() if k != "false"}
-    print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    print(
+        ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
+        flush=True,
+    )
     return row
 
 
 def degraded(a):
     "Annotated images, degraded: predicted unseen share against the masks."
-    if not a.data: sys.exit("give --data, the folder that holds particles/sem")
+    if not a.data:
+        sys.exit("give --data, the folder that holds particles/sem")
     paths = sorted((Path(a.data) / "particles" / "sem" / "images").glob("*.png"))
-    paths = [p for p in paths if p.stem in ("f3b36fb2ab", "6752c27137", "245e1a4826", "9c4905d020")]  # those of more than 100 particles
-    jobs = [(p, by, 60, a.injections) for p in paths[:1 if a.quick else None] for by in (2, 3, 4)]
-    rows = pd.DataFrame(results(one_degraded, jobs, a.jobs, a.scheduler)).sort_values(["image", "by"], ignore_index=True)
-    print(rows[[c for c in ("image", "by", "n_true", "n_found", "false", "unseen", "value", "guess", "low", "high", "visible_surface", "surface", "d50",
-                            "d50_true", "refused") if c in rows]].round(3).to_string())
-    if a.out: rows.to_csv(a.out, index=False)
+    paths = [
+        p for p in paths if p.stem in ("f3b36fb2ab", "6752c27137", "245e1a4826", "9c4905d020")
+    ]  # those of more than 100 particles
+    jobs = [(p, by, 60, a.injections) for p in paths[: 1 if a.quick else None] for by in (2, 3, 4)]
+    rows = pd.DataFrame(results(one_degraded, jobs, a.jobs, a.scheduler)).sort_values(
+        ["image", "by"], ignore_index=True
+    )
+    print(
+        rows[
+            [
+                c
+                for c in (
+                    "image",
+                    "by",
+                    "n_true",
+                    "n_found",
+                    "false",
+                    "unseen",
+                    "value",
+                    "guess",
+                    "low",
+                    "high",
+                    "visible_surface",
+                    "surface",
+                    "d50",
+                    "d50_true",
+                    "refused",
+                )
+                if c in rows
+            ]
+        ]
+        .round(3)
+        .to_string()
+    )
+    if a.out:
+        rows.to_csv(a.out, index=False)
     kept, guess = rows[rows.refused.isna()], (rows.guess - rows.unseen).abs()
-    print(f"best family alone, refused or not: {guess.notna().sum()} estimates, {(guess <= .1).sum()} within 0.10")
-    if "inside" in rows: print(f"interval or bound holds the truth: {int(rows.inside.dropna().sum())} of {len(rows.inside.dropna())}")
-    print(f"within 0.10: {int((np.abs(kept.value - kept.unseen) <= .1).sum()) if len(kept) else 0} of {len(rows)}; refused {len(rows) - len(kept)}")
+    print(
+        f"best family alone, refused or not: {guess.notna().sum()} estimates, {(guess <= 0.1).sum()} within 0.10"
+    )
+    if "inside" in rows:
+        print(
+            f"interval or bound holds the truth: {int(rows.inside.dropna().sum())} of {len(rows.inside.dropna())}"
+        )
+    print(
+        f"within 0.10: {int((np.abs(kept.value - kept.unseen) <= 0.1).sum()) if len(kept) else 0} of {len(rows)}; refused {len(rows) - len(kept)}"
+    )
 
 
-LOOKS = dict(probe=dict(), film=dict(IMAGING, median_nm=6, gsd=1.5, probe_nm=1.2), sharp=dict(probe_nm=.9, median_nm=6, electrons=30, edge=.7),
-             noisy=dict(probe_nm=1.6, median_nm=9, electrons=20, detector=.03, edge=.3),
-             deep=dict(escape_nm=3., median_nm=9, tone_spread=.1, texture=.08),
-             blurred=dict(probe_nm=2.2, median_nm=10, edge=.9, electrons=100, texture=.06),
-             coarse=dict(pixel_size=2., probe_nm=2.5, median_nm=18, gsd=1.4, escape_nm=2.5, texture=.03),
-             fine=dict(pixel_size=.6, probe_nm=.8, median_nm=5, gsd=1.5, electrons=40, escape_nm=1.))
+LOOKS = dict(
+    probe=dict(),
+    film=dict(IMAGING, median_nm=6, gsd=1.5, probe_nm=1.2),
+    sharp=dict(probe_nm=0.9, median_nm=6, electrons=30, edge=0.7),
+    noisy=dict(probe_nm=1.6, median_nm=9, electrons=20, detector=0.03, edge=0.3),
+    deep=dict(escape_nm=3.0, median_nm=9, tone_spread=0.1, texture=0.08),
+    blurred=dict(probe_nm=2.2, median_nm=10, edge=0.9, electrons=100, texture=0.06),
+    coarse=dict(pixel_size=2.0, probe_nm=2.5, median_nm=18, gsd=1.4, escape_nm=2.5, texture=0.03),
+    fine=dict(pixel_size=0.6, probe_nm=0.8, median_nm=5, gsd=1.5, electrons=40, escape_nm=1.0),
+)
 
 
 def looks(a):
     "Each of eight imagings once: d50 calibrated on one image, against that of its own particles and of those of three; what the fit says."
-    usual, rows = dict(size=640, pixel_size=1., median_nm=8, gsd=1.45, n=500, probe_nm=1.2, electrons=60), []
-    for k, (name, own) in enumerate(list(LOOKS.items())[:1 if a.quick else None]):
-        scenes = [simulate_scene(Scene(**(usual | own)), np.random.default_rng([a.seed, k, m])) for m in range(1, 4)]
+    usual, rows = (
+        dict(size=640, pixel_size=1.0, median_nm=8, gsd=1.45, n=500, probe_nm=1.2, electrons=60),
+        [],
+    )
+    for k, (name, own) in enumerate(list(LOOKS.items())[: 1 if a.quick else None]):
+        scenes = [
+            simulate_scene(Scene(**(usual | own)), np.random.default_rng([a.seed, k, m]))
+            for m in range(1, 4)
+        ]
         found = [detect(s.image) for s in scenes]
         there = fit_detection(*(np.concatenate(o) for o in zip(*map(seen, scenes, found))))
-        rows.append(dict(look=name, d50_three=there.d50) | judged(found[0], *matched(scenes[0], found[0]), a.injections))
-        print(", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+        rows.append(
+            dict(look=name, d50_three=there.d50)
+            | judged(found[0], *matched(scenes[0], found[0]), a.injections)
+        )
+        print(
+            ", ".join(
+                f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()
+            ),
+            flush=True,
+        )
     rows = pd.DataFrame(rows)
     report(rows, a)
     for which, true in (("this image", rows.d50_true), ("three images", rows.d50_three)):
         off = np.log(rows.d50 / true)
-        print(f"d50 against that of the particles of {which}: mean {off.mean():+.3f}, rms {np.sqrt((off**2).mean()):.3f}, stated {stated(rows).mean():.3f}")
+        print(
+            f"d50 against that of the particles of {which}: mean {off.mean():+.3f}, rms {np.sqrt((off**2).mean()):.3f}, stated {stated(rows).mean():.3f}"
+        )
 
 
 def calibration(a):
     "Standard error of d50 and time, on a 1024 x 1024 image of 500 particles."
-    s = scene("lognormal", 8., 1.5, 250 if a.quick else 500, 512 if a.quick else 1024, 5)
+    s = scene("lognormal", 8.0, 1.5, 250 if a.quick else 500, 512 if a.quick else 1024, 5)
     found = detect(s.image)
     t = time.perf_counter()
     c = calibrate(None, detection=found, n=a.injections, workers=a.jobs)
     alone = fit_detection(c.injections["d_nm"], c.injections["found"])
-    print(f"{s.image.shape}, {len(found.particles)} found, {len(c.injections)} injected: d50 {c.curve.d50:.3f} nm, standard error "
-          f"{100 * c.curve.d50_se / c.curve.d50:.2f} % in fitted diameters, {100 * np.hypot(c.curve.d50_se / c.curve.d50, c.look_error(c.curve.d50)):.2f} % in nm, of the injections alone {100 * alone.d50_se / alone.d50:.2f} %, {time.perf_counter() - t:.0f} s on {a.jobs} processes")
-    try: print(f"d50 of the particles that are there: {(k := fit_detection(*seen(s, found))).d50:.3f} ± {k.d50_se:.3f} nm")
-    except InputError as e: print(e)
+    print(
+        f"{s.image.shape}, {len(found.particles)} found, {len(c.injections)} injected: d50 {c.curve.d50:.3f} nm, standard error "
+        f"{100 * c.curve.d50_se / c.curve.d50:.2f} % in fitted diameters, {100 * np.hypot(c.curve.d50_se / c.curve.d50, c.look_error(c.curve.d50)):.2f} % in nm, of the injections alone {100 * alone.d50_se / alone.d50:.2f} %, {time.perf_counter() - t:.0f} s on {a.jobs} processes"
+    )
+    try:
+        print(
+            f"d50 of the particles that are there: {(k := fit_detection(*seen(s, found))).d50:.3f} ± {k.d50_se:.3f} nm"
+        )
+    except InputError as e:
+        print(e)
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("what", choices=["coverage", "degraded", "calibration", "looks"])
     p.add_argument("--quick", action="store_true", help="a few images, for CI")
     p.add_argument("--runs", type=int, help="scenes per cell")
@@ -255,9 +456,15 @@ if __name__ == "__main__":
     p.add_argument("--seed", type=int, default=20, help="of the scenes of `looks`")
     p.add_argument("--jobs", type=int, default=2, help="processes")
     p.add_argument("--scheduler", help="address of a Dask scheduler")
-    p.add_argument("--data", default=os.environ.get("MICROGEN_TEST_DATA"), help="folder that holds particles/sem")
+    p.add_argument(
+        "--data",
+        default=os.environ.get("MICROGEN_TEST_DATA"),
+        help="folder that holds particles/sem",
+    )
     p.add_argument("--out", help="CSV file for every image")
     args = p.parse_args()
     start = time.perf_counter()
-    {"coverage": coverage, "degraded": degraded, "calibration": calibration, "looks": looks}[args.what](args)
+    {"coverage": coverage, "degraded": degraded, "calibration": calibration, "looks": looks}[
+        args.what
+    ](args)
     print(f"\n{args.what}: {time.perf_counter() - start:.0f} s")

@@ -6,6 +6,7 @@
 Images of YMnO3, 5 nm thick. The first table: 3.84 nm of ideal scans at 1e4 e/Å², in which only electrons are
 counted. The second table: whole acquisitions of each preset.
 """
+
 import argparse
 
 import numpy as np
@@ -19,30 +20,34 @@ from microgen.stem.measure import measure
 from microgen.stem.render import haadf
 from microgen.stem.wall import displace, wall
 
-FIELD, PIXEL, DOSE = 3.84, .02, 1e4
+FIELD, PIXEL, DOSE = 3.84, 0.02, 1e4
 KINDS = ("UP", "typeA", "typeB", "typeC", "typeD", "HH", "TT")
 
 
 def counted(kind, rng):
     "Image of a wall with Poisson noise alone, and its true R columns."
-    sample = displace(columns("YMnO3", fov=(FIELD, FIELD), margin=.6), wall(kind, fov=(FIELD, FIELD)))
+    sample = displace(
+        columns("YMnO3", fov=(FIELD, FIELD), margin=0.6), wall(kind, fov=(FIELD, FIELD))
+    )
     electrons = DOSE * 100 * PIXEL**2
     counts = np.random.default_rng(rng).poisson(haadf(sample, PIXEL).data * electrons)
-    return Micrograph((counts / electrons).astype("float32"), PIXEL), sample.table[sample.table.trimer >= 0]
+    return Micrograph((counts / electrons).astype("float32"), PIXEL), sample.table[
+        sample.table.trimer >= 0
+    ]
 
 
 def beside(found, true):
     "Measured R columns with order, and the true ones."
     r = found.columns[(found.columns.trimer >= 0) & np.isfinite(found.columns.phi)]
     distance, j = cKDTree(true[["y_nm", "x_nm"]]).query(r[["y_nm", "x_nm"]])
-    return r[distance < .09], true.iloc[j[distance < .09]]
+    return r[distance < 0.09], true.iloc[j[distance < 0.09]]
 
 
 def turned(r, t):
     "Errors of phi, up to the origin of the sublattices, and which columns lie in the core of a wall."
     off = np.angle(np.exp(1j * (r.phi.to_numpy() - t.phi.to_numpy())))
     off = np.angle(np.exp(1j * (off - 2 * np.pi / 3 * np.round(np.median(off) / (2 * np.pi / 3)))))
-    return off, np.abs(np.angle(np.exp(6j * t.phi.to_numpy()))) > .2
+    return off, np.abs(np.angle(np.exp(6j * t.phi.to_numpy()))) > 0.2
 
 
 def crossing(found, true, kind):
@@ -52,12 +57,13 @@ def crossing(found, true, kind):
     along = true[["y_nm", "x_nm"]].to_numpy() @ normal
     phi = np.unwrap(true.phi.to_numpy()[np.argsort(along)])
     share = (phi - phi[0]) / (phi[-1] - phi[0])
-    middle = np.abs(share - .5) < .45
-    line = np.polyfit(np.sort(along)[middle], np.tan(np.pi * (share[middle] - .5) / 2), 1)
+    middle = np.abs(share - 0.5) < 0.45
+    line = np.polyfit(np.sort(along)[middle], np.tan(np.pi * (share[middle] - 0.5) / 2), 1)
     return 1e3 * (w.y_nm * normal[0] + w.x_nm * normal[1] + line[1] / line[0]), 1e3 * w.center_se_nm
 
 
-def rms(v): return float(np.sqrt(np.mean(np.square(v)))) if len(v) else np.nan
+def rms(v):
+    return float(np.sqrt(np.mean(np.square(v)))) if len(v) else np.nan
 
 
 def order(n):
@@ -73,15 +79,28 @@ def order(n):
             off.append(a), core.append(b), error.append(r.phi_se.to_numpy())
             d = r.disp_pm.to_numpy() - t.disp_pm.to_numpy()
             moved.append(d), pull.append(d / r.disp_se_pm.to_numpy())
-            if len(found.walls) and kind != "UP": place.append(crossing(found, true, kind))
+            if len(found.walls) and kind != "UP":
+                place.append(crossing(found, true, kind))
         off, core, error = (np.concatenate(o) for o in (off, core, error))
         far = ~core
         place = np.reshape(place, (-1, 2))
-        rows.append({"wall": kind, "columns": len(off), "phi, domains °": np.degrees(rms(off[far])), "phi, core °": np.degrees(rms(off[core])),
-                     "stated, core °": np.degrees(rms(error[core])), "pull, domains": rms(off[far] / error[far]), "pull, core": rms(off[core] / error[core]),
-                     "disp pm": rms(np.concatenate(moved)), "pull of disp": rms(np.concatenate(pull)),
-                     "walls": f"{len(place)} of {n if kind != 'UP' else 0}", "off pm, rms": rms(place[:, 0]), "largest": np.abs(place[:, 0]).max(initial=0),
-                     "stated pm": rms(place[:, 1])})
+        rows.append(
+            {
+                "wall": kind,
+                "columns": len(off),
+                "phi, domains °": np.degrees(rms(off[far])),
+                "phi, core °": np.degrees(rms(off[core])),
+                "stated, core °": np.degrees(rms(error[core])),
+                "pull, domains": rms(off[far] / error[far]),
+                "pull, core": rms(off[core] / error[core]),
+                "disp pm": rms(np.concatenate(moved)),
+                "pull of disp": rms(np.concatenate(pull)),
+                "walls": f"{len(place)} of {n if kind != 'UP' else 0}",
+                "off pm, rms": rms(place[:, 0]),
+                "largest": np.abs(place[:, 0]).max(initial=0),
+                "stated pm": rms(place[:, 1]),
+            }
+        )
     return pd.DataFrame(rows).set_index("wall")
 
 
@@ -91,21 +110,37 @@ def acquired(n):
     for name in ("good", "typical", "poor"):
         off, pull, turn, tpull = [], [], [], []
         for i in range(n):
-            s = simulate(Recipe(n=n, preset=name, size=256, pixel_size=.015, seed=7), i)
-            try: found = measure(s.image, "YMnO3")
-            except InputError as error: print(name, i, error); continue
-            r, t = beside(found, s.table[s.table.site == "R"].assign(phi=0.))
+            s = simulate(Recipe(n=n, preset=name, size=256, pixel_size=0.015, seed=7), i)
+            try:
+                found = measure(s.image, "YMnO3")
+            except InputError as error:
+                print(name, i, error)
+                continue
+            r, t = beside(found, s.table[s.table.site == "R"].assign(phi=0.0))
             d = r.disp_pm.to_numpy() - t.disp_pm.to_numpy()
-            if abs(np.corrcoef(r.disp_pm, t.disp_pm)[0, 1]) < .3: print(name, i, "not recognised"); continue
+            if abs(np.corrcoef(r.disp_pm, t.disp_pm)[0, 1]) < 0.3:
+                print(name, i, "not recognised")
+                continue
             off.append(d), pull.append((d - d.mean()) / r.disp_se_pm.to_numpy())
-        rows.append({"preset": name, "images": len(off), "disp pm, rms": rms(np.concatenate([o - o.mean() for o in off])),
-                     "mean of an image pm, rms": rms([o.mean() for o in off]), "pull": rms(np.concatenate(pull)),
-                     "pull, least and most of an image": "{:.2f} to {:.2f}".format(*(f(map(rms, pull)) for f in (min, max)))})
+        rows.append(
+            {
+                "preset": name,
+                "images": len(off),
+                "disp pm, rms": rms(np.concatenate([o - o.mean() for o in off])),
+                "mean of an image pm, rms": rms([o.mean() for o in off]),
+                "pull": rms(np.concatenate(pull)),
+                "pull, least and most of an image": "{:.2f} to {:.2f}".format(
+                    *(f(map(rms, pull)) for f in (min, max))
+                ),
+            }
+        )
     return pd.DataFrame(rows).set_index("preset")
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--quick", action="store_true", help="fewer draws")
     quick = arguments.parse_args().quick
     with pd.option_context("display.width", 250, "display.max_columns", 30):

@@ -1,7 +1,8 @@
 """How fast datasets of nanoparticles are made: images of each preset in one process, and the command with all cores.
 
-    python benchmarks/particles.py [--quick] [--size 512]
+python benchmarks/particles.py [--quick] [--size 512]
 """
+
 import argparse
 import os
 import tempfile
@@ -24,7 +25,9 @@ def one_process(size, n):
             for index in range(n):
                 recipe.make(folder, index)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            particles = pd.DataFrame([recipe.row(folder, index) for index in range(n)]).particles.mean()
+            particles = pd.DataFrame(
+                [recipe.row(folder, index) for index in range(n)]
+            ).particles.mean()
         yield {"preset": preset, "particles": particles, "images/s": n / wall, "per CPU-s": n / cpu}
 
 
@@ -37,13 +40,23 @@ def all_cores(size, n):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer images, for continuous integration")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer images, for continuous integration"
+    )
     parser.add_argument("--size", type=int, default=512, help="pixels along each side")
     args = parser.parse_args()
     n = 3 if args.quick else 20
-    print(pd.DataFrame(one_process(args.size, n)).to_string(index=False, float_format=lambda v: f"{v:.3g}"))
-    print(f"all presets, {os.cpu_count()} processes: {all_cores(args.size, 10 * n):.3g} images/s, start included")
+    print(
+        pd.DataFrame(one_process(args.size, n)).to_string(
+            index=False, float_format=lambda v: f"{v:.3g}"
+        )
+    )
+    print(
+        f"all presets, {os.cpu_count()} processes: {all_cores(args.size, 10 * n):.3g} images/s, start included"
+    )
     print("`per CPU-s` counts all threads. On a busy machine wall times mean little.")
 
 

@@ -16,6 +16,7 @@ each beside its floor, real half against real half. The draws of one scene over 
 microscopes (optics, thickness, dose) of other images.
 The second half of a training lowers its rates to zero. By the clock: half of the minutes at the full rate, then as many steps again.
 """
+
 import argparse
 import json
 import os
@@ -26,7 +27,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): os.environ.setdefault(_name, "1")
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
 warnings.filterwarnings("ignore")
 
 import numpy as np
@@ -34,6 +36,7 @@ import pandas as pd
 import torch
 
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -47,7 +50,13 @@ from microgen.gan.run import train_pix2pix
 from microgen.io import read
 from microgen.metrics.features import random_extractor
 from microgen.metrics.image import ssim
-from microgen.metrics.physics import bragg_transfer, column_errors, position_bound, rms_pm, structure_errors
+from microgen.metrics.physics import (
+    bragg_transfer,
+    column_errors,
+    position_bound,
+    rms_pm,
+    structure_errors,
+)
 from microgen.metrics.sets import copy_test, feature_pair, half_samples, kernel_distance
 from microgen.nets.style import STYLE
 from microgen.plot import show
@@ -71,17 +80,32 @@ def scenes(folder, n):
     for _, row in listed[listed.split == "test"].head(n).iterrows():
         stack = read(row["maps"])
         maps = dict(zip(stack.metadata["channels"], np.asarray(stack.data)))
-        yield read(row["image"]), maps, pd.read_parquet(row["table"]), row["label"], int(Path(row["image"]).stem)
+        yield (
+            read(row["image"]),
+            maps,
+            pd.read_parquet(row["table"]),
+            row["label"],
+            int(Path(row["image"]).stem),
+        )
 
 
 def scan_again(recipe, index):
     "A second scan of one scene: same specimen, optics and settings; other motion and noise."
     d, px = draw(recipe, index), recipe.pixel_size
     shape = (recipe.size + 2 * d.rim,) * 2
-    crystal = columns(recipe.structure, d.fov, d.thickness, origin=d.origin, rotation_deg=d.rotation)
+    crystal = columns(
+        recipe.structure, d.fov, d.thickness, origin=d.origin, rotation_deg=d.rotation
+    )
     tilted = mistilt(displace(crystal, d.field), d.scan.mistilt_mrad, d.scan.mistilt_deg)
     rng = np.random.default_rng([recipe.seed, index, 1])
-    seen = acquire(haadf(tilted, px, d.probe, shape), d.scan, rng, truth_maps(crystal, d.field, shape, px), tilted.table, rim=d.rim)
+    seen = acquire(
+        haadf(tilted, px, d.probe, shape),
+        d.scan,
+        rng,
+        truth_maps(crystal, d.field, shape, px),
+        tilted.table,
+        rim=d.rim,
+    )
     t, end = seen.table[TABLE], (recipe.size - 1) * px
     inside = t.y_nm.between(0, end) & t.x_nm.between(0, end)
     return seen.image, seen.maps, t[inside].reset_index(drop=True)
@@ -93,9 +117,17 @@ def other_microscopes(recipe, index, n):
     shape = (recipe.size + 2 * scene.rim,) * 2
     for k in range(n):
         other = draw(recipe, k)
-        crystal = columns(recipe.structure, scene.fov, other.thickness, origin=scene.origin, rotation_deg=scene.rotation)
+        crystal = columns(
+            recipe.structure,
+            scene.fov,
+            other.thickness,
+            origin=scene.origin,
+            rotation_deg=scene.rotation,
+        )
         ideal = haadf(displace(crystal, scene.field), recipe.pixel_size, other.probe, shape)
-        out.append(unit(acquire(ideal, other.scan, np.random.default_rng([index, k]), rim=scene.rim).data))
+        out.append(
+            unit(acquire(ideal, other.scan, np.random.default_rng([index, k]), rim=scene.rim).data)
+        )
     return np.stack(out)
 
 
@@ -103,10 +135,16 @@ def physics(image, table, maps=None, true=None):
     "Column error; with maps polarity, phase and wall; with the true image the transfer of Bragg reflections."
     e = column_errors(image, table)
     out = {"rms_pm": rms_pm(e), "found": float(e.found.mean())}
-    if maps is None: return out
+    if maps is None:
+        return out
     s = structure_errors(image, table, maps)
-    out |= {"polarity": s["polarity_right"], "phi_deg": s["phi_error_deg"], "wall_cells": s.get("wall_error_nm", np.nan) / CELL_NM,
-            "width_nm": s.get("width_error_nm", np.nan), "walls_found": s.get("walls_found", 0) / s["walls"] if s.get("walls") else np.nan}
+    out |= {
+        "polarity": s["polarity_right"],
+        "phi_deg": s["phi_error_deg"],
+        "wall_cells": s.get("wall_error_nm", np.nan) / CELL_NM,
+        "width_nm": s.get("width_error_nm", np.nan),
+        "walls_found": s.get("walls_found", 0) / s["walls"] if s.get("walls") else np.nan,
+    }
     return out | (bragg(true, image) if true is not None else {})
 
 
@@ -114,7 +152,10 @@ def bragg(true, image):
     "Amplitude of a drawn image over that of the true one: median over the main and over the superlattice reflections of the scene."
     pair = [Micrograph(unit(i.data), i.pixel_size) for i in (true, image)]
     t = bragg_transfer(pair[:1], pair[1:], "YMnO3")
-    return {f"bragg_{kind}": float(t.transfer[(t.kind == kind) & (t.snr_real > 30)].median()) for kind in ("main", "superlattice")}
+    return {
+        f"bragg_{kind}": float(t.transfer[(t.kind == kind) & (t.snr_real > 30)].median())
+        for kind in ("main", "superlattice")
+    }
 
 
 def repeat_scans(folder, n_ssim, n_physics, n_spread):
@@ -123,11 +164,18 @@ def repeat_scans(folder, n_ssim, n_physics, n_spread):
     recipe, rows = read_recipe(folder), []
     for k, (image, _, table, _, index) in enumerate(scenes(folder, n_ssim)):
         again, maps, moved = scan_again(recipe, index)
-        true, others = unit(image.data), other_microscopes(recipe, index, N_SPREAD if k < n_spread else 2)
-        row = {"ssim_same": float(ssim(true[None], unit(again.data)[None], L=2)[0]),
-               "ssim_draw": float(ssim(np.stack([true] * len(others)), others, L=2).mean())}
-        if k < n_physics: row |= {"bound_pm": position_bound(image, table)} | physics(again, moved, maps, image)
-        if k < n_spread: row |= varied(others)
+        true, others = (
+            unit(image.data),
+            other_microscopes(recipe, index, N_SPREAD if k < n_spread else 2),
+        )
+        row = {
+            "ssim_same": float(ssim(true[None], unit(again.data)[None], L=2)[0]),
+            "ssim_draw": float(ssim(np.stack([true] * len(others)), others, L=2).mean()),
+        }
+        if k < n_physics:
+            row |= {"bound_pm": position_bound(image, table)} | physics(again, moved, maps, image)
+        if k < n_spread:
+            row |= varied(others)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -144,20 +192,33 @@ def judge(model, folder, n_ssim, n_physics, n_spread, n_z=16):
     "One row per test scene, and what holds for the set: SSIM of the mean over z and of single draws, physics, spread; sets."
     about, rows, real, fake = model.about, [], [], []
     for k, (image, maps, table, label, index) in enumerate(scenes(folder, n_ssim)):
-        cond = torch.from_numpy(condition(maps, table, image.shape, image.pixel_size, tuple(about["channels"])))
+        cond = torch.from_numpy(
+            condition(maps, table, image.shape, image.pixel_size, tuple(about["channels"]))
+        )
         known, rng = about["vocab"].index(label), np.random.default_rng([7, index])
         mean = model.sample(n_z, (cond, known), rng, noise=False).mean(0)[0].numpy()
         drawn = model.sample(2, (cond, known), rng).numpy()[:, 0]
         true = unit(image.data)
-        own = model.style_of(torch.from_numpy(true)[None, None]).repeat(2, 1) if model.g.z_dim else None
+        own = (
+            model.style_of(torch.from_numpy(true)[None, None]).repeat(2, 1)
+            if model.g.z_dim
+            else None
+        )
         same = model.sample(2, (cond, known), rng, z=own).numpy()[:, 0]
         row = {"ssim_mean": float(ssim(true[None], mean[None], L=2)[0])}
-        row |= {f"ssim_{name}": float(ssim(np.stack([true] * 2), x, L=2).mean()) for name, x in (("same", same), ("draw", drawn))}
+        row |= {
+            f"ssim_{name}": float(ssim(np.stack([true] * 2), x, L=2).mean())
+            for name, x in (("same", same), ("draw", drawn))
+        }
         if k < n_physics:
             for name, x in (("mean", mean), ("same", same[0])):
-                row |= {f"{name}_{a}": b for a, b in physics(Micrograph(x, image.pixel_size), table).items()}
+                row |= {
+                    f"{name}_{a}": b
+                    for a, b in physics(Micrograph(x, image.pixel_size), table).items()
+                }
             row |= physics(Micrograph(drawn[0], image.pixel_size), table, maps, image)
-        if k < n_spread: row |= varied(model.sample(N_SPREAD, (cond, known), rng).numpy()[:, 0])
+        if k < n_spread:
+            row |= varied(model.sample(N_SPREAD, (cond, known), rng).numpy()[:, 0])
         rows.append(row)
         real.append(true)
         fake.append(drawn[0])
@@ -167,21 +228,32 @@ def judge(model, folder, n_ssim, n_physics, n_spread, n_z=16):
 def sets(folder, real, fake, n_train=400):
     "Kernel distance of drawn to true images with its floor, and the copying test, in features of a network with random weights."
     listed, net = list_images(folder), random_extractor()
-    train = np.stack([unit(read(p).data) for p in listed[listed.split == "train"].image.head(n_train)])
+    train = np.stack(
+        [unit(read(p).data) for p in listed[listed.split == "train"].image.head(n_train)]
+    )
     x, y = feature_pair(real, fake, net)
     values, floors = half_samples(x, y, lambda a, b: {"kd": kernel_distance(a, b)})
     both, seen = feature_pair(np.concatenate([real, fake]), train, net)
-    chance, z = copy_test(seen, both[:len(real)], both[len(real):])
-    return {"kd": list(values.kd.quantile([0.5, 0.025, 0.975])), "kd_floor": list(floors.kd.quantile([0.5, 0.025, 0.975])),
-            "kd_n": len(x) // 2, "copy": [chance.value, chance.low, chance.high], "copy_z": float(z)}
+    chance, z = copy_test(seen, both[: len(real)], both[len(real) :])
+    return {
+        "kd": list(values.kd.quantile([0.5, 0.025, 0.975])),
+        "kd_floor": list(floors.kd.quantile([0.5, 0.025, 0.975])),
+        "kd_n": len(x) // 2,
+        "copy": [chance.value, chance.low, chance.high],
+        "copy_z": float(z),
+    }
 
 
 def learn_for(minutes, data, out, **settings):
     "Train by the clock; the learner, its minutes of wall and of CPU."
     wall, cpu = time.perf_counter(), time.process_time()
-    first = train_pix2pix(data, out, epochs=10_000, max_hours=minutes / 120, progress=False, **settings)
+    first = train_pix2pix(
+        data, out, epochs=10_000, max_hours=minutes / 120, progress=False, **settings
+    )
     epochs = max(1, round(2 * first.train_iter / len(first.dls.train)))
-    learn = train_pix2pix(data, out, epochs=epochs, max_hours=minutes / 80, progress=False, **settings)
+    learn = train_pix2pix(
+        data, out, epochs=epochs, max_hours=minutes / 80, progress=False, **settings
+    )
     return learn, (time.perf_counter() - wall) / 60, (time.process_time() - cpu) / 60
 
 
@@ -196,7 +268,11 @@ def one_seed(seed, minutes, epochs, data, out, model, config, bs, counts):
     "Train and judge one seed: a dict of numbers."
     torch.set_num_threads(1)
     settings = {"model": model, "config": config, "bs": bs, "seed": seed}
-    learn, wall, cpu = learn_epochs(epochs, data, out, **settings) if epochs else learn_for(minutes, data, out, **settings)
+    learn, wall, cpu = (
+        learn_epochs(epochs, data, out, **settings)
+        if epochs
+        else learn_for(minutes, data, out, **settings)
+    )
     steps = int(pd.read_csv(Path(out) / "history.csv").step.max())
     about = {"wall_minutes": wall, "cpu_minutes": cpu, "steps": steps, "stopped": learn.stopped}
     return judged(seed, learn.model.eval(), data, counts) | about
@@ -206,21 +282,34 @@ def judged(seed, model, data, counts):
     "The numbers of one trained seed."
     torch.set_num_threads(1)
     table, of_sets = judge(model, data, *counts)
-    print(f"seed {seed}: SSIM {table.ssim_mean.mean():.3f}, columns {aim(table.rms_pm):.3f} pm", flush=True)
-    return {"seed": seed, "parameters": sum(p.numel() for p in model.g.parameters()), "scenes": table.to_dict("list"), "sets": of_sets}
+    print(
+        f"seed {seed}: SSIM {table.ssim_mean.mean():.3f}, columns {aim(table.rms_pm):.3f} pm",
+        flush=True,
+    )
+    return {
+        "seed": seed,
+        "parameters": sum(p.numel() for p in model.g.parameters()),
+        "scenes": table.to_dict("list"),
+        "sets": of_sets,
+    }
 
 
 def only_judged(seed, data, out, counts):
     "Judge a run that is finished."
-    return judged(seed, load_model(out), data, counts) | {"steps": int(pd.read_csv(Path(out) / "history.csv").step.max())}
+    return judged(seed, load_model(out), data, counts) | {
+        "steps": int(pd.read_csv(Path(out) / "history.csv").step.max())
+    }
 
 
 def aim(v, how="rms"):
     "One number of many scenes (and seeds): root mean square, median or mean of what is finite."
     v = np.asarray(v, float)
     v = v[np.isfinite(v)]
-    if not len(v): return np.nan
-    return float({"rms": lambda v: np.sqrt((v**2).mean()), "median": np.median, "mean": np.mean}[how](v))
+    if not len(v):
+        return np.nan
+    return float(
+        {"rms": lambda v: np.sqrt((v**2).mean()), "median": np.median, "mean": np.mean}[how](v)
+    )
 
 
 def over_scenes(statistic, *tables, n=999):
@@ -230,34 +319,52 @@ def over_scenes(statistic, *tables, n=999):
     return statistic(*tables), *np.nanpercentile(draws, (2.5, 97.5))
 
 
-ROWS = [("SSIM, mean over z", "ssim_mean", "mean"), ("SSIM, draws in the scan's own style", "ssim_same", "mean"),
-        ("SSIM, draws in any style; beside: scans by other microscopes", "ssim_draw", "mean"),
-        ("column error of the mean, rms pm", "mean_rms_pm", "rms"), ("column error of draws, rms pm", "rms_pm", "rms"),
-        ("column error of draws in the scan's own style, rms pm", "same_rms_pm", "rms"),
-        ("columns found, draws", "found", "mean"), ("polarity right, draws", "polarity", "mean"),
-        ("phase error of draws, degrees, median of medians", "phi_deg", "median"), ("walls found, draws", "walls_found", "mean"),
-        ("wall error of draws, median, unit cells", "wall_cells", "median"),
-        ("wall width error of draws, median, nm", "width_nm", "median"),
-        ("Bragg transfer of draws, main", "bragg_main", "mean"), ("Bragg transfer of draws, superlattice", "bragg_superlattice", "mean"),
-        ("spread of draws: level", "sd_level", "mean"), ("spread of draws: contrast", "sd_contrast", "mean"),
-        ("spread of draws: noise", "sd_noise", "mean"), ("spread of draws: sharpness", "sd_sharpness", "mean")]
+ROWS = [
+    ("SSIM, mean over z", "ssim_mean", "mean"),
+    ("SSIM, draws in the scan's own style", "ssim_same", "mean"),
+    ("SSIM, draws in any style; beside: scans by other microscopes", "ssim_draw", "mean"),
+    ("column error of the mean, rms pm", "mean_rms_pm", "rms"),
+    ("column error of draws, rms pm", "rms_pm", "rms"),
+    ("column error of draws in the scan's own style, rms pm", "same_rms_pm", "rms"),
+    ("columns found, draws", "found", "mean"),
+    ("polarity right, draws", "polarity", "mean"),
+    ("phase error of draws, degrees, median of medians", "phi_deg", "median"),
+    ("walls found, draws", "walls_found", "mean"),
+    ("wall error of draws, median, unit cells", "wall_cells", "median"),
+    ("wall width error of draws, median, nm", "width_nm", "median"),
+    ("Bragg transfer of draws, main", "bragg_main", "mean"),
+    ("Bragg transfer of draws, superlattice", "bragg_superlattice", "mean"),
+    ("spread of draws: level", "sd_level", "mean"),
+    ("spread of draws: contrast", "sd_contrast", "mean"),
+    ("spread of draws: noise", "sd_noise", "mean"),
+    ("spread of draws: sharpness", "sd_sharpness", "mean"),
+]
 
 
 def report(seeds, again):
     "The table as Markdown: value with its interval over scenes, each seed, and a second scan."
-    lines = ["| held-out walls | generated [95 % over scenes] | each seed | a second scan [95 % over scenes] |", "|---|---|---|---|"]
+    lines = [
+        "| held-out walls | generated [95 % over scenes] | each seed | a second scan [95 % over scenes] |",
+        "|---|---|---|---|",
+    ]
     tables = [pd.DataFrame(s["scenes"]) for s in seeds]
     say = lambda v, low, high: f"{v:.3f} [{low:.3f}, {high:.3f}]"
     for name, key, how in ROWS:
         one, each = lambda t: aim(t, how), ", ".join(f"{aim(t[key], how):.3f}" for t in tables)
         beside = say(*over_scenes(one, column([again], key))) if key in again else ""
-        lines.append(f"| {name} | {say(*over_scenes(one, column(tables, key)))} | {each} | {beside} |")
+        lines.append(
+            f"| {name} | {say(*over_scenes(one, column(tables, key)))} | {each} | {beside} |"
+        )
     lines += _ratios(tables, again, say)
     for s in seeds:
         k = s["sets"]
-        lines.append(f"| seed {s['seed']}: KD(random), N = {k['kd_n']}; floor | {say(*k['kd'])}; {say(*k['kd_floor'])} | | |")
+        lines.append(
+            f"| seed {s['seed']}: KD(random), N = {k['kd_n']}; floor | {say(*k['kd'])}; {say(*k['kd_floor'])} | | |"
+        )
         copied = f"{say(*k['copy'])}, z = {k['copy_z']:.1f}"
-        lines.append(f"| seed {s['seed']}: further from the training set than unseen scans (0.5: as far; 0: copies) | {copied} | | |")
+        lines.append(
+            f"| seed {s['seed']}: further from the training set than unseen scans (0.5: as far; 0: copies) | {copied} | | |"
+        )
     return "\n".join(lines)
 
 
@@ -266,13 +373,20 @@ def column(frames, key):
     return np.stack([f[key].to_numpy(float) for f in frames])
 
 
-RATIOS = [("column error of draws over the Cramér–Rao bound", "rms_pm", "bound_pm", "rms"),
-          ("the same in the scan's own style", "same_rms_pm", "bound_pm", "rms"),
-          ("column error of the mean over the bound", "mean_rms_pm", "bound_pm", "rms"),
-          ("share of the ceiling, SSIM of the mean", "ssim_mean", "ssim_same", "mean"),
-          ("share of the ceiling, SSIM of draws in the scan's own style", "ssim_same", "ssim_same", "mean"),
-          ("share of the ceiling, SSIM of draws in any style", "ssim_draw", "ssim_draw", "mean"),
-          *((f"spread of draws over spread of scans: {v}", f"sd_{v}", f"sd_{v}", "mean") for v in STYLE)]
+RATIOS = [
+    ("column error of draws over the Cramér–Rao bound", "rms_pm", "bound_pm", "rms"),
+    ("the same in the scan's own style", "same_rms_pm", "bound_pm", "rms"),
+    ("column error of the mean over the bound", "mean_rms_pm", "bound_pm", "rms"),
+    ("share of the ceiling, SSIM of the mean", "ssim_mean", "ssim_same", "mean"),
+    (
+        "share of the ceiling, SSIM of draws in the scan's own style",
+        "ssim_same",
+        "ssim_same",
+        "mean",
+    ),
+    ("share of the ceiling, SSIM of draws in any style", "ssim_draw", "ssim_draw", "mean"),
+    *((f"spread of draws over spread of scans: {v}", f"sd_{v}", f"sd_{v}", "mean") for v in STYLE),
+]
 
 
 def _ratios(tables, again, say):
@@ -283,7 +397,11 @@ def _ratios(tables, again, say):
         known = np.isfinite(column([again], bottom)[0])
         below = column([again], bottom)[:, known]
         values = over_scenes(ratio, column(tables, top)[:, known], below)
-        beside = say(*over_scenes(ratio, column([again], top)[:, known], below)) if top == "rms_pm" else ""
+        beside = (
+            say(*over_scenes(ratio, column([again], top)[:, known], below))
+            if top == "rms_pm"
+            else ""
+        )
         each = ", ".join(f"{ratio(column([t], top)[:, known], below):.3f}" for t in tables)
         rows.append(f"| {name} | {say(*values)} | {each} | {beside} |")
     return [*rows, f"| Cramér–Rao bound of the columns, pm | {aim(again['bound_pm']):.3f} | | |"]
@@ -293,19 +411,40 @@ def pictures(model, data, runs, out, per_kind=("UP", "typeC", "typeD")):
     "The two stored pictures: held-out walls with their maps, and the course of training."
     recipe, shown = read_recipe(data), {}
     for scene in scenes(data, 10_000):
-        if scene[3] in per_kind: shown.setdefault(scene[3], scene)
-        if len(shown) == len(per_kind): break
+        if scene[3] in per_kind:
+            shown.setdefault(scene[3], scene)
+        if len(shown) == len(per_kind):
+            break
     titles = ("displacement", "a scan", "a second scan", "drawn", "drawn, another z", "mean over z")
-    fig, axes = plt.subplots(len(shown), len(titles), figsize=(11, 1.95 * len(shown)), dpi=72, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        len(shown),
+        len(titles),
+        figsize=(11, 1.95 * len(shown)),
+        dpi=72,
+        layout="constrained",
+        squeeze=False,
+    )
     for row, (label, (image, maps, table, _, index)) in zip(axes, shown.items()):
-        cond = torch.from_numpy(condition(maps, table, image.shape, image.pixel_size, tuple(model.about["channels"])))
+        cond = torch.from_numpy(
+            condition(maps, table, image.shape, image.pixel_size, tuple(model.about["channels"]))
+        )
         given = cond, model.about["vocab"].index(label)
         mean = model.sample(16, given, 0, noise=False).mean(0)[0].numpy()
         drawn = model.sample(2, given, 1).numpy()[:, 0]
         disp = cond[list(model.about["channels"]).index("disp")].numpy()
-        for ax, panel, title in zip(row, (disp, unit(image.data), unit(scan_again(recipe, index)[0].data), *drawn, mean), titles):
+        for ax, panel, title in zip(
+            row,
+            (disp, unit(image.data), unit(scan_again(recipe, index)[0].data), *drawn, mean),
+            titles,
+        ):
             style = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if panel is disp else {}
-            show(panel, image.pixel_size, ax=ax, title=f"{label}: {title}" if panel is disp else title, **style)
+            show(
+                panel,
+                image.pixel_size,
+                ax=ax,
+                title=f"{label}: {title}" if panel is disp else title,
+                **style,
+            )
     save_picture(fig, Path(out) / "pix2pix_walls.png")
     fig, axes = plt.subplots(1, 2, figsize=(7.4, 2.7), dpi=72, layout="constrained")
     for run in runs:
@@ -313,7 +452,8 @@ def pictures(model, data, runs, out, per_kind=("UP", "typeC", "typeD")):
         valid = h.dropna(subset=["ssim"])
         axes[0].plot(valid.step, valid.ssim, lw=1, label=run.name)
         axes[1].semilogy(h.step, h.g_l1.rolling(20, min_periods=1).mean(), lw=1)
-    axes[0].set(xlabel="step", ylabel="SSIM, validation", ylim=(0.85, 1)); axes[0].legend(fontsize=8)
+    axes[0].set(xlabel="step", ylabel="SSIM, validation", ylim=(0.85, 1))
+    axes[0].legend(fontsize=8)
     axes[1].set(xlabel="step", ylabel="L1, mean over 20 steps")
     save_picture(fig, Path(out) / "pix2pix_training.png")
 
@@ -326,9 +466,13 @@ def save_picture(fig, file):
 
 
 def main():
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ask.add_argument("--minutes", type=float, default=12, help="of training, for each seed")
-    ask.add_argument("--epochs", type=int, help="passes over the training images, instead of minutes")
+    ask.add_argument(
+        "--epochs", type=int, help="passes over the training images, instead of minutes"
+    )
     ask.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     ask.add_argument("--processes", type=int, default=1, help="seeds at once, one core each")
     ask.add_argument("--size", type=int, default=128, help="pixels along each side")
@@ -338,36 +482,78 @@ def main():
     ask.add_argument("--model", default="film", choices=("film", "attention", "router", "plain"))
     ask.add_argument("--config", default="cpu", choices=("small", "cpu", "full"))
     ask.add_argument("--bs", type=int, default=8)
-    ask.add_argument("--judge", type=int, nargs=3, default=(80, 24, 8), help="test scenes for SSIM, for physics, and for spread")
+    ask.add_argument(
+        "--judge",
+        type=int,
+        nargs=3,
+        default=(80, 24, 8),
+        help="test scenes for SSIM, for physics, and for spread",
+    )
     ask.add_argument("--judge-only", action="store_true", help="judge the runs that --keep holds")
     ask.add_argument("--pictures", help="folder for the two pictures of the documentation")
     ask.add_argument("--quick", action="store_true")
     ask.add_argument("--keep", help="folder for data and runs; default: thrown away")
     ask.add_argument("--out", default="pix2pix.json")
     a = ask.parse_args()
-    if a.quick: a.minutes, a.seeds, a.size, a.pixel_size, a.n, a.config, a.judge = 1, [0], 64, 0.03, 100, "small", (10, 4, 2)
-    with TemporaryDirectory() as tmp: run(a, Path(a.keep or tmp))
+    if a.quick:
+        a.minutes, a.seeds, a.size, a.pixel_size, a.n, a.config, a.judge = (
+            1,
+            [0],
+            64,
+            0.03,
+            100,
+            "small",
+            (10, 4, 2),
+        )
+    with TemporaryDirectory() as tmp:
+        run(a, Path(a.keep or tmp))
 
 
 def run(a, folder):
-    recipe = Recipe(walls=tuple(a.walls), n=a.n, size=a.size, pixel_size=a.pixel_size, preset="good", splits=(0.87, 0.03, 0.1), seed=11)
-    data = folder / "walls" if a.judge_only else build(recipe, folder / "walls", workers=a.processes)
+    recipe = Recipe(
+        walls=tuple(a.walls),
+        n=a.n,
+        size=a.size,
+        pixel_size=a.pixel_size,
+        preset="good",
+        splits=(0.87, 0.03, 0.1),
+        seed=11,
+    )
+    data = (
+        folder / "walls" if a.judge_only else build(recipe, folder / "walls", workers=a.processes)
+    )
     runs = [folder / f"seed{s}" for s in a.seeds]
     with ProcessPoolExecutor(a.processes, mp_context=get_context("spawn")) as pool:
         scans = pool.submit(repeat_scans, data, *a.judge)
-        if a.judge_only: jobs = [pool.submit(only_judged, s, data, r, a.judge) for s, r in zip(a.seeds, runs)]
+        if a.judge_only:
+            jobs = [pool.submit(only_judged, s, data, r, a.judge) for s, r in zip(a.seeds, runs)]
         else:
             settings = a.model, a.config, a.bs, a.judge
-            jobs = [pool.submit(one_seed, s, a.minutes, a.epochs, data, r, *settings) for s, r in zip(a.seeds, runs)]
+            jobs = [
+                pool.submit(one_seed, s, a.minutes, a.epochs, data, r, *settings)
+                for s, r in zip(a.seeds, runs)
+            ]
         again, seeds = scans.result(), [job.result() for job in jobs]
-    print(f"a second scan: SSIM {again.ssim_same.mean():.3f}, bound {aim(again.bound_pm):.2f} pm", flush=True)
+    print(
+        f"a second scan: SSIM {again.ssim_same.mean():.3f}, bound {aim(again.bound_pm):.2f} pm",
+        flush=True,
+    )
     where = "GPU" if torch.cuda.is_available() else f"CPU, 1 thread a seed, {os.cpu_count()} cores"
-    found = {"settings": vars(a), "machine": where, "second_scan": again.to_dict("list"), "seeds": seeds}
+    found = {
+        "settings": vars(a),
+        "machine": where,
+        "second_scan": again.to_dict("list"),
+        "seeds": seeds,
+    }
     Path(a.out).write_text(json.dumps(found, indent=1))
-    print(f"\n{a.model}, {a.config} ({seeds[0]['parameters']:,} parameters of the generator), {a.size} px of {a.pixel_size} nm, {where}; "
-          f"steps {[s['steps'] for s in seeds]}, minutes {[round(s.get('wall_minutes', np.nan), 1) for s in seeds]}\n")
+    print(
+        f"\n{a.model}, {a.config} ({seeds[0]['parameters']:,} parameters of the generator), {a.size} px of {a.pixel_size} nm, {where}; "
+        f"steps {[s['steps'] for s in seeds]}, minutes {[round(s.get('wall_minutes', np.nan), 1) for s in seeds]}\n"
+    )
     print(report(seeds, again))
-    if a.pictures: pictures(load_model(runs[0]), data, runs, a.pictures)
+    if a.pictures:
+        pictures(load_model(runs[0]), data, runs, a.pictures)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ Blocks of steps of the two alternate in one process, so that a change of the mac
 the medians of CPU seconds (wall seconds on a GPU). Memory: the largest resident size (allocated memory on a GPU), each in a
 process of its own.
 """
+
 import argparse
 import json
 import os
@@ -22,7 +23,8 @@ import time
 import warnings
 from pathlib import Path
 
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): os.environ.setdefault(_name, "1")
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
 warnings.filterwarnings("ignore")
 
 import numpy as np
@@ -42,23 +44,65 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def nets(width):
     "A small encoder-decoder and a PatchGAN, as in pix2pix."
-    def down(a, b): return nn.Sequential(nn.Conv2d(a, b, 4, 2, 1), nn.InstanceNorm2d(b, affine=True), nn.LeakyReLU(.2))
-    def up(a, b): return nn.Sequential(nn.ConvTranspose2d(a, b, 4, 2, 1), nn.InstanceNorm2d(b, affine=True), nn.ReLU())
+
+    def down(a, b):
+        return nn.Sequential(
+            nn.Conv2d(a, b, 4, 2, 1), nn.InstanceNorm2d(b, affine=True), nn.LeakyReLU(0.2)
+        )
+
+    def up(a, b):
+        return nn.Sequential(
+            nn.ConvTranspose2d(a, b, 4, 2, 1), nn.InstanceNorm2d(b, affine=True), nn.ReLU()
+        )
+
     w = width
-    g = nn.Sequential(down(4, w), down(w, 2 * w), down(2 * w, 4 * w), down(4 * w, 4 * w), up(4 * w, 4 * w), up(4 * w, 2 * w), up(2 * w, w),
-                      nn.ConvTranspose2d(w, 1, 4, 2, 1), nn.Tanh())
-    d = nn.Sequential(down(5, w), down(w, 2 * w), nn.Conv2d(2 * w, 4 * w, 4, 1, 1), nn.LeakyReLU(.2), nn.Conv2d(4 * w, 1, 4, 1, 1))
+    g = nn.Sequential(
+        down(4, w),
+        down(w, 2 * w),
+        down(2 * w, 4 * w),
+        down(4 * w, 4 * w),
+        up(4 * w, 4 * w),
+        up(4 * w, 2 * w),
+        up(2 * w, w),
+        nn.ConvTranspose2d(w, 1, 4, 2, 1),
+        nn.Tanh(),
+    )
+    d = nn.Sequential(
+        down(5, w),
+        down(w, 2 * w),
+        nn.Conv2d(2 * w, 4 * w, 4, 1, 1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(4 * w, 1, 4, 1, 1),
+    )
     with torch.no_grad():
-        for p in [*g.parameters(), *d.parameters()]: p.copy_(.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) if p.ndim > 1 else p)
+        for p in [*g.parameters(), *d.parameters()]:
+            p.copy_(
+                0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+                if p.ndim > 1
+                else p
+            )
     return g.to(DEVICE), d.to(DEVICE)
 
 
 class Fixed:
     "A loader that gives the same batch again: reading data is not what is compared."
-    def __init__(self, batch, n): self.batch, self.n, self.dataset, self.bs = batch, n, range(n * len(batch[0])), len(batch[0])
-    def __len__(self): return self.n
-    def __iter__(self): return iter([self.batch] * self.n)
-    def to(self, device): return self
+
+    def __init__(self, batch, n):
+        self.batch, self.n, self.dataset, self.bs = (
+            batch,
+            n,
+            range(n * len(batch[0])),
+            len(batch[0]),
+        )
+
+    def __len__(self):
+        return self.n
+
+    def __iter__(self):
+        return iter([self.batch] * self.n)
+
+    def to(self, device):
+        return self
 
 
 def batch_of(size, bs):
@@ -67,17 +111,30 @@ def batch_of(size, bs):
     return maps.to(DEVICE), maps.mean(1, keepdim=True).tanh().to(DEVICE)
 
 
-def see(d, batch, y): return d(torch.cat([batch[0], y], 1))
-def generate(m, b): return m.g(b[0])
-def d_loss(m, b, f): return {"real": F.softplus(-see(m.d, b, b[1])).mean(), "fake": F.softplus(see(m.d, b, f)).mean()}
-def g_loss(m, b, f): return {"adv": F.softplus(-see(m.d, b, f)).mean(), "l1": F.l1_loss(f, b[1])}
+def see(d, batch, y):
+    return d(torch.cat([batch[0], y], 1))
+
+
+def generate(m, b):
+    return m.g(b[0])
+
+
+def d_loss(m, b, f):
+    return {
+        "real": F.softplus(-see(m.d, b, b[1])).mean(),
+        "fake": F.softplus(see(m.d, b, f)).mean(),
+    }
+
+
+def g_loss(m, b, f):
+    return {"adv": F.softplus(-see(m.d, b, f)).mean(), "l1": F.l1_loss(f, b[1])}
 
 
 def bare(width, batch):
     "The plain loop: a function that does one step."
     g, d = nets(width)
     m = Parts(g, d)
-    og, od = (torch.optim.Adam(p.parameters(), 2e-4, (.5, .999)) for p in (g, d))
+    og, od = (torch.optim.Adam(p.parameters(), 2e-4, (0.5, 0.999)) for p in (g, d))
 
     def step():
         fake = g(batch[0])
@@ -90,78 +147,144 @@ def bare(width, batch):
         (terms["adv"] + 100 * terms["l1"]).backward()
         d.requires_grad_(True)
         og.step()
+
     return step
 
 
-def clock(): return time.perf_counter() if DEVICE == "cuda" else time.process_time()
+def clock():
+    return time.perf_counter() if DEVICE == "cuda" else time.process_time()
 
 
 class Alternate(Callback):
     "After every block of steps, run a block of the plain loop; time both."
+
     order = 200
-    def __init__(self, step, block): self.bare_step, self.block, self.times, self.begun = step, block, {"microgen": [], "bare": []}, None
+
+    def __init__(self, step, block):
+        self.bare_step, self.block, self.times, self.begun = (
+            step,
+            block,
+            {"microgen": [], "bare": []},
+            None,
+        )
 
     def after_batch(self):
-        if not self.learn.training or self.learn.train_iter % self.block: return
-        if DEVICE == "cuda": torch.cuda.synchronize()
-        if self.begun is not None: self.times["microgen"].append((clock() - self.begun) / self.block)
+        if not self.learn.training or self.learn.train_iter % self.block:
+            return
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        if self.begun is not None:
+            self.times["microgen"].append((clock() - self.begun) / self.block)
         begun = clock()
-        for _ in range(self.block if self.bare_step else 0): self.bare_step()
-        if DEVICE == "cuda": torch.cuda.synchronize()
-        if self.bare_step: self.times["bare"].append((clock() - begun) / self.block)
+        for _ in range(self.block if self.bare_step else 0):
+            self.bare_step()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        if self.bare_step:
+            self.times["bare"].append((clock() - begun) / self.block)
         self.begun = clock()
 
 
-def through_microgen(width, size, bs, steps, block, step=None, ema=None, minutes=10.):
+def through_microgen(width, size, bs, steps, block, step=None, ema=None, minutes=10.0):
     "`train` over a fixed batch; seconds per step in blocks."
     batch = batch_of(size, bs)
     dls = DataLoaders(Fixed(batch, steps), Fixed(batch, 1))
     watch = Alternate(step, block)
-    learn = adversarial_learner(dls, Parts(*nets(width)), generate, d_loss, g_loss, {"l1": 100.}, path=tempfile.gettempdir())
+    learn = adversarial_learner(
+        dls,
+        Parts(*nets(width)),
+        generate,
+        d_loss,
+        g_loss,
+        {"l1": 100.0},
+        path=tempfile.gettempdir(),
+    )
     with tempfile.TemporaryDirectory() as d, learn.no_logging(), random_state_kept():
-        train(learn, 1, Path(d) / "run", ema=ema, preview_every=None, checkpoint_minutes=minutes, cbs=[watch])
+        train(
+            learn,
+            1,
+            Path(d) / "run",
+            ema=ema,
+            preview_every=None,
+            checkpoint_minutes=minutes,
+            cbs=[watch],
+        )
     return watch.times
 
 
 def overhead(width, size, bs, repeats, block):
     rows = []
     for label, ema in (("guard, history, checkpoints", None), ("the same with EMA", 10_000)):
-        times = through_microgen(width, size, bs, (repeats + 1) * block, block, bare(width, batch_of(size, bs)), ema)
+        times = through_microgen(
+            width, size, bs, (repeats + 1) * block, block, bare(width, batch_of(size, bs)), ema
+        )
         mine, plain = np.array(times["microgen"]), np.array(times["bare"][:-1])
         ratio = np.median(mine) / np.median(plain)
         rng = np.random.default_rng(0)
         pick = rng.integers(0, len(mine), (2000, len(mine)))
         low, high = np.percentile(np.median(mine[pick], 1) / np.median(plain[pick], 1), (2.5, 97.5))
         rows.append((label, np.median(plain) * 1e3, np.median(mine) * 1e3, ratio, low, high))
-        print(f"{label:30s} bare {rows[-1][1]:8.2f} ms  microgen {rows[-1][2]:8.2f} ms  ratio {ratio:.4f} ({low:.4f} to {high:.4f})  "
-              f"{bs / np.median(mine):.1f} images/s", flush=True)
+        print(
+            f"{label:30s} bare {rows[-1][1]:8.2f} ms  microgen {rows[-1][2]:8.2f} ms  ratio {ratio:.4f} ({low:.4f} to {high:.4f})  "
+            f"{bs / np.median(mine):.1f} images/s",
+            flush=True,
+        )
     return rows
 
 
 def peak(kind, width, size, bs, steps):
     "Largest memory of one process that trains `steps` steps, MB above the process with nets and batch only."
-    if DEVICE == "cuda": torch.cuda.reset_peak_memory_stats()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     if kind == "bare":
         step = bare(width, batch_of(size, bs))
-        for _ in range(steps): step()
-    else: through_microgen(width, size, bs, steps, steps, ema=10_000 if kind == "ema" else None)
-    if DEVICE == "cuda": return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e3 if sys.platform != "darwin" else 1e6)
+        for _ in range(steps):
+            step()
+    else:
+        through_microgen(width, size, bs, steps, steps, ema=10_000 if kind == "ema" else None)
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1e3 if sys.platform != "darwin" else 1e6
+    )
 
 
 def memory(width, size, bs, steps):
     found = {}
     for kind in ("bare", "microgen", "ema"):
-        command = [sys.executable, __file__, "--peak", kind, "--width", str(width), "--size", str(size), "--bs", str(bs), "--steps", str(steps)]
-        found[kind] = float(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]))
-    print(f"peak memory: bare {found['bare']:.0f} MB, microgen {found['microgen']:.0f} MB (ratio {found['microgen'] / found['bare']:.3f}), "
-          f"with EMA {found['ema']:.0f} MB (ratio {found['ema'] / found['bare']:.3f})", flush=True)
+        command = [
+            sys.executable,
+            __file__,
+            "--peak",
+            kind,
+            "--width",
+            str(width),
+            "--size",
+            str(size),
+            "--bs",
+            str(bs),
+            "--steps",
+            str(steps),
+        ]
+        found[kind] = float(
+            json.loads(
+                subprocess.run(
+                    command, capture_output=True, text=True, check=True
+                ).stdout.splitlines()[-1]
+            )
+        )
+    print(
+        f"peak memory: bare {found['bare']:.0f} MB, microgen {found['microgen']:.0f} MB (ratio {found['microgen'] / found['bare']:.3f}), "
+        f"with EMA {found['ema']:.0f} MB (ratio {found['ema'] / found['bare']:.3f})",
+        flush=True,
+    )
 
 
 def kills(trials):
     "Runs killed twice with SIGKILL at random moments and resumed, compared bit by bit with one that ran through."
     sys.path.insert(0, str(ROOT / "tests"))
     import test_train as t
+
     with tempfile.TemporaryDirectory() as d:
         whole = Path(d) / "whole"
         t.finish(t.start(whole))
@@ -169,15 +292,23 @@ def kills(trials):
         for trial in range(trials):
             rng, out = random.Random(1000 + trial), Path(d) / f"trial{trial}"
             met += t.kill_and_resume(out, rng, every=rng.choice([1, 2, 5, 7]))
-            try: t.same_run(whole, out)
-            except AssertionError as e: print(f"trial {trial} differs: {e}")
-            else: same += 1
-    print(f"resume after kill -9: {same} of {trials} trials bitwise equal ({met} kills met a running process)", flush=True)
+            try:
+                t.same_run(whole, out)
+            except AssertionError as e:
+                print(f"trial {trial} differs: {e}")
+            else:
+                same += 1
+    print(
+        f"resume after kill -9: {same} of {trials} trials bitwise equal ({met} kills met a running process)",
+        flush=True,
+    )
     return same
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--quick", action="store_true", help="small nets, few repeats, 3 kills")
     p.add_argument("--only", choices=("overhead", "memory", "kills"))
     p.add_argument("--trials", type=int, help="kills")
@@ -189,9 +320,17 @@ if __name__ == "__main__":
     o = p.parse_args()
     width, bs = o.width or (16 if o.quick else 64), o.bs or (8 if o.quick else 16)
     torch.set_num_threads(1)
-    if o.peak: print(json.dumps(peak(o.peak, width, o.size, bs, o.steps)))
+    if o.peak:
+        print(json.dumps(peak(o.peak, width, o.size, bs, o.steps)))
     else:
-        print(f"{DEVICE}, torch {torch.__version__}, {o.size} px, batch {bs}, width {width}, one thread")
-        if o.only in (None, "overhead"): overhead(width, o.size, bs, 10 if o.quick else 30, 10 if o.quick else 4)
-        if o.only in (None, "memory"): memory(width, o.size, bs, o.steps)
-        if o.only in (None, "kills"): sys.exit(kills(o.trials or (3 if o.quick else 20)) < (o.trials or (3 if o.quick else 20)))
+        print(
+            f"{DEVICE}, torch {torch.__version__}, {o.size} px, batch {bs}, width {width}, one thread"
+        )
+        if o.only in (None, "overhead"):
+            overhead(width, o.size, bs, 10 if o.quick else 30, 10 if o.quick else 4)
+        if o.only in (None, "memory"):
+            memory(width, o.size, bs, o.steps)
+        if o.only in (None, "kills"):
+            sys.exit(
+                kills(o.trials or (3 if o.quick else 20)) < (o.trials or (3 if o.quick else 20))
+            )

@@ -22,50 +22,61 @@ def _asked(low, high, whole, above):
     "What to give: 'a number of at least 0 and at most 1'."
     limits = [f"{'more than' if above else 'at least'} {low:g}"] if low > -inf else []
     limits += [f"at most {high:g}"] if high < inf else []
-    return f"a {'whole' if whole else 'finite'} number" + (f" of {' and '.join(limits)}" if limits else "")
+    return f"a {'whole' if whole else 'finite'} number" + (
+        f" of {' and '.join(limits)}" if limits else ""
+    )
 
 # %% ../nbs/00d_check.ipynb #f2b79458
 def check_number(
-    name: str, # of the setting, for the message
-    value, # a number
-    low: float = -inf, # the least that is allowed
-    high: float = inf, # the most that is allowed
-    whole: bool = False, # a whole number: an int comes back
-    above: bool = False, # `low` itself is not allowed
-) -> float: # the number; an int when it is to be whole
+    name: str,  # of the setting, for the message
+    value,  # a number
+    low: float = -inf,  # the least that is allowed
+    high: float = inf,  # the most that is allowed
+    whole: bool = False,  # a whole number: an int comes back
+    above: bool = False,  # `low` itself is not allowed
+) -> float:  # the number; an int when it is to be whole
     """Check one number.
     Raises: InputError with what to give instead."""
     number = _number(value)
-    if not low <= number <= high or (above and number == low) or (whole and not number.is_integer()):
+    if (
+        not low <= number <= high
+        or (above and number == low)
+        or (whole and not number.is_integer())
+    ):
         raise InputError(f"{name} is {value!r}: give {_asked(low, high, whole, above)}.")
     return int(number) if whole else number
 
 # %% ../nbs/00d_check.ipynb #38beb05b
 def check_numbers(
-    name: str, # of the setting, for the message
-    value, # numbers
-) -> tuple: # of floats
+    name: str,  # of the setting, for the message
+    value,  # numbers
+) -> tuple:  # of floats
     """Check a list of numbers.
     Raises: InputError with what to give instead."""
     numbers = [_number(v) for v in value] if isinstance(value, (tuple, list)) else [float("nan")]
-    if not all(map(isfinite, numbers)): raise InputError(f"{name} is {value!r}: give finite numbers, such as (3, 1, 1).")
+    if not all(map(isfinite, numbers)):
+        raise InputError(f"{name} is {value!r}: give finite numbers, such as (3, 1, 1).")
     return tuple(numbers)
 
 # %% ../nbs/00d_check.ipynb #dbdcff0d
 def check_range(
-    name: str, # of the setting, for the message
-    value, # a pair (low, high), or one number that is both
-    low: float = -inf, # the least that is allowed
-    high: float = inf, # the most that is allowed
-    whole: bool = False, # whole numbers: ints come back
-    above: bool = False, # `low` itself is not allowed
-) -> tuple: # (low, high), low not above high
+    name: str,  # of the setting, for the message
+    value,  # a pair (low, high), or one number that is both
+    low: float = -inf,  # the least that is allowed
+    high: float = inf,  # the most that is allowed
+    whole: bool = False,  # whole numbers: ints come back
+    above: bool = False,  # `low` itself is not allowed
+) -> tuple:  # (low, high), low not above high
     """Check a range.
     Raises: InputError with what to give instead."""
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    try: numbers = tuple(check_number(name, v, low, high, whole, above) for v in pair)
-    except InputError: numbers = ()
+    try:
+        numbers = tuple(check_number(name, v, low, high, whole, above) for v in pair)
+    except InputError:
+        numbers = ()
     if len(numbers) != 2 or numbers[0] > numbers[1]:
-        raise InputError(f"{name} is {value!r}: give {_asked(low, high, whole, above)}, or a pair (low, high) of them "
-                         "with low not above high.")
+        raise InputError(
+            f"{name} is {value!r}: give {_asked(low, high, whole, above)}, or a pair (low, high) of them "
+            "with low not above high."
+        )
     return numbers

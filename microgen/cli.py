@@ -23,58 +23,93 @@ from fastcore.docments import docments
 from .core import InputError, MicrogenError
 
 # %% ../nbs/98_cli.ipynb #d4aaf35a
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Micrographs whose truth is known: simulate them, measure them, learn from them.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Micrographs whose truth is known: simulate them, measure them, learn from them.",
+)
 
 
 def command(
-    function, # function with a comment beside each parameter; parameters without default are arguments
-) -> Callable: # the same function, registered as a command of `app`
+    function,  # function with a comment beside each parameter; parameters without default are arguments
+) -> Callable:  # the same function, registered as a command of `app`
     "Make a command of a function: its comments become the help."
     words = docments(function, returns=False)
-    params = [_option(p, words.get(name)) for name, p in inspect.signature(function).parameters.items()]
+    params = [
+        _option(p, words.get(name)) for name, p in inspect.signature(function).parameters.items()
+    ]
 
     @wraps(function)
     def run(*args, **kwargs):
         with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("ignore", FutureWarning)  # words of one library to another, nothing that a user can mend
-            try: return function(*args, **kwargs)
-            except MicrogenError as error: _stop(_as_options(str(error), function), 1)
-            except KeyboardInterrupt: _stop("stopped by the user; what was finished is kept.", 130)
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # words of one library to another, nothing that a user can mend
+            try:
+                return function(*args, **kwargs)
+            except MicrogenError as error:
+                _stop(_as_options(str(error), function), 1)
+            except KeyboardInterrupt:
+                _stop("stopped by the user; what was finished is kept.", 130)
             finally:
-                for one in dict.fromkeys(str(w.message) for w in said): typer.secho(f"microgen: {one}", fg="yellow", err=True)
+                for one in dict.fromkeys(str(w.message) for w in said):
+                    typer.secho(f"microgen: {one}", fg="yellow", err=True)
 
     run.__signature__ = inspect.Signature(params)
     app.command(help=inspect.getdoc(function))(run)
     return function
 
 
-NAMES = {"arch": ("--model",), "paired": ("--paired/--unpaired",)}  # options whose name is not that of the parameter
+NAMES = {
+    "arch": ("--model",),
+    "paired": ("--paired/--unpaired",),
+}  # options whose name is not that of the parameter
 
 
 def _option(param, words):
-    if param.default is inspect.Parameter.empty: return param.replace(annotation=Annotated[param.annotation, typer.Argument(help=words)])
-    return param.replace(annotation=Annotated[param.annotation, typer.Option(*NAMES.get(param.name, ()), help=words)])
+    if param.default is inspect.Parameter.empty:
+        return param.replace(annotation=Annotated[param.annotation, typer.Argument(help=words)])
+    return param.replace(
+        annotation=Annotated[param.annotation, typer.Option(*NAMES.get(param.name, ()), help=words)]
+    )
 
 
-_PYTHON = {"real_pixel_size": "--pixel-size", "workers": "--workers"}  # names that Python functions give to what an option sets
+_PYTHON = {
+    "real_pixel_size": "--pixel-size",
+    "workers": "--workers",
+}  # names that Python functions give to what an option sets
 
 
 def _as_options(message, function):
     "The same sentence with options in place of Python's keywords: pixel_size=0.02 as --pixel-size 0.02."
     params = inspect.signature(function).parameters.values()
-    names = {p.name: NAMES.get(p.name, (f"--{p.name.replace('_', '-')}",))[0] for p in params if p.default is not p.empty}
+    names = {
+        p.name: NAMES.get(p.name, (f"--{p.name.replace('_', '-')}",))[0]
+        for p in params
+        if p.default is not p.empty
+    }
     for name, option in (_PYTHON | names).items():
-        message = re.sub(rf"(?<![\w-]){name}=(?=(\S?))", lambda m: option + (" " if re.match(r"[\w'\"(]", m[1]) else ""), message)
-    return re.sub(r"as (--[\w-]+) in nm per pixel, as \1 NM on the command line", r"as \1 NM (nm per pixel)", message)
+        message = re.sub(
+            rf"(?<![\w-]){name}=(?=(\S?))",
+            lambda m: option + (" " if re.match(r"[\w'\"(]", m[1]) else ""),
+            message,
+        )
+    return re.sub(
+        r"as (--[\w-]+) in nm per pixel, as \1 NM on the command line",
+        r"as \1 NM (nm per pixel)",
+        message,
+    )
 
 
 def _some(true, otherwise):
-    if not true: raise MicrogenError(otherwise)
+    if not true:
+        raise MicrogenError(otherwise)
 
 
-def _leave(code): raise typer.Exit(code)
+def _leave(code):
+    raise typer.Exit(code)
 
 
 def _stop(message, code):
@@ -82,65 +117,85 @@ def _stop(message, code):
     raise typer.Exit(code)
 
 
-def main(): # nothing: runs the command line
+def main():  # nothing: runs the command line
     "Run the command line."
     app(prog_name="microgen")
 
 # %% ../nbs/98_cli.ipynb #23e448b9
 @command
 def simulate(
-    out: Path = Path("dataset"), # folder to write
-    structure: str = "YMnO3",    # shipped name (see `microgen structures`) or CIF file
+    out: Path = Path("dataset"),  # folder to write
+    structure: str = "YMnO3",  # shipped name (see `microgen structures`) or CIF file
     walls: str = "UP,DN,typeC",  # wall names, separated by commas (see `microgen walls`)
-    shares: str = "",            # share of each wall, separated by commas; equal when not given
-    n: int = 3000,               # images
-    size: int = 256,             # pixels along each side
-    pixel_size: float = 0.015,   # nm
-    preset: str = "typical",     # scan preset: ideal, good, typical or poor
-    thickness: str = "5,10",     # specimen thickness in nm: one number or low,high
-    partial: bool = False,       # accept a crystal whose sites are partly occupied: 0.75 of a site is drawn as 0.75 of an atom
-    seed: int = 0,               # root seed
-    workers: int = 0,            # processes; 0 takes one per core
-    scheduler: str = "",         # address of a Dask scheduler, such as tcp://host:8786
+    shares: str = "",  # share of each wall, separated by commas; equal when not given
+    n: int = 3000,  # images
+    size: int = 256,  # pixels along each side
+    pixel_size: float = 0.015,  # nm
+    preset: str = "typical",  # scan preset: ideal, good, typical or poor
+    thickness: str = "5,10",  # specimen thickness in nm: one number or low,high
+    partial: bool = False,  # accept a crystal whose sites are partly occupied: 0.75 of a site is drawn as 0.75 of an atom
+    seed: int = 0,  # root seed
+    workers: int = 0,  # processes; 0 takes one per core
+    scheduler: str = "",  # address of a Dask scheduler, such as tcp://host:8786
 ):
     "Simulate a dataset of labelled STEM images."
     from microgen.data.build import build
     from microgen.data.walls import Recipe
 
-    recipe = Recipe(structure=structure, walls=_names(walls), shares=_numbers("shares", shares), n=n, size=size,
-                    pixel_size=pixel_size, preset=preset, thickness_nm=_range("thickness", thickness), partial=partial, seed=seed)
+    recipe = Recipe(
+        structure=structure,
+        walls=_names(walls),
+        shares=_numbers("shares", shares),
+        n=n,
+        size=size,
+        pixel_size=pixel_size,
+        preset=preset,
+        thickness_nm=_range("thickness", thickness),
+        partial=partial,
+        seed=seed,
+    )
     folder = build(recipe, out, workers=workers or None, scheduler=scheduler or None, progress=True)
     typer.echo(f"{n} images in {folder}")
 
 
-def _names(text): return tuple(name.strip() for name in text.split(",") if name.strip())
+def _names(text):
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _numbers(option, text):
-    if not text: return None
-    try: return tuple(float(x) for x in text.split(","))
-    except ValueError: raise InputError(f"--{option} {text!r} is not a list of numbers: write it like 0.5,0.3,0.2.") from None
+    if not text:
+        return None
+    try:
+        return tuple(float(x) for x in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"--{option} {text!r} is not a list of numbers: write it like 0.5,0.3,0.2."
+        ) from None
 
 
 def _range(option, text):
     numbers = _numbers(option, text)
     if numbers is None or len(numbers) > 2:
-        raise InputError(f"--{option} {text!r} is neither one number nor low,high: write it like 5 or 5,10.")
+        raise InputError(
+            f"--{option} {text!r} is neither one number nor low,high: write it like 5 or 5,10."
+        )
     return (numbers[0], numbers[-1])
 
 # %% ../nbs/98_cli.ipynb #a1a2e79d
 @command
 def particles(
-    out: Path = Path("particles"),   # folder to write
+    out: Path = Path("particles"),  # folder to write
     preset: str = "gold_on_carbon",  # preset names, separated by commas; all takes every one
-    shares: str = "",                # share of each preset, separated by commas; equal when not given
-    n: int = 1000,                   # images
-    size: int = 512,                 # pixels along each side
-    pixel_size: str = "",            # nm: one number or low,high; that of each preset when not given
-    setting: Optional[list[str]] = None, # of the scene, NAME=VALUE or NAME=low,high; as often as needed
-    seed: int = 0,                   # root seed
-    workers: int = 0,                # processes; 0 takes one per core
-    scheduler: str = "",             # address of a Dask scheduler, such as tcp://host:8786
+    shares: str = "",  # share of each preset, separated by commas; equal when not given
+    n: int = 1000,  # images
+    size: int = 512,  # pixels along each side
+    pixel_size: str = "",  # nm: one number or low,high; that of each preset when not given
+    setting: Optional[
+        list[str]
+    ] = None,  # of the scene, NAME=VALUE or NAME=low,high; as often as needed
+    seed: int = 0,  # root seed
+    workers: int = 0,  # processes; 0 takes one per core
+    scheduler: str = "",  # address of a Dask scheduler, such as tcp://host:8786
 ):
     """Simulate a dataset of nanoparticle images with the mask and the table of every particle.
 
@@ -150,9 +205,15 @@ def particles(
     from microgen.sem.preset import PRESETS
 
     low_high = _range("pixel-size", pixel_size) if pixel_size else None
-    recipe = ParticleRecipe(presets=tuple(PRESETS) if preset == "all" else _names(preset), n=n, size=size, seed=seed,
-                            pixel_size=low_high[0] if low_high and len(set(low_high)) == 1 else low_high,
-                            shares=_numbers("shares", shares), settings=dict(map(_setting, setting or ())))
+    recipe = ParticleRecipe(
+        presets=tuple(PRESETS) if preset == "all" else _names(preset),
+        n=n,
+        size=size,
+        seed=seed,
+        pixel_size=low_high[0] if low_high and len(set(low_high)) == 1 else low_high,
+        shares=_numbers("shares", shares),
+        settings=dict(map(_setting, setting or ())),
+    )
     folder = build(recipe, out, workers=workers or None, scheduler=scheduler or None, progress=True)
     typer.echo(f"{n} images in {folder}")
 
@@ -160,21 +221,33 @@ def particles(
 def _setting(text):
     name, equals, value = (part.strip() for part in text.partition("="))
     if not (equals and name and value):
-        raise InputError(f"--setting {text!r} is not NAME=VALUE: write it like gsd=1.5 or gsd=1.2,1.6.")
-    try: values = json.loads(f"[{value}]")
-    except ValueError: return name, value
+        raise InputError(
+            f"--setting {text!r} is not NAME=VALUE: write it like gsd=1.5 or gsd=1.2,1.6."
+        )
+    try:
+        values = json.loads(f"[{value}]")
+    except ValueError:
+        return name, value
     return name, tuple(values) if len(values) > 1 else values[0]
 
 # %% ../nbs/98_cli.ipynb #e8abb5af
 @command
 def measure(
-    image: Path,                      # micrograph: .tif .png .jpg .dm3 .dm4 .ser .emd .mrc .hspy .hdf5
-    structure: Optional[str] = None,  # shipped name or CIF file; without it columns are found but not named
-    pixel_size: Optional[float] = None, # nm per pixel, when the file does not tell
-    zone: Optional[str] = None,       # direction towards the viewer, such as 1,0,0; that of the structure when not given
-    up: Optional[str] = None,         # direction that points up, such as 0,0,1; that of the structure when not given
-    rotation: Optional[float] = None, # degrees by which the crystal is turned, to 3; 180 when the image is stored upside down
-    out: Path = Path("measured"),     # folder to write
+    image: Path,  # micrograph: .tif .png .jpg .dm3 .dm4 .ser .emd .mrc .hspy .hdf5
+    structure: Optional[
+        str
+    ] = None,  # shipped name or CIF file; without it columns are found but not named
+    pixel_size: Optional[float] = None,  # nm per pixel, when the file does not tell
+    zone: Optional[
+        str
+    ] = None,  # direction towards the viewer, such as 1,0,0; that of the structure when not given
+    up: Optional[
+        str
+    ] = None,  # direction that points up, such as 0,0,1; that of the structure when not given
+    rotation: Optional[
+        float
+    ] = None,  # degrees by which the crystal is turned, to 3; 180 when the image is stored upside down
+    out: Path = Path("measured"),  # folder to write
 ):
     "Find and fit the columns of a micrograph; recover displacements and walls."
     from microgen.io import read
@@ -182,88 +255,148 @@ def measure(
 
     given = {"zone": _direction("zone", zone), "up": _direction("up", up), "rotation_deg": rotation}
     given = {name: value for name, value in given.items() if value is not None}
-    _some(structure or not given, "--zone, --up and --rotation are those of a lattice: give its --structure too.")
+    _some(
+        structure or not given,
+        "--zone, --up and --rotation are those of a lattice: give its --structure too.",
+    )
     found = measure(read(image, pixel_size=pixel_size), structure, **given)
     found.save(out)
     typer.echo(f"{len(found.columns)} columns and {len(found.walls)} walls in {out}")
 
 # %% ../nbs/98_cli.ipynb #f138588f
 def _direction(option, text):
-    if not text: return None
+    if not text:
+        return None
     numbers = _numbers(option, text)
-    if len(numbers) != 3: raise InputError(f"--{option} {text!r} is no direction: write three numbers like 1,0,0.")
+    if len(numbers) != 3:
+        raise InputError(f"--{option} {text!r} is no direction: write three numbers like 1,0,0.")
     return numbers
 
 # %% ../nbs/98_cli.ipynb #9882d5f1
 @command
 def count(
-    images: list[Path],                # micrographs of one sample, or folders of them
-    pixel_size: Optional[float] = None, # nm per pixel of all, where the files do not tell
-    calibrate: bool = False,           # inject particles of known size, and say what share is missed
-    ecsa: str = "",                    # measured surface area and what is assumed, such as m2_g=62,density=21.45; calibrates too
-    out: Path = Path("counted"),       # folder to write: one folder per image, summary.csv, and the fits of all together
-    n: int = 2000,                     # particles injected into each image
-    setting: Optional[list[str]] = None, # of the detector, NAME=VALUE, such as polarity=dark; as often as needed
-    seed: int = 0,                     # root seed of the injections
-    workers: int = 0,                  # processes; 0 takes one per core
+    images: list[Path],  # micrographs of one sample, or folders of them
+    pixel_size: Optional[float] = None,  # nm per pixel of all, where the files do not tell
+    calibrate: bool = False,  # inject particles of known size, and say what share is missed
+    ecsa: str = "",  # measured surface area and what is assumed, such as m2_g=62,density=21.45; calibrates too
+    out: Path = Path(
+        "counted"
+    ),  # folder to write: one folder per image, summary.csv, and the fits of all together
+    n: int = 2000,  # particles injected into each image
+    setting: Optional[
+        list[str]
+    ] = None,  # of the detector, NAME=VALUE, such as polarity=dark; as often as needed
+    seed: int = 0,  # root seed of the injections
+    workers: int = 0,  # processes; 0 takes one per core
 ):
     "Count and size particles, say what is missed, carry it to surface area."
     from microgen.count.detect import Detector
     from microgen.count.sample import count_sample
 
-    sample = count_sample(images, out, pixel_size, calibrate, ecsa or None, _detector(Detector(), setting or ()), n, seed,
-                          workers or -1, progress=True)
+    sample = count_sample(
+        images,
+        out,
+        pixel_size,
+        calibrate,
+        ecsa or None,
+        _detector(Detector(), setting or ()),
+        n,
+        seed,
+        workers or -1,
+        progress=True,
+    )
     typer.echo(str(sample))
-    _some((sample.table.error == "").any(), f"no image could be counted; {out / 'summary.csv'} says why.")
+    _some(
+        (sample.table.error == "").any(),
+        f"no image could be counted; {out / 'summary.csv'} says why.",
+    )
     typer.echo(f"Tables, labels and overlays are in {out}")
-    if getattr(sample, "missing", ""): _leave(1)
+    if getattr(sample, "missing", ""):
+        _leave(1)
 
 
 def _detector(detector, settings):
     given = dict(map(_setting, settings))
     if strange := set(given) - set(detector.__dataclass_fields__):
-        raise InputError(f"The detector has no setting {min(strange)!r}: use {', '.join(detector.__dataclass_fields__)}.")
+        raise InputError(
+            f"The detector has no setting {min(strange)!r}: use {', '.join(detector.__dataclass_fields__)}."
+        )
     return replace(detector, **given)
 
 # %% ../nbs/98_cli.ipynb #283a5bd3
 @command
 def train(
-    model: str,                         # what to train: pix2pix
-    data: Path = Path("dataset"),       # dataset folder of `microgen simulate`
-    real: Optional[Path] = None,        # folder of real images that join without maps
-    arch: str = "film",                 # film, attention, router or plain
-    epochs: int = 100,                  # passes over the training images, earlier ones included
-    out: Path = Path("run"),            # run folder; an existing run continues
-    size: Optional[int] = None,         # side of random crops, pixels; whole images when not given
-    bs: int = 8,                        # images in a batch
-    config: Optional[str] = None,       # size of the networks: small, cpu or full; chosen by image size and machine when not given
-    gan: str = "lsgan",                 # adversarial loss: vanilla, lsgan, hinge or relativistic
-    lr: Optional[float] = None,         # learning rate of the generator; that of the config when not given
-    weight: Optional[list[str]] = None, # of a loss term, NAME=VALUE, such as adv=0.05; as often as needed
-    init: Optional[Path] = None,        # run whose weights to start from
-    freeze: str = "",                   # parts that stay as they are, separated by commas, such as g.unet.down
-    ratio: float = 0.25,                # share of real images in a batch
-    pixel_size: Optional[float] = None, # nm per pixel of real images whose files do not say
-    group: Optional[str] = None,        # column of metadata.csv, or pattern of paths, that says what stays together: a specimen
-    properties: str = "",               # columns of metadata.csv that are conditions too, separated by commas, such as dose
-    contrast: float = 0.0,              # contrast of training images varies by factors exp(±contrast)
-    gamma: float = 0.0,                 # gamma of training images varies by factors exp(±gamma)
-    best_by: str = "auto",              # ssim, valid_loss: the epoch that is best in it; none: the last; auto: ssim, the last with --real
-    patience: Optional[int] = None,     # stop after so many epochs without a better one
-    preview_every: Optional[int] = None, # steps between previews; twenty in all when not given
-    bf16: bool = False,                 # mixed precision: faster and smaller on a GPU
-    seed: int = 0,                      # of weights, split, order and noise
+    model: str,  # what to train: pix2pix
+    data: Path = Path("dataset"),  # dataset folder of `microgen simulate`
+    real: Optional[Path] = None,  # folder of real images that join without maps
+    arch: str = "film",  # film, attention, router or plain
+    epochs: int = 100,  # passes over the training images, earlier ones included
+    out: Path = Path("run"),  # run folder; an existing run continues
+    size: Optional[int] = None,  # side of random crops, pixels; whole images when not given
+    bs: int = 8,  # images in a batch
+    config: Optional[
+        str
+    ] = None,  # size of the networks: small, cpu or full; chosen by image size and machine when not given
+    gan: str = "lsgan",  # adversarial loss: vanilla, lsgan, hinge or relativistic
+    lr: Optional[float] = None,  # learning rate of the generator; that of the config when not given
+    weight: Optional[
+        list[str]
+    ] = None,  # of a loss term, NAME=VALUE, such as adv=0.05; as often as needed
+    init: Optional[Path] = None,  # run whose weights to start from
+    freeze: str = "",  # parts that stay as they are, separated by commas, such as g.unet.down
+    ratio: float = 0.25,  # share of real images in a batch
+    pixel_size: Optional[float] = None,  # nm per pixel of real images whose files do not say
+    group: Optional[
+        str
+    ] = None,  # column of metadata.csv, or pattern of paths, that says what stays together: a specimen
+    properties: str = "",  # columns of metadata.csv that are conditions too, separated by commas, such as dose
+    contrast: float = 0.0,  # contrast of training images varies by factors exp(±contrast)
+    gamma: float = 0.0,  # gamma of training images varies by factors exp(±gamma)
+    best_by: str = "auto",  # ssim, valid_loss: the epoch that is best in it; none: the last; auto: ssim, the last with --real
+    patience: Optional[int] = None,  # stop after so many epochs without a better one
+    preview_every: Optional[int] = None,  # steps between previews; twenty in all when not given
+    bf16: bool = False,  # mixed precision: faster and smaller on a GPU
+    seed: int = 0,  # of weights, split, order and noise
     max_hours: Optional[float] = None,  # stop cleanly after so many hours; the same line continues
 ):
     "Train a generator and judge it; the same line continues a run that was stopped."
     _some(model == "pix2pix", f"There is no model {model!r} to train: use pix2pix.")
     from microgen.gan.run import train_pix2pix
 
-    learn = train_pix2pix(data, out, real, arch, epochs, size, bs, config, gan, dict(map(_setting, weight or ())) or None, lr,
-                          ratio, pixel_size, seed, max_hours, init, _names(freeze), None if best_by == "none" else best_by, patience,
-                          preview_every, "bf16" if bf16 else None, group, _names(properties), contrast, gamma)
-    for row in learn.model.facts.get("metrics") or (): typer.echo(_metric(row))
-    typer.echo(f"Stopped: {learn.stopped}. The same line goes on." if learn.stopped else f"The trained model is in {out / 'model'}")
+    learn = train_pix2pix(
+        data,
+        out,
+        real,
+        arch,
+        epochs,
+        size,
+        bs,
+        config,
+        gan,
+        dict(map(_setting, weight or ())) or None,
+        lr,
+        ratio,
+        pixel_size,
+        seed,
+        max_hours,
+        init,
+        _names(freeze),
+        None if best_by == "none" else best_by,
+        patience,
+        preview_every,
+        "bf16" if bf16 else None,
+        group,
+        _names(properties),
+        contrast,
+        gamma,
+    )
+    for row in learn.model.facts.get("metrics") or ():
+        typer.echo(_metric(row))
+    typer.echo(
+        f"Stopped: {learn.stopped}. The same line goes on."
+        if learn.stopped
+        else f"The trained model is in {out / 'model'}"
+    )
 
 
 def _metric(row):
@@ -273,45 +406,65 @@ def _metric(row):
 
 @command
 def sample(
-    run: Path,                        # run folder of `microgen train`, or a model folder
-    maps: Optional[Path] = None,      # dataset folder whose truth maps to draw
-    walls: str = "",                  # instead: names of new walls, separated by commas (see `microgen walls`)
-    n: int = 16,                      # images
-    out: Path = Path("samples"),      # dataset folder to write
-    domain: str = "simulated",        # whose style: simulated, or real after a training with --real
-    prop: Optional[list[str]] = None, # a condition of the training, NAME=VALUE, such as dose=3000; as often as needed
-    size: Optional[int] = None,       # side of new walls, pixels; that of the training when not given
-    seed: int = 0,                    # of walls, latent variables and noise
+    run: Path,  # run folder of `microgen train`, or a model folder
+    maps: Optional[Path] = None,  # dataset folder whose truth maps to draw
+    walls: str = "",  # instead: names of new walls, separated by commas (see `microgen walls`)
+    n: int = 16,  # images
+    out: Path = Path("samples"),  # dataset folder to write
+    domain: str = "simulated",  # whose style: simulated, or real after a training with --real
+    prop: Optional[
+        list[str]
+    ] = None,  # a condition of the training, NAME=VALUE, such as dose=3000; as often as needed
+    size: Optional[int] = None,  # side of new walls, pixels; that of the training when not given
+    seed: int = 0,  # of walls, latent variables and noise
 ):
     "Draw images of new walls, or of given maps, with a trained generator."
     from microgen.gan.run import sample_run
 
     props = dict(map(_setting, prop or ())) or None
-    folder = sample_run(run, maps, _names(walls) or None, n, out, seed, size, domain=domain, props=props)
+    folder = sample_run(
+        run, maps, _names(walls) or None, n, out, seed, size, domain=domain, props=props
+    )
     typer.echo(f"{n} images with their truth in {folder}")
 
 
 @command
 def compare(
-    real: Path,                         # images or dataset folder that is taken as real
-    fake: Path,                         # images or dataset folder to compare with it
-    out: Path = Path("compared"),       # folder to write: report.html and tables
-    train: Optional[Path] = None,       # images that the generator saw, to test for copies
-    ceiling: Optional[Path] = None,     # second scans of the real scenes: what noise leaves of similarity
-    paired: Optional[bool] = None,      # whether images belong together in order; found out when not given
-    structure: Optional[str] = None,    # shipped name or CIF: columns are found again and measured
-    weights: Optional[Path] = None,     # Inception weights; adds FID
-    pixel_size: Optional[float] = None, # nm per pixel of files that do not say
-    seed: int = 0,                      # of subsamples and intervals
+    real: Path,  # images or dataset folder that is taken as real
+    fake: Path,  # images or dataset folder to compare with it
+    out: Path = Path("compared"),  # folder to write: report.html and tables
+    train: Optional[Path] = None,  # images that the generator saw, to test for copies
+    ceiling: Optional[
+        Path
+    ] = None,  # second scans of the real scenes: what noise leaves of similarity
+    paired: Optional[
+        bool
+    ] = None,  # whether images belong together in order; found out when not given
+    structure: Optional[str] = None,  # shipped name or CIF: columns are found again and measured
+    weights: Optional[Path] = None,  # Inception weights; adds FID
+    pixel_size: Optional[float] = None,  # nm per pixel of files that do not say
+    seed: int = 0,  # of subsamples and intervals
 ):
     "Say how alike two sets of images are: intensities, spectra, features, physics."
     from microgen.metrics.compare import compare
     from microgen.metrics.features import inception_extractor, random_extractor
 
     extractors = [random_extractor(), inception_extractor(weights)] if weights else None
-    result = compare(real, fake, out, train=train, ceiling=ceiling, paired=paired, structure=structure, extractors=extractors,
-                     pixel_size=pixel_size, rng=seed, progress=True)
-    for note in result.notes: typer.echo(note)
+    result = compare(
+        real,
+        fake,
+        out,
+        train=train,
+        ceiling=ceiling,
+        paired=paired,
+        structure=structure,
+        extractors=extractors,
+        pixel_size=pixel_size,
+        rng=seed,
+        progress=True,
+    )
+    for note in result.notes:
+        typer.echo(note)
     typer.echo(f"The report is {out / 'report.html'}")
 
 # %% ../nbs/98_cli.ipynb #dd203e39
@@ -329,22 +482,26 @@ def walls():
     from microgen.stem.wall import wall_names
 
     typer.echo(wall_names().to_string(index=False))
-    typer.echo("Any pair of states is a wall too, such as 'alpha+|beta-', with the angle between its normal and c as in "
-               "'alpha+|alpha-@0'; and 'vortex', 'antivortex', 'network'.")
+    typer.echo(
+        "Any pair of states is a wall too, such as 'alpha+|beta-', with the angle between its normal and c as in "
+        "'alpha+|alpha-@0'; and 'vortex', 'antivortex', 'network'."
+    )
 
 # %% ../nbs/98_cli.ipynb #3ef1845f
 @command
 def tour(
-    out: Path = Path("tour"),           # folder to write; the report is out/report.html
-    image: Optional[Path] = None,       # a micrograph of yours to measure as well
-    structure: str = "YMnO3",           # structure of that micrograph: shipped name or CIF file
-    pixel_size: Optional[float] = None, # its nm per pixel, when the file does not tell
-    seed: int = 0,                      # root seed
+    out: Path = Path("tour"),  # folder to write; the report is out/report.html
+    image: Optional[Path] = None,  # a micrograph of yours to measure as well
+    structure: str = "YMnO3",  # structure of that micrograph: shipped name or CIF file
+    pixel_size: Optional[float] = None,  # its nm per pixel, when the file does not tell
+    seed: int = 0,  # root seed
 ):
     "Simulate, measure and compare with the truth; write one HTML report."
     from microgen.tour import tour
 
-    report = tour(out, image=image, structure=structure, pixel_size=pixel_size, seed=seed, progress=True)
+    report = tour(
+        out, image=image, structure=structure, pixel_size=pixel_size, seed=seed, progress=True
+    )
     typer.echo(f"The report is {report}")
 
 

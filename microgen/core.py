@@ -36,15 +36,18 @@ class MissingExtra(MicrogenError, ImportError):
 # %% ../nbs/00_core.ipynb #3bbef0d7
 class ReadError(MicrogenError, OSError):
     "A file that cannot be read: its path, the reader that tried, and the cause in one sentence."
-    def __init__(self,
-        path, # the file
-        reader: str = "microgen", # what tried to read it, such as "tifffile"
-        cause: str = "it cannot be read", # why it failed, and the remedy where there is one
+
+    def __init__(
+        self,
+        path,  # the file
+        reader: str = "microgen",  # what tried to read it, such as "tifffile"
+        cause: str = "it cannot be read",  # why it failed, and the remedy where there is one
     ):
         self.path, self.reader, self.cause = str(path), str(reader), " ".join(str(cause).split())
         super().__init__(f"Cannot read {self.path} ({self.reader}): {self.cause}")
 
-    def __reduce__(self): return type(self), (self.path, self.reader, self.cause)
+    def __reduce__(self):
+        return type(self), (self.path, self.reader, self.cause)
 
 # %% ../nbs/00_core.ipynb #6f0617d1
 class UncalibratedError(ReadError, UnitError):
@@ -53,51 +56,72 @@ class UncalibratedError(ReadError, UnitError):
 # %% ../nbs/00_core.ipynb #819ddbc9
 class WriteError(MicrogenError, OSError):
     "A file that cannot be written: its path and the cause; what was there before is intact."
-    def __init__(self,
-        path, # the file
-        cause: str = "it cannot be written", # why, and the remedy where there is one
+
+    def __init__(
+        self,
+        path,  # the file
+        cause: str = "it cannot be written",  # why, and the remedy where there is one
     ):
         self.path, self.cause = str(path), " ".join(str(cause).split())
         super().__init__(f"Cannot write {self.path}: {self.cause}")
 
-    def __reduce__(self): return type(self), (self.path, self.cause)
+    def __reduce__(self):
+        return type(self), (self.path, self.cause)
 
 # %% ../nbs/00_core.ipynb #03117a34
 def require(
-    module: str, # module to import, such as "h5py" or "ncempy.io.dm"
-    extra: str, # the extra of microgen that installs it, such as "em"
-) -> ModuleType: # the module
+    module: str,  # module to import, such as "h5py" or "ncempy.io.dm"
+    extra: str,  # the extra of microgen that installs it, such as "em"
+) -> ModuleType:  # the module
     """Import a module of an optional extra.
     Raises: MissingExtra with the pip line when it is not installed."""
-    try: return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
     except ImportError as e:
         cure = f'install it with: pip install "microgen[{extra}]"'
         raise MissingExtra(f"{module} is not usable here ({e}); {cure}") from e
 
 # %% ../nbs/00_core.ipynb #87b1d17e
 def as_rng(
-    rng=None, # int, np.random.Generator, np.random.SeedSequence, torch.Generator, or None for fresh entropy
-) -> np.random.Generator: # a generator; the one given, when it is one
+    rng=None,  # int, np.random.Generator, np.random.SeedSequence, torch.Generator, or None for fresh entropy
+) -> np.random.Generator:  # a generator; the one given, when it is one
     """Make a NumPy random generator of any of the usual kinds of seed.
     Raises: InputError for anything that is no seed."""
-    if isinstance(rng, np.random.Generator): return rng
-    if rng is None or isinstance(rng, np.random.SeedSequence): return np.random.default_rng(rng)
+    if isinstance(rng, np.random.Generator):
+        return rng
+    if rng is None or isinstance(rng, np.random.SeedSequence):
+        return np.random.default_rng(rng)
     if isinstance(rng, Integral) and not isinstance(rng, bool) and rng >= 0:
         return np.random.default_rng(int(rng))
     if type(rng).__module__.startswith("torch"):
         import torch
+
         words = torch.randint(0, 2**32, (4,), generator=rng, device=rng.device)
         return np.random.default_rng([int(w) for w in words])
-    raise InputError(f"rng={rng!r} is no seed; give an integer from 0 up, a NumPy Generator or SeedSequence, "
-                     "or a torch Generator.")
+    raise InputError(
+        f"rng={rng!r} is no seed; give an integer from 0 up, a NumPy Generator or SeedSequence, "
+        "or a torch Generator."
+    )
 
 # %% ../nbs/00_core.ipynb #b63f98fb
-_NM = {"fm": 1e-6, "pm": 1e-3, "nm": 1.0, "µm": 1e3, "um": 1e3, "micron": 1e3, "mm": 1e6, "cm": 1e7, "m": 1e9,
-       "inch": 25.4e6,
-       **dict.fromkeys(("å", "a", "ang", "angstrom", "ångström", "ångstrom", "angström"), 0.1)}
+_NM = {
+    "fm": 1e-6,
+    "pm": 1e-3,
+    "nm": 1.0,
+    "µm": 1e3,
+    "um": 1e3,
+    "micron": 1e3,
+    "mm": 1e6,
+    "cm": 1e7,
+    "m": 1e9,
+    "inch": 25.4e6,
+    **dict.fromkeys(("å", "a", "ang", "angstrom", "ångström", "ångstrom", "angström"), 0.1),
+}
 _LONG = {"pico": "pm", "nano": "nm", "micro": "um", "milli": "mm", "centi": "cm", "": "m"}
-_THREE_WAYS = ("give it as pixel_size= in nm per pixel, as --pixel-size NM on the command line, "
-               "or save the file again with its calibration (pm, Å, nm, µm, mm or m)")
+_THREE_WAYS = (
+    "give it as pixel_size= in nm per pixel, as --pixel-size NM on the command line, "
+    "or save the file again with its calibration (pm, Å, nm, µm, mm or m)"
+)
 
 # %% ../nbs/00_core.ipynb #bb28af53
 def _unit_key(unit) -> str:
@@ -105,92 +129,117 @@ def _unit_key(unit) -> str:
     unit = unit.decode("utf-8", "replace") if isinstance(unit, bytes) else str(unit or "")
     unit = re.sub(r"\\u00[bB]5", "µ", unit).replace("μ", "µ")
     key = unicodedata.normalize("NFC", unit).strip(" \0[]()")
-    if key == "M" or key in ("Mm", "MM"): return key  # a megametre is no millimetre
+    if key == "M" or key in ("Mm", "MM"):
+        return key  # a megametre is no millimetre
     key = key.lower()
     long = re.fullmatch(r"(pico|nano|micro|milli|centi|)met(?:er|re)s?", key)
-    if long: return _LONG[long[1]]
+    if long:
+        return _LONG[long[1]]
     return key.removesuffix("s") if key in ("microns", "angstroms", "ångströms") else key
 
 # %% ../nbs/00_core.ipynb #6426e4ce
 def to_nm(
-    value, # length, number or array
-    unit: str, # its unit: fm, pm, Å, nm, µm, mm, cm, m, and their usual spellings
-) -> float: # the length in nm; an array for an array
+    value,  # length, number or array
+    unit: str,  # its unit: fm, pm, Å, nm, µm, mm, cm, m, and their usual spellings
+) -> float:  # the length in nm; an array for an array
     """Convert a length to nanometres.
     Raises: UnitError when the unit is missing, a pixel, an angle or a reciprocal length."""
     key = _unit_key(unit)
-    if key in _NM: return (np.asarray(value, float) if np.ndim(value) else float(value)) * _NM[key]
+    if key in _NM:
+        return (np.asarray(value, float) if np.ndim(value) else float(value)) * _NM[key]
     if re.match(r"1\s*/|/", key) or re.search(r"(\^|\*\*)?\s*[-−]\s*1$|⁻¹$", key):
-        raise UnitError(f"the unit {unit!r} is a reciprocal length: this is a diffraction pattern or a "
-                        "Fourier transform, not an image.")
+        raise UnitError(
+            f"the unit {unit!r} is a reciprocal length: this is a diffraction pattern or a "
+            "Fourier transform, not an image."
+        )
     if key in ("", "none", "<undefined>", "px", "pixel", "pixels", "pix"):
         unit = str(unit or "")
-        raise UnitError(f"the unit {unit!r} is no length, so the pixel size is not known: {_THREE_WAYS}.")
+        raise UnitError(
+            f"the unit {unit!r} is no length, so the pixel size is not known: {_THREE_WAYS}."
+        )
     raise UnitError(f"the unit {unit!r} is not a length (pm, Å, nm, µm, mm, m): {_THREE_WAYS}.")
 
 # %% ../nbs/00_core.ipynb #da16d460
 def check_positive(
-    name: str, # what the value is called, for the message
-    value, # a number
-) -> float: # the value as a float
+    name: str,  # what the value is called, for the message
+    value,  # a number
+) -> float:  # the value as a float
     """Return a number that is finite and above zero.
     Raises: InputError naming the value."""
-    try: number = float(value)
+    try:
+        number = float(value)
     except (TypeError, ValueError):
         raise InputError(f"{name}={value!r} is no number; give one above zero.") from None
-    if not 0 < number < np.inf: raise InputError(f"{name}={value!r} must be a finite number above zero.")
+    if not 0 < number < np.inf:
+        raise InputError(f"{name}={value!r} must be a finite number above zero.")
     return number
 
 # %% ../nbs/00_core.ipynb #4988d9b2
 def check_finite(
-    name: str, # what the array is called, for the message
-    array, # numbers, any shape
-) -> np.ndarray: # the array
+    name: str,  # what the array is called, for the message
+    array,  # numbers, any shape
+) -> np.ndarray:  # the array
     """Return an array that holds neither NaN nor infinity.
     Raises: InputError with their number and the place of the first."""
     array = np.asarray(array)
     bad = ~np.isfinite(array)
     if bad.any():
         where = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise InputError(f"{name} holds {int(bad.sum())} values that are NaN or infinite, the first at "
-                         f"{where}; crop or replace them.")
+        raise InputError(
+            f"{name} holds {int(bad.sum())} values that are NaN or infinite, the first at "
+            f"{where}; crop or replace them."
+        )
     return array
 
 # %% ../nbs/00_core.ipynb #8f698166
 def check_image(
-    image, # (H, W) or (C, H, W), any real number type
-    name: str = "image", # what it is called, for the message
-) -> np.ndarray: # the same as float32
+    image,  # (H, W) or (C, H, W), any real number type
+    name: str = "image",  # what it is called, for the message
+) -> np.ndarray:  # the same as float32
     """Return an image as finite float32.
     Raises: InputError for complex data, a wrong number of axes, no pixels, NaN or infinity."""
     array = np.asarray(image)
     if array.dtype.kind == "c":
         raise InputError(f"{name} is complex; take its modulus, phase or real part first.")
-    if array.dtype.kind not in "biuf": raise InputError(f"{name} holds {array.dtype}, not numbers.")
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"{name} holds {array.dtype}, not numbers.")
     if array.ndim not in (2, 3):
-        raise InputError(f"{name} has shape {array.shape}; an image is (H, W) or (C, H, W): "
-                         "pick one of a stack.")
-    if not array.size: raise InputError(f"{name} has shape {array.shape}: it holds no pixel.")
+        raise InputError(
+            f"{name} has shape {array.shape}; an image is (H, W) or (C, H, W): pick one of a stack."
+        )
+    if not array.size:
+        raise InputError(f"{name} has shape {array.shape}: it holds no pixel.")
     if array.ndim == 3 and array.shape[-1] in (3, 4) and array.shape[0] > 4:
-        raise InputError(f"{name} has shape {array.shape}, channels last; use np.moveaxis({name}, -1, 0).")
-    with np.errstate(over="ignore"): return check_finite(name, np.ascontiguousarray(array, np.float32))
+        raise InputError(
+            f"{name} has shape {array.shape}, channels last; use np.moveaxis({name}, -1, 0)."
+        )
+    with np.errstate(over="ignore"):
+        return check_finite(name, np.ascontiguousarray(array, np.float32))
 
 # %% ../nbs/00_core.ipynb #c457c589
 def _pixel_size(pixel_size, unit="nm") -> tuple:
     "(py, px) in nm of one number or a pair."
-    if pixel_size is None: raise UnitError(f"the pixel size is not known: {_THREE_WAYS}.")
+    if pixel_size is None:
+        raise UnitError(f"the pixel size is not known: {_THREE_WAYS}.")
     pair = np.asarray(to_nm(np.asarray(pixel_size, float), unit)).ravel()
     if len(pair) not in (1, 2):
-        raise InputError(f"pixel_size={pixel_size!r} must be one number or a pair (y, x) in nm per pixel.")
-    return tuple(check_positive("pixel_size", p) for p in (pair if len(pair) == 2 else pair.repeat(2)))
+        raise InputError(
+            f"pixel_size={pixel_size!r} must be one number or a pair (y, x) in nm per pixel."
+        )
+    return tuple(
+        check_positive("pixel_size", p) for p in (pair if len(pair) == 2 else pair.repeat(2))
+    )
 
 # %% ../nbs/00_core.ipynb #cc0a4276
 def _resample(data, pixel_size, new):
     "Image on the grid (i new_y, j new_x): Gaussian against aliasing, then cubic spline."
     from scipy.ndimage import affine_transform, gaussian_filter
+
     ratio = np.array([q / p for p, q in zip(pixel_size, new)])
     shape = tuple(max(1, round(n / r)) for n, r in zip(data.shape, ratio))
-    sigma = np.sqrt(np.maximum(ratio**2 - 1, 0)) / 2  # halves the contrast near the new Nyquist frequency
+    sigma = (
+        np.sqrt(np.maximum(ratio**2 - 1, 0)) / 2
+    )  # halves the contrast near the new Nyquist frequency
     smooth = gaussian_filter(data, sigma, mode="reflect") if sigma.any() else data
     return affine_transform(smooth, ratio, output_shape=shape, order=3, mode="reflect")
 
@@ -199,7 +248,9 @@ def _pair(name, value) -> tuple:
     "Two positive whole numbers of one or a pair."
     pair = np.ravel(value)
     if len(pair) not in (1, 2) or any(v != int(v) or v < 1 for v in pair):
-        raise InputError(f"{name}={value!r} must be a whole number of pixels above zero, or two of them.")
+        raise InputError(
+            f"{name}={value!r} must be a whole number of pixels above zero, or two of them."
+        )
     return tuple(int(v) for v in np.broadcast_to(pair, 2))
 
 # %% ../nbs/00_core.ipynb #e19ce85f
@@ -207,10 +258,13 @@ def _pair(name, value) -> tuple:
 class Micrograph:
     """A calibrated image: float32 pixels, the pixel size in nm, and where it comes from.
     Raises: InputError or UnitError when the data are no image or the pixel size is no length."""
-    data: np.ndarray # (H, W) or (C, H, W), kept as float32
-    pixel_size: tuple # (py, px) in nm per pixel; one number stands for both
-    metadata: dict = field(default_factory=dict) # what the file or the simulation says about the image
-    source: str = "" # where it comes from: a file name or the recipe
+
+    data: np.ndarray  # (H, W) or (C, H, W), kept as float32
+    pixel_size: tuple  # (py, px) in nm per pixel; one number stands for both
+    metadata: dict = field(
+        default_factory=dict
+    )  # what the file or the simulation says about the image
+    source: str = ""  # where it comes from: a file name or the recipe
 
     def __post_init__(self):
         object.__setattr__(self, "data", check_image(self.data, "data"))
@@ -218,79 +272,97 @@ class Micrograph:
         object.__setattr__(self, "metadata", dict(self.metadata or {}))
 
     @property
-    def shape(self) -> tuple: # (H, W) or (C, H, W)
+    def shape(self) -> tuple:  # (H, W) or (C, H, W)
         "Shape of the data in pixels."
         return self.data.shape
 
     @property
-    def fov(self) -> tuple: # (height, width) in nm
+    def fov(self) -> tuple:  # (height, width) in nm
         "Field of view, pixels times pixel size."
         return tuple(n * p for n, p in zip(self.shape[-2:], self.pixel_size))
 
-    def crop(self,
-        y: int, # top row, px
-        x: int, # left column, px
-        height: int, # px
-        width: int, # px
-    ) -> "Micrograph": # the part, with its own pixels
+    def crop(
+        self,
+        y: int,  # top row, px
+        x: int,  # left column, px
+        height: int,  # px
+        width: int,  # px
+    ) -> "Micrograph":  # the part, with its own pixels
         """Cut out a rectangle.
         Raises: InputError when it leaves the image."""
         H, W = self.shape[-2:]
         if not (0 <= y < y + height <= H and 0 <= x < x + width <= W):
-            raise InputError(f"the crop y={y}, x={x}, height={height}, width={width} leaves the image of "
-                             f"{H} × {W} pixels.")
-        return replace(self, data=self.data[..., y:y + height, x:x + width].copy())
+            raise InputError(
+                f"the crop y={y}, x={x}, height={height}, width={width} leaves the image of "
+                f"{H} × {W} pixels."
+            )
+        return replace(self, data=self.data[..., y : y + height, x : x + width].copy())
 
-    def resample(self,
-        pixel_size, # new pixel size in nm, one number or (py, px)
-    ) -> "Micrograph": # the same field of view to half a pixel
+    def resample(
+        self,
+        pixel_size,  # new pixel size in nm, one number or (py, px)
+    ) -> "Micrograph":  # the same field of view to half a pixel
         "Change the pixel size, without aliasing; the centre of pixel (0, 0) stays where it is."
         new = _pixel_size(pixel_size)
-        planes = [_resample(p, self.pixel_size, new) for p in self.data.reshape(-1, *self.shape[-2:])]
+        planes = [
+            _resample(p, self.pixel_size, new) for p in self.data.reshape(-1, *self.shape[-2:])
+        ]
         data = np.stack(planes).reshape(*self.shape[:-2], *planes[0].shape)
         return replace(self, data=data, pixel_size=new)
 
-    def tiles(self,
-        size, # height and width in px, one number or a pair
-        stride=None, # step in px, one number or a pair; default: size
-    ) -> list: # Micrographs, row by row
+    def tiles(
+        self,
+        size,  # height and width in px, one number or a pair
+        stride=None,  # step in px, one number or a pair; default: size
+    ) -> list:  # Micrographs, row by row
         """Cut into equal tiles; what is left at the right and lower edge is dropped.
         Raises: InputError when one tile is larger than the image."""
         (h, w), (sy, sx) = _pair("size", size), _pair("stride", size if stride is None else stride)
         H, W = self.shape[-2:]
         if h > H or w > W:
             raise InputError(f"a tile of {h} × {w} pixels is larger than the image of {H} × {W}.")
-        return [self.crop(y, x, h, w) for y in range(0, H - h + 1, sy) for x in range(0, W - w + 1, sx)]
+        return [
+            self.crop(y, x, h, w) for y in range(0, H - h + 1, sy) for x in range(0, W - w + 1, sx)
+        ]
 
-    def show(self,
-        **kw, # as `microgen.plot.show`
-    ) -> object: # matplotlib Axes, in nm
+    def show(
+        self,
+        **kw,  # as `microgen.plot.show`
+    ) -> object:  # matplotlib Axes, in nm
         "Draw the image with its scale bar."
         import microgen
+
         return microgen.plot.show(self, **kw)
 
-    def save(self,
-        path, # the file, .tif
-        bits: int = 32, # 32 (float) or 16 (unsigned integer)
-    ) -> Path: # the file
+    def save(
+        self,
+        path,  # the file, .tif
+        bits: int = 32,  # 32 (float) or 16 (unsigned integer)
+    ) -> Path:  # the file
         "Write a calibrated TIFF that ImageJ, HyperSpy and microgen read."
         import microgen
+
         return microgen.io.write_tiff(path, self.data, self.pixel_size, self.metadata, bits)
 
-    def __array__(self, dtype=None, copy=None): return self.data.astype(dtype or np.float32, copy=bool(copy))
+    def __array__(self, dtype=None, copy=None):
+        return self.data.astype(dtype or np.float32, copy=bool(copy))
 
     def __repr__(self):
         (h, w), (py, px) = self.fov, (1e3 * p for p in self.pixel_size)
         size = f"{py:.4g} pm/px" if abs(py - px) < 1e-6 * px else f"({py:.4g}, {px:.4g}) pm/px"
         name = f", {Path(self.source).name}" if self.source else ""
-        return f"Micrograph({' × '.join(map(str, self.shape))} px, {size}, {h:.4g} × {w:.4g} nm{name})"
+        return (
+            f"Micrograph({' × '.join(map(str, self.shape))} px, {size}, {h:.4g} × {w:.4g} nm{name})"
+        )
 
 # %% ../nbs/00_core.ipynb #dcb7cc36
 def _of_hyperspy(signal) -> tuple:
     "Data, pixel size and unit of a HyperSpy signal with two signal axes."
     axes = signal.axes_manager.signal_axes[::-1]  # HyperSpy counts x first
     if len(axes) != 2 or len(signal.axes_manager.navigation_axes):
-        raise InputError(f"the HyperSpy signal {signal!r} is no single image; pick one with .inav[i].")
+        raise InputError(
+            f"the HyperSpy signal {signal!r} is no single image; pick one with .inav[i]."
+        )
     return np.asarray(signal.data), [abs(a.scale) for a in axes], [a.units for a in axes]
 
 # %% ../nbs/00_core.ipynb #55494fa4
@@ -298,7 +370,8 @@ def _of_xarray(array) -> tuple:
     "Data, pixel size and unit of an xarray DataArray; its last two dimensions need even coordinates."
     steps, units = [], []
     for d in array.dims[-2:]:
-        if d not in array.coords or array.sizes[d] < 2: return np.asarray(array.values), None, None
+        if d not in array.coords or array.sizes[d] < 2:
+            return np.asarray(array.values), None, None
         step = np.diff(np.asarray(array.coords[d].values, float))
         if not np.allclose(step, step.mean(), rtol=1e-3, atol=0):
             raise InputError(f"the coordinate {d!r} is not evenly spaced; interpolate it first.")
@@ -310,28 +383,36 @@ def _of_xarray(array) -> tuple:
 def _of_napari(layer) -> tuple:
     "Data, pixel size and unit of a napari layer."
     if getattr(layer, "rgb", False):
-        raise InputError("a colour layer has its channels last; give layer.data as an array (C, H, W).")
+        raise InputError(
+            "a colour layer has its channels last; give layer.data as an array (C, H, W)."
+        )
     units = getattr(layer, "units", None)
     units = None if units is None else [str(u) for u in units][-2:]
     return np.asarray(layer.data), list(layer.scale)[-2:], units
 
 # %% ../nbs/00_core.ipynb #8ada91e5
 def as_micrograph(
-    obj, # Micrograph, array or tensor (H, W) or (C, H, W), HyperSpy signal, xarray DataArray, napari layer
-    pixel_size=None, # one number or (py, px); needed for a plain array, and wins over what the object says
-    unit: str = "nm", # unit of `pixel_size`
-) -> Micrograph: # the calibrated image
+    obj,  # Micrograph, array or tensor (H, W) or (C, H, W), HyperSpy signal, xarray DataArray, napari layer
+    pixel_size=None,  # one number or (py, px); needed for a plain array, and wins over what the object says
+    unit: str = "nm",  # unit of `pixel_size`
+) -> Micrograph:  # the calibrated image
     """Take an image from wherever it is and give it its scale.
     Raises: UnitError when nobody knows the scale, InputError when it is no image."""
     own = _pixel_size(pixel_size, unit) if pixel_size is not None else None
-    if isinstance(obj, Micrograph): return replace(obj, pixel_size=own or obj.pixel_size)
-    if isinstance(obj, (str, Path)): raise InputError(f"{str(obj)!r} is a path; use microgen.read for files.")
+    if isinstance(obj, Micrograph):
+        return replace(obj, pixel_size=own or obj.pixel_size)
+    if isinstance(obj, (str, Path)):
+        raise InputError(f"{str(obj)!r} is a path; use microgen.read for files.")
     kind = type(obj).__name__
     known = {"axes_manager": _of_hyperspy, "coords": _of_xarray, "scale": _of_napari}
-    take = next((f for name, f in known.items() if hasattr(obj, name)), lambda array: (array, None, None))
+    take = next(
+        (f for name, f in known.items() if hasattr(obj, name)), lambda array: (array, None, None)
+    )
     data, scale, units = take(obj)
-    if hasattr(data, "detach"): data = data.detach().cpu().numpy()
+    if hasattr(data, "detach"):
+        data = data.detach().cpu().numpy()
     if own is None and scale is None:
         raise UnitError(f"the pixel size of this {kind} is not known: {_THREE_WAYS}.")
-    if own is None: own = tuple(to_nm(s, u) for s, u in zip(scale, units or (None, None)))
+    if own is None:
+        own = tuple(to_nm(s, u) for s, u in zip(scale, units or (None, None)))
     return Micrograph(data, own, source=kind)

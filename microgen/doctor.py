@@ -24,88 +24,118 @@ from packaging.version import Version
 @dataclass(frozen=True)
 class Check:
     "One line of the doctor's answer."
-    what: str        # what was looked at: a package, a device, a folder
-    found: str       # what it is: version, name, size with unit
-    state: str = "ok" # "ok"; "note": works without it; "problem": something fails
-    remedy: str = "" # the line that mends it, empty when nothing is wrong
+
+    what: str  # what was looked at: a package, a device, a folder
+    found: str  # what it is: version, name, size with unit
+    state: str = "ok"  # "ok"; "note": works without it; "problem": something fails
+    remedy: str = ""  # the line that mends it, empty when nothing is wrong
 
     @property
-    def good(self
-    ) -> bool: # False for a problem
+    def good(self) -> bool:  # False for a problem
         "Does everything work?"
         return self.state != "problem"
 
 # %% ../nbs/94_doctor.ipynb #de475d99
 def check_requirement(
-    need: str, # requirement as packages state it: 'numpy>=1.26', or 'h5py; extra == "em"'
-) -> Check: # installed version against the stated one
+    need: str,  # requirement as packages state it: 'numpy>=1.26', or 'h5py; extra == "em"'
+) -> Check:  # installed version against the stated one
     "Compare the installed version of one package with what is asked of it."
     need = Requirement(need)
     extra = (re.findall(r'extra == "(.+?)"', str(need.marker)) or [""])[0]
-    line = f'pip install "microgen[{extra}]"' if extra else f'pip install "{need.name}{need.specifier}"'
+    line = (
+        f'pip install "microgen[{extra}]"'
+        if extra
+        else f'pip install "{need.name}{need.specifier}"'
+    )
     what = f"{need.name} [{extra}]" if extra else need.name
-    try: version = metadata.version(need.name)
-    except metadata.PackageNotFoundError: return Check(what, "missing", "note" if extra else "problem", line)
-    if need.specifier.contains(version, prereleases=True): return Check(what, version)
+    try:
+        version = metadata.version(need.name)
+    except metadata.PackageNotFoundError:
+        return Check(what, "missing", "note" if extra else "problem", line)
+    if need.specifier.contains(version, prereleases=True):
+        return Check(what, version)
     return Check(what, version, "problem", f'pip install "{need.name}{need.specifier}"')
 
 # %% ../nbs/94_doctor.ipynb #9b355721
-def check_packages() -> list[Check]: # Python, microgen, then one check per requirement
+def check_packages() -> list[Check]:  # Python, microgen, then one check per requirement
     "Compare every package that microgen names with what is installed."
     python = platform.python_version()
     checks = [Check("Python", f"{python} on {platform.system()} {platform.machine()}")]
-    try: version, needs = metadata.version("microgen"), metadata.requires("microgen") or []
+    try:
+        version, needs = metadata.version("microgen"), metadata.requires("microgen") or []
     except metadata.PackageNotFoundError:
         return checks + [Check("microgen", "a folder, not installed", "note", "pip install -e .")]
-    needs = [n for n in needs if not any(f'extra == "{e}"' in n.replace("'", '"') for e in ("dev", "all"))]
-    return checks + [Check("microgen", version), _check_data()] + [check_requirement(n) for n in needs]
+    needs = [
+        n
+        for n in needs
+        if not any(f'extra == "{e}"' in n.replace("'", '"') for e in ("dev", "all"))
+    ]
+    return (
+        checks + [Check("microgen", version), _check_data()] + [check_requirement(n) for n in needs]
+    )
 
 
 def _check_data():
     folder = resources.files("microgen") / "structures"
     n = sum(f.name.endswith(".cif") for f in folder.iterdir()) if folder.is_dir() else 0
-    if n: return Check("shipped structures", f"{n} CIF files")
-    return Check("shipped structures", "none", "problem", "pip install --force-reinstall --no-deps .")
+    if n:
+        return Check("shipped structures", f"{n} CIF files")
+    return Check(
+        "shipped structures", "none", "problem", "pip install --force-reinstall --no-deps ."
+    )
 
 # %% ../nbs/94_doctor.ipynb #df400508
 def torchvision_line(
-    torch: str, # version of torch with its build: '2.13.0', '2.13.0+cpu', '2.13.0+cu126'
-) -> str: # pip command
+    torch: str,  # version of torch with its build: '2.13.0', '2.13.0+cpu', '2.13.0+cu126'
+) -> str:  # pip command
     """The command that installs the torchvision that belongs to this torch.
     Source: github.com/pytorch/vision#installation"""
     version = Version(torch)
-    if version.major != 2: return "pip install --upgrade torch torchvision"
-    index = f" --index-url https://download.pytorch.org/whl/{version.local}" if version.local else ""
+    if version.major != 2:
+        return "pip install --upgrade torch torchvision"
+    index = (
+        f" --index-url https://download.pytorch.org/whl/{version.local}" if version.local else ""
+    )
     fitting = f"==0.{version.minor + 15}.*" if version.minor < 14 else ">=0.29"
     return f'pip install --force-reinstall --no-deps "torchvision{fitting}"{index}'
 
 
 def check_import(
-    module: str, # module to try
-    path: str = "", # folder that is searched first
-    timeout: float = 120, # s
-) -> str: # empty when it works, else the last line of the error
+    module: str,  # module to try
+    path: str = "",  # folder that is searched first
+    timeout: float = 120,  # s
+) -> str:  # empty when it works, else the last line of the error
     "Import a module in a process of its own."
     paths = os.pathsep.join(p for p in (path, os.environ.get("PYTHONPATH")) if p)
-    call = dict(env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=timeout)
-    try: done = subprocess.run([sys.executable, "-c", f"import {module}"], **call)
-    except subprocess.TimeoutExpired: return f"no answer within {timeout:g} s"
-    if done.returncode == 0: return ""
+    call = dict(
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=timeout
+    )
+    try:
+        done = subprocess.run([sys.executable, "-c", f"import {module}"], **call)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {timeout:g} s"
+    if done.returncode == 0:
+        return ""
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 # %% ../nbs/94_doctor.ipynb #ffd8e2c2
 def check_torchvision(
-    path: str = "", # folder that is searched first
-) -> Check: # works, is absent (which is fine), or does not belong to this torch
+    path: str = "",  # folder that is searched first
+) -> Check:  # works, is absent (which is fine), or does not belong to this torch
     "Does torchvision belong to the installed torch?"
     torch = _version("torch")
     vision = _version("torchvision", path)
-    if not torch: return Check("torchvision", vision or "missing", "problem", "pip install torch torchvision")
+    if not torch:
+        return Check("torchvision", vision or "missing", "problem", "pip install torch torchvision")
     line = torchvision_line(torch)
-    if not vision: return Check("torchvision", "missing; simulating and counting do without it", "note", line)
+    if not vision:
+        return Check("torchvision", "missing; simulating and counting do without it", "note", line)
     error = check_import("torchvision", path)
-    if not error: return Check("torchvision", f"{vision}, belongs to torch {torch}")
-    return Check("torchvision", f"{vision} does not belong to torch {torch} ({error})", "problem", line)
+    if not error:
+        return Check("torchvision", f"{vision}, belongs to torch {torch}")
+    return Check(
+        "torchvision", f"{vision} does not belong to torch {torch} ({error})", "problem", line
+    )
 
 
 def _version(package, path=""):
@@ -113,28 +143,41 @@ def _version(package, path=""):
     return next((d.version for d in found), "")
 
 # %% ../nbs/94_doctor.ipynb #5a7b9f88
-def check_devices() -> list[Check]: # processor, memory, then every accelerator
+def check_devices() -> list[Check]:  # processor, memory, then every accelerator
     "Which processors, memory and accelerators can compute here?"
     checks = [_check_cpu(), _check_memory()]
-    try: import torch
-    except Exception as e: # a broken torch raises whatever its loader raises
-        why, line = f"does not load ({type(e).__name__}: {e})", "pip install --force-reinstall torch"
+    try:
+        import torch
+    except Exception as e:  # a broken torch raises whatever its loader raises
+        why, line = (
+            f"does not load ({type(e).__name__}: {e})",
+            "pip install --force-reinstall torch",
+        )
         return checks + [Check("torch", why, "problem", line)]
     checks.append(Check("torch threads", str(torch.get_num_threads())))
-    cuda = [(f"cuda:{i}", torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())]
-    checks += [_check_device(name, f"{p.name}, {p.total_memory / 2**30:.0f} GiB") for name, p in cuda]
-    if torch.backends.mps.is_available(): checks.append(_check_device("mps", "Apple GPU"))
-    if len(checks) == 3: checks.append(Check("accelerator", "none; everything runs on the processor", "note"))
+    cuda = [
+        (f"cuda:{i}", torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())
+    ]
+    checks += [
+        _check_device(name, f"{p.name}, {p.total_memory / 2**30:.0f} GiB") for name, p in cuda
+    ]
+    if torch.backends.mps.is_available():
+        checks.append(_check_device("mps", "Apple GPU"))
+    if len(checks) == 3:
+        checks.append(Check("accelerator", "none; everything runs on the processor", "note"))
     return checks
 
 
 def _check_device(name, what):
     import torch
-    try: total = torch.ones(4, device=name).sum().item()
-    except Exception as e: # the driver's own errors
+
+    try:
+        total = torch.ones(4, device=name).sum().item()
+    except Exception as e:  # the driver's own errors
         line = "install the torch for your driver: https://pytorch.org/get-started/locally"
         return Check(name, f"{what}, fails: {str(e).splitlines()[0]}", "problem", line)
-    if total == 4: return Check(name, what)
+    if total == 4:
+        return Check(name, what)
     return Check(name, f"{what}, 1+1+1+1 gives {total}", "problem", "update the driver")
 
 
@@ -144,44 +187,54 @@ def _check_cpu():
 
 
 def _check_memory():
-    try: page, pages, free = (os.sysconf(n) for n in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
-    except (AttributeError, ValueError, OSError): return Check("memory", "unknown on this system", "note")
+    try:
+        page, pages, free = (
+            os.sysconf(n) for n in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
+        )
+    except (AttributeError, ValueError, OSError):
+        return Check("memory", "unknown on this system", "note")
     return Check("memory", f"{page * pages / 2**30:.1f} GiB, {page * free / 2**30:.1f} GiB unused")
 
 # %% ../nbs/94_doctor.ipynb #a3f68e6b
 def check_folder(
-    folder: str = ".", # folder to write to
-    needed_gb: float = 1.0, # free space below which to warn, GB
-) -> Check: # writable, with how much room
+    folder: str = ".",  # folder to write to
+    needed_gb: float = 1.0,  # free space below which to warn, GB
+) -> Check:  # writable, with how much room
     "Can results be written here?"
     path = os.path.abspath(folder)
     name = os.path.basename(path) or path
     try:
-        with tempfile.TemporaryFile(dir=path) as f: f.write(b"microgen")
+        with tempfile.TemporaryFile(dir=path) as f:
+            f.write(b"microgen")
     except OSError as e:
         why = f"cannot be written ({e.strerror})"
         return Check(f"folder {name}", why, "problem", "give --out FOLDER, one of yours")
     free = shutil.disk_usage(path).free / 1e9
-    if free >= needed_gb: return Check(f"folder {name}", f"writable, {free:.0f} GB free")
+    if free >= needed_gb:
+        return Check(f"folder {name}", f"writable, {free:.0f} GB free")
     return Check(f"folder {name}", f"only {free:.2f} GB free", "problem", "free some space")
 
 # %% ../nbs/94_doctor.ipynb #87abb4f3
 def doctor(
-    folder: str = ".", # folder that results would go to
-) -> list[Check]: # every check, in the order of the answer
+    folder: str = ".",  # folder that results would go to
+) -> list[Check]:  # every check, in the order of the answer
     "Look at versions, devices, extras and the working folder."
     return [*check_packages(), check_torchvision(), *check_devices(), check_folder(folder)]
 
 
 def report(
-    checks: list[Check], # what `doctor` returned
-) -> str: # plain text: one line per check, remedies at the end
+    checks: list[Check],  # what `doctor` returned
+) -> str:  # plain text: one line per check, remedies at the end
     "Write the checks as text to read or to paste into a question."
     mark = {"ok": "  ", "note": "- ", "problem": "! "}
     width = max(len(c.what) for c in checks)
     lines = [f"{mark[c.state]}{c.what:{width}}  {c.found}" for c in checks]
-    notes, problems = ([c for c in checks if c.state == s and c.remedy] for s in ("note", "problem"))
+    notes, problems = (
+        [c for c in checks if c.state == s and c.remedy] for s in ("note", "problem")
+    )
     for title, some in (("If you need it:", notes), ("To mend:", problems)):
         lines += ["", title, *dict.fromkeys(f"  {c.remedy}" for c in some)] if some else []
     n = sum(not c.good for c in checks)
-    return "\n".join([*lines, "", "Everything works." if n == 0 else f"{n} problem{'s' * (n > 1)} found."])
+    return "\n".join(
+        [*lines, "", "Everything works." if n == 0 else f"{n} problem{'s' * (n > 1)} found."]
+    )

@@ -36,11 +36,13 @@ _PAPER = ("inch", "inches", "cm", "mm", "m", "meter", "metre")
 # %% ../nbs/00c_formats.ipynb #c4d70c1f
 def _scale_imagej(page, tif):
     "ImageJ: the unit in the description, pixels per unit in the resolution tags."
-    if not page.is_imagej or not {"XResolution", "YResolution"} <= {t.name for t in page.tags}: return None
+    if not page.is_imagej or not {"XResolution", "YResolution"} <= {t.name for t in page.tags}:
+        return None
     described = tif.imagej_metadata or {}
     y, x = (float(1 / Fraction(*page.tags[k].value)) for k in ("YResolution", "XResolution"))
     unit = str(described.get("unit") or "")
-    if unit.strip().lower() in _PAPER and to_nm(max(y, x), unit) >= 1e4: return None
+    if unit.strip().lower() in _PAPER and to_nm(max(y, x), unit) >= 1e4:
+        return None
     return (y, x), (described.get("yunit") or unit, unit)
 
 # %% ../nbs/00c_formats.ipynb #310b61b9
@@ -59,19 +61,23 @@ def _scale_fei(page, tif):
 def _scale_zeiss(page, tif):
     "Zeiss SmartSEM: two keys with a rounded value and unit; the exact number in metres wins where it agrees."
     meta = (tif.sem_metadata if page.is_sem else None) or {}
-    named = [meta[k][1:3] for k in ("ap_image_pixel_size", "ap_pixel_size") if len(meta.get(k, ())) > 2]
+    named = [
+        meta[k][1:3] for k in ("ap_image_pixel_size", "ap_pixel_size") if len(meta.get(k, ())) > 2
+    ]
     raw = meta.get("", ())
     exact = float(raw[3]) * 1024 / page.shape[1] if len(raw) > 3 else 0.0  # for 1024 pixels
     if named and not abs(1e9 * exact / to_nm(*named[0]) - 1) < 0.01:
         return (named[0][0],) * 2, (named[0][1],) * 2
-    if exact > 0: return (exact, exact), ("m", "m")
+    if exact > 0:
+        return (exact, exact), ("m", "m")
 
 # %% ../nbs/00c_formats.ipynb #c33f2a4a
 def _scale_tvips(page, tif):
     "TVIPS cameras: nm in the file; older tifffile returns it in metres, which no pixel in nm is as small as."
     meta = (tif.tvips_metadata if page.is_tvips else None) or {}
     x, y = meta.get("PixelSizeX"), meta.get("PixelSizeY")
-    if x and y: return (y, x), ("m" if y < 1e-5 else "nm", "m" if x < 1e-5 else "nm")
+    if x and y:
+        return (y, x), ("m" if y < 1e-5 else "nm", "m" if x < 1e-5 else "nm")
 
 # %% ../nbs/00c_formats.ipynb #a6c56dff
 def _scale_ome(page, tif):
@@ -89,17 +95,23 @@ def _tiff_metadata(page, tif) -> dict:
     "What the maker wrote: our own JSON, or the maker's dictionary."
     described = (tif.imagej_metadata or {}) if page.is_imagej else {}
     if str(described.get("Info", "")).startswith("{"):
-        with suppress(ValueError): return json.loads(described["Info"])
+        with suppress(ValueError):
+            return json.loads(described["Info"])
     makers = {"is_fei": "fei_metadata", "is_sem": "sem_metadata", "is_tvips": "tvips_metadata"}
-    found = next((getattr(tif, name) for is_it, name in makers.items() if getattr(page, is_it)), None)
-    kept = {k: v for k, v in described.items() if k not in ("IJMetadata", "LUTs", "ROI", "Overlays")}
+    found = next(
+        (getattr(tif, name) for is_it, name in makers.items() if getattr(page, is_it)), None
+    )
+    kept = {
+        k: v for k, v in described.items() if k not in ("IJMetadata", "LUTs", "ROI", "Overlays")
+    }
     return plain(dict(found or kept))
 
 # %% ../nbs/00c_formats.ipynb #ac40261d
 def _stored(page, end) -> bool:
     "Whether all pixels of a page lie inside the file, and uncompressed ones are as many as it declares."
     places = list(zip(page.dataoffsets, page.databytecounts)) if page is not None else []
-    if not places or not all(start > 0 and 0 < size <= end - start for start, size in places): return False
+    if not places or not all(start > 0 and 0 < size <= end - start for start, size in places):
+        return False
     key = page.keyframe
     bits = key.imagewidth * key.imagelength * key.samplesperpixel * key.bitspersample
     return key.compression != 1 or 8 * sum(page.databytecounts) >= bits
@@ -120,7 +132,7 @@ def _tiff_pixels(path, tif, series, max_bytes, frame):
         check_size(shape, itemsize, max_bytes, end - start)
         dtype = series.dtype.newbyteorder(tif.byteorder)
         return np.fromfile(path, dtype, prod(shape), offset=start).reshape(shape)
-    pages = series.pages[k * each:(k + 1) * each]
+    pages = series.pages[k * each : (k + 1) * each]
     if not pages or not all(_stored(p, end) for p in pages):
         raise Unreadable("its pixels lie outside the file: it is truncated or damaged")
     return (series.asarray() if n == 1 else np.stack([p.asarray() for p in pages])).reshape(shape)
@@ -129,17 +141,24 @@ def _tiff_pixels(path, tif, series, max_bytes, frame):
 def _load_tiff(path, max_bytes, frame, dataset) -> Raw:
     "TIFF by tifffile; ImageJ's calibration line of grey values is applied."
     import tifffile
+
     with tifffile.TiffFile(path) as tif:
         if sum(1 for _ in islice(tif.pages, len(tif.pages) + 1)) > len(tif.pages):
-            raise Unreadable("its list of pages has no end: it is damaged")  # tifffile would follow it for ever
+            raise Unreadable(
+                "its list of pages has no end: it is damaged"
+            )  # tifffile would follow it for ever
         series = tif.series[_dataset_of(range(len(tif.series)), 0 if dataset is None else dataset)]
         page, axes = series.keyframe, [a for a in series.axes if a in "YXSC"]
         data, found = _tiff_pixels(path, tif, series, max_bytes, frame), None
-        if "S" in axes: data = np.moveaxis(data, axes.index("S"), -1)
+        if "S" in axes:
+            data = np.moveaxis(data, axes.index("S"), -1)
         grey = (tif.imagej_metadata or {}) if page.is_imagej else {}
-        if grey.get("cf") == 0 and grey.get("c1"): data = grey["c0"] + grey["c1"] * data.astype(np.float64)
+        if grey.get("cf") == 0 and grey.get("c1"):
+            data = grey["c0"] + grey["c1"] * data.astype(np.float64)
         for maker in _TIFF_SCALES:
-            with suppress(ArithmeticError, LookupError, TypeError, ValueError, ElementTree.ParseError):
+            with suppress(
+                ArithmeticError, LookupError, TypeError, ValueError, ElementTree.ParseError
+            ):
                 found = found or maker(page, tif)
         return Raw(data, *(found or (None, None)), _tiff_metadata(page, tif), "S" in axes)
 
@@ -147,6 +166,7 @@ def _load_tiff(path, max_bytes, frame, dataset) -> Raw:
 def _load_picture(path, max_bytes, frame, dataset) -> Raw:
     "PNG, JPEG and BMP by Pillow, whose own guard against bombs stays on."
     from PIL import Image
+
     with Image.open(path, formats=("PNG", "JPEG", "BMP")) as picture:
         check_size((picture.height, picture.width, len(picture.getbands())), 1, max_bytes)
         known = ("1", "L", "LA", "I", "I;16", "I;16B", "F", "RGB", "RGBA")
@@ -156,19 +176,25 @@ def _load_picture(path, max_bytes, frame, dataset) -> Raw:
 # %% ../nbs/00c_formats.ipynb #6ed239e4
 def _messages(file, start):
     "Type and body of each message in an HDF5 object header of version 1 or 2, with its continuation blocks."
+
     def at(offset, n):
         file.seek(offset)
         return file.read(min(n, 2**20))
+
     head = at(start, 32).ljust(32, b"\0")
     new, flags = head[:4] == b"OHDR", head[5]
-    skip, wide = (6 + 16 * bool(flags & 32) + 4 * bool(flags & 16), 1 << (flags & 3)) if new else (8, 4)
-    todo = [(start + (skip + wide if new else 16), int.from_bytes(head[skip:skip + wide], "little"))]
+    skip, wide = (
+        (6 + 16 * bool(flags & 32) + 4 * bool(flags & 16), 1 << (flags & 3)) if new else (8, 4)
+    )
+    todo = [
+        (start + (skip + wide if new else 16), int.from_bytes(head[skip : skip + wide], "little"))
+    ]
     form = struct.Struct(("<BHB2x" if flags & 4 else "<BHB") if new else "<HHB3x")
     for offset, size in todo:
         block, i = at(offset, size), 0
         while i + form.size <= len(block):
             kind, length, _ = form.unpack_from(block, i)
-            body = block[i + form.size:i + form.size + length]
+            body = block[i + form.size : i + form.size + length]
             i += form.size + length
             if kind == 16 and len(body) >= 16 and len(todo) < 64:
                 begin, length = struct.unpack_from("<QQ", body)
@@ -178,13 +204,18 @@ def _messages(file, start):
 # %% ../nbs/00c_formats.ipynb #506bf910
 def _heap_text(file, length, address, index) -> str:
     "One text of an HDF5 global heap."
-    if not length: return ""
+    if not length:
+        return ""
     file.seek(address)
     head = file.read(16)
-    heap, i = file.read(min(int.from_bytes(head[8:], "little"), 2**24)) if head[:4] == b"GCOL" else b"", 0
+    heap, i = (
+        file.read(min(int.from_bytes(head[8:], "little"), 2**24)) if head[:4] == b"GCOL" else b"",
+        0,
+    )
     while i + 16 <= len(heap):
         number, size = struct.unpack_from("<H6xQ", heap, i)
-        if number == index and length <= size: return heap[i + 16:i + 16 + length].decode("utf-8", "replace")
+        if number == index and length <= size:
+            return heap[i + 16 : i + 16 + length].decode("utf-8", "replace")
         i += 16 + -(-size // 8) * 8
     raise Unreadable("a text in it is missing: it is damaged")
 
@@ -194,15 +225,20 @@ def _attributes(obj) -> dict:
     start, texts = require("h5py.h5o", "em").get_info(obj.id).addr, {}
     with open(obj.file.filename, "rb") as file:
         for kind, body in _messages(file, start):
-            if kind != 12 or len(body) < 9: continue  # 12 is an attribute; inside: name, type, shape, value
+            if kind != 12 or len(body) < 9:
+                continue  # 12 is an attribute; inside: name, type, shape, value
             raw = struct.unpack_from("<3H", body, 2)
-            sizes, name_at = [-(-n // 8) * 8 if body[0] == 1 else n for n in raw], 8 + (body[0] == 3)
-            name = body[name_at:name_at + raw[0]].split(b"\0")[0].decode("utf-8", "replace")
+            sizes, name_at = (
+                [-(-n // 8) * 8 if body[0] == 1 else n for n in raw],
+                8 + (body[0] == 3),
+            )
+            name = body[name_at : name_at + raw[0]].split(b"\0")[0].decode("utf-8", "replace")
             of = name_at + sizes[0]
-            if of + 1 >= len(body) or body[of] & 15 in (0, 1, 3, 8): continue  # whole, float, short text, enum
+            if of + 1 >= len(body) or body[of] & 15 in (0, 1, 3, 8):
+                continue  # whole, float, short text, enum
             any_length = body[of] & 15 == 9 and body[of + 1] & 15 == 1
-            places = body[of + sizes[1] + sizes[2]:] if any_length else b""
-            places = struct.iter_unpack("<IQI", places[:len(places) // 16 * 16])
+            places = body[of + sizes[1] + sizes[2] :] if any_length else b""
+            places = struct.iter_unpack("<IQI", places[: len(places) // 16 * 16])
             found = [_heap_text(file, *p) for p in places]
             texts[name] = found[0] if len(found) == 1 else found
     return {k: obj.attrs[k] for k in obj.attrs if k not in texts} | texts
@@ -225,12 +261,23 @@ def _tree(group, depth=6) -> dict:
 def _hyperspy_images(file, path):
     "HyperSpy's tree Experiments/NAME/data, with one axis group per dimension."
     for name, group in file["Experiments"].items() if "Experiments" in file else ():
-        if "data" not in group: continue
+        if "data" not in group:
+            continue
         axes = [dict(_attributes(group[f"axis-{i}"])) for i in range(group["data"].ndim)][-2:]
-        scale, unit = [abs(float(a["scale"])) for a in axes], [_text(a.get("units", "")) for a in axes]
-        if unit == ["", ""] and path.suffix.lower() == ".hdf5" and all(0.002 <= s <= 0.05 for s in scale):
-            warnings.warn(f"{path.name} states no unit; its scale is read as nm, as in the files of atomap. "
-                          "Give pixel_size= to say otherwise.", stacklevel=5)
+        scale, unit = (
+            [abs(float(a["scale"])) for a in axes],
+            [_text(a.get("units", "")) for a in axes],
+        )
+        if (
+            unit == ["", ""]
+            and path.suffix.lower() == ".hdf5"
+            and all(0.002 <= s <= 0.05 for s in scale)
+        ):
+            warnings.warn(
+                f"{path.name} states no unit; its scale is read as nm, as in the files of atomap. "
+                "Give pixel_size= to say otherwise.",
+                stacklevel=5,
+            )
             unit = ["nm", "nm"]
         yield name, group["data"], scale, unit, lambda g=group: _tree(g["metadata"])
 
@@ -258,12 +305,19 @@ def _berkeley_images(file, path):
             raise Unreadable("its dimensions are no lists of numbers")
         scale = [abs(float(d[-1]) - float(d[0])) / max(d.shape[0] - 1, 1) for d in dims]
         unit = [_text(_attributes(d).get("units", "")).replace("_", "") for d in dims]
-        yield group.name.split("/")[-1], group["data"], scale, unit, lambda: _tree(file["microscope"])
+        yield (
+            group.name.split("/")[-1],
+            group["data"],
+            scale,
+            unit,
+            lambda: _tree(file["microscope"]),
+        )
 
 # %% ../nbs/00c_formats.ipynb #0b4a6e0c
 def _atomap_images(file, path):
     "An atom lattice of atomap: its image; the pixel size stands with the sublattices."
-    if "image_data" not in file or "atom_lattice_type" not in _attributes(file): return
+    if "image_data" not in file or "atom_lattice_type" not in _attributes(file):
+        return
     sizes = [float(_attributes(g)["pixel_size"]) for g in file.values() if "pixel_size" in g.attrs]
     yield "image_data", file["image_data"], [min(sizes, default=0.0)] * 2, ["", ""], dict
 
@@ -274,9 +328,12 @@ def _hdf5_pixels(data, frames_last, max_bytes, frame):
         raise Unreadable("its pixels lie in other files; microgen reads one file at a time")
     if data.ndim < 2 or data.dtype.kind not in "biufc":
         raise Unreadable(f"it holds {data.ndim}-dimensional data of type {data.dtype}, no image")
-    shape, stack = (data.shape[:2], data.shape[2:]) if frames_last else (data.shape[-2:], data.shape[:-2])
+    shape, stack = (
+        (data.shape[:2], data.shape[2:]) if frames_last else (data.shape[-2:], data.shape[:-2])
+    )
     check_size(shape, data.dtype.itemsize, max_bytes)
-    if data.chunks: check_size(data.chunks, data.dtype.itemsize, max_bytes)
+    if data.chunks:
+        check_size(data.chunks, data.dtype.itemsize, max_bytes)
     if not data.id.get_storage_size():
         raise Unreadable("it declares an image but stores no pixel of it: it is truncated")
     k = _frame_of(prod(stack), frame)
@@ -289,15 +346,30 @@ def _load_hdf5(path, max_bytes, frame, dataset) -> Raw:
     with require("h5py", "em").File(path, "r") as file:
         found = next((f for layout in layouts if (f := list(layout(file, path)))), None)
         if found is None:
-            raise Unreadable("it holds no image in the layout of HyperSpy, atomap, Berkeley's EMD or Velox")
+            raise Unreadable(
+                "it holds no image in the layout of HyperSpy, atomap, Berkeley's EMD or Velox"
+            )
         _, data, scale, unit, metadata = found[_dataset_of([f[0] for f in found], dataset)]
         pixels = _hdf5_pixels(data, "Data/Image" in file and data.ndim == 3, max_bytes, frame)
-        with suppress(KeyError): return Raw(pixels, scale, unit, metadata())
+        with suppress(KeyError):
+            return Raw(pixels, scale, unit, metadata())
         return Raw(pixels, scale, unit)
 
 # %% ../nbs/00c_formats.ipynb #4948ccf5
-_DM_TYPES = {1: "i2", 2: "f4", 3: "c8", 6: "u1", 7: "i4", 9: "i1", 10: "u2", 11: "u4", 12: "f8", 13: "c16",
-             14: "u1", 23: "4u1"}
+_DM_TYPES = {
+    1: "i2",
+    2: "f4",
+    3: "c8",
+    6: "u1",
+    7: "i4",
+    9: "i1",
+    10: "u2",
+    11: "u4",
+    12: "f8",
+    13: "c16",
+    14: "u1",
+    23: "4u1",
+}
 
 # %% ../nbs/00c_formats.ipynb #46b4e505
 def _dm_tags(path) -> dict:
@@ -306,7 +378,8 @@ def _dm_tags(path) -> dict:
     file = object.__new__(dm.fileDM)
     try:
         file.__init__(path)
-        with file: return dict(file.allTags)
+        with file:
+            return dict(file.allTags)
     except Exception as e:
         clear_frames(e.__traceback__)
         raise Unreadable(f"its tree of tags is damaged ({type(e).__name__}: {e})") from None
@@ -316,9 +389,12 @@ def _dm_image(tags, key) -> tuple:
     "Type, shape (…, y, x), offset, scale and unit of one image of a tag tree."
     at = lambda name: tags[f"{key}.ImageData.{name}"]
     n = next(i for i in range(1, 6) if f"{key}.ImageData.Dimensions.{i}" not in tags) - 1
-    if n < 2: raise Unreadable("it holds a spectrum, no image")
+    if n < 2:
+        raise Unreadable("it holds a spectrum, no image")
     shape = tuple(int(at(f"Dimensions.{i}")) for i in range(n, 0, -1))
-    scale, unit = ([at(f"Calibrations.Dimension.{i}.{what}") for i in (2, 1)] for what in ("Scale", "Units"))
+    scale, unit = (
+        [at(f"Calibrations.Dimension.{i}.{what}") for i in (2, 1)] for what in ("Scale", "Units")
+    )
     scale, unit = [abs(float(s)) for s in scale], [str(u) for u in unit]
     return int(at("DataType")), shape, int(at("Data.arrayOffset")), scale, unit
 
@@ -326,19 +402,27 @@ def _dm_image(tags, key) -> tuple:
 def _load_dm(path, max_bytes, frame, dataset) -> Raw:
     "Gatan .dm3 and .dm4: tags by ncempy, pixels at the place they name."
     tags = _dm_tags(path)
-    kinds = {k.split(".ImageData.")[0]: int(v) for k, v in tags.items() if ".ImageData.DataType" in k}
+    kinds = {
+        k.split(".ImageData.")[0]: int(v) for k, v in tags.items() if ".ImageData.DataType" in k
+    }
     keys = sorted(kinds, key=lambda k: (len(k), k))
     real = [k for k in keys if kinds[k] != 23] or keys  # 23 is a thumbnail's packed colour
     key = real[_dataset_of([str(tags.get(f"{k}.Name", k.split(".")[-1])) for k in real], dataset)]
     code, shape, offset, scale, unit = _dm_image(tags, key)
     if code not in _DM_TYPES:
-        raise Unreadable(f"its pixels are of DigitalMicrograph's type {code}, which microgen does not read")
+        raise Unreadable(
+            f"its pixels are of DigitalMicrograph's type {code}, which microgen does not read"
+        )
     kind, k, size = np.dtype(_DM_TYPES[code]), _frame_of(prod(shape[:-2]), frame), prod(shape[-2:])
     start = offset + k * size * kind.itemsize
     check_size(shape[-2:], kind.itemsize, max_bytes, os.path.getsize(path) - start)
     data = np.fromfile(path, kind.base, size * prod(kind.shape), offset=start)
     data, about = data.reshape(*shape[-2:], *kind.shape), f"{key}.ImageTags."
-    notes = {k.removeprefix(about): v for k, v in tags.items() if k.startswith(about) and np.size(v) <= 64}
+    notes = {
+        k.removeprefix(about): v
+        for k, v in tags.items()
+        if k.startswith(about) and np.size(v) <= 64
+    }
     return Raw(data[..., 2::-1] if code == 23 else data, scale, unit, plain(notes), code == 23)
 
 # %% ../nbs/00c_formats.ipynb #ac1ea53a
@@ -348,7 +432,8 @@ def _load_ser(path, max_bytes, frame, dataset) -> Raw:
     if len(head) < 30 or struct.unpack_from("<i", head, 18)[0] * 4 > size:
         raise Unreadable("it is truncated: its list of images is longer than the file")
     with require("ncempy.io.ser", "em").fileSER(path) as file:
-        if int(file.head["DataTypeID"]) != 0x4122: raise Unreadable("it holds spectra, no image")
+        if int(file.head["DataTypeID"]) != 0x4122:
+            raise Unreadable("it holds spectra, no image")
         k = _frame_of(int(file.head["ValidNumberElements"]), frame)
         start = int(file.head["DataOffsetArray"][k])
         with path.open("rb") as f:
@@ -356,7 +441,12 @@ def _load_ser(path, max_bytes, frame, dataset) -> Raw:
             kind, width, height = struct.unpack("<hii", f.read(10).ljust(10, b"\0"))
         if kind not in file._dictDataType:
             raise Unreadable(f"its pixels are of TIA's type {kind}, which microgen does not read")
-        check_size((height, width), np.dtype(file._dictDataType[kind]).itemsize, max_bytes, size - start - 50)
+        check_size(
+            (height, width),
+            np.dtype(file._dictDataType[kind]).itemsize,
+            max_bytes,
+            size - start - 50,
+        )
         data, meta = file.getDataset(k)
     scale = [abs(float(c["CalibrationDelta"])) for c in meta["Calibration"][::-1]]
     return Raw(data, scale, ["m" if s < 1e-3 else "1/m" if s > 1e3 else "" for s in scale])
@@ -368,8 +458,11 @@ def _load_mrc(path, max_bytes, frame, dataset) -> Raw:
     width, height, n, mode, extended = (int(head[i]) for i in (0, 1, 2, 3, 23))
     itemsize = {0: 1, 1: 2, 2: 4, 6: 2}.get(mode)
     if itemsize is None:
-        raise Unreadable(f"its mode is {mode}; microgen reads the real images 0, 1, 2 and 6, little-endian")
-    if n < 1 or extended < 0: raise Unreadable(f"it declares {n} images behind {extended} bytes")
+        raise Unreadable(
+            f"its mode is {mode}; microgen reads the real images 0, 1, 2 and 6, little-endian"
+        )
+    if n < 1 or extended < 0:
+        raise Unreadable(f"it declares {n} images behind {extended} bytes")
     k = _frame_of(n, frame)
     start = 1024 + extended + k * width * height * itemsize
     check_size((height, width), itemsize, max_bytes, os.path.getsize(path) - start)
@@ -386,25 +479,40 @@ def _load_other(path, max_bytes, frame, dataset) -> Raw:
     ending, plugins = path.suffix.lower().lstrip("."), require("rsciio", "gpl").IO_PLUGINS
     plugin = next((p for p in plugins if ending in p["file_extensions"]), None)
     if plugin is None:
-        raise Unreadable(f"no reader knows the ending {path.suffix!r}; microgen reads {', '.join(READERS)}")
-    found = [d for d in require(plugin["api"], "gpl").file_reader(str(path), lazy=True) if len(d["axes"]) > 1]
+        raise Unreadable(
+            f"no reader knows the ending {path.suffix!r}; microgen reads {', '.join(READERS)}"
+        )
+    found = [
+        d
+        for d in require(plugin["api"], "gpl").file_reader(str(path), lazy=True)
+        if len(d["axes"]) > 1
+    ]
     titles = [d["metadata"].get("General", {}).get("title") or i for i, d in enumerate(found)]
     chosen = found[_dataset_of(titles, dataset)]
     data, axes = chosen["data"], chosen["axes"][-2:]
     check_size(data.shape[-2:], data.dtype.itemsize, max_bytes)
-    k = np.unravel_index(_frame_of(prod(data.shape[:-2]), frame), data.shape[:-2]) if data.ndim > 2 else ()
-    return Raw(np.asarray(data[k]), [abs(float(a["scale"])) for a in axes], [a.get("units") for a in axes])
+    k = (
+        np.unravel_index(_frame_of(prod(data.shape[:-2]), frame), data.shape[:-2])
+        if data.ndim > 2
+        else ()
+    )
+    return Raw(
+        np.asarray(data[k]), [abs(float(a["scale"])) for a in axes], [a.get("units") for a in axes]
+    )
 
 # %% ../nbs/00c_formats.ipynb #d49bf6f7
-READERS = {**dict.fromkeys((".tif", ".tiff"), ("tifffile", _load_tiff)),
-           **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp"), ("Pillow", _load_picture)),
-           **dict.fromkeys((".dm3", ".dm4"), ("ncempy", _load_dm)), ".ser": ("ncempy", _load_ser),
-           **dict.fromkeys((".mrc", ".mrcs", ".st", ".rec", ".ali"), ("ncempy", _load_mrc)),
-           **dict.fromkeys((".emd", ".hspy", ".hdf5", ".h5"), ("h5py", _load_hdf5))}
+READERS = {
+    **dict.fromkeys((".tif", ".tiff"), ("tifffile", _load_tiff)),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp"), ("Pillow", _load_picture)),
+    **dict.fromkeys((".dm3", ".dm4"), ("ncempy", _load_dm)),
+    ".ser": ("ncempy", _load_ser),
+    **dict.fromkeys((".mrc", ".mrcs", ".st", ".rec", ".ali"), ("ncempy", _load_mrc)),
+    **dict.fromkeys((".emd", ".hspy", ".hdf5", ".h5"), ("h5py", _load_hdf5)),
+}
 
 # %% ../nbs/00c_formats.ipynb #a8c124bd
 def reader_of(
-    path, # a file
-) -> tuple: # (name of the reader, function (path, max_bytes, frame, dataset) -> Raw)
+    path,  # a file
+) -> tuple:  # (name of the reader, function (path, max_bytes, frame, dataset) -> Raw)
     "Choose the reader of a file by its ending."
     return READERS.get(Path(path).suffix.lower(), ("RosettaSciIO", _load_other))

@@ -23,20 +23,34 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import (_THREE_WAYS, InputError, Micrograph, MicrogenError, MissingExtra, ReadError,
-                           UncalibratedError, UnitError, WriteError, _pixel_size, check_image, to_nm)
+from microgen.core import (
+    _THREE_WAYS,
+    InputError,
+    Micrograph,
+    MicrogenError,
+    MissingExtra,
+    ReadError,
+    UncalibratedError,
+    UnitError,
+    WriteError,
+    _pixel_size,
+    check_image,
+    to_nm,
+)
 from .formats import reader_of
 from .raw import NoScale, Unreadable, plain
 
 # %% ../nbs/01_io.ipynb #594e6fd0
-_CURE = {errno.ENOSPC: "the disk is full; free some space or choose another folder",
-         errno.EFBIG: "the file would be larger than this disk or user may write; choose another folder",
-         errno.EROFS: "the disk is read-only; choose another folder",
-         errno.EISDIR: "it is a folder; give the name of a file",
-         errno.ENAMETOOLONG: "the name is too long; shorten it",
-         **dict.fromkeys((errno.EACCES, errno.EPERM), "the folder is not writable; choose another one"),
-         errno.ENOENT: "no folder can be made there; choose another one",
-         **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "its folder is a file; choose another folder")}
+_CURE = {
+    errno.ENOSPC: "the disk is full; free some space or choose another folder",
+    errno.EFBIG: "the file would be larger than this disk or user may write; choose another folder",
+    errno.EROFS: "the disk is read-only; choose another folder",
+    errno.EISDIR: "it is a folder; give the name of a file",
+    errno.ENAMETOOLONG: "the name is too long; shorten it",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "the folder is not writable; choose another one"),
+    errno.ENOENT: "no folder can be made there; choose another one",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "its folder is a file; choose another folder"),
+}
 
 # %% ../nbs/01_io.ipynb #1de6daae
 def _why(error) -> str:
@@ -48,14 +62,16 @@ def _why(error) -> str:
 def _to_disk(path, directory=False):
     "fsync a file, or the entry of its folder where the system can."
     fd = os.open(path, os.O_RDONLY if directory else os.O_RDWR)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 # %% ../nbs/01_io.ipynb #cc2ea76c
 @contextmanager
 def atomic_path(
-    path, # the file to be written
-) -> Iterator[Path]: # a context manager that yields a temporary path in the same folder
+    path,  # the file to be written
+) -> Iterator[Path]:  # a context manager that yields a temporary path in the same folder
     """Write a file completely or not at all: write the path it yields, and it takes the name on success.
     Raises: WriteError when the disk is full or the folder not writable; the old file is intact."""
     path = Path(path)
@@ -65,29 +81,36 @@ def atomic_path(
         yield temporary
         _to_disk(temporary)
         os.replace(temporary, path)
-        if os.name == "posix": _to_disk(path.parent, directory=True)
-    except MicrogenError: raise
-    except OSError as e: raise WriteError(path, _why(e)) from e
+        if os.name == "posix":
+            _to_disk(path.parent, directory=True)
+    except MicrogenError:
+        raise
+    except OSError as e:
+        raise WriteError(path, _why(e)) from e
     finally:
-        with suppress(OSError): temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 # %% ../nbs/01_io.ipynb #ff197121
 def make_folder(
-    path, # the folder
-) -> Path: # the folder
+    path,  # the folder
+) -> Path:  # the folder
     """Make a folder, and those above it, where they are missing.
     Raises: WriteError when a file stands in its place, or the system allows no folder there."""
     path = Path(path)
-    try: path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as e: raise WriteError(path, "it is a file; give the name of a folder") from e
-    except OSError as e: raise WriteError(path, _why(e)) from e
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as e:
+        raise WriteError(path, "it is a file; give the name of a folder") from e
+    except OSError as e:
+        raise WriteError(path, _why(e)) from e
     return path
 
 # %% ../nbs/01_io.ipynb #1eeb9f9c
 @contextmanager
 def atomic_folder(
-    path, # the folder to be written
-) -> Iterator[Path]: # a context manager that yields a hidden folder in it
+    path,  # the folder to be written
+) -> Iterator[Path]:  # a context manager that yields a hidden folder in it
     """Write the files of a folder all or none: write into the folder it yields, and they take their places on success.
     Raises: WriteError when the disk is full or a folder cannot be made; the old files are intact."""
     path = Path(path).absolute()
@@ -98,48 +121,58 @@ def atomic_folder(
         yield make_folder(temporary)
         for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
             os.replace(file, make_folder(path / file.parent.relative_to(temporary)) / file.name)
-    except WriteError as e: raise WriteError(path, e.cause) from e
-    except MicrogenError: raise
-    except OSError as e: raise WriteError(path, _why(e)) from e
+    except WriteError as e:
+        raise WriteError(path, e.cause) from e
+    except MicrogenError:
+        raise
+    except OSError as e:
+        raise WriteError(path, _why(e)) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
-            for p in made: p.rmdir()  # goes no further than the first that holds something
+            for p in made:
+                p.rmdir()  # goes no further than the first that holds something
 
 # %% ../nbs/01_io.ipynb #54121081
 def write_text(
-    path, # the file
-    text: str, # its content, UTF-8
-) -> Path: # the file
+    path,  # the file
+    text: str,  # its content, UTF-8
+) -> Path:  # the file
     "Write a text file atomically, with Unix line ends."
-    with atomic_path(path) as p: p.write_bytes(text.encode("utf-8"))
+    with atomic_path(path) as p:
+        p.write_bytes(text.encode("utf-8"))
     return Path(path)
 
 # %% ../nbs/01_io.ipynb #3366d290
 def write_json(
-    path, # the file
-    obj, # dicts, lists, numbers, text, arrays, dataclasses
-) -> Path: # the file
+    path,  # the file
+    obj,  # dicts, lists, numbers, text, arrays, dataclasses
+) -> Path:  # the file
     "Write JSON atomically: two spaces of indent, keys in the order given, NaN as null."
-    return write_text(path, json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_text(
+        path, json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 # %% ../nbs/01_io.ipynb #24e3c588
 def write_csv(
-    path, # the file
-    table, # DataFrame, or what makes one
-) -> Path: # the file
+    path,  # the file
+    table,  # DataFrame, or what makes one
+) -> Path:  # the file
     "Write a table as CSV atomically; numbers keep all their digits."
     import pandas as pd
+
     return write_text(path, pd.DataFrame(table).to_csv(index=False, lineterminator="\n"))
 
 # %% ../nbs/01_io.ipynb #86d2c7e2
 def write_parquet(
-    path, # the file
-    table, # DataFrame, or what makes one
-) -> Path: # the file
+    path,  # the file
+    table,  # DataFrame, or what makes one
+) -> Path:  # the file
     "Write a table as Parquet atomically."
     import pandas as pd
-    with atomic_path(path) as p: pd.DataFrame(table).to_parquet(p, index=False)
+
+    with atomic_path(path) as p:
+        pd.DataFrame(table).to_parquet(p, index=False)
     return Path(path)
 
 # %% ../nbs/01_io.ipynb #b39e1847
@@ -148,18 +181,21 @@ _RECORDED = ("numpy", "scipy", "torch", "pandas", "pymatgen", "scikit-image", "t
 # %% ../nbs/01_io.ipynb #470e2303
 def _version(package) -> str | None:
     "Version of an installed distribution."
-    try: return version(package)
-    except PackageNotFoundError: return None
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 # %% ../nbs/01_io.ipynb #d393e336
 def provenance(
-    seed=None, # root seed of the run
-    **extra, # what else made the output, such as settings or the recipe
-) -> dict: # keys command, versions, seed, and those of `extra`
+    seed=None,  # root seed of the run
+    **extra,  # what else made the output, such as settings or the recipe
+) -> dict:  # keys command, versions, seed, and those of `extra`
     "Say how an output was made: command line, versions of the libraries, seed."
     name = Path(sys.argv[0] or "python").name
     command = "(notebook)" if name.startswith("ipykernel") else shlex.join([name, *sys.argv[1:]])
     from microgen import __version__
+
     versions = {"microgen": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
     versions |= {p: _version(p) for p in _RECORDED}
     return {"command": command, "versions": versions, "seed": seed, **extra}
@@ -175,24 +211,27 @@ def _as_ratio(value) -> tuple:
 def _as_16_bit(data) -> tuple:
     "uint16 image, slope and offset: data = offset + slope * image; whole numbers in range stay as they are."
     low, high = float(data.min()), float(data.max())
-    if 0 <= low and high <= 65535 and not (data % 1).any(): return data.astype(np.uint16), 1.0, 0.0
+    if 0 <= low and high <= 65535 and not (data % 1).any():
+        return data.astype(np.uint16), 1.0, 0.0
     slope = (high - low) / 65535 or 1.0
     return np.round((data.astype(np.float64) - low) / slope).astype(np.uint16), slope, low
 
 # %% ../nbs/01_io.ipynb #64ac0e7b
 def write_tiff(
-    path, # the file, .tif
-    data, # (H, W) or (C, H, W), finite numbers
-    pixel_size, # nm per pixel, one number or (py, px)
-    metadata=None, # dict that goes with it as JSON (ImageJ shows it under Image > Show Info)
-    bits: int = 32, # 32 (float) or 16 (unsigned integer)
-    compress: bool = False, # deflate the pixels without loss: truth maps shrink to a fifth
-) -> Path: # the file
+    path,  # the file, .tif
+    data,  # (H, W) or (C, H, W), finite numbers
+    pixel_size,  # nm per pixel, one number or (py, px)
+    metadata=None,  # dict that goes with it as JSON (ImageJ shows it under Image > Show Info)
+    bits: int = 32,  # 32 (float) or 16 (unsigned integer)
+    compress: bool = False,  # deflate the pixels without loss: truth maps shrink to a fifth
+) -> Path:  # the file
     """Write a calibrated TIFF atomically, for ImageJ, HyperSpy, DigitalMicrograph and microgen.
     Raises: InputError when the data are no image, UnitError without a pixel size, WriteError."""
     import tifffile
+
     data, (py, px) = check_image(data, "data"), _pixel_size(pixel_size)
-    if bits not in (16, 32): raise InputError(f"bits={bits!r} must be 32 (float) or 16 (unsigned integer).")
+    if bits not in (16, 32):
+        raise InputError(f"bits={bits!r} must be 32 (float) or 16 (unsigned integer).")
     (pixels, slope, offset) = _as_16_bit(data) if bits == 16 else (data, 1.0, 0.0)
     about = json.dumps(plain(metadata or {}), ensure_ascii=False)
     extra = {"unit": "nm", "axes": "YX" if data.ndim == 2 else "CYX", "Info": about}
@@ -202,22 +241,35 @@ def write_tiff(
     tags += [(code, "d", 1, v, True) for code, v in ((65009, px), (65010, py))]
     per_nm = _as_ratio(1 / px), _as_ratio(1 / py)
     with atomic_path(path) as p:
-        tifffile.imwrite(p, pixels, imagej=True, resolution=per_nm, metadata=extra, extratags=tags,
-                         compression="zlib" if compress else None, compressionargs={"level": 1} if compress else None)
+        tifffile.imwrite(
+            p,
+            pixels,
+            imagej=True,
+            resolution=per_nm,
+            metadata=extra,
+            extratags=tags,
+            compression="zlib" if compress else None,
+            compressionargs={"level": 1} if compress else None,
+        )
     return Path(path)
 
 # %% ../nbs/01_io.ipynb #50eb5b8f
 def _without_colour_axis(data, colour) -> np.ndarray:
     "(H, W, S) as (H, W): the grey channel or the luminance; with `colour` as (3, H, W). Alpha is dropped."
-    if data.shape[-1] < 3: return data[..., 0]
+    if data.shape[-1] < 3:
+        return data[..., 0]
     data = data[..., :3].astype(np.float32)
-    if colour: return np.moveaxis(data, -1, 0)
-    return data[..., 0] if (data == data[..., :1]).all() else data @ np.float32([0.299, 0.587, 0.114])
+    if colour:
+        return np.moveaxis(data, -1, 0)
+    return (
+        data[..., 0] if (data == data[..., :1]).all() else data @ np.float32([0.299, 0.587, 0.114])
+    )
 
 # %% ../nbs/01_io.ipynb #a4d9dd66
 def _calibrated(path, raw, pixel_size, colour) -> Micrograph:
     "The micrograph of what a reader found; the user's pixel size wins over the file's."
-    if pixel_size is None and raw.scale is None: raise NoScale(f"it holds no pixel size: {_THREE_WAYS}")
+    if pixel_size is None and raw.scale is None:
+        raise NoScale(f"it holds no pixel size: {_THREE_WAYS}")
     if pixel_size is None:
         pixel_size = tuple(to_nm(s, u) for s, u in zip(raw.scale, raw.unit))
         if not all(0 < p < np.inf for p in pixel_size):
@@ -227,26 +279,32 @@ def _calibrated(path, raw, pixel_size, colour) -> Micrograph:
 
 # %% ../nbs/01_io.ipynb #f23a8e77
 def read(
-    path, # the file: .tif .png .jpg .bmp .dm3 .dm4 .ser .emd .mrc .hspy .hdf5; others with the extra `gpl`
-    pixel_size=None, # nm per pixel, one number or (py, px); wins over what the file says
+    path,  # the file: .tif .png .jpg .bmp .dm3 .dm4 .ser .emd .mrc .hspy .hdf5; others with the extra `gpl`
+    pixel_size=None,  # nm per pixel, one number or (py, px); wins over what the file says
     *,
-    frame: int | None = None, # which image of a stack, from 0
-    dataset=None, # which image of a file that holds several, by name or number
-    colour: bool = False, # keep colour as (3, H, W) instead of its luminance
-    max_bytes: int = 2**30, # largest image in memory, checked before it is read
-) -> Micrograph: # float32 image, pixel size in nm, metadata, source
+    frame: int | None = None,  # which image of a stack, from 0
+    dataset=None,  # which image of a file that holds several, by name or number
+    colour: bool = False,  # keep colour as (3, H, W) instead of its luminance
+    max_bytes: int = 2**30,  # largest image in memory, checked before it is read
+) -> Micrograph:  # float32 image, pixel size in nm, metadata, source
     """Read a micrograph with its calibration.
     Raises: ReadError naming file, reader and cause (UncalibratedError without a pixel size), MissingExtra."""
     path, given = Path(path), None if pixel_size is None else _pixel_size(pixel_size)
     reader, load = reader_of(path)
     try:
-        if not path.exists(): raise Unreadable("there is no such file")
-        if path.is_dir() and path.suffix != ".zspy": raise Unreadable("it is a folder; name one file in it")
-        if not path.stat().st_size: raise Unreadable("it is empty")
+        if not path.exists():
+            raise Unreadable("there is no such file")
+        if path.is_dir() and path.suffix != ".zspy":
+            raise Unreadable("it is a folder; name one file in it")
+        if not path.stat().st_size:
+            raise Unreadable("it is empty")
         return _calibrated(path, load(path, max_bytes, frame, dataset), given, colour)
-    except MissingExtra: raise
-    except (NoScale, UnitError) as e: raise UncalibratedError(path, reader, e) from None
-    except (Unreadable, InputError) as e: raise ReadError(path, reader, e) from None
+    except MissingExtra:
+        raise
+    except (NoScale, UnitError) as e:
+        raise UncalibratedError(path, reader, e) from None
+    except (Unreadable, InputError) as e:
+        raise ReadError(path, reader, e) from None
     except Exception as e:
         why = f"it is damaged or not what its ending says ({type(e).__name__}: {e})"
         raise ReadError(path, reader, why) from e

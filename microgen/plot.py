@@ -17,29 +17,40 @@ from matplotlib_scalebar.scalebar import ScaleBar
 from .core import InputError, Micrograph, _pixel_size, check_positive
 
 # %% ../nbs/02_plot.ipynb #f3e420d4
-_STYLE = {"font.size": 9, "axes.titlesize": 9, "image.interpolation": "nearest", "image.origin": "upper",
-          "legend.fontsize": 8}
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "image.interpolation": "nearest",
+    "image.origin": "upper",
+    "legend.fontsize": 8,
+}
 # It is entered around artists only: around the first figure it would undo matplotlib's choice of a backend.
 
 # %% ../nbs/02_plot.ipynb #fc0c59cc
 def _drawable(image, pixel_size) -> tuple:
     "Array that matplotlib draws, and (py, px) in nm or None."
-    if isinstance(image, Micrograph): image, pixel_size = image.data, pixel_size or image.pixel_size
+    if isinstance(image, Micrograph):
+        image, pixel_size = image.data, pixel_size or image.pixel_size
     data = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
     data = data[0] if data.ndim == 3 and data.shape[0] == 1 else data
-    if data.ndim == 3 and data.shape[0] == 3 and data.shape[-1] != 3: data = np.moveaxis(data, 0, -1)
+    if data.ndim == 3 and data.shape[0] == 3 and data.shape[-1] != 3:
+        data = np.moveaxis(data, 0, -1)
     if data.ndim == 3 and data.shape[-1] == 3:
         data = np.clip(data if data.dtype == np.uint8 or data.max() <= 1 else data / 255, 0, 255)
     elif data.ndim != 2:
-        raise InputError(f"an image of shape {data.shape} cannot be drawn; show one channel, image[i].")
+        raise InputError(
+            f"an image of shape {data.shape} cannot be drawn; show one channel, image[i]."
+        )
     return data, _pixel_size(pixel_size) if pixel_size is not None else None
 
 # %% ../nbs/02_plot.ipynb #6b5db3c5
 def _limits(data, vmin, vmax, cmap):
     "Limits of grey from the 0.1 to the 99.9 percentile, so that a hot pixel darkens nothing; maps in full."
-    if data.ndim == 3: return None, None
+    if data.ndim == 3:
+        return None, None
     finite = data[np.isfinite(data)] if data.dtype.kind == "f" else data
-    if not finite.size: return vmin, vmax
+    if not finite.size:
+        return vmin, vmax
     clip = (0.1, 99.9) if cmap == "gray" and data.size > 5000 else (0, 100)
     low, high = np.percentile(finite, clip)
     return low if vmin is None else vmin, high if vmax is None else vmax
@@ -47,23 +58,24 @@ def _limits(data, vmin, vmax, cmap):
 # %% ../nbs/02_plot.ipynb #5d312709
 def _axes(ax, shape, pixel, size):
     "The axes given, or new ones in the shape of the image, `size` inches wide or high."
-    if ax is not None: return ax
+    if ax is not None:
+        return ax
     h, w = np.array(shape[:2]) * (pixel or (1, 1))
     figsize = np.clip(size * np.array([w, h]) / max(h, w), 1.2, None)
     return plt.subplots(figsize=figsize, dpi=72, layout="constrained")[1]
 
 # %% ../nbs/02_plot.ipynb #d0645e93
 def show(
-    image, # Micrograph, or array (H, W), (3, H, W), (H, W, 3)
-    pixel_size=None, # nm per pixel, one number or (py, px); an array without it is drawn without scale bar
-    ax=None, # matplotlib Axes to draw into; default: a new small figure
-    title=None, # text above
-    cmap="gray", # matplotlib colour map
-    scalebar=True, # draw the scale bar
-    size=3, # longer side of a new figure, inches
-    vmin=None, # value of black; default: the 0.1 percentile for grey images, else the minimum
-    vmax=None, # value of white; default: the 99.9 percentile for grey images, else the maximum
-) -> plt.Axes: # the axes, in nm
+    image,  # Micrograph, or array (H, W), (3, H, W), (H, W, 3)
+    pixel_size=None,  # nm per pixel, one number or (py, px); an array without it is drawn without scale bar
+    ax=None,  # matplotlib Axes to draw into; default: a new small figure
+    title=None,  # text above
+    cmap="gray",  # matplotlib colour map
+    scalebar=True,  # draw the scale bar
+    size=3,  # longer side of a new figure, inches
+    vmin=None,  # value of black; default: the 0.1 percentile for grey images, else the minimum
+    vmax=None,  # value of white; default: the 99.9 percentile for grey images, else the maximum
+) -> plt.Axes:  # the axes, in nm
     """Draw an image with its scale bar, in nm, centre of pixel (0, 0) at the origin.
     Raises: InputError when the array is no image."""
     data, pixel = _drawable(image, pixel_size)
@@ -73,35 +85,50 @@ def show(
     extent = (-px / 2, (w - 0.5) * px, (h - 0.5) * py, -py / 2)
     with plt.rc_context(_STYLE):
         ax.imshow(data, cmap=cmap, vmin=vmin, vmax=vmax, extent=extent)
-        if title: ax.set_title(title)
+        if title:
+            ax.set_title(title)
     if scalebar and pixel:
-        style = {"color": "white", "box_color": "black", "box_alpha": 0.45, "font_properties": {"size": 9}}
-        ax.add_artist(ScaleBar(1, "nm", location="lower right", border_pad=0.3, length_fraction=0.3, **style))
+        style = {
+            "color": "white",
+            "box_color": "black",
+            "box_alpha": 0.45,
+            "font_properties": {"size": 9},
+        }
+        ax.add_artist(
+            ScaleBar(1, "nm", location="lower right", border_pad=0.3, length_fraction=0.3, **style)
+        )
     ax.set_axis_off()
     return ax
 
 # %% ../nbs/02_plot.ipynb #f4a25763
 def show_grid(
-    images, # list of images, or dict of title and image
-    pixel_size=None, # nm per pixel of plain arrays
-    titles=None, # one text per image
-    ncols=4, # images in a row
-    size=2.5, # width or height of each, inches
-    **kw, # as `show`
-) -> plt.Figure: # the figure
+    images,  # list of images, or dict of title and image
+    pixel_size=None,  # nm per pixel of plain arrays
+    titles=None,  # one text per image
+    ncols=4,  # images in a row
+    size=2.5,  # width or height of each, inches
+    **kw,  # as `show`
+) -> plt.Figure:  # the figure
     """Draw images side by side.
     Raises: InputError when there is none."""
-    if isinstance(images, dict): titles, images = list(images), list(images.values())
+    if isinstance(images, dict):
+        titles, images = list(images), list(images.values())
     images = list(images)
-    if not images: raise InputError("there is no image to show; give a list with at least one.")
+    if not images:
+        raise InputError("there is no image to show; give a list with at least one.")
     ncols = min(ncols, len(images))
     data, pixel = _drawable(images[0], pixel_size)
     h, w = np.array(data.shape[:2]) * (pixel or (1, 1))
     rows, unit = -(-len(images) // ncols), size / max(h, w)
     figsize = (ncols * w * unit, rows * (h * unit + 0.2))
-    fig, axs = plt.subplots(rows, ncols, figsize=figsize, dpi=72, layout="constrained", squeeze=False)
-    for ax in axs.flat[len(images):]: ax.set_axis_off()
-    for ax, one, title in zip(axs.flat, images, titles if titles is not None else [None] * len(images)):
+    fig, axs = plt.subplots(
+        rows, ncols, figsize=figsize, dpi=72, layout="constrained", squeeze=False
+    )
+    for ax in axs.flat[len(images) :]:
+        ax.set_axis_off()
+    for ax, one, title in zip(
+        axs.flat, images, titles if titles is not None else [None] * len(images)
+    ):
         show(one, pixel_size, ax=ax, title=title, **kw)
     return fig
 
@@ -111,21 +138,23 @@ def _colour_numbers(ax, x, y, values, by, size):
     top = float(np.nanmax(np.abs(values))) if len(values) else 1.0
     if by.startswith("phi"):
         values, style = values % (2 * np.pi), {"cmap": phase_cmap(), "vmin": 0, "vmax": 2 * np.pi}
-    elif np.nanmin(values, initial=0) < 0: style = {"cmap": "RdBu_r", "vmin": -top, "vmax": top}
-    else: style = {"cmap": "viridis"}
+    elif np.nanmin(values, initial=0) < 0:
+        style = {"cmap": "RdBu_r", "vmin": -top, "vmax": top}
+    else:
+        style = {"cmap": "viridis"}
     dots = ax.scatter(x, y, c=values, s=size, linewidths=0, **style)
     ax.figure.colorbar(dots, ax=ax, label=by, shrink=0.8)
     return dots
 
 # %% ../nbs/02_plot.ipynb #c2ad0b27
 def show_columns(
-    image, # Micrograph or array (H, W); None draws the columns alone
-    table, # DataFrame with y_nm, x_nm and the column `by`
-    by="element", # the column that gives the colour
-    ax=None, # matplotlib Axes; default: a new figure
-    size=12, # area of a dot, points²
-    **kw, # as `show`
-) -> plt.Axes: # the axes, in nm
+    image,  # Micrograph or array (H, W); None draws the columns alone
+    table,  # DataFrame with y_nm, x_nm and the column `by`
+    by="element",  # the column that gives the colour
+    ax=None,  # matplotlib Axes; default: a new figure
+    size=12,  # area of a dot, points²
+    **kw,  # as `show`
+) -> plt.Axes:  # the axes, in nm
     """Draw columns on the image, coloured by what they are or by what was measured.
     Raises: InputError when the table lacks a column."""
     _require_columns(table, "y_nm", "x_nm", by)
@@ -145,7 +174,9 @@ def show_columns(
 def _require_columns(table, *names):
     "Refuse a table that lacks a column."
     if missing := [n for n in names if n not in table]:
-        raise InputError(f"the table lacks {', '.join(missing)}; it has {', '.join(map(str, table))}.")
+        raise InputError(
+            f"the table lacks {', '.join(missing)}; it has {', '.join(map(str, table))}."
+        )
 
 # %% ../nbs/02_plot.ipynb #8e88ea7b
 def _under(image, table, ax, kw):
@@ -159,16 +190,18 @@ def _under(image, table, ax, kw):
 
 # %% ../nbs/02_plot.ipynb #56c3be13
 def show_arrows(
-    image, # Micrograph or array (H, W); None draws the arrows alone
-    table, # DataFrame with y_nm, x_nm and y0_nm, x0_nm (reference), or disp_pm along +c
-    scale=10, # how many times the arrows are longer than the displacements
-    ax=None, # matplotlib Axes; default: a new figure
-    polar_deg=0.0, # direction of +c for disp_pm, degrees counter-clockwise from up
-    **kw, # as `show`
-) -> plt.Axes: # the axes, in nm
+    image,  # Micrograph or array (H, W); None draws the arrows alone
+    table,  # DataFrame with y_nm, x_nm and y0_nm, x0_nm (reference), or disp_pm along +c
+    scale=10,  # how many times the arrows are longer than the displacements
+    ax=None,  # matplotlib Axes; default: a new figure
+    polar_deg=0.0,  # direction of +c for disp_pm, degrees counter-clockwise from up
+    **kw,  # as `show`
+) -> plt.Axes:  # the axes, in nm
     """Draw displacements as arrows, red up and blue down, enlarged `scale` times.
     Raises: InputError when the table holds no displacement."""
-    _require_columns(table, "y_nm", "x_nm", *(() if {"y0_nm", "x0_nm"} <= set(table) else ("disp_pm",)))
+    _require_columns(
+        table, "y_nm", "x_nm", *(() if {"y0_nm", "x0_nm"} <= set(table) else ("disp_pm",))
+    )
     check_positive("scale", scale)
     y, x = (np.asarray(table[c], float) for c in ("y_nm", "x_nm"))
     if {"y0_nm", "x0_nm"} <= set(table):
@@ -178,21 +211,35 @@ def show_arrows(
         dy, dx = -u * np.cos(turn), -u * np.sin(turn)
     ax, real = _under(image, table, ax, kw), np.isfinite(dy) & np.isfinite(dx)
     colour = np.where(dy[real] <= 0, "#ff5a4d", "#5db2ff")
-    style = {"angles": "xy", "scale_units": "xy", "scale": 1 / scale, "width": 0.008, "pivot": "mid"}
+    style = {
+        "angles": "xy",
+        "scale_units": "xy",
+        "scale": 1 / scale,
+        "width": 0.008,
+        "pivot": "mid",
+    }
     ax.quiver(x[real], y[real], dx[real], dy[real], color=colour, **style)
-    ax.text(0.02, 0.98, f"arrows × {scale:g}", transform=ax.transAxes, va="top", color="white", fontsize=8,
-            bbox={"facecolor": "black", "alpha": 0.45, "linewidth": 0, "pad": 1.5})
+    ax.text(
+        0.02,
+        0.98,
+        f"arrows × {scale:g}",
+        transform=ax.transAxes,
+        va="top",
+        color="white",
+        fontsize=8,
+        bbox={"facecolor": "black", "alpha": 0.45, "linewidth": 0, "pad": 1.5},
+    )
     return ax
 
 # %% ../nbs/02_plot.ipynb #76cded58
 def show_mask(
-    image, # Micrograph or array (H, W)
-    mask, # (H, W), true or non-zero where the colour goes
-    ax=None, # matplotlib Axes; default: a new figure
-    color="#ffb000", # colour of the mask
-    alpha=0.4, # its opacity
-    **kw, # as `show`
-) -> plt.Axes: # the axes, in nm
+    image,  # Micrograph or array (H, W)
+    mask,  # (H, W), true or non-zero where the colour goes
+    ax=None,  # matplotlib Axes; default: a new figure
+    color="#ffb000",  # colour of the mask
+    alpha=0.4,  # its opacity
+    **kw,  # as `show`
+) -> plt.Axes:  # the axes, in nm
     """Lay a transparent mask over the image.
     Raises: InputError when the shapes differ."""
     mask = np.asarray(mask) != 0
@@ -207,37 +254,56 @@ def show_mask(
     return ax
 
 # %% ../nbs/02_plot.ipynb #677bc5b2
-_L, _C = 0.75, 0.124 # Oklab lightness and chroma: the most colourful ring that sRGB holds at this lightness
+_L, _C = (
+    0.75,
+    0.124,
+)  # Oklab lightness and chroma: the most colourful ring that sRGB holds at this lightness
 
 # %% ../nbs/02_plot.ipynb #31036b40
 def _srgb(lightness, a, b) -> np.ndarray:
     "Oklab to sRGB in [0, 1] (B. Ottosson, https://bottosson.github.io/posts/oklab)."
-    lms = np.stack([lightness + 0.3963377774 * a + 0.2158037573 * b,
-                    lightness - 0.1055613458 * a - 0.0638541728 * b,
-                    lightness - 0.0894841775 * a - 1.2914855480 * b], -1) ** 3
-    linear = lms @ np.array([[4.0767416621, -1.2684380046, -0.0041960863],
-                             [-3.3077115913, 2.6097574011, -0.7034186147],
-                             [0.2309699292, -0.3413193965, 1.7076147010]])
-    return np.where(linear > 0.0031308, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055, 12.92 * linear)
+    lms = (
+        np.stack(
+            [
+                lightness + 0.3963377774 * a + 0.2158037573 * b,
+                lightness - 0.1055613458 * a - 0.0638541728 * b,
+                lightness - 0.0894841775 * a - 1.2914855480 * b,
+            ],
+            -1,
+        )
+        ** 3
+    )
+    linear = lms @ np.array(
+        [
+            [4.0767416621, -1.2684380046, -0.0041960863],
+            [-3.3077115913, 2.6097574011, -0.7034186147],
+            [0.2309699292, -0.3413193965, 1.7076147010],
+        ]
+    )
+    return np.where(
+        linear > 0.0031308, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055, 12.92 * linear
+    )
 
 # %% ../nbs/02_plot.ipynb #b4dcd838
 def phase_rgb(
-    Q, # amplitude relative to bulk, array; 0 is black, 1 and above full colour
-    phi, # angle, radians, same shape
-) -> np.ndarray: # (..., 3) float32 in [0, 1]
+    Q,  # amplitude relative to bulk, array; 0 is black, 1 and above full colour
+    phi,  # angle, radians, same shape
+) -> np.ndarray:  # (..., 3) float32 in [0, 1]
     """Colour an order parameter: hue is the angle, darkness the lack of amplitude.
     Source: equation above; Oklab, https://bottosson.github.io/posts/oklab"""
     Q, phi = np.broadcast_arrays(np.clip(np.asarray(Q, float), 0, 1), np.asarray(phi, float))
     hue = phi + 0.4  # puts the six states on six colours that have names
-    return np.clip(_srgb(Q * _L, Q * _C * np.cos(hue), Q * _C * np.sin(hue)), 0, 1).astype(np.float32)
+    return np.clip(_srgb(Q * _L, Q * _C * np.cos(hue), Q * _C * np.sin(hue)), 0, 1).astype(
+        np.float32
+    )
 
 # %% ../nbs/02_plot.ipynb #154f7115
-def phase_cmap() -> ListedColormap: # cyclic, for values from 0 to 2π
+def phase_cmap() -> ListedColormap:  # cyclic, for values from 0 to 2π
     "Colour map of `phase_rgb` at full amplitude."
     return ListedColormap(phase_rgb(1, np.linspace(0, 2 * np.pi, 361)[:-1]), name="phase")
 
 # %% ../nbs/02_plot.ipynb #850652fc
-_NAMES = ("α−", "β+", "γ−", "α+", "β−", "γ+") # the six states of an h-RMnO3 at multiples of 60°
+_NAMES = ("α−", "β+", "γ−", "α+", "β−", "γ+")  # the six states of an h-RMnO3 at multiples of 60°
 
 # %% ../nbs/02_plot.ipynb #93b99d03
 def _wheel(ax, labels):
@@ -254,15 +320,15 @@ def _wheel(ax, labels):
 
 # %% ../nbs/02_plot.ipynb #d91ca948
 def show_phase(
-    Q, # (H, W), amplitude relative to bulk
-    phi, # (H, W), radians
-    pixel_size=None, # nm per pixel, one number or (py, px)
-    ax=None, # matplotlib Axes; default: a new figure with a colour wheel
-    title=None, # text above
-    wheel=None, # draw the colour wheel at the right; default: only in a new figure
-    labels=_NAMES, # names at 0°, 60°, …, 300°
-    size=3, # longer side of a new figure, inches
-) -> plt.Axes: # the axes, in nm
+    Q,  # (H, W), amplitude relative to bulk
+    phi,  # (H, W), radians
+    pixel_size=None,  # nm per pixel, one number or (py, px)
+    ax=None,  # matplotlib Axes; default: a new figure with a colour wheel
+    title=None,  # text above
+    wheel=None,  # draw the colour wheel at the right; default: only in a new figure
+    labels=_NAMES,  # names at 0°, 60°, …, 300°
+    size=3,  # longer side of a new figure, inches
+) -> plt.Axes:  # the axes, in nm
     "Draw an order parameter (Q, Φ) in one picture, with a colour wheel as its key."
     wheel = ax is None if wheel is None else wheel
     Q = np.broadcast_to(Q, np.shape(phi))
@@ -274,15 +340,17 @@ def show_phase(
     if wheel:
         box = ax.get_position()
         side = 1.2 / (ax.figure.get_figwidth() * box.width)
-        high = side * ax.figure.get_figwidth() * box.width / (ax.figure.get_figheight() * box.height)
+        high = (
+            side * ax.figure.get_figwidth() * box.width / (ax.figure.get_figheight() * box.height)
+        )
         _wheel(ax.inset_axes([1.02, 0.5 - high / 2, side, high]), labels)
     return ax
 
 # %% ../nbs/02_plot.ipynb #56398077
 def to_png(
-    fig, # matplotlib Figure or Axes
-    dpi=72, # dots per inch
-) -> bytes: # PNG; the same figure gives the same bytes
+    fig,  # matplotlib Figure or Axes
+    dpi=72,  # dots per inch
+) -> bytes:  # PNG; the same figure gives the same bytes
     "Turn a figure into the bytes of a PNG, without date or version inside."
     fig, out = getattr(fig, "figure", fig), BytesIO()
     fig.savefig(out, format="png", dpi=dpi, metadata={"Software": None})

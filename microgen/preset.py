@@ -21,85 +21,127 @@ class Scan:
 
     Raises: InputError for a value out of its limits.
     """
-    dwell_us: float = 16. # time per pixel, µs
-    flyback_us: float = 60. # time between two lines, µs
-    drift_pm_s: float = 0. # speed of the probe against the specimen, pm/s
-    drift_deg: float = 0. # direction of the drift, degrees from +x towards +y
-    walk_pm: float = 0. # random walk: standard deviation after one second, pm per axis
-    mains_pm: float = 0. # amplitude of the first mains harmonic, pm; the k-th has 1/k of it
-    mains_hz: float = 50. # mains frequency, Hz
-    harmonics: int = 5 # number of mains harmonics
-    line_jitter_pm: float = 0. # standard deviation of the shift of each line, pm per axis
-    dwell_jitter_pm: float = 0. # standard deviation of the shift of each pixel, pm per axis
-    flyback_pm: float = 0. # lag at the start of each line, along x, pm
-    settle_us: float = 100. # time constant with which the lag decays, µs
-    shear: float = 0. # shift along x per unit of y
-    scale_y: float = 0. # relative error of the scan height
-    scale_x: float = 0. # relative error of the scan width
-    mistilt_mrad: float = 0. # crystal against beam, mrad; `mistilt` applies it to the columns
-    mistilt_deg: float = 0. # direction towards which depth moves, degrees from +x towards +y
-    contamination: float = 0. # mean signal of contamination, fraction of the mean signal of the specimen
-    contamination_nm: float = 1. # size of the contamination's blobs (Gaussian sigma), nm
-    ramp: float = 0. # change of thickness over the field, fraction of the mean thickness
-    ramp_deg: float = 0. # direction of growing thickness, degrees from +x towards +y
-    background: float = 0. # mean of a smooth background, fraction of the mean signal
-    dose_e_A2: float | None = None # electrons per square ångström; None is infinite
-    gain_spread: float = 0. # standard deviation of the signal of one electron, fraction of its mean
-    readout_e: float = 0. # standard deviation of the readout noise, electrons per pixel
-    offset_e: float = 0. # dark level, electrons per pixel
-    salt_pepper: float = 0. # share of pixels set to the darkest or brightest value
-    row_wave: float = 0. # sinusoidal rows: amplitude, fraction of the image's range
-    row_wave_px: float = 10. # their period, rows
-    row_noise: float = 0. # white noise on some rows: half width, fraction of the image's range
-    row_share: float = 0.1 # share of rows that carry it
-    roll_px: float = 0. # greatest shift of every `roll_every`-th row, pixels
-    roll_every: int = 5 # rows from one shifted row to the next
+
+    dwell_us: float = 16.0  # time per pixel, µs
+    flyback_us: float = 60.0  # time between two lines, µs
+    drift_pm_s: float = 0.0  # speed of the probe against the specimen, pm/s
+    drift_deg: float = 0.0  # direction of the drift, degrees from +x towards +y
+    walk_pm: float = 0.0  # random walk: standard deviation after one second, pm per axis
+    mains_pm: float = 0.0  # amplitude of the first mains harmonic, pm; the k-th has 1/k of it
+    mains_hz: float = 50.0  # mains frequency, Hz
+    harmonics: int = 5  # number of mains harmonics
+    line_jitter_pm: float = 0.0  # standard deviation of the shift of each line, pm per axis
+    dwell_jitter_pm: float = 0.0  # standard deviation of the shift of each pixel, pm per axis
+    flyback_pm: float = 0.0  # lag at the start of each line, along x, pm
+    settle_us: float = 100.0  # time constant with which the lag decays, µs
+    shear: float = 0.0  # shift along x per unit of y
+    scale_y: float = 0.0  # relative error of the scan height
+    scale_x: float = 0.0  # relative error of the scan width
+    mistilt_mrad: float = 0.0  # crystal against beam, mrad; `mistilt` applies it to the columns
+    mistilt_deg: float = 0.0  # direction towards which depth moves, degrees from +x towards +y
+    contamination: float = (
+        0.0  # mean signal of contamination, fraction of the mean signal of the specimen
+    )
+    contamination_nm: float = 1.0  # size of the contamination's blobs (Gaussian sigma), nm
+    ramp: float = 0.0  # change of thickness over the field, fraction of the mean thickness
+    ramp_deg: float = 0.0  # direction of growing thickness, degrees from +x towards +y
+    background: float = 0.0  # mean of a smooth background, fraction of the mean signal
+    dose_e_A2: float | None = None  # electrons per square ångström; None is infinite
+    gain_spread: float = (
+        0.0  # standard deviation of the signal of one electron, fraction of its mean
+    )
+    readout_e: float = 0.0  # standard deviation of the readout noise, electrons per pixel
+    offset_e: float = 0.0  # dark level, electrons per pixel
+    salt_pepper: float = 0.0  # share of pixels set to the darkest or brightest value
+    row_wave: float = 0.0  # sinusoidal rows: amplitude, fraction of the image's range
+    row_wave_px: float = 10.0  # their period, rows
+    row_noise: float = 0.0  # white noise on some rows: half width, fraction of the image's range
+    row_share: float = 0.1  # share of rows that carry it
+    roll_px: float = 0.0  # greatest shift of every `roll_every`-th row, pixels
+    roll_every: int = 5  # rows from one shifted row to the next
 
     def __post_init__(self):
-        for f in fields(self): object.__setattr__(self, f.name, _value(f.name, getattr(self, f.name)))
+        for f in fields(self):
+            object.__setattr__(self, f.name, _value(f.name, getattr(self, f.name)))
 
-    def draw(self,
-             rng=None # int, Generator or SeedSequence
-             ) -> "Scan": # numbers only
+    def draw(
+        self,
+        rng=None,  # int, Generator or SeedSequence
+    ) -> "Scan":  # numbers only
         "The values of one image: uniform in each range, the dose uniform in its logarithm."
         names = [f.name for f in fields(self)]
         shares = as_rng(rng).random(len(names))
-        return replace(self, **{n: _pick(n, getattr(self, n), share) for n, share in zip(names, shares)})
+        return replace(
+            self, **{n: _pick(n, getattr(self, n), share) for n, share in zip(names, shares)}
+        )
 
-    def to_json(self) -> str: # one JSON object
+    def to_json(self) -> str:  # one JSON object
         "The settings as JSON."
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls,
-                  text # what `to_json` wrote, or the dict it stands for
-                  ) -> "Scan": # the same settings
+    def from_json(
+        cls,
+        text,  # what `to_json` wrote, or the dict it stands for
+    ) -> "Scan":  # the same settings
         "Read settings from JSON."
         return _scan(**(json.loads(text) if isinstance(text, str) else text))
 
 # %% ../nbs/14c_preset.ipynb #0cf971eb
-_SIGNED = {"shear", "scale_y", "scale_x", "drift_deg", "mistilt_deg", "ramp_deg", "flyback_pm", "offset_e"}
-_POSITIVE = {"dwell_us", "mains_hz",
-             "settle_us", "contamination_nm", "dose_e_A2", "row_wave_px", "roll_every"}
-_AT_MOST = {"ramp": 1., "salt_pepper": 1., "row_share": 1., "shear": 0.5, "scale_y": 0.5, "scale_x": 0.5,
-            "mistilt_mrad": 200., "dose_e_A2": 1e12, "harmonics": 100}
+_SIGNED = {
+    "shear",
+    "scale_y",
+    "scale_x",
+    "drift_deg",
+    "mistilt_deg",
+    "ramp_deg",
+    "flyback_pm",
+    "offset_e",
+}
+_POSITIVE = {
+    "dwell_us",
+    "mains_hz",
+    "settle_us",
+    "contamination_nm",
+    "dose_e_A2",
+    "row_wave_px",
+    "roll_every",
+}
+_AT_MOST = {
+    "ramp": 1.0,
+    "salt_pepper": 1.0,
+    "row_share": 1.0,
+    "shear": 0.5,
+    "scale_y": 0.5,
+    "scale_x": 0.5,
+    "mistilt_mrad": 200.0,
+    "dose_e_A2": 1e12,
+    "harmonics": 100,
+}
 _WHOLE = {"harmonics", "roll_every"}
+
 
 def _value(name, value):
     "One setting, checked: a number, a range as a tuple, or None for an infinite dose."
-    if value is None and name == "dose_e_A2": return None
-    if name == "dose_e_A2" and value == inf: return None
+    if value is None and name == "dose_e_A2":
+        return None
+    if name == "dose_e_A2" and value == inf:
+        return None
     top = _AT_MOST.get(name, 1e9)
-    low = -top if name in _SIGNED else 0.
+    low = -top if name in _SIGNED else 0.0
     check = check_range if isinstance(value, (tuple, list)) else check_number
     return check(f"Scan: {name}", value, low, top, name in _WHOLE, above=name in _POSITIVE)
 
+
 def _pick(name, value, u):
     "The value at the share u of a range."
-    if not isinstance(value, tuple): return value
+    if not isinstance(value, tuple):
+        return value
     low, high = value
-    if name == "dose_e_A2": return float(low * (high / low)**u)
+    if name == "dose_e_A2":
+        return float(low * (high / low) ** u)
     return int(low + u * (high + 1 - low)) if name in _WHOLE else float(low + u * (high - low))
+
 
 def _scan(base=Scan(), **over):
     "A Scan with some values replaced; an unknown name is an InputError."
@@ -110,31 +152,78 @@ def _scan(base=Scan(), **over):
     return replace(base, **over)
 
 # %% ../nbs/14c_preset.ipynb #c990c03b
-_ANY = dict(drift_deg=(0., 360.), mistilt_deg=(0., 360.), ramp_deg=(0., 360.), contamination_nm=(0.5, 2.))
+_ANY = dict(
+    drift_deg=(0.0, 360.0),
+    mistilt_deg=(0.0, 360.0),
+    ramp_deg=(0.0, 360.0),
+    contamination_nm=(0.5, 2.0),
+)
 PRESETS = {
     "ideal": Scan(),
     "good": Scan(
-        drift_pm_s=(0, 3), walk_pm=(0, 2), mains_pm=(0, 1), line_jitter_pm=(0, 1.5), dwell_jitter_pm=(0, 0.5),
-        flyback_pm=(0, 5), shear=(-0.003, 0.003), scale_y=(-0.003, 0.003), scale_x=(-0.003, 0.003),
-        mistilt_mrad=(0, 1), contamination=(0, 0.03), ramp=(0, 0.05), background=(0, 0.05),
-        dose_e_A2=(2e5, 1e6), gain_spread=(0.1, 0.3), readout_e=(0.1, 0.5), **_ANY),
+        drift_pm_s=(0, 3),
+        walk_pm=(0, 2),
+        mains_pm=(0, 1),
+        line_jitter_pm=(0, 1.5),
+        dwell_jitter_pm=(0, 0.5),
+        flyback_pm=(0, 5),
+        shear=(-0.003, 0.003),
+        scale_y=(-0.003, 0.003),
+        scale_x=(-0.003, 0.003),
+        mistilt_mrad=(0, 1),
+        contamination=(0, 0.03),
+        ramp=(0, 0.05),
+        background=(0, 0.05),
+        dose_e_A2=(2e5, 1e6),
+        gain_spread=(0.1, 0.3),
+        readout_e=(0.1, 0.5),
+        **_ANY,
+    ),
     "typical": Scan(
-        drift_pm_s=(0, 20), walk_pm=(0, 8), mains_pm=(0, 3), line_jitter_pm=(0.5, 5), dwell_jitter_pm=(0, 2),
-        flyback_pm=(0, 15), shear=(-0.01, 0.01), scale_y=(-0.01, 0.01), scale_x=(-0.01, 0.01),
-        mistilt_mrad=(0, 4), contamination=(0, 0.1), ramp=(0, 0.1), background=(0, 0.15),
-        dose_e_A2=(1e4, 2e5), gain_spread=(0.2, 0.5), readout_e=(0.2, 1), **_ANY),
+        drift_pm_s=(0, 20),
+        walk_pm=(0, 8),
+        mains_pm=(0, 3),
+        line_jitter_pm=(0.5, 5),
+        dwell_jitter_pm=(0, 2),
+        flyback_pm=(0, 15),
+        shear=(-0.01, 0.01),
+        scale_y=(-0.01, 0.01),
+        scale_x=(-0.01, 0.01),
+        mistilt_mrad=(0, 4),
+        contamination=(0, 0.1),
+        ramp=(0, 0.1),
+        background=(0, 0.15),
+        dose_e_A2=(1e4, 2e5),
+        gain_spread=(0.2, 0.5),
+        readout_e=(0.2, 1),
+        **_ANY,
+    ),
     "poor": Scan(
-        drift_pm_s=(10, 100), walk_pm=(5, 30), mains_pm=(2, 10), line_jitter_pm=(4, 15),
-        dwell_jitter_pm=(1, 6), flyback_pm=(0, 40), shear=(-0.03, 0.03), scale_y=(-0.02, 0.02),
+        drift_pm_s=(10, 100),
+        walk_pm=(5, 30),
+        mains_pm=(2, 10),
+        line_jitter_pm=(4, 15),
+        dwell_jitter_pm=(1, 6),
+        flyback_pm=(0, 40),
+        shear=(-0.03, 0.03),
+        scale_y=(-0.02, 0.02),
         scale_x=(-0.02, 0.02),
-        mistilt_mrad=(2, 10), contamination=(0.05, 0.3), ramp=(0.05, 0.2), background=(0.1, 0.4),
-        dose_e_A2=(1e3, 1e4), gain_spread=(0.4, 1), readout_e=(0.3, 1), **_ANY),
+        mistilt_mrad=(2, 10),
+        contamination=(0.05, 0.3),
+        ramp=(0.05, 0.2),
+        background=(0.1, 0.4),
+        dose_e_A2=(1e3, 1e4),
+        gain_spread=(0.4, 1),
+        readout_e=(0.3, 1),
+        **_ANY,
+    ),
 }
 
+
 def preset(
-    name, # "ideal", "good", "typical" or "poor"
-    **over # settings that replace the preset's own, such as dose_e_A2=1e4
-) -> Scan: # ranges and numbers
+    name,  # "ideal", "good", "typical" or "poor"
+    **over,  # settings that replace the preset's own, such as dose_e_A2=1e4
+) -> Scan:  # ranges and numbers
     """A preset, with settings of your own on top.
 
     Raises: InputError for an unknown preset or setting.

@@ -13,19 +13,29 @@ from contextlib import contextmanager
 # %% ../nbs/03_progress.ipynb #dd01fd9d
 @contextmanager
 def progress_bar(
-    total: int,        # units of work
-    label: str,        # a word or two before the bar
-    shown: bool = True,# False shows nothing
-    unit: str = "",    # what is counted, such as "images"
-) -> Iterator: # yields a function: call it with the number of units just done
+    total: int,  # units of work
+    label: str,  # a word or two before the bar
+    shown: bool = True,  # False shows nothing
+    unit: str = "",  # what is counted, such as "images"
+) -> Iterator:  # yields a function: call it with the number of units just done
     "Show progress, rate and time left."
     from rich import progress as rich
     from rich.console import Console
 
-    plain = Console(force_jupyter=False, force_terminal=sys.stdout.isatty(), width=None if sys.stdout.isatty() else 90)
-    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn(),
-               rich.TextColumn("{task.fields[rate]}"), rich.TimeElapsedColumn(), rich.TextColumn("left"),
-               rich.TimeRemainingColumn())
+    plain = Console(
+        force_jupyter=False,
+        force_terminal=sys.stdout.isatty(),
+        width=None if sys.stdout.isatty() else 90,
+    )
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TextColumn("{task.fields[rate]}"),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("left"),
+        rich.TimeRemainingColumn(),
+    )
     with rich.Progress(*columns, console=plain, disable=not shown) as bar:
         task = bar.add_task(label, total=total, rate="")
 

@@ -23,61 +23,82 @@ class NoScale(Unreadable):
 @dataclass
 class Raw:
     "What a reader finds in a file, in the file's own units."
-    data: np.ndarray # (H, W), (C, H, W), or (H, W, S) when the colours come last
-    scale: tuple = None # (y, x) length of a pixel, or None
-    unit: tuple = None # (y, x) its unit, as the file spells it
-    metadata: dict = field(default_factory=dict) # what the maker wrote, as JSON knows it
-    colours_last: bool = False # the last axis is red, green, blue
+
+    data: np.ndarray  # (H, W), (C, H, W), or (H, W, S) when the colours come last
+    scale: tuple = None  # (y, x) length of a pixel, or None
+    unit: tuple = None  # (y, x) its unit, as the file spells it
+    metadata: dict = field(default_factory=dict)  # what the maker wrote, as JSON knows it
+    colours_last: bool = False  # the last axis is red, green, blue
 
 # %% ../nbs/00b_raw.ipynb #346a6de3
 def check_size(
-    shape, # sizes of the axes, as the file declares them
-    itemsize: int, # bytes per pixel in the file
-    max_bytes: int, # limit for the image in memory, as float32 or wider
-    stored: int = None, # bytes of pixels that the file holds, where that is known
+    shape,  # sizes of the axes, as the file declares them
+    itemsize: int,  # bytes per pixel in the file
+    max_bytes: int,  # limit for the image in memory, as float32 or wider
+    stored: int = None,  # bytes of pixels that the file holds, where that is known
 ) -> None:
     """Refuse a declared image that is empty, above the limit, or larger than what is stored of it.
     Raises: Unreadable with both numbers."""
     shape = [int(n) for n in shape]
     pixels, size = " × ".join(map(str, shape)), prod(shape) * int(itemsize)
-    if not shape or min(shape) < 1: raise Unreadable(f"it declares an image of {pixels} pixels")
+    if not shape or min(shape) < 1:
+        raise Unreadable(f"it declares an image of {pixels} pixels")
     if (needed := max(size, 4 * prod(shape))) > max_bytes:
-        raise Unreadable(f"it declares {pixels} pixels, {needed / 2**20:.0f} MiB in memory, above the limit "
-                         f"of {max_bytes / 2**20:.0f} MiB; if that is right, raise max_bytes=")
+        raise Unreadable(
+            f"it declares {pixels} pixels, {needed / 2**20:.0f} MiB in memory, above the limit "
+            f"of {max_bytes / 2**20:.0f} MiB; if that is right, raise max_bytes="
+        )
     if stored is not None and size > stored:
-        raise Unreadable(f"it declares {pixels} pixels in {size} bytes, but holds {max(stored, 0)}: "
-                         "it is truncated")
+        raise Unreadable(
+            f"it declares {pixels} pixels in {size} bytes, but holds {max(stored, 0)}: "
+            "it is truncated"
+        )
 
 # %% ../nbs/00b_raw.ipynb #b4381232
 def _frame_of(n, frame) -> int:
     "The plane of a stack that the user wants; a stack of one needs no choice."
-    if frame is None and n == 1: return 0
+    if frame is None and n == 1:
+        return 0
     if frame is None:
         raise Unreadable(f"it holds a stack of {n} images; pick one with frame=0 to frame={n - 1}")
-    if not -n <= frame < n: raise Unreadable(f"frame={frame} is not among its {n} images")
+    if not -n <= frame < n:
+        raise Unreadable(f"frame={frame} is not among its {n} images")
     return frame % n
 
 # %% ../nbs/00b_raw.ipynb #9cb16680
 def _dataset_of(names, dataset) -> int:
     "The image that the user wants of a file that holds several, by name or number; one needs no choice."
     names = list(names)
-    if dataset is None and len(names) == 1: return 0
-    if isinstance(dataset, str) and dataset in names: return names.index(dataset)
-    if isinstance(dataset, int) and -len(names) <= dataset < len(names): return dataset % len(names)
-    if not names: raise Unreadable("it holds no image")
-    raise Unreadable(f"it holds {len(names)} images ({', '.join(map(str, names[:20]))}); "
-                     "pick one with dataset=, by name or by number from 0")
+    if dataset is None and len(names) == 1:
+        return 0
+    if isinstance(dataset, str) and dataset in names:
+        return names.index(dataset)
+    if isinstance(dataset, int) and -len(names) <= dataset < len(names):
+        return dataset % len(names)
+    if not names:
+        raise Unreadable("it holds no image")
+    raise Unreadable(
+        f"it holds {len(names)} images ({', '.join(map(str, names[:20]))}); "
+        "pick one with dataset=, by name or by number from 0"
+    )
 
 # %% ../nbs/00b_raw.ipynb #2f9413a4
 def plain(
-    obj, # dicts, lists, numbers, arrays, paths, dataclasses
-) -> object: # the same of dict, list, str, int, float, bool and None
+    obj,  # dicts, lists, numbers, arrays, paths, dataclasses
+) -> object:  # the same of dict, list, str, int, float, bool and None
     "Turn an object into what JSON knows; NaN and infinity become None."
-    if is_dataclass(obj) and not isinstance(obj, type): return plain(asdict(obj))
-    if isinstance(obj, dict): return {str(k): plain(v) for k, v in obj.items()}
-    if isinstance(obj, (set, frozenset)): return plain(sorted(obj, key=str))
-    if isinstance(obj, (list, tuple)): return [plain(v) for v in obj]
-    if hasattr(obj, "tolist"): return plain(obj.tolist())
-    if isinstance(obj, bytes): return obj.decode("utf-8", "replace")
-    if isinstance(obj, float): return obj if np.isfinite(obj) else None
+    if is_dataclass(obj) and not isinstance(obj, type):
+        return plain(asdict(obj))
+    if isinstance(obj, dict):
+        return {str(k): plain(v) for k, v in obj.items()}
+    if isinstance(obj, (set, frozenset)):
+        return plain(sorted(obj, key=str))
+    if isinstance(obj, (list, tuple)):
+        return [plain(v) for v in obj]
+    if hasattr(obj, "tolist"):
+        return plain(obj.tolist())
+    if isinstance(obj, bytes):
+        return obj.decode("utf-8", "replace")
+    if isinstance(obj, float):
+        return obj if np.isfinite(obj) else None
     return obj if obj is None or isinstance(obj, (bool, int, str)) else str(obj)

@@ -19,37 +19,47 @@ from .io import provenance, write_text
 @dataclass
 class Section:
     "A titled part of a report, filled in the reader's order."
-    title: str                                 # heading
+
+    title: str  # heading
     parts: list = field(default_factory=list)  # HTML fragments in order
 
-    def text(self,
-        words: str, # one paragraph of plain text
-    ) -> "Section": # the section itself
+    def text(
+        self,
+        words: str,  # one paragraph of plain text
+    ) -> "Section":  # the section itself
         "Add a paragraph."
         self.parts.append(f"<p>{html.escape(words)}</p>")
         return self
 
-    def table(self,
-        table,                # pandas DataFrame; units belong in its column names
-        caption: str = "",    # one line above the table
-        digits: int = 3,      # significant digits of floating-point columns
-    ) -> "Section": # the section itself
+    def table(
+        self,
+        table,  # pandas DataFrame; units belong in its column names
+        caption: str = "",  # one line above the table
+        digits: int = 3,  # significant digits of floating-point columns
+    ) -> "Section":  # the section itself
         "Add a table."
-        body = table.to_html(index=False, border=0, float_format=lambda x: f"{x:.{digits}g}", na_rep="")
+        body = table.to_html(
+            index=False, border=0, float_format=lambda x: f"{x:.{digits}g}", na_rep=""
+        )
         self.parts.append(_captioned(body, caption))
         return self
 
-    def figure(self,
-        fig,               # matplotlib Figure, or anything with `.savefig`
-        caption: str = "", # one line above the figure
-        dpi: int = 90,     # dots per inch of the embedded PNG
-    ) -> "Section": # the section itself
+    def figure(
+        self,
+        fig,  # matplotlib Figure, or anything with `.savefig`
+        caption: str = "",  # one line above the figure
+        dpi: int = 90,  # dots per inch of the embedded PNG
+    ) -> "Section":  # the section itself
         "Add a figure as an embedded PNG, and close it."
         png = io.BytesIO()
         fig.savefig(png, format="png", dpi=dpi, bbox_inches="tight")
         _close(fig)
         code = base64.b64encode(png.getvalue()).decode()
-        self.parts.append(_captioned(f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{code}">', caption))
+        self.parts.append(
+            _captioned(
+                f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{code}">', caption
+            )
+        )
         return self
 
 
@@ -77,29 +87,39 @@ nav a { margin-right: 1rem; } pre { background: #f6f6f6; padding: .6rem; overflo
 @dataclass
 class Report:
     "A page of sections with its provenance."
-    title: str                                    # heading of the page
-    lead: str = ""                                # one sentence under it
+
+    title: str  # heading of the page
+    lead: str = ""  # one sentence under it
     sections: list = field(default_factory=list)  # `Section`s in reading order
 
-    def html(self,
-        seed=None, # root seed that made the results
-    ) -> str: # the page
+    def html(
+        self,
+        seed=None,  # root seed that made the results
+    ) -> str:  # the page
         "Write the page as one string."
-        links = "".join(f'<a href="#s{i}">{html.escape(s.title)}</a>' for i, s in enumerate(self.sections))
+        links = "".join(
+            f'<a href="#s{i}">{html.escape(s.title)}</a>' for i, s in enumerate(self.sections)
+        )
         body = "".join(
-            f'<h2 id="s{i}">{html.escape(s.title)}</h2>{"".join(s.parts)}' for i, s in enumerate(self.sections))
-        return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
-                f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
-                f'<body><h1>{html.escape(self.title)}</h1><p class="lead">{html.escape(self.lead)}</p>'
-                f"<nav>{links}</nav>{body}{_again(seed)}</body></html>")
+            f'<h2 id="s{i}">{html.escape(s.title)}</h2>{"".join(s.parts)}'
+            for i, s in enumerate(self.sections)
+        )
+        return (
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
+            f'<body><h1>{html.escape(self.title)}</h1><p class="lead">{html.escape(self.lead)}</p>'
+            f"<nav>{links}</nav>{body}{_again(seed)}</body></html>"
+        )
 
-    def save(self,
-        path,      # file to write, usually `…/report.html`
-        seed=None, # root seed that made the results
-    ) -> Path: # the file
+    def save(
+        self,
+        path,  # file to write, usually `…/report.html`
+        seed=None,  # root seed that made the results
+    ) -> Path:  # the file
         """Write the page to a file.
         Raises: InputError when the report has no section."""
-        if not self.sections: raise InputError(f"The report {self.title!r} has no section: add one before saving it.")
+        if not self.sections:
+            raise InputError(f"The report {self.title!r} has no section: add one before saving it.")
         write_text(path, self.html(seed))
         return Path(path)
 
@@ -107,5 +127,7 @@ class Report:
 def _again(seed):
     facts = provenance(seed)
     versions = "\n".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return ('<h2 id="again">How to make this page again</h2>'
-            f"<pre>{html.escape(facts['command'])}\n\nseed {facts['seed']}</pre><pre>{html.escape(versions)}</pre>")
+    return (
+        '<h2 id="again">How to make this page again</h2>'
+        f"<pre>{html.escape(facts['command'])}\n\nseed {facts['seed']}</pre><pre>{html.escape(versions)}</pre>"
+    )

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import numpy as np
 
 from .core import InputError, Micrograph, as_micrograph, as_rng
-from .preset import PRESETS, Scan, _scan, preset # all found here too
+from .preset import PRESETS, Scan, _scan, preset  # all found here too
 from .warp import warp_image, warp_maps, warp_table
 
 # %% ../nbs/15_scan.ipynb #8c4e20c3
@@ -20,68 +20,93 @@ def _streams(rng, n):
     seed = np.random.SeedSequence(int(as_rng(rng).integers(2**63)))
     return [np.random.default_rng(child) for child in seed.spawn(n)]
 
+
 def _unit(deg):
     "Unit vectors (y, x) of directions in degrees from +x towards +y: shape (2, ...)."
     angle = np.deg2rad(deg)
     return np.stack([np.sin(angle), np.cos(angle)])
 
+
 def _motion(s, i, j, line_s, rng):
     "Smooth motion as products over lines `i` and pixels `j`: (2, H, R) pm and (R, W)."
     walk, mains = _streams(rng, 2)
-    t_line, t_pixel, dwell_s = (i - i.mean()) * line_s, (j - j.mean()) * s.dwell_us * 1e-6, s.dwell_us * 1e-6
+    t_line, t_pixel, dwell_s = (
+        (i - i.mean()) * line_s,
+        (j - j.mean()) * s.dwell_us * 1e-6,
+        s.dwell_us * 1e-6,
+    )
     drift = s.drift_pm_s * _unit(s.drift_deg)[:, None]
     steps = np.cumsum(walk.standard_normal((2, len(i) + 1)), axis=1) * s.walk_pm * line_s**0.5
     steps -= steps.mean(1, keepdims=True)
     rows = [drift * t_line + steps[:, :-1], drift + np.diff(steps) / line_s]
     columns = [np.ones(len(j)), t_pixel]
-    phases, directions = 2 * np.pi * mains.random(s.harmonics), _unit(360 * mains.random(s.harmonics))
+    phases, directions = (
+        2 * np.pi * mains.random(s.harmonics),
+        _unit(360 * mains.random(s.harmonics)),
+    )
     for k, phase, direction in zip(range(1, s.harmonics + 1), phases, directions.T):
         turn, amplitude = 2 * np.pi * k * s.mains_hz, s.mains_pm / k * direction[:, None]
-        rows += [amplitude * np.sin(turn * i * line_s + phase), amplitude * np.cos(turn * i * line_s + phase)]
+        rows += [
+            amplitude * np.sin(turn * i * line_s + phase),
+            amplitude * np.cos(turn * i * line_s + phase),
+        ]
         columns += [np.cos(turn * j * dwell_s), np.sin(turn * j * dwell_s)]
     return np.stack(rows, -1), np.stack(columns)
 
 # %% ../nbs/15_scan.ipynb #e962faab
 def scan_field(
-    settings, # Scan (numbers only)
-    shape, # pixels (H, W)
-    pixel_size, # nm per pixel: float or (y, x)
-    rng=None # int, Generator or SeedSequence
-) -> np.ndarray: # d (2, H, W) = (dy, dx), nm, float32: pixel p shows the specimen at p + d(p)
+    settings,  # Scan (numbers only)
+    shape,  # pixels (H, W)
+    pixel_size,  # nm per pixel: float or (y, x)
+    rng=None,  # int, Generator or SeedSequence
+) -> np.ndarray:  # d (2, H, W) = (dy, dx), nm, float32: pixel p shows the specimen at p + d(p)
     """The displacement of the probe at every pixel of a scan.
 
     Raises: InputError when the settings still hold ranges.
     Source: d = drift t + walk(t) + sum_k a_k sin(2 pi k f t + phase_k) + affine + line shift + settling.
     """
-    s, (py, px), (h, w) = _numbers(settings), np.broadcast_to(np.asarray(pixel_size, float), 2), shape
+    s, (py, px), (h, w) = (
+        _numbers(settings),
+        np.broadcast_to(np.asarray(pixel_size, float), 2),
+        shape,
+    )
     smooth, lines, dwells = _streams(rng, 3)
     i, j = np.arange(h, dtype=float), np.arange(w, dtype=float)
     rows, columns = _motion(s, i, j, (w * s.dwell_us + s.flyback_us) * 1e-6, smooth)
     rows, columns = (1e-3 * rows).astype(np.float32), columns.astype(np.float32)
-    d = np.einsum("chr,rw->chw", rows, columns) # without BLAS: the same bytes on any number of threads
+    d = np.einsum(
+        "chr,rw->chw", rows, columns
+    )  # without BLAS: the same bytes on any number of threads
     y, x = (i - i.mean()) * py, (j - j.mean()) * px
     shift = 1e-3 * s.line_jitter_pm * lines.standard_normal((2, h))
-    shift[1, ::s.roll_every] += s.roll_px * px * lines.uniform(-1, 1, h)[::s.roll_every]
+    shift[1, :: s.roll_every] += s.roll_px * px * lines.uniform(-1, 1, h)[:: s.roll_every]
     shift += np.stack([s.scale_y * y, s.shear * y])
     d += shift[:, :, None].astype(np.float32)
-    d[1] += (s.scale_x * x - 1e-3 * s.flyback_pm * np.exp(-j * s.dwell_us / s.settle_us)).astype(np.float32)
+    d[1] += (s.scale_x * x - 1e-3 * s.flyback_pm * np.exp(-j * s.dwell_us / s.settle_us)).astype(
+        np.float32
+    )
     if s.dwell_jitter_pm:
-        d += np.float32(1e-3 * s.dwell_jitter_pm) * dwells.standard_normal(d.shape, dtype=np.float32)
+        d += np.float32(1e-3 * s.dwell_jitter_pm) * dwells.standard_normal(
+            d.shape, dtype=np.float32
+        )
     return d
+
 
 def _numbers(s):
     "Settings without ranges."
     held = [f.name for f in fields(s) if isinstance(getattr(s, f.name), tuple)]
     if held:
-        raise InputError(f"Scan: {', '.join(held)} is still a range; draw one image by settings.draw(rng).")
+        raise InputError(
+            f"Scan: {', '.join(held)} is still a range; draw one image by settings.draw(rng)."
+        )
     return s
 
 # %% ../nbs/15_scan.ipynb #e7acb72d
 def rim_px(
-    settings, # Scan (ranges or numbers) or a preset's name
-    shape, # pixels (H, W) of the scan
-    pixel_size # nm per pixel: float or (y, x)
-) -> int: # pixels to render around the field, on each side
+    settings,  # Scan (ranges or numbers) or a preset's name
+    shape,  # pixels (H, W) of the scan
+    pixel_size,  # nm per pixel: float or (y, x)
+) -> int:  # pixels to render around the field, on each side
     "The rim that a scan may reach, with four standard deviations of what is random."
     s = preset(settings) if isinstance(settings, str) else settings
     (h, w), (py, px) = shape, np.broadcast_to(np.asarray(pixel_size, float), 2)
@@ -98,19 +123,22 @@ def _smooth(shape, sigma_px, rng):
     "Gaussian random field of unit variance, smooth over `sigma_px` (y, x): kernels on coarse white noise."
     bases = []
     for n, s in zip(shape, sigma_px):
-        step = max(s, 1.)
+        step = max(s, 1.0)
         nodes = np.arange(-3 * step, n + 3 * step, step)
-        kernel = np.exp(-((np.arange(n)[:, None] - nodes) / s)**2)
+        kernel = np.exp(-(((np.arange(n)[:, None] - nodes) / s) ** 2))
         bases.append((kernel / np.sqrt((kernel**2).sum(1, keepdims=True))).astype(np.float32))
     noise = rng.standard_normal((bases[0].shape[1], bases[1].shape[1]), dtype=np.float32)
-    return np.einsum("ik,kj->ij", np.einsum("ik,kl->il", bases[0], noise), np.ascontiguousarray(bases[1].T))
+    return np.einsum(
+        "ik,kj->ij", np.einsum("ik,kl->il", bases[0], noise), np.ascontiguousarray(bases[1].T)
+    )
+
 
 def dirty(
-    image, # (H, W), fraction of the beam
-    settings, # Scan (numbers only)
-    pixel_size, # nm per pixel: float or (y, x)
-    rng=None # int, Generator or SeedSequence
-) -> np.ndarray: # (H, W) float32
+    image,  # (H, W), fraction of the beam
+    settings,  # Scan (numbers only)
+    pixel_size,  # nm per pixel: float or (y, x)
+    rng=None,  # int, Generator or SeedSequence
+) -> np.ndarray:  # (H, W) float32
     "Add what is not crystal: thickness ramp, contamination and background."
     s, size = _numbers(settings), np.broadcast_to(np.asarray(pixel_size, float), 2)
     blobs, slow = _streams(rng, 2)
@@ -119,10 +147,14 @@ def dirty(
     if s.ramp:
         (vy, vx), half = _unit(s.ramp_deg), np.array([h, w]) / 2
         reach = abs(vy) * half[0] + abs(vx) * half[1]
-        wy, wx = (s.ramp / 2 * v / reach * (np.arange(n) - n / 2 + 0.5) for v, n in ((vy, h), (vx, w)))
+        wy, wx = (
+            s.ramp / 2 * v / reach * (np.arange(n) - n / 2 + 0.5) for v, n in ((vy, h), (vx, w))
+        )
         out *= (1 + wy).astype(np.float32)[:, None] + wx.astype(np.float32)
     if s.contamination:
-        blob = np.exp(_smooth((h, w), s.contamination_nm / size, blobs) - np.float32(0.5)) # of mean 1
+        blob = np.exp(
+            _smooth((h, w), s.contamination_nm / size, blobs) - np.float32(0.5)
+        )  # of mean 1
         out += np.float32(s.contamination * level) * blob
     if s.background:
         wave = np.tanh(_smooth((h, w), np.array([h, w]) / 3, slow))
@@ -131,10 +163,10 @@ def dirty(
 
 # %% ../nbs/15_scan.ipynb #4293d258
 def mistilt(
-    columns, # Columns (`microgen.stem.crystal`) with depth_nm in its table
-    tilt_mrad, # angle between zone axis and beam, mrad
-    azimuth_deg=0. # direction towards which deeper atoms move, degrees from +x towards +y
-) -> object: # Columns, shifted about mid-thickness
+    columns,  # Columns (`microgen.stem.crystal`) with depth_nm in its table
+    tilt_mrad,  # angle between zone axis and beam, mrad
+    azimuth_deg=0.0,  # direction towards which deeper atoms move, degrees from +x towards +y
+) -> object:  # Columns, shifted about mid-thickness
     """Tilt a crystal: shift its columns with their mean depth.
 
     Raises: InputError for a tilt that is no small angle.
@@ -143,9 +175,12 @@ def mistilt(
     if not abs(tilt_mrad) <= 200:
         raise InputError(f"tilt_mrad = {tilt_mrad!r} is no small mistilt: give at most 200 mrad.")
     table = columns.table
-    shift = np.tan(1e-3 * tilt_mrad) * (table["depth_nm"].to_numpy(dtype=float) - columns.thickness_nm / 2)
+    shift = np.tan(1e-3 * tilt_mrad) * (
+        table["depth_nm"].to_numpy(dtype=float) - columns.thickness_nm / 2
+    )
     dy, dx = _unit(azimuth_deg)[:, None] * shift
     return replace(columns, table=table.assign(y_nm=table["y_nm"] + dy, x_nm=table["x_nm"] + dx))
+
 
 def _smear(s, metadata):
     "Standard deviation (y, x) of the depth of a tilted column as the image sees it, nm."
@@ -154,17 +189,20 @@ def _smear(s, metadata):
 
 # %% ../nbs/15_scan.ipynb #f85fee6b
 def detect(
-    image, # (H, W), fraction of the beam on the detector
-    settings, # Scan (numbers only)
-    pixel_size, # nm per pixel: float or (y, x)
-    rng=None # int, Generator or SeedSequence
-) -> np.ndarray: # (H, W) float32: detected electrons per pixel; the fraction itself at infinite dose
+    image,  # (H, W), fraction of the beam on the detector
+    settings,  # Scan (numbers only)
+    pixel_size,  # nm per pixel: float or (y, x)
+    rng=None,  # int, Generator or SeedSequence
+) -> (
+    np.ndarray
+):  # (H, W) float32: detected electrons per pixel; the fraction itself at infinite dose
     """Count electrons: Poisson noise, pulse-height spread, readout noise and offset.
 
     Source: N = Poisson(dose area fraction); signal = N + (gain_spread^2 N + readout^2)^(1/2) normal + offset.
     """
     s = _numbers(settings)
-    if s.dose_e_A2 is None: return np.asarray(image, np.float32)
+    if s.dose_e_A2 is None:
+        return np.asarray(image, np.float32)
     shot, electronics = _streams(rng, 2)
     expected = np.maximum(image, 0, dtype=np.float64)
     expected *= electrons(s, pixel_size)
@@ -175,17 +213,21 @@ def detect(
         counts += spread
     return counts + np.float32(s.offset_e) if s.offset_e else counts
 
+
 def electrons(
-    settings, # Scan (numbers only)
-    pixel_size # nm per pixel: float or (y, x)
-) -> float: # electrons that fall on one pixel
+    settings,  # Scan (numbers only)
+    pixel_size,  # nm per pixel: float or (y, x)
+) -> float:  # electrons that fall on one pixel
     "Dose per pixel: dose times pixel area."
-    return settings.dose_e_A2 * 100 * float(np.prod(np.broadcast_to(np.asarray(pixel_size, float), 2)))
+    return (
+        settings.dose_e_A2 * 100 * float(np.prod(np.broadcast_to(np.asarray(pixel_size, float), 2)))
+    )
 
 # %% ../nbs/15_scan.ipynb #a710fdf5
 def _augment(image, s, rng):
     "Salt and pepper, wavy rows, noisy rows; amplitudes are fractions of the image's range."
-    if not (s.salt_pepper or s.row_wave or s.row_noise): return image
+    if not (s.salt_pepper or s.row_wave or s.row_noise):
+        return image
     pixels, rows = _streams(rng, 2)
     low, high = float(image.min()), float(image.max())
     out, (h, w) = image.copy(), image.shape
@@ -193,7 +235,9 @@ def _augment(image, s, rng):
     out += wave.astype(np.float32)[:, None]
     if s.row_noise:
         hit = rows.random(h) < s.row_share
-        out[hit] += (s.row_noise * (high - low) * rows.uniform(-1, 1, (hit.sum(), w))).astype(np.float32)
+        out[hit] += (s.row_noise * (high - low) * rows.uniform(-1, 1, (hit.sum(), w))).astype(
+            np.float32
+        )
     if s.salt_pepper:
         u = pixels.random((h, w), dtype=np.float32)
         out[u < s.salt_pepper / 2], out[u > 1 - s.salt_pepper / 2] = low, high
@@ -203,21 +247,25 @@ def _augment(image, s, rng):
 @dataclass(frozen=True)
 class Acquired:
     "A scanned image with the truth that moved with it."
-    image: Micrograph # detected electrons per pixel, or the fraction of the beam at infinite dose
-    maps: dict | None # name to (H, W) array
-    table: object # DataFrame, positions where the columns appear
-    settings: Scan # the values of this image
-    field: np.ndarray # displacement (2, H, W), nm
+
+    image: Micrograph  # detected electrons per pixel, or the fraction of the beam at infinite dose
+    maps: dict | None  # name to (H, W) array
+    table: object  # DataFrame, positions where the columns appear
+    settings: Scan  # the values of this image
+    field: np.ndarray  # displacement (2, H, W), nm
+
 
 def acquire(
-    image, # Micrograph, or array (H, W) with pixel_size: fraction of the incident beam
-    settings="typical", # preset name, Scan, or dict of settings
-    rng=None, # int, Generator or SeedSequence
-    maps=None, # truth maps, name to array of the image's shape
-    table=None, # DataFrame with y_nm, x_nm in the image
-    pixel_size=None, # nm per pixel, when image is an array
-    rim=0 # pixels of image (and maps) around the scanned field; the output is smaller by 2 rim
-) -> Micrograph | Acquired: # the Micrograph; with its truth as Acquired when maps or table are given
+    image,  # Micrograph, or array (H, W) with pixel_size: fraction of the incident beam
+    settings="typical",  # preset name, Scan, or dict of settings
+    rng=None,  # int, Generator or SeedSequence
+    maps=None,  # truth maps, name to array of the image's shape
+    table=None,  # DataFrame with y_nm, x_nm in the image
+    pixel_size=None,  # nm per pixel, when image is an array
+    rim=0,  # pixels of image (and maps) around the scanned field; the output is smaller by 2 rim
+) -> (
+    Micrograph | Acquired
+):  # the Micrograph; with its truth as Acquired when maps or table are given
     """Scan an image: dirt, motion and detection; its truth moves by the same field.
 
     Raises: InputError for an image, maps, settings or rim that do not fit.
@@ -231,38 +279,59 @@ def acquire(
     smear = _smear(s, ideal.metadata)
     seen = warp_image(seen, d, size, rim, smear) if d.any() or smear.any() else _crop(seen, rim)
     seen = _augment(detect(seen, s, size, counting), s, rows)
-    out = Micrograph(np.ascontiguousarray(seen), size, ideal.metadata | _about(s, size), ideal.source)
-    if maps is None and table is None: return out
-    if maps is not None and d.any(): maps = warp_maps(maps, d, size, rim)
-    elif maps is not None: maps = {k: _crop(np.asarray(m), rim) for k, m in maps.items()}
+    out = Micrograph(
+        np.ascontiguousarray(seen), size, ideal.metadata | _about(s, size), ideal.source
+    )
+    if maps is None and table is None:
+        return out
+    if maps is not None and d.any():
+        maps = warp_maps(maps, d, size, rim)
+    elif maps is not None:
+        maps = {k: _crop(np.asarray(m), rim) for k, m in maps.items()}
     return Acquired(out, maps, None if table is None else warp_table(table, d, size, rim), s, d)
 
 # %% ../nbs/15_scan.ipynb #839c3edf
-def _crop(a, rim): return a[rim:a.shape[0] - rim, rim:a.shape[1] - rim]
+def _crop(a, rim):
+    return a[rim : a.shape[0] - rim, rim : a.shape[1] - rim]
+
 
 def _settings(settings):
     "A Scan from a preset's name, a dict or a Scan."
-    if isinstance(settings, Scan): return settings
-    if isinstance(settings, dict): return _scan(**settings)
-    if isinstance(settings, str): return preset(settings)
-    raise InputError(f"settings is {settings!r}; give a preset's name, a Scan, or a dict of settings.")
+    if isinstance(settings, Scan):
+        return settings
+    if isinstance(settings, dict):
+        return _scan(**settings)
+    if isinstance(settings, str):
+        return preset(settings)
+    raise InputError(
+        f"settings is {settings!r}; give a preset's name, a Scan, or a dict of settings."
+    )
+
 
 def _check(image, maps, rim):
     "The rim as a whole number, when image, maps and rim fit."
     shape = image.data.shape
     if len(shape) != 2:
-        raise InputError(f"A scan needs one image (H, W), not shape {shape}; scan its channels one by one.")
+        raise InputError(
+            f"A scan needs one image (H, W), not shape {shape}; scan its channels one by one."
+        )
     if not np.isfinite(image.data).all():
         raise InputError("The image has values that are not finite; replace them before the scan.")
     if rim not in range((min(shape) - 4) // 2 + 1):
-        raise InputError(f"rim = {rim!r} does not fit an image of {shape} pixels; "
-                         f"give a whole number from 0 to {(min(shape) - 4) // 2}.")
+        raise InputError(
+            f"rim = {rim!r} does not fit an image of {shape} pixels; "
+            f"give a whole number from 0 to {(min(shape) - 4) // 2}."
+        )
     for name, m in (maps or {}).items():
         if np.shape(m) != shape:
-            raise InputError(f"The map {name!r} has shape {np.shape(m)}, the image {shape}; make them equal.")
+            raise InputError(
+                f"The map {name!r} has shape {np.shape(m)}, the image {shape}; make them equal."
+            )
     return int(rim)
+
 
 def _about(s, pixel_size):
     "What the metadata of a scanned image says."
-    if s.dose_e_A2 is None: return {"unit": "fraction of the incident beam", "scan": asdict(s)}
+    if s.dose_e_A2 is None:
+        return {"unit": "fraction of the incident beam", "scan": asdict(s)}
     return {"unit": "electrons", "electrons_per_pixel": electrons(s, pixel_size), "scan": asdict(s)}

@@ -19,10 +19,11 @@ from .io import make_folder, read
 from .report import Report, Section
 
 # %% ../nbs/97_tour.ipynb #39d0fddc
-def chapters() -> list[Chapter]: # in the order of the report
+def chapters() -> list[Chapter]:  # in the order of the report
     "Import the rooms that hold chapters; all chapters, also those that were added by hand."
     rooms = [room.name for room in pkgutil.iter_modules(microgen.chapters.__path__)]
-    for name in rooms: importlib.import_module(f"microgen.chapters.{name}")
+    for name in rooms:
+        importlib.import_module(f"microgen.chapters.{name}")
     return sorted(CHAPTERS.values(), key=lambda c: c.place)
 
 # %% ../nbs/97_tour.ipynb #aab0f15c
@@ -31,11 +32,13 @@ COLUMNS_NM = 0.05  # largest pixel that resolves neighbouring columns
 
 @chapter("Your image", place=90, seconds=15)
 def image_chapter(
-    tour: Context, # what the chapter may use
-) -> Section | None: # its part of the report; None without an image
+    tour: Context,  # what the chapter may use
+) -> Section | None:  # its part of the report; None without an image
     "Measure the columns of the user's micrograph, or count its particles."
-    if tour.image is None: return None
-    if tour.progress: print(f"measuring {tour.image.name}", flush=True)
+    if tour.image is None:
+        return None
+    if tour.progress:
+        print(f"measuring {tour.image.name}", flush=True)
     image = read(tour.image, pixel_size=tour.pixel_size)
     return (_columns if max(image.pixel_size) <= COLUMNS_NM else _particles)(tour, image)
 
@@ -46,18 +49,31 @@ def _columns(tour, image):
     from microgen.stem.measure import measure
 
     part = Section("Your image")
-    try: found = measure(image, tour.structure)
+    try:
+        found = measure(image, tour.structure)
     except InputError as why:
-        part.text(f"The image was not measured against {tour.structure}: {str(why).rstrip('.')}. Its columns follow without a structure.")
+        part.text(
+            f"The image was not measured against {tour.structure}: {str(why).rstrip('.')}. Its columns follow without a structure."
+        )
         found = measure(image)
     found.save(tour.out / "image")
     fig, ax = plt.subplots(figsize=(7, 7))
     found.show(ax=ax)
-    told = [name for name in ("amplitude", "sigma_nm", "disp_pm", "disp_se_pm", "Q", "phi") if name in found.columns]
-    part = (part
-        .text(f"{tour.image.name}: {len(found.columns)} columns, {len(found.walls)} walls; tables and maps are in image/.")
+    told = [
+        name
+        for name in ("amplitude", "sigma_nm", "disp_pm", "disp_se_pm", "Q", "phi")
+        if name in found.columns
+    ]
+    part = (
+        part.text(
+            f"{tour.image.name}: {len(found.columns)} columns, {len(found.walls)} walls; tables and maps are in image/."
+        )
         .figure(fig, "Columns, displacements and walls")
-        .table(found.columns.groupby("site")[told].median().reset_index(), "Median of each kind of column"))
+        .table(
+            found.columns.groupby("site")[told].median().reset_index(),
+            "Median of each kind of column",
+        )
+    )
     return part.table(found.walls, "Walls") if len(found.walls) else part
 
 
@@ -65,49 +81,74 @@ def _particles(tour, image):
     from microgen.count.sample import count_sample
     from microgen.count.size import show_sizes
 
-    sample = count_sample(tour.image, tour.out / "image", tour.pixel_size, seed=tour.seed, workers=tour.workers,
-                          progress=tour.progress)
-    part = (Section("Your image")
-        .text(f"{tour.image.name}: {len(sample.particles())} particles; tables, labels and overlay are in image/.")
-        .figure(sample.show(), "What was counted, and the diameters"))
-    if sample.note: part.text(sample.note)
-    if sample.fit is None: return part
-    return (part.text(f"Unseen share of the number of particles: {sample.fit.unseen_number}.")
-        .figure(show_sizes(sample.fit), "Sizes with the fitted law, detection curve, unseen shares"))
+    sample = count_sample(
+        tour.image,
+        tour.out / "image",
+        tour.pixel_size,
+        seed=tour.seed,
+        workers=tour.workers,
+        progress=tour.progress,
+    )
+    part = (
+        Section("Your image")
+        .text(
+            f"{tour.image.name}: {len(sample.particles())} particles; tables, labels and overlay are in image/."
+        )
+        .figure(sample.show(), "What was counted, and the diameters")
+    )
+    if sample.note:
+        part.text(sample.note)
+    if sample.fit is None:
+        return part
+    return part.text(
+        f"Unseen share of the number of particles: {sample.fit.unseen_number}."
+    ).figure(show_sizes(sample.fit), "Sizes with the fitted law, detection curve, unseen shares")
 
 # %% ../nbs/97_tour.ipynb #2c3669de
 def tour(
-    out="tour",              # folder to write; the report is out/report.html
-    image=None,              # path of a micrograph of yours
-    structure: str = "YMnO3",# its structure, when it shows columns: shipped name or CIF file
-    pixel_size=None,         # its nm per pixel, when the file does not tell
-    seed: int = 0,           # root seed
-    size: int = 256,         # pixels of a simulated STEM image
+    out="tour",  # folder to write; the report is out/report.html
+    image=None,  # path of a micrograph of yours
+    structure: str = "YMnO3",  # its structure, when it shows columns: shipped name or CIF file
+    pixel_size=None,  # its nm per pixel, when the file does not tell
+    seed: int = 0,  # root seed
+    size: int = 256,  # pixels of a simulated STEM image
     progress: bool = False,  # say which chapter is at work and what time is left, with bars inside
-    workers: int = -1,       # processes; -1 takes one per core
-    quick: bool = False,     # less work in every chapter, to see that it runs
-) -> Path: # the report
+    workers: int = -1,  # processes; -1 takes one per core
+    quick: bool = False,  # less work in every chapter, to see that it runs
+) -> Path:  # the report
     """Go through all chapters and write the report.
     Raises: ReadError (image) or WriteError (folder) before any work; MicrogenError after it, for a chapter that failed."""
     image = None if image is None else Path(image)
-    if image is not None: read(image, pixel_size=pixel_size)
-    context = Context(make_folder(out), seed, image, structure, pixel_size, size, workers, progress, quick)
+    if image is not None:
+        read(image, pixel_size=pixel_size)
+    context = Context(
+        make_folder(out), seed, image, structure, pixel_size, size, workers, progress, quick
+    )
     planned = [c for c in chapters() if image is not None or c.write is not image_chapter]
-    report = Report("microgen: a tour", "Micrographs whose truth is known, and what is measured in them.")
+    report = Report(
+        "microgen: a tour", "Micrographs whose truth is known, and what is measured in them."
+    )
     failed = {}
     for c, said in zip(planned, headings(planned)):
-        if progress: print(said, flush=True)
-        try: section = c.write(context)
-        except Exception as why: section = Section(c.title).text(_failed(failed, c.title, why))
-        if section is not None: report.sections.append(section)
+        if progress:
+            print(said, flush=True)
+        try:
+            section = c.write(context)
+        except Exception as why:
+            section = Section(c.title).text(_failed(failed, c.title, why))
+        if section is not None:
+            report.sections.append(section)
     path = report.save(context.out / "report.html", seed)
-    if failed: raise MicrogenError(f"The report {path} is written without {' and without '.join(failed.values())}")
+    if failed:
+        raise MicrogenError(
+            f"The report {path} is written without {' and without '.join(failed.values())}"
+        )
     return path
 
 
 def headings(
-    planned: list, # chapters, in order
-) -> Iterator[str]: # a line before each: number, title and time left, at the pace of those before
+    planned: list,  # chapters, in order
+) -> Iterator[str]:  # a line before each: number, title and time left, at the pace of those before
     "Say which chapter comes and what time is left."
     start, past = time.monotonic(), 0
     for i, c in enumerate(planned):

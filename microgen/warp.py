@@ -17,11 +17,16 @@ from .core import InputError
 def _check(d, rim, **arrays):
     "Refuse a field that is not (2, H, W), and arrays that are not larger than it by the rim."
     if d.ndim != 3 or len(d) != 2:
-        raise InputError(f"The field has shape {d.shape}; give (2, H, W): dy and dx in nm at every pixel.")
+        raise InputError(
+            f"The field has shape {d.shape}; give (2, H, W): dy and dx in nm at every pixel."
+        )
     need = (d.shape[1] + 2 * rim, d.shape[2] + 2 * rim)
     for name, shape in ((name, np.shape(a)) for name, a in arrays.items()):
         if shape != need:
-            raise InputError(f"{name!r} has shape {shape}, but this field with a rim of {rim} needs {need}.")
+            raise InputError(
+                f"{name!r} has shape {shape}, but this field with a rim of {rim} needs {need}."
+            )
+
 
 def _places(d, pixel_size, rim):
     "Where each pixel looks in the input: (2, H, W) float32, in pixels."
@@ -30,6 +35,7 @@ def _places(d, pixel_size, rim):
     places[0] += np.arange(rim, d.shape[1] + rim, dtype=np.float32)[:, None]
     places[1] += np.arange(rim, d.shape[2] + rim, dtype=np.float32)
     return places
+
 
 def _cubic(u):
     "Two places whose linear look-ups make a cubic B-spline look-up at `u`, and the weight of the second."
@@ -41,23 +47,32 @@ def _cubic(u):
     high = 1 - low
     return i - 1 + second / low, i + 1 + last / high, high
 
+
 def _look_up(stack, y, x, mode="bilinear"):
     "Values (C, H, W) of `stack` (C, h, w) at places y, x (H, W) in pixels; the edge is a mirror."
     h, w = stack.shape[1:]
-    grid = np.empty((1, *y.shape, 2), np.float32) # torch's order (x, y), -1 to 1 from first to last pixel
+    grid = np.empty(
+        (1, *y.shape, 2), np.float32
+    )  # torch's order (x, y), -1 to 1 from first to last pixel
     np.multiply(x, 2 / max(w - 1, 1), out=grid[0, ..., 0])
     np.multiply(y, 2 / max(h - 1, 1), out=grid[0, ..., 1])
     grid -= 1
     values, grid = torch.from_numpy(stack)[None], torch.from_numpy(grid)
-    return torch.nn.functional.grid_sample(values, grid, mode, "reflection", align_corners=True)[0].numpy()
+    return torch.nn.functional.grid_sample(values, grid, mode, "reflection", align_corners=True)[
+        0
+    ].numpy()
+
 
 def warp_image(
-    image, # (H + 2 rim, W + 2 rim), a band-limited image
-    d, # field (2, H, W), nm
-    pixel_size, # nm per pixel: float or (y, x)
-    rim=0, # pixels of `image` around the scanned field, on each side
-    smear=(0., 0.) # motion (y, x) within one dwell or one column: its standard deviation along a line, nm
-) -> np.ndarray: # (H, W) float32: image at p + d(p)
+    image,  # (H + 2 rim, W + 2 rim), a band-limited image
+    d,  # field (2, H, W), nm
+    pixel_size,  # nm per pixel: float or (y, x)
+    rim=0,  # pixels of `image` around the scanned field, on each side
+    smear=(
+        0.0,
+        0.0,
+    ),  # motion (y, x) within one dwell or one column: its standard deviation along a line, nm
+) -> np.ndarray:  # (H, W) float32: image at p + d(p)
     """The image that a displaced probe sees, by cubic splines.
 
     Raises: InputError when field, image and rim do not fit.
@@ -67,25 +82,36 @@ def warp_image(
     _check(d, rim, image=image)
     y, x = _places(d, pixel_size, rim)
     spline = ndimage.spline_filter(image, 3, output=np.float32, mode="mirror")[None]
-    if not np.any(smear): return _look_up_cubic(spline, y, x)
+    if not np.any(smear):
+        return _look_up_cubic(spline, y, x)
     dy, dx = np.asarray(smear, dtype=np.float32) / np.asarray(pixel_size, dtype=np.float32)
     return (_look_up_cubic(spline, y - dy, x - dx) + _look_up_cubic(spline, y + dy, x + dx)) / 2
+
 
 def _look_up_cubic(spline, y, x):
     "Value (H, W) of a cubic spline with the coefficients `spline` (1, h, w)."
     (y0, y1, wy), (x0, x1, wx) = _cubic(y), _cubic(x)
-    row = [_look_up(spline, y, x0)[0] * (1 - wx) + _look_up(spline, y, x1)[0] * wx for y in (y0, y1)]
+    row = [
+        _look_up(spline, y, x0)[0] * (1 - wx) + _look_up(spline, y, x1)[0] * wx for y in (y0, y1)
+    ]
     return row[0] * (1 - wy) + row[1] * wy
 
 # %% ../nbs/14b_warp.ipynb #bdc142e5
-_NEAREST = {"wall", "disp_pm", "domain", "mask", "label"} # constant over a column or domain: no mixtures
+_NEAREST = {
+    "wall",
+    "disp_pm",
+    "domain",
+    "mask",
+    "label",
+}  # constant over a column or domain: no mixtures
+
 
 def warp_maps(
-    maps, # name to (H + 2 rim, W + 2 rim) array
-    d, # field (2, H, W), nm
-    pixel_size, # nm per pixel: float or (y, x)
-    rim=0 # pixels around the scanned field, on each side
-) -> dict: # name to (H, W) array of the same type
+    maps,  # name to (H + 2 rim, W + 2 rim) array
+    d,  # field (2, H, W), nm
+    pixel_size,  # nm per pixel: float or (y, x)
+    rim=0,  # pixels around the scanned field, on each side
+) -> dict:  # name to (H, W) array of the same type
     """Truth maps moved by the field of the scan.
 
     Raises: InputError when a map does not fit the field and the rim.
@@ -97,13 +123,17 @@ def warp_maps(
     angles = [k for k in maps if k not in near and k.startswith("phi")]
     linear = {k: m for k, m in maps.items() if k not in [*near, *angles]}
     linear |= {(k, f): f(maps[k]) for k in angles for f in (np.cos, np.sin)}
-    out = _sample(linear, places, "bilinear") | _sample({k: maps[k] for k in near}, places, "nearest")
+    out = _sample(linear, places, "bilinear") | _sample(
+        {k: maps[k] for k in near}, places, "nearest"
+    )
     out |= {k: np.arctan2(out[k, np.sin], out[k, np.cos]) % (2 * np.pi) for k in angles}
     return {k: out[k].astype(m.dtype, copy=False) for k, m in maps.items()}
 
+
 def _sample(maps, places, mode):
     "Maps of one kind at places (2, H, W) in pixels."
-    if not maps: return {}
+    if not maps:
+        return {}
     stack = np.stack(list(maps.values()), dtype=np.float32, casting="unsafe")
     return dict(zip(maps, _look_up(stack, *places, mode)))
 
@@ -111,22 +141,23 @@ def _sample(maps, places, mode):
 def _mean_field(d, sigma):
     "Field (2, H, W) as a fit of columns sees it; `sigma` (y, x) is the width of a column, px."
     out = np.empty_like(d)
-    for along in (0, 1): # the component of d: weight u^2 exp(-u^2) along itself, exp(-u^2) across
+    for along in (0, 1):  # the component of d: weight u^2 exp(-u^2) along itself, exp(-u^2) across
         smooth = d[along]
         for axis, width in enumerate(sigma):
             u = np.arange(-np.ceil(2.7 * width), np.ceil(2.7 * width) + 1) / width
-            kernel = np.exp(-u**2) * (u**2 if axis == along else 1)
+            kernel = np.exp(-(u**2)) * (u**2 if axis == along else 1)
             smooth = ndimage.correlate1d(smooth, kernel / kernel.sum(), axis, mode="nearest")
         out[along] = smooth
     return out
 
+
 def warp_table(
-    table, # DataFrame with y_nm, x_nm in the input image
-    d, # field (2, H, W), nm
-    pixel_size, # nm per pixel: float or (y, x)
-    rim=0, # pixels around the scanned field, on each side
-    column_nm=0.045 # width of a column in the image (Gaussian sigma), nm
-) -> pd.DataFrame: # the table with y_nm, x_nm where the columns appear in the scanned image
+    table,  # DataFrame with y_nm, x_nm in the input image
+    d,  # field (2, H, W), nm
+    pixel_size,  # nm per pixel: float or (y, x)
+    rim=0,  # pixels around the scanned field, on each side
+    column_nm=0.045,  # width of a column in the image (Gaussian sigma), nm
+) -> pd.DataFrame:  # the table with y_nm, x_nm where the columns appear in the scanned image
     """Positions of columns in the scanned image.
 
     Source: fixed point of q + d(q) = r, d averaged over the column.
@@ -135,5 +166,6 @@ def warp_table(
     mean = _mean_field(np.asarray(d, dtype=np.float32), column_nm / size)
     r = table[["y_nm", "x_nm"]].to_numpy(dtype=float).T - rim * size[:, None]
     q = r
-    for _ in range(4): q = r - _look_up(mean, *(q / size[:, None])[:, None])[:, 0]
+    for _ in range(4):
+        q = r - _look_up(mean, *(q / size[:, None])[:, None])[:, 0]
     return table.assign(y_nm=q[0], x_nm=q[1])

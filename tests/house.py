@@ -1,4 +1,5 @@
 """What the law and site tests share: the notebooks, their exported code, and how to name a place in it."""
+
 import ast
 import configparser
 import re
@@ -12,7 +13,15 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB = ROOT / "nbs", ROOT / "microgen"
 FOREIGN_TO_SIMULATION = ("fastai", "diffusers")
-GPL = {"rsciio": "gpl", "hyperspy": "gpl", "orix": "ebsd", "abtem": "dev", "py4DSTEM": "gpl", "exspy": "gpl", "kikuchipy": "ebsd"}
+GPL = {
+    "rsciio": "gpl",
+    "hyperspy": "gpl",
+    "orix": "ebsd",
+    "abtem": "dev",
+    "py4DSTEM": "gpl",
+    "exspy": "gpl",
+    "kikuchipy": "ebsd",
+}
 
 
 def settings():
@@ -25,6 +34,7 @@ def settings():
 @dataclass
 class Room:
     "One library notebook: its exported cells as syntax trees, its other code cells as text."
+
     path: Path
     module: str
     exported: list = field(default_factory=list)  # (cell id, source, tree)
@@ -63,7 +73,11 @@ class Room:
 
 def notebooks():
     "Every notebook that is not private or generated."
-    return sorted(p for p in NBS.rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(NBS).parts))
+    return sorted(
+        p
+        for p in NBS.rglob("*.ipynb")
+        if not any(part.startswith((".", "_")) for part in p.relative_to(NBS).parts)
+    )
 
 
 def code(source):
@@ -79,7 +93,12 @@ def rooms():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a missing id is law 2's to report
             cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-        found = [m.group(1) for c in cells for m in [re.search(r"^#\|\s*default_exp\s+(\S+)", c.source, re.M)] if m]
+        found = [
+            m.group(1)
+            for c in cells
+            for m in [re.search(r"^#\|\s*default_exp\s+(\S+)", c.source, re.M)]
+            if m
+        ]
         if not found:
             continue
         room = Room(path, f"microgen.{found[0]}")
@@ -98,11 +117,30 @@ def scripts():
 def tracked():
     "Files of the project: what git tracks or would add; without git, everything that is not generated."
     try:
-        run = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         names = run.stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
-        skip = {".git", "_proc", "_docs", "build", "dist", "__pycache__", ".pytest_cache", ".hypothesis"}
-        names = [p.relative_to(ROOT) for p in ROOT.rglob("*") if p.is_file() and not skip & set(p.relative_to(ROOT).parts)]
+        skip = {
+            ".git",
+            "_proc",
+            "_docs",
+            "build",
+            "dist",
+            "__pycache__",
+            ".pytest_cache",
+            ".hypothesis",
+        }
+        names = [
+            p.relative_to(ROOT)
+            for p in ROOT.rglob("*")
+            if p.is_file() and not skip & set(p.relative_to(ROOT).parts)
+        ]
     return [ROOT / name for name in names if (ROOT / name).exists()]
 
 

@@ -1,4 +1,5 @@
 """Small files of every format that microgen reads, written byte by byte from the format's description."""
+
 import json
 import struct
 
@@ -6,7 +7,21 @@ import numpy as np
 
 PIXEL_NM = 0.02
 TIFFS = ("fei", "zeiss", "tvips", "ome", "tiled", "stack")  # of other makers and of other layouts
-FORMATS = ("tif", "png", "jpg", "dm3", "dm4", "ser", "emd", "velox", "mrc", "hspy", "bmp", "atomap", *TIFFS)
+FORMATS = (
+    "tif",
+    "png",
+    "jpg",
+    "dm3",
+    "dm4",
+    "ser",
+    "emd",
+    "velox",
+    "mrc",
+    "hspy",
+    "bmp",
+    "atomap",
+    *TIFFS,
+)
 ENDING = {"velox": "emd", "atomap": "hdf5", **dict.fromkeys(TIFFS, "tif")}
 UNCALIBRATED = ("png", "jpg", "bmp", "atomap")  # they hold no length, or one without a unit
 HOW = {"stack": {"frame": 1}}  # what `read` has to be told
@@ -14,7 +29,7 @@ HOW = {"stack": {"frame": 1}}  # what `read` has to be told
 
 def image(shape=(24, 32)):
     "Columns of a square lattice, 200 pm apart at 20 pm per pixel, with a slope so that no flip goes unseen."
-    y, x = np.mgrid[:shape[0], :shape[1]]
+    y, x = np.mgrid[: shape[0], : shape[1]]
     lattice = (1 + np.cos(2 * np.pi * y / 10)) * (1 + np.cos(2 * np.pi * x / 10))
     return (1000 * lattice + 40 * y + 7 * x).astype(np.float32)
 
@@ -32,24 +47,46 @@ def dm(data, pixel_nm=PIXEL_NM, unit="nm", version=4, thumbnail=True):
         return struct.pack(">BH", kind, len(name)) + name.encode() + size + body
 
     group = lambda name, *tags: entry(20, name, b"\1\0" + word(len(tags)) + b"".join(tags))
-    value = lambda name, code, fmt, v: entry(21, name, b"%%%%" + word(1, code) + struct.pack("<" + fmt, v))
+    value = lambda name, code, fmt, v: entry(
+        21, name, b"%%%%" + word(1, code) + struct.pack("<" + fmt, v)
+    )
     text = lambda name, s: entry(21, name, b"%%%%" + word(3, 20, 4, len(s)) + s.encode("utf-16-le"))
     array = lambda name, code, a: entry(21, name, b"%%%%" + word(3, 20, code, a.size) + a.tobytes())
 
     def picture(a, kind, code, step, unit, sizes):
-        axis = lambda: group("", value("Origin", 6, "f", 0.0), value("Scale", 6, "f", step), text("Units", unit))
+        axis = lambda: group(
+            "", value("Origin", 6, "f", 0.0), value("Scale", 6, "f", step), text("Units", unit)
+        )
         calibrations = group("Calibrations", group("Dimension", *(axis() for _ in sizes)))
         dimensions = group("Dimensions", *(value("", 5, "I", n) for n in sizes))
-        return group("", group("ImageData", calibrations, array("Data", code, a), value("DataType", 5, "I", kind), dimensions,
-                               value("PixelDepth", 5, "I", 4)),
-                     group("ImageTags", group("Microscope Info", value("Voltage", 6, "f", 200e3), text("Name", "sample"))))
+        return group(
+            "",
+            group(
+                "ImageData",
+                calibrations,
+                array("Data", code, a),
+                value("DataType", 5, "I", kind),
+                dimensions,
+                value("PixelDepth", 5, "I", 4),
+            ),
+            group(
+                "ImageTags",
+                group("Microscope Info", value("Voltage", 6, "f", 200e3), text("Name", "sample")),
+            ),
+        )
 
     small = np.zeros((8, 8), "<u4")
     kinds = {"<f4": (2, 6), "<u2": (10, 4), "<i2": (1, 2)}
     pixels = np.ascontiguousarray(data, data.dtype.newbyteorder("<"))
     main = picture(pixels, *kinds[pixels.dtype.str], pixel_nm, unit, data.shape[::-1])
     pictures = ([picture(small, 23, 5, 1.0, "", small.shape)] if thumbnail else []) + [main]
-    tree = b"\1\0" + word(2) + value("InImageMode", 8, "B", 1) + group("ImageList", *pictures) + b"\0" * 8
+    tree = (
+        b"\1\0"
+        + word(2)
+        + value("InImageMode", 8, "B", 1)
+        + group("ImageList", *pictures)
+        + b"\0" * 8
+    )
     return struct.pack(">I", version) + word(len(tree)) + struct.pack(">I", 1) + tree
 
 
@@ -61,11 +98,18 @@ def ser(data, pixel_m=PIXEL_NM * 1e-9, n=1):
     kind = {"<f4": 7, "<u2": 2, "<i4": 6}[data.dtype.newbyteorder("<").str]
     body = struct.pack("<ddi", 0.0, pixel_m, 0) * 2 + struct.pack("<hii", kind, *data.shape[::-1])
     body += np.ascontiguousarray(data[::-1], data.dtype.newbyteorder("<")).tobytes()
-    dimension = struct.pack("<iddi", n, 0.0, 1.0, 0) + struct.pack("<i", 6) + b"Number" + struct.pack("<i", 0)
+    dimension = (
+        struct.pack("<iddi", n, 0.0, 1.0, 0)
+        + struct.pack("<i", 6)
+        + b"Number"
+        + struct.pack("<i", 0)
+    )
     table = 34 + len(dimension)
     starts = [table + 16 * n + i * (len(body) + 8) for i in range(n)]
     head = struct.pack("<hhhiiiiqi", 0x4949, 0x0197, 0x0220, 0x4122, 0x4152, n, n, table, 1)
-    offsets = struct.pack(f"<{n}q", *starts) + struct.pack(f"<{n}q", *(s + len(body) for s in starts))
+    offsets = struct.pack(f"<{n}q", *starts) + struct.pack(
+        f"<{n}q", *(s + len(body) for s in starts)
+    )
     return head + dimension + offsets + (body + struct.pack("<ii", 0x4152, 0)) * n
 
 
@@ -78,9 +122,14 @@ def mrc(data, pixel_nm=PIXEL_NM, calibrated=True):
     n, h, w = stack.shape
     mode = {"<f4": 2, "<u2": 6, "<i2": 1}[data.dtype.newbyteorder("<").str]
     cell = [10 * pixel_nm * s if calibrated else 0.0 for s in (w, h, n)]
-    head = struct.pack("<10i6f3i3f", w, h, n, mode, 0, 0, 0, w, h, n, *cell, 90, 90, 90, 1, 2, 3, 0, 0, 0)
+    head = struct.pack(
+        "<10i6f3i3f", w, h, n, mode, 0, 0, 0, w, h, n, *cell, 90, 90, 90, 1, 2, 3, 0, 0, 0
+    )
     head = head.ljust(208, b"\0") + b"MAP \x44\x44\0\0"
-    return head.ljust(1024, b"\0") + np.ascontiguousarray(stack, data.dtype.newbyteorder("<")).tobytes()
+    return (
+        head.ljust(1024, b"\0")
+        + np.ascontiguousarray(stack, data.dtype.newbyteorder("<")).tobytes()
+    )
 
 
 # --- HDF5: three layouts
@@ -128,11 +177,18 @@ def velox(path, data, pixel_m=PIXEL_NM * 1e-9, unit="m", detectors=("HAADF",)):
     frames = data[..., None] if data.ndim == 2 else np.moveaxis(data, 0, -1)
     with h5py.File(path, "w") as f:
         for i, name in enumerate(detectors):
-            about = {"BinaryResult": {"PixelSize": {"width": str(pixel_m), "height": str(pixel_m)}, "PixelUnitX": unit, "PixelUnitY": unit,
-                                      "Detector": name}, "Optics": {"AccelerationVoltage": "200000"}}
+            about = {
+                "BinaryResult": {
+                    "PixelSize": {"width": str(pixel_m), "height": str(pixel_m)},
+                    "PixelUnitX": unit,
+                    "PixelUnitY": unit,
+                    "Detector": name,
+                },
+                "Optics": {"AccelerationVoltage": "200000"},
+            }
             text = np.zeros((4096, frames.shape[-1]), np.uint8)
             raw = json.dumps(about).encode()
-            text[:len(raw)] = np.frombuffer(raw, np.uint8)[:, None]
+            text[: len(raw)] = np.frombuffer(raw, np.uint8)[:, None]
             group = f.create_group(f"Data/Image/{i:032x}")
             group.create_dataset("Data", data=frames, chunks=(*frames.shape[:2], 1))
             group.create_dataset("Metadata", data=text)
@@ -164,23 +220,38 @@ def tiff(path, kind, data, pixel_nm=PIXEL_NM):
     if kind == "fei":
         text = f"[User]\r\nDate=01/02/2020\r\n[Beam]\r\nHV=30000\r\nScan=EScan\r\n[EScan]\r\nPixelWidth={metres}\r\nPixelHeight={metres}\r\n"
         how = {"extratags": [(34682, "s", 0, text, True)]}
-    elif kind == "zeiss":  # the first number is the pixel size for 1024 pixels, the named one is rounded
+    elif (
+        kind == "zeiss"
+    ):  # the first number is the pixel size for 1024 pixels, the named one is rounded
         text = f"1\r\n0\r\n0\r\n{metres * data.shape[1] / 1024}\r\nAP_IMAGE_PIXEL_SIZE\r\nImage Pixel Size = {1e3 * pixel_nm:.1f} pm\r\n"
         how = {"extratags": [(34118, "s", 0, text, True)]}
     elif kind == "tvips":
-        first = np.zeros((), np.dtype([(n, t) for n, t in tifffile.TIFF.TVIPS_HEADER_V1]).newbyteorder("<"))
-        second = np.zeros((), np.dtype([(n, t) for n, t in tifffile.TIFF.TVIPS_HEADER_V2]).newbyteorder("<"))
-        first["Version"], second["Magic"], second["PixelSizeX"], second["PixelSizeY"] = 2, 0xAAAAAAAA, pixel_nm, pixel_nm
+        first = np.zeros(
+            (), np.dtype([(n, t) for n, t in tifffile.TIFF.TVIPS_HEADER_V1]).newbyteorder("<")
+        )
+        second = np.zeros(
+            (), np.dtype([(n, t) for n, t in tifffile.TIFF.TVIPS_HEADER_V2]).newbyteorder("<")
+        )
+        first["Version"], second["Magic"], second["PixelSizeX"], second["PixelSizeY"] = (
+            2,
+            0xAAAAAAAA,
+            pixel_nm,
+            pixel_nm,
+        )
         raw = first.tobytes() + second.tobytes()
         how = {"extratags": [(37706, 1, len(raw), raw, True)]}
     elif kind == "ome":
         h, w = data.shape
-        text = ('<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" '
-                f'DimensionOrder="XYCZT" Type="float" SizeX="{w}" SizeY="{h}" SizeC="1" SizeZ="1" SizeT="1" PhysicalSizeX="{pixel_nm / 1e3}" '
-                f'PhysicalSizeY="{pixel_nm / 1e3}"><TiffData/></Pixels></Image></OME>')
+        text = (
+            '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels ID="Pixels:0" '
+            f'DimensionOrder="XYCZT" Type="float" SizeX="{w}" SizeY="{h}" SizeC="1" SizeZ="1" SizeT="1" PhysicalSizeX="{pixel_nm / 1e3}" '
+            f'PhysicalSizeY="{pixel_nm / 1e3}"><TiffData/></Pixels></Image></OME>'
+        )
         how = {"description": text.encode(), "metadata": None}
     else:
-        tags = [(code, "s", 0, "nm", True) for code in (65003, 65004)] + [(code, "d", 1, pixel_nm, True) for code in (65009, 65010)]
+        tags = [(code, "s", 0, "nm", True) for code in (65003, 65004)] + [
+            (code, "d", 1, pixel_nm, True) for code in (65009, 65010)
+        ]
         how = {"extratags": tags, "photometric": "minisblack", "metadata": None}
         how |= {"tile": (16, 16), "compression": "zlib"} if kind == "tiled" else {}
         data = np.stack([data + 1, data, data + 2]) if kind == "stack" else data
@@ -202,8 +273,10 @@ def write(folder, kind, data=None):
         tiff(path, kind, data)
     elif kind == "tif":
         from microgen.io import write_tiff
+
         write_tiff(path, data, PIXEL_NM, {"sample": "made for a test"})
     else:
         from PIL import Image
+
         Image.fromarray((255 * data / data.max()).astype(np.uint8)).save(path, quality=95)
     return path

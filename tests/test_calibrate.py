@@ -1,4 +1,5 @@
 """Calibrating detection: bad input, dark particles, pixels without a scale, the same on any number of processes."""
+
 import numpy as np
 import pytest
 from scipy import ndimage as ndi
@@ -17,8 +18,10 @@ def discs(seed=0, shape=(200, 200), n=40, sign=1, noise=12.0):
     image, rows = np.full(shape, 100.0), []
     while len(rows) < n:
         y, x, d = rng.uniform(8, shape[0] - 8), rng.uniform(8, shape[1] - 8), rng.uniform(4, 13)
-        if all(np.hypot(y - b, x - c) > (d + e) / 2 + 4 for b, c, e in rows): rows.append((y, x, d))
-    for y, x, d in rows: image += sign * 60 * np.clip(d / 2 - np.hypot(yy - y, xx - x) + 0.5, 0, 1)
+        if all(np.hypot(y - b, x - c) > (d + e) / 2 + 4 for b, c, e in rows):
+            rows.append((y, x, d))
+    for y, x, d in rows:
+        image += sign * 60 * np.clip(d / 2 - np.hypot(yy - y, xx - x) + 0.5, 0, 1)
     image = ndi.gaussian_filter(image, 1.1) + noise * rng.normal(size=shape)
     return image.astype(np.float32), np.array(rows)
 
@@ -28,7 +31,9 @@ def test_bright_and_dark_look(sign):
     image, _ = discs(sign=sign, noise=4.0)
     look = look_of(detect(image))
     planes = stamp(look, 10.0)
-    middle = (look.face * planes[1] + look.rim * planes[2])[planes.shape[1] // 2, planes.shape[2] // 2]
+    middle = (look.face * planes[1] + look.rim * planes[2])[
+        planes.shape[1] // 2, planes.shape[2] // 2
+    ]
     assert abs(middle / (sign * 60) - 1) < 0.15 and 0.7 < look.blur_px < 1.5
 
 
@@ -39,8 +44,12 @@ def test_without_a_scale_and_on_two_processes():
     assert one.unit == "px" and "d_px" in one.injections and one.to_dict()["unit"] == "px"
     assert one.injections.equals(two.injections)
     alone = fit_detection(one.injections["d_px"], one.injections["found"])
-    assert one.curve.d50_se / one.curve.d50 > np.hypot(0.01, 0.9 * alone.d50_se / alone.d50) and one.look_error(one.curve.d50) > 0.01
+    assert (
+        one.curve.d50_se / one.curve.d50 > np.hypot(0.01, 0.9 * alone.d50_se / alone.d50)
+        and one.look_error(one.curve.d50) > 0.01
+    )
     from joblib.externals.loky import get_reusable_executor
+
     get_reusable_executor().shutdown()
 
 
@@ -53,9 +62,12 @@ def test_matching_is_one_to_one():
 
 
 def test_bad_input():
-    with pytest.raises(InputError, match="do not show how particles look"): calibrate(np.full((64, 64), 7.0), 1.0)
-    with pytest.raises(InputError, match="too small"): calibrate(np.zeros((8, 8)), 1.0)
-    with pytest.raises(InputError, match="give 200 or more"): calibrate(discs()[0], n=10)
+    with pytest.raises(InputError, match="do not show how particles look"):
+        calibrate(np.full((64, 64), 7.0), 1.0)
+    with pytest.raises(InputError, match="too small"):
+        calibrate(np.zeros((8, 8)), 1.0)
+    with pytest.raises(InputError, match="give 200 or more"):
+        calibrate(discs()[0], n=10)
 
 
 def test_fitted_diameters_scatter_less():

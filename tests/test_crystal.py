@@ -1,4 +1,5 @@
 "Crystals: files as they come from the world, and the relaxed cells that nature is judged by."
+
 import os
 import random
 import warnings
@@ -23,7 +24,8 @@ def write(folder, text, name="crystal.cif"):
 @pytest.fixture
 def data():
     folder = os.environ.get("MICROGEN_TEST_DATA")
-    if not folder: pytest.skip("MICROGEN_TEST_DATA is not set: it names the folder with stem/ymno3_dft")
+    if not folder:
+        pytest.skip("MICROGEN_TEST_DATA is not set: it names the folder with stem/ymno3_dft")
     return Path(folder) / "stem" / "ymno3_dft"
 
 
@@ -47,9 +49,14 @@ def test_parent_of_the_ferroelectric_file_is_the_paraelectric_file(rare_earth):
     assert parent.get_space_group_info()[1] == 194
     found = parent.get_primitive_structure(tolerance=1e-3)
     assert len(found) == 10 and found.volume == pytest.approx(prototype.volume, rel=1e-4)
-    for view, zone in ((columns(parent, parent=False), (1, 0, 0)), (columns(prototype, zone=(1, -1, 0)), None)):
+    for view, zone in (
+        (columns(parent, parent=False), (1, 0, 0)),
+        (columns(prototype, zone=(1, -1, 0)), None),
+    ):
         rare = view.table.query("element == @rare_earth")
-        assert np.diff(np.unique(rare.x_nm.round(4))) == pytest.approx(prototype.lattice.a / 20, abs=2e-4)
+        assert np.diff(np.unique(rare.x_nm.round(4))) == pytest.approx(
+            prototype.lattice.a / 20, abs=2e-4
+        )
 
 
 def test_relaxed_cells_give_the_constants_of_the_literature_fit(data):
@@ -66,10 +73,18 @@ def test_two_constants_reproduce_every_rare_earth_height(data):
         structure = load_structure(data / f"CONTCAR_{name}.POSCAR.vasp")
         t, parent = trimer(structure), reference(structure)
         for site, rest, n in zip(structure, parent, parent.site_properties["trimer"]):
-            if n < 0: continue
-            u = 100 * structure.lattice.c * ((site.frac_coords - rest.frac_coords)[2] + 0.5) % (100 * structure.lattice.c)
+            if n < 0:
+                continue
+            u = (
+                100
+                * structure.lattice.c
+                * ((site.frac_coords - rest.frac_coords)[2] + 0.5)
+                % (100 * structure.lattice.c)
+            )
             u -= 50 * structure.lattice.c
-            assert u == pytest.approx(t.u0_pm * np.cos(t.phi + 2 * np.pi * n / 3) + t.p0_pm * np.cos(3 * t.phi), abs=0.05)
+            assert u == pytest.approx(
+                t.u0_pm * np.cos(t.phi + 2 * np.pi * n / 3) + t.p0_pm * np.cos(3 * t.phi), abs=0.05
+            )
 
 
 def test_inconsistent_cell_is_read_with_a_clear_warning(data):
@@ -79,10 +94,22 @@ def test_inconsistent_cell_is_read_with_a_clear_warning(data):
     assert trimer(structure).p0_pm == pytest.approx(-23.5, abs=0.1)
 
 
-@pytest.mark.parametrize("text", ["", "data_x", "no cif at all", GOOD[: GOOD.index("_atom_site_label")], "\0" * 200,
-                                  GOOD.replace("6.1387", "?"), GOOD.replace("Y1  Y ", "Qq1 Qq").replace("Y2  Y ", "Qq2 Qq"), b"\xff\xfe" + os.urandom(500)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "data_x",
+        "no cif at all",
+        GOOD[: GOOD.index("_atom_site_label")],
+        "\0" * 200,
+        GOOD.replace("6.1387", "?"),
+        GOOD.replace("Y1  Y ", "Qq1 Qq").replace("Y2  Y ", "Qq2 Qq"),
+        b"\xff\xfe" + os.urandom(500),
+    ],
+)
 def test_files_without_a_crystal_are_read_errors(tmp_path, text):
-    with pytest.raises(ReadError, match="crystal.cif"): load_structure(write(tmp_path, text))
+    with pytest.raises(ReadError, match="crystal.cif"):
+        load_structure(write(tmp_path, text))
 
 
 def test_file_cut_in_the_atom_list_is_not_taken_silently(tmp_path):
@@ -91,12 +118,15 @@ def test_file_cut_in_the_atom_list_is_not_taken_silently(tmp_path):
 
 
 def test_huge_file_is_refused_before_it_is_read(tmp_path):
-    with pytest.raises(ReadError, match="max_bytes=1000"): load_structure(write(tmp_path, GOOD), max_bytes=1000)
+    with pytest.raises(ReadError, match="max_bytes=1000"):
+        load_structure(write(tmp_path, GOOD), max_bytes=1000)
 
 
 def test_partial_occupancy_counts_as_part_of_an_atom(tmp_path):
     lines = [line[:-1] + "0.75" if line.startswith("O3 ") else line for line in GOOD.splitlines()]
-    structure = load_structure(write(tmp_path, "\n".join(lines).replace("'Y Mn O3'", "'Y12 Mn12 O35'")))
+    structure = load_structure(
+        write(tmp_path, "\n".join(lines).replace("'Y Mn O3'", "'Y12 Mn12 O35'"))
+    )
     view = columns(structure, thickness=3)
     planar = view.table[view.table.site == "O_P"]
     repeats = round(view.thickness_nm / view.repeat_nm)
@@ -107,12 +137,22 @@ def test_symmetry_text_is_never_run(tmp_path):
     "The payload of CVE-2024-23346: a transformation string that is Python code."
     marker = tmp_path / "ran"
     code = f"""[d for d in ().__class__.__mro__[1].__getattribute__ ( *[().__class__.__mro__[1]]+["__sub" + "classes__"]) ()
-if d.__name__ == "BuiltinImporter"][0].load_module ("os").system ("touch {marker}")""".replace("\n", " ")
+if d.__name__ == "BuiltinImporter"][0].load_module ("os").system ("touch {marker}")""".replace(
+        "\n", " "
+    )
     attack = GOOD + f"\n_space_group_magn.transform_BNS_Pp_abc  'a,b,{code};0,0,0'\n"
-    attack += "\n_space_group_magn.number_BNS  62.448\n_space_group_magn.name_BNS  \"P  n'  m  a'  \"\n"
-    for text in (attack, GOOD.replace("'x, y, z'", f"'{code}, y, z'"), GOOD.replace("6.1387", code)):
-        try: load_structure(write(tmp_path, text))
-        except ReadError: pass
+    attack += (
+        "\n_space_group_magn.number_BNS  62.448\n_space_group_magn.name_BNS  \"P  n'  m  a'  \"\n"
+    )
+    for text in (
+        attack,
+        GOOD.replace("'x, y, z'", f"'{code}, y, z'"),
+        GOOD.replace("6.1387", code),
+    ):
+        try:
+            load_structure(write(tmp_path, text))
+        except ReadError:
+            pass
         assert not marker.exists()
 
 
@@ -124,29 +164,56 @@ def test_damaged_files_fail_only_as_read_errors(tmp_path):
         for _ in range(rng.randint(1, 12)):
             at = rng.randrange(len(text))
             kind = rng.randrange(4)
-            if kind == 0: text[at] = rng.randrange(256)
-            elif kind == 1: del text[at : at + rng.randrange(1, 60)]
-            elif kind == 2: text[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 8)))
-            else: text[at:at] = rng.choice([b"'", b"\n", b"loop_", b";", b"nan", b"1e999", b"-", b"0"])
-            if not text: break
+            if kind == 0:
+                text[at] = rng.randrange(256)
+            elif kind == 1:
+                del text[at : at + rng.randrange(1, 60)]
+            elif kind == 2:
+                text[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 8)))
+            else:
+                text[at:at] = rng.choice(
+                    [b"'", b"\n", b"loop_", b";", b"nan", b"1e999", b"-", b"0"]
+                )
+            if not text:
+                break
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            try: structure = load_structure(write(tmp_path, bytes(text)))
-            except ReadError: continue
+            try:
+                structure = load_structure(write(tmp_path, bytes(text)))
+            except ReadError:
+                continue
         assert np.isfinite(structure.cart_coords).all() and structure.volume > 0
         read += 1
     assert 0 < read < 200  # the mutations are neither harmless nor all fatal
 
 
-@pytest.mark.parametrize("bad", [dict(thickness=-1), dict(thickness=np.inf), dict(fov=(np.nan, 1)), dict(fov=0), dict(fov="wide"),
-                                 dict(zone=(1, 0)), dict(zone=(1e9, 1, 0)), dict(zone=(2, 0, 0), up=(1, 0, 0)), dict(up=(0, 0, 0)),
-                                 dict(thickness="thick"), dict(zone="100"), dict(margin=np.nan), dict(origin=(np.inf, 0)), dict(rotation_deg=np.nan)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(thickness=-1),
+        dict(thickness=np.inf),
+        dict(fov=(np.nan, 1)),
+        dict(fov=0),
+        dict(fov="wide"),
+        dict(zone=(1, 0)),
+        dict(zone=(1e9, 1, 0)),
+        dict(zone=(2, 0, 0), up=(1, 0, 0)),
+        dict(up=(0, 0, 0)),
+        dict(thickness="thick"),
+        dict(zone="100"),
+        dict(margin=np.nan),
+        dict(origin=(np.inf, 0)),
+        dict(rotation_deg=np.nan),
+    ],
+)
 def test_impossible_views_are_input_errors(bad):
-    with pytest.raises(InputError): columns("YMnO3", **bad)
+    with pytest.raises(InputError):
+        columns("YMnO3", **bad)
 
 
 def test_supercell_without_a_period_says_so():
-    with pytest.warns(UserWarning, match="no period"): block = supercell("YMnO3", zone=(1, 0, 1), up=(0, 0, 1), fov=1, thickness=1)
+    with pytest.warns(UserWarning, match="no period"):
+        block = supercell("YMnO3", zone=(1, 0, 1), up=(0, 0, 1), fov=1, thickness=1)
     density = len(block) / block.volume
     assert density == pytest.approx(30 / load_structure("YMnO3").volume, rel=0.05)
 
@@ -154,5 +221,6 @@ def test_supercell_without_a_period_says_so():
 def test_structures_reach_abtem_through_ase():
     pytest.importorskip("ase", reason="ase comes with abtem, the dev extra")
     from pymatgen.io.ase import AseAtomsAdaptor
+
     atoms = AseAtomsAdaptor.get_atoms(supercell("YMnO3", fov=1, thickness=0.6))
     assert len(atoms) == 60 and np.allclose(atoms.cell.angles(), 90)

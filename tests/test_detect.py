@@ -1,4 +1,5 @@
 """Counting particles: real images, bad input, and folders."""
+
 import json
 import os
 import sys
@@ -27,7 +28,9 @@ from counting_detect import centred, discs, matched, sem  # noqa: E402
 def data():
     folder = os.environ.get("MICROGEN_TEST_DATA")
     if not folder or not (Path(folder) / "particles").is_dir():
-        pytest.skip("set MICROGEN_TEST_DATA to the folder that holds particles/ to test on real images")
+        pytest.skip(
+            "set MICROGEN_TEST_DATA to the folder that holds particles/ to test on real images"
+        )
     return Path(folder) / "particles"
 
 
@@ -35,7 +38,11 @@ def grid(pitch, radius, shape, noise=4.0):
     yy, xx = np.mgrid[: shape[0], : shape[1]]
     d = np.hypot(yy % pitch - pitch / 2, xx % pitch - pitch / 2)
     rng = np.random.default_rng(0)
-    return (50 + 100 * ndi.gaussian_filter(np.clip(radius - d + 0.5, 0, 1), 0.8) + noise * rng.normal(size=shape)).astype(np.float32)
+    return (
+        50
+        + 100 * ndi.gaussian_filter(np.clip(radius - d + 0.5, 0, 1), 0.8)
+        + noise * rng.normal(size=shape)
+    ).astype(np.float32)
 
 
 def test_real_sem_images_without_settings():
@@ -53,9 +60,17 @@ def test_small_catalyst_image():
 
     image = imread(data() / "catalysts" / "images" / "Ru1.jpg")
     high, wide = image.shape[:2]
-    boxes = np.loadtxt(data() / "catalysts" / "labels" / "Ru1.txt")[:, [2, 1, 4, 3]] * [high, wide, high, wide]
+    boxes = np.loadtxt(data() / "catalysts" / "labels" / "Ru1.txt")[:, [2, 1, 4, 3]] * [
+        high,
+        wide,
+        high,
+        wide,
+    ]
     p = detect(image).particles
-    assert 2 * len(centred(boxes, p["y_px"].to_numpy(), p["x_px"].to_numpy())) / (len(boxes) + len(p)) >= 0.75
+    assert (
+        2 * len(centred(boxes, p["y_px"].to_numpy(), p["x_px"].to_numpy())) / (len(boxes) + len(p))
+        >= 0.75
+    )
 
 
 @pytest.mark.parametrize("touching, least", [(0, 0.97), (1, 0.93)])
@@ -74,7 +89,11 @@ def test_one_particle():
     found = detect(image + 3 * np.random.default_rng(0).normal(size=image.shape), 2.0)
     assert len(found.particles) == 1
     row = found.particles.iloc[0]
-    assert abs(row["y_nm"] - 120) < 1 and abs(row["x_nm"] - 140) < 1 and abs(row["diameter_nm"] - 60) < 2.5
+    assert (
+        abs(row["y_nm"] - 120) < 1
+        and abs(row["x_nm"] - 140) < 1
+        and abs(row["diameter_nm"] - 60) < 2.5
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 255.0])
@@ -90,10 +109,25 @@ def test_noise_alone_holds_no_particle(seed):
     assert summary["n_particles"] == 0 and "no particle" in summary["notes"][-1]
 
 
-EMPTY = {"carbon_black": 1}  # places of a thick support that cannot be told from particles; haadf has many
+EMPTY = {
+    "carbon_black": 1
+}  # places of a thick support that cannot be told from particles; haadf has many
 
 
-@pytest.mark.parametrize("preset", ["gold_on_carbon", "spheres", "rafts", "cubes", "agglomerates", "rings", "small", "carbon_black", "bright_field"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "gold_on_carbon",
+        "spheres",
+        "rafts",
+        "cubes",
+        "agglomerates",
+        "rings",
+        "small",
+        "carbon_black",
+        "bright_field",
+    ],
+)
 def test_a_bare_support_holds_no_particle(preset):
     for seed in range(2):
         found = detect(simulate_scene(scene_preset(preset, size=384, n=0), rng=seed).image)
@@ -123,14 +157,25 @@ def test_small_clipped_particles_are_no_letters():
 
 def test_pixel_size_missing_is_said():
     found = detect(grid(40, 9, (200, 240)))
-    assert found.unit == "px" and "diameter_px" in found.particles and "no pixel size" in " ".join(found.summary["notes"])
+    assert (
+        found.unit == "px"
+        and "diameter_px" in found.particles
+        and "no pixel size" in " ".join(found.summary["notes"])
+    )
 
 
 def test_edge_weights_count_what_the_frame_hides():
     found = detect(grid(50, 11, (210, 230)), 1.0)
     cut = found.particles["on_edge"]
-    assert (found.particles.loc[cut, "edge_weight"] == 0).all() and (found.particles.loc[~cut, "edge_weight"] > 1).all()
-    assert detect(grid(50, 11, (210, 230)), 1.0, Detector(edge_rule="count")).particles["edge_weight"].eq(1).all()
+    assert (found.particles.loc[cut, "edge_weight"] == 0).all() and (
+        found.particles.loc[~cut, "edge_weight"] > 1
+    ).all()
+    assert (
+        detect(grid(50, 11, (210, 230)), 1.0, Detector(edge_rule="count"))
+        .particles["edge_weight"]
+        .eq(1)
+        .all()
+    )
 
 
 def test_twenty_thousand_particles():
@@ -142,7 +187,10 @@ def test_turning_the_image_turns_the_result():
     image, _, _ = discs(4, (200, 200), 20)
     a, b = (detect(i, 1.0).particles for i in (image, np.rot90(image).copy()))
     assert len(a) == len(b) == 20
-    away = np.hypot(199 - a["x_nm"].to_numpy()[:, None] - b["y_nm"].to_numpy(), a["y_nm"].to_numpy()[:, None] - b["x_nm"].to_numpy())
+    away = np.hypot(
+        199 - a["x_nm"].to_numpy()[:, None] - b["y_nm"].to_numpy(),
+        a["y_nm"].to_numpy()[:, None] - b["x_nm"].to_numpy(),
+    )
     ratio = a["diameter_nm"].to_numpy() / b["diameter_nm"].to_numpy()[away.argmin(1)]
     assert away.min(1).max() < 1 and abs(np.median(ratio) - 1) < 0.01 and ratio.std() < 0.05
 
@@ -168,33 +216,67 @@ def test_a_bad_file_does_not_stop_the_rest(tmp_path):
 
 def test_columns_of_the_table(tmp_path):
     image = grid(40, 9, (120, 160))
-    length = ["id", "y_{0}", "x_{0}", "diameter_{0}", "area_{0}2", "mask_area_{0}2", "perimeter_{0}", "circularity", "aspect", "on_edge",
-              "edge_weight", "score", "contrast", "free_outline"]
+    length = [
+        "id",
+        "y_{0}",
+        "x_{0}",
+        "diameter_{0}",
+        "area_{0}2",
+        "mask_area_{0}2",
+        "perimeter_{0}",
+        "circularity",
+        "aspect",
+        "on_edge",
+        "edge_weight",
+        "score",
+        "contrast",
+        "free_outline",
+    ]
     for size, unit in ((0.5, "nm"), (None, "px")):
-        header = (save(detect(image, size), tmp_path / unit) / "particles.csv").read_text().splitlines()[0]
+        header = (
+            (save(detect(image, size), tmp_path / unit) / "particles.csv")
+            .read_text()
+            .splitlines()[0]
+        )
         assert header.split(",") == [c.format(unit) for c in length]
 
 
 def test_labels_are_calibrated_and_wide_enough(tmp_path):
     label = np.arange(70_000, dtype=np.int32).reshape(250, 280) + 1
     few = detect(grid(40, 9, (250, 280)), 0.5)
-    many = Detection(few.micrograph, pd.DataFrame({"edge_weight": np.ones(70_000)}), label, few.summary, few.unit)
+    many = Detection(
+        few.micrograph, pd.DataFrame({"edge_weight": np.ones(70_000)}), label, few.summary, few.unit
+    )
     for name, one, kind in (("few", few, np.uint16), ("many", many, np.uint32)):
         file = save(one, tmp_path / name) / "labels.tif"
         assert tifffile.imread(file).dtype == kind and (tifffile.imread(file) == one.labels).all()
         assert read(file).pixel_size == (0.5, 0.5)
 
 
-@pytest.mark.parametrize("setting, words", [({"h": "abc"}, "h='abc'"), ({"levels": 1}, "rising"), ({"accept": True}, "positive"), ({"h": 2}, "at most 1"),
-                                            ({"overlap": None}, "positive"), ({"polarity": 3}, "one of"), ({"least_snr": float("nan")}, "positive")])
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ({"h": "abc"}, "h='abc'"),
+        ({"levels": 1}, "rising"),
+        ({"accept": True}, "positive"),
+        ({"h": 2}, "at most 1"),
+        ({"overlap": None}, "positive"),
+        ({"polarity": 3}, "one of"),
+        ({"least_snr": float("nan")}, "positive"),
+    ],
+)
 def test_every_setting_is_checked(setting, words):
-    with pytest.raises(InputError, match=words): Detector(**setting)
+    with pytest.raises(InputError, match=words):
+        Detector(**setting)
 
 
 def test_nothing_counted_is_drawn_as_a_sentence(tmp_path):
     (tmp_path / "torn.tif").write_bytes(b"torn")
     sample = count_sample(tmp_path / "torn.tif", tmp_path / "out", calibrate=False, workers=1)
-    assert len(sample.particles()) == 0 and "No image could be counted" in sample.show().texts[0].get_text()
+    assert (
+        len(sample.particles()) == 0
+        and "No image could be counted" in sample.show().texts[0].get_text()
+    )
 
 
 def test_an_earlier_run_leaves_nothing_behind(tmp_path):
@@ -205,12 +287,20 @@ def test_an_earlier_run_leaves_nothing_behind(tmp_path):
     out = tmp_path / "out"
     for folder in ("a", "gone"):
         (out / folder).mkdir(parents=True)
-        for name in (*OWN, "mine.txt"): (out / folder / name).write_text("old")
-    for name in TOGETHER: (out / name).write_text("old")
+        for name in (*OWN, "mine.txt"):
+            (out / folder / name).write_text("old")
+    for name in TOGETHER:
+        (out / name).write_text("old")
     (out / "summary.csv").write_text("file,folder\na.tif,a\ngone.tif,gone\n../b.tif,..\n")
     count_sample(tmp_path / "a.tif", out, calibrate=False, workers=1)
     assert sorted(p.name for p in out.iterdir()) == ["a", "gone", "summary.csv"]
-    assert sorted(p.name for p in (out / "a").iterdir()) == ["labels.tif", "mine.txt", "overlay.png", "particles.csv", "summary.json"]
+    assert sorted(p.name for p in (out / "a").iterdir()) == [
+        "labels.tif",
+        "mine.txt",
+        "overlay.png",
+        "particles.csv",
+        "summary.json",
+    ]
     assert [p.name for p in (out / "gone").iterdir()] == ["mine.txt"]
 
 
@@ -220,13 +310,24 @@ def test_missing_pixels_of_a_file_are_left_out_as_those_of_an_array(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", image)
     table = count_images(tmp_path / "a.tif", tmp_path / "out", 0.5, workers=1, progress=False)
     here = detect(image, 0.5)
-    assert table.error[0] == "" and table.n_particles[0] == len(here.particles) == 12 and "80 pixels are not finite" in table.notes[0]
-    assert count_images(tmp_path / "a.tif", tmp_path / "out", workers=1, progress=False).unit[0] == "px"
+    assert (
+        table.error[0] == ""
+        and table.n_particles[0] == len(here.particles) == 12
+        and "80 pixels are not finite" in table.notes[0]
+    )
+    assert (
+        count_images(tmp_path / "a.tif", tmp_path / "out", workers=1, progress=False).unit[0]
+        == "px"
+    )
 
 
 def test_a_stack_says_what_to_do(tmp_path):
-    tifffile.imwrite(tmp_path / "stack.tif", np.stack([grid(40, 9, (120, 160))] * 3), photometric="minisblack")
-    error = count_images(tmp_path / "stack.tif", tmp_path / "out", 1.0, workers=1, progress=False).error[0]
+    tifffile.imwrite(
+        tmp_path / "stack.tif", np.stack([grid(40, 9, (120, 160))] * 3), photometric="minisblack"
+    )
+    error = count_images(
+        tmp_path / "stack.tif", tmp_path / "out", 1.0, workers=1, progress=False
+    ).error[0]
     assert "stack of 3 images" in error and "a file of its own" in error
 
 
@@ -234,10 +335,12 @@ def test_the_explorer_draws_anew_when_a_slider_moves(monkeypatch):
     import IPython.display
 
     drawn = []
-    monkeypatch.setattr(IPython.display, "display", lambda fig, *_, **__: drawn.append(fig.axes[1].get_title()))
+    monkeypatch.setattr(
+        IPython.display, "display", lambda fig, *_, **__: drawn.append(fig.axes[1].get_title())
+    )
     for support, name, moved in (("even", "accept", 0.95), ("uneven", "accept_blob", 0.95)):
         image, _, _ = discs(4, (200, 200), 20)
-        image[:, :100] = 0.5 * image[:, :100] + 0.25                       # half of the particles are fainter
+        image[:, :100] = 0.5 * image[:, :100] + 0.25  # half of the particles are fainter
         box = explore(image, 1.0)
         knobs = {k.description: k for row in box.children[:2] for k in row.children}
         knobs["support"].value = support
@@ -261,23 +364,51 @@ def command(*words):
 
 def test_count_on_the_command_line(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", grid(40, 9, (200, 240)))
-    assert command(tmp_path / "a.tif", "--pixel-size", 0.5, "--out", tmp_path / "out").exit_code == 0
+    assert (
+        command(tmp_path / "a.tif", "--pixel-size", 0.5, "--out", tmp_path / "out").exit_code == 0
+    )
     summary = json.loads((tmp_path / "out" / "a" / "summary.json").read_text())
     assert summary["unit"] == "nm" and abs(summary["median_diameter"] - 9) < 0.2
-    assert command(tmp_path / "a.tif", "--pixel-size", 0.5, "--calibrate", "--n", 200, "--out", tmp_path / "out").exit_code in (0, 1)
-    assert json.loads((tmp_path / "out" / "a" / "calibration.json").read_text())["n_injected"] >= 200
+    assert command(
+        tmp_path / "a.tif",
+        "--pixel-size",
+        0.5,
+        "--calibrate",
+        "--n",
+        200,
+        "--out",
+        tmp_path / "out",
+    ).exit_code in (0, 1)
+    assert (
+        json.loads((tmp_path / "out" / "a" / "calibration.json").read_text())["n_injected"] >= 200
+    )
 
 
-@pytest.mark.parametrize("words, said", [(["--pixel-size", 0], "must be a finite number above zero"), (["--setting", "h=abc"], "h='abc'"), (["--setting", "levels=1"], "levels=1"),
-                                         (["--calibrate", "--n", 10], "10 injected particles"), (["--ecsa", "m2=5"], "m2")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--pixel-size", 0], "must be a finite number above zero"),
+        (["--setting", "h=abc"], "h='abc'"),
+        (["--setting", "levels=1"], "levels=1"),
+        (["--calibrate", "--n", 10], "10 injected particles"),
+        (["--ecsa", "m2=5"], "m2"),
+    ],
+)
 def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path, words, said):
     tifffile.imwrite(tmp_path / "a.tif", grid(40, 9, (120, 160)))
     result = command(tmp_path / "a.tif", *words, "--out", tmp_path / "out")
-    assert result.exit_code == 1 and said in result.output and "Traceback" not in result.output and "float64" not in result.output
+    assert (
+        result.exit_code == 1
+        and said in result.output
+        and "Traceback" not in result.output
+        and "float64" not in result.output
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_no_surface_area_is_said_and_is_no_success(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", grid(40, 9, (200, 240)))
-    result = command(tmp_path / "a.tif", "--ecsa", "roughness=2", "--n", 200, "--out", tmp_path / "out")
+    result = command(
+        tmp_path / "a.tif", "--ecsa", "roughness=2", "--n", 200, "--out", tmp_path / "out"
+    )
     assert "ECSA was not computed, because" in result.output and result.exit_code == 1

@@ -1,4 +1,5 @@
 """Damaged files: 500 seeded mutations of every format. A reader may succeed or raise ReadError, within two seconds of processor time; nothing else."""
+
 import logging
 import time
 import warnings
@@ -12,7 +13,9 @@ from samples import FORMATS, HOW, UNCALIBRATED
 from microgen.core import ReadError
 from microgen.io import read
 
-pytest.importorskip("ncempy.io.dm", reason='the fuzz reads every format: pip install "microgen[em]"')
+pytest.importorskip(
+    "ncempy.io.dm", reason='the fuzz reads every format: pip install "microgen[em]"'
+)
 N = 500
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
 
@@ -20,20 +23,24 @@ EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFF
 def mutate(good, rng):
     "One of six damages: flipped bits, overwritten bytes, a cut, an extreme number, deleted bytes, inserted bytes."
     raw = bytearray(good)
-    at = lambda: int(rng.integers(min(len(raw), 512) if rng.random() < 0.5 else len(raw)))  # half of them in the header
+    at = lambda: int(
+        rng.integers(min(len(raw), 512) if rng.random() < 0.5 else len(raw))
+    )  # half of them in the header
     damage, i, n = rng.integers(6), at(), int(rng.integers(1, 65))
     if damage == 0:
         for _ in range(1 + n % 8):
             raw[at()] ^= 1 << int(rng.integers(8))
     elif damage == 1:
-        raw[i:i + n % 16] = rng.bytes(len(raw[i:i + n % 16]))
+        raw[i : i + n % 16] = rng.bytes(len(raw[i : i + n % 16]))
     elif damage == 2:
         del raw[i:]
     elif damage == 3:
         size = int(rng.choice([2, 4, 8]))
-        raw[i:i + size] = (int(rng.choice(EXTREMES)) % 256**size).to_bytes(size, rng.choice(["little", "big"]))
+        raw[i : i + size] = (int(rng.choice(EXTREMES)) % 256**size).to_bytes(
+            size, rng.choice(["little", "big"])
+        )
     elif damage == 4:
-        del raw[i:i + n]
+        del raw[i : i + n]
     else:
         raw[i:i] = rng.bytes(n)
     return bytes(raw)
@@ -43,7 +50,10 @@ def mutate(good, rng):
 def test_fuzz(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("tifffile"), "disabled", True)
     path = samples.write(tmp_path, kind)
-    good, how = path.read_bytes(), HOW.get(kind, {}) | {"pixel_size": 0.02 if kind in UNCALIBRATED else None}
+    good, how = (
+        path.read_bytes(),
+        HOW.get(kind, {}) | {"pixel_size": 0.02 if kind in UNCALIBRATED else None},
+    )
     read(path, **how)  # loads the libraries
     seen, slowest = Counter(), (0.0, 0)
     for seed in range(N):
@@ -54,7 +64,9 @@ def test_fuzz(kind, tmp_path, monkeypatch):
             try:
                 image = read(path, max_bytes=2**26, **how)
                 seen["read"] += 1
-                assert np.isfinite(image.data).all() and min(image.pixel_size) > 0, f"seed {seed} reads as nonsense"
+                assert np.isfinite(image.data).all() and min(image.pixel_size) > 0, (
+                    f"seed {seed} reads as nonsense"
+                )
             except ReadError as e:
                 seen["refused"] += 1
                 assert str(path) in str(e) and "\n" not in str(e)
@@ -69,11 +81,11 @@ def test_a_heap_that_runs_in_a_circle(tmp_path):
     "HDF5 never leaves a text heap whose free space has no size; the fuzz found it, and microgen does not enter."
     good = samples.write(tmp_path, "hspy").read_bytes()
     heap = good.index(b"GCOL")
-    i, end = heap + 16, heap + int.from_bytes(good[heap + 8:heap + 16], "little")
-    while i + 16 <= end and good[i:i + 2] != b"\0\0":
-        i += 16 + -(-int.from_bytes(good[i + 8:i + 16], "little") // 8) * 8
-    (tmp_path / "circle.hspy").write_bytes(good[:i] + bytes(16) + good[i + 16:])
-    assert good[i:i + 16] != bytes(16), "the sample has to have free space in its heap"
+    i, end = heap + 16, heap + int.from_bytes(good[heap + 8 : heap + 16], "little")
+    while i + 16 <= end and good[i : i + 2] != b"\0\0":
+        i += 16 + -(-int.from_bytes(good[i + 8 : i + 16], "little") // 8) * 8
+    (tmp_path / "circle.hspy").write_bytes(good[:i] + bytes(16) + good[i + 16 :])
+    assert good[i : i + 16] != bytes(16), "the sample has to have free space in its heap"
     assert read(tmp_path / "circle.hspy").pixel_size == (0.02, 0.02)
 
 
@@ -84,8 +96,13 @@ def test_other_files_under_every_name(tmp_path):
         ending = samples.ENDING.get(kind, kind)
         for other, raw in made.items():
             other_ending = samples.ENDING.get(other, other)
-            if any({ending, other_ending} <= same for same in ({"png", "jpg", "bmp"}, {"dm3", "dm4"}, {"emd", "hspy", "hdf5"})) \
-                    or ending == other_ending:
+            if (
+                any(
+                    {ending, other_ending} <= same
+                    for same in ({"png", "jpg", "bmp"}, {"dm3", "dm4"}, {"emd", "hspy", "hdf5"})
+                )
+                or ending == other_ending
+            ):
                 continue
             path = tmp_path / f"{other}_as.{ending}"
             path.write_bytes(raw)

@@ -1,4 +1,5 @@
 "A run from data to card: what is judged, what the card says and shows, real images in their own style, several processes."
+
 import json
 import re
 import shutil
@@ -29,14 +30,19 @@ from microgen.train.hub import load_model
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return build(Recipe(n=30, size=64, pixel_size=0.03, preset="good", seed=6), tmp_path_factory.mktemp("data") / "walls", workers=1)
+    return build(
+        Recipe(n=30, size=64, pixel_size=0.03, preset="good", seed=6),
+        tmp_path_factory.mktemp("data") / "walls",
+        workers=1,
+    )
 
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
     "One run of each kind, of few steps."
     folder = tmp_path_factory.mktemp("runs")
-    for model in ("film", "router"): train_pix2pix(data, folder / model, model=model, epochs=2, bs=8, judged=3, progress=False)
+    for model in ("film", "router"):
+        train_pix2pix(data, folder / model, model=model, epochs=2, bs=8, judged=3, progress=False)
     return folder
 
 
@@ -46,19 +52,35 @@ def test_the_card_says_what_was_measured(runs, data, model):
     assert "None was measured" not in card
     rows = re.findall(r"^\| (?!metric|-)(.+?) \| (\S+) \| (\S+ to \S+) \| (\d+) \|$", card, re.M)
     names = [r[0] for r in rows]
-    for word in ("SSIM, drawn with noise", "columns found", "column error of the simulated scans", "polarity right"):
+    for word in (
+        "SSIM, drawn with noise",
+        "columns found",
+        "column error of the simulated scans",
+        "polarity right",
+    ):
         assert any(word in n for n in names), (word, names)
     assert {r[3] for r in rows} == {"3"}
-    for line in ("**Structure**: YMnO3", "**Scan preset**: good", "**Seed**: 6", "e/Å²", "**Pixel size**: 0.03 nm"): assert line in card, line
+    for line in (
+        "**Structure**: YMnO3",
+        "**Scan preset**: good",
+        "**Seed**: 6",
+        "e/Å²",
+        "**Pixel size**: 0.03 nm",
+    ):
+        assert line in card, line
     assert "best by ssim" in card
 
 
 @pytest.mark.parametrize("model", ["film", "router"])
 def test_the_example_of_the_card_runs(runs, model):
     folder = runs / model / "model"
-    (example,) = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), re.S | re.M)
+    (example,) = re.findall(
+        r"^```python\n(.*?)^```", (folder / "README.md").read_text(), re.S | re.M
+    )
     assert example.count("maps, label = ...") == 1
-    text = example.replace("FOLDER or USER/NAME", str(folder)).replace("maps, label = ...", "maps, label = torch.zeros(4, 64, 64), 0")
+    text = example.replace("FOLDER or USER/NAME", str(folder)).replace(
+        "maps, label = ...", "maps, label = torch.zeros(4, 64, 64), 0"
+    )
     names = {"torch": torch}
     exec(compile(text, "README.md", "exec"), names)
     assert names["images"].shape == (4, 1, 64, 64)
@@ -71,7 +93,10 @@ def test_the_card_shows_the_last_preview(runs, model):
     shown = (runs / model / "model/example.png").read_bytes()
     assert shown == previews[-1].read_bytes()
     assert int(previews[-1].stem) == steps > 1, "the last step is drawn"
-    assert np.array(Image.open(previews[0])).shape == np.array(Image.open(previews[-1])).shape and shown != previews[0].read_bytes()
+    assert (
+        np.array(Image.open(previews[0])).shape == np.array(Image.open(previews[-1])).shape
+        and shown != previews[0].read_bytes()
+    )
 
 
 def test_a_finished_run_is_not_judged_again(runs, data, monkeypatch):
@@ -99,37 +124,77 @@ def test_a_damaged_file_of_settings_is_named(runs, tmp_path):
     shutil.copytree(runs / "film/model", tmp_path / "model")
     (tmp_path / "model/config.json").write_text('{"in_ch": 4, ')
     for load in (load_model, Pix2Pix.from_pretrained):
-        with pytest.raises(ReadError, match="config.json") as error: load(tmp_path / "model")
+        with pytest.raises(ReadError, match="config.json") as error:
+            load(tmp_path / "model")
         assert "Hub" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_drawn_in_the_style_of_real_images(data, tmp_path):
     real = tmp_path / "real"
-    for k, path in enumerate(list_images(build(Recipe(walls=("UP",), n=4, size=64, pixel_size=0.03, preset="poor", seed=9), tmp_path / "poor",
-                                               workers=1)).image): read(path).save(real / f"{k}.tif")
+    for k, path in enumerate(
+        list_images(
+            build(
+                Recipe(walls=("UP",), n=4, size=64, pixel_size=0.03, preset="poor", seed=9),
+                tmp_path / "poor",
+                workers=1,
+            )
+        ).image
+    ):
+        read(path).save(real / f"{k}.tif")
     train_pix2pix(data, tmp_path / "run", real=real, epochs=1, bs=8, judged=0, progress=False)
     pictures = {}
     for domain in ("simulated", "real"):
-        out = sample_run(tmp_path / "run", walls="typeC", n=2, out=tmp_path / f"drawn_{domain}", seed=3, domain=domain, progress=False)
+        out = sample_run(
+            tmp_path / "run",
+            walls="typeC",
+            n=2,
+            out=tmp_path / f"drawn_{domain}",
+            seed=3,
+            domain=domain,
+            progress=False,
+        )
         listed = list_images(out)
-        assert set(listed.domain) == {domain} and json.loads((out / "recipe.json").read_text())["recipe"]["domain"] == domain
+        assert (
+            set(listed.domain) == {domain}
+            and json.loads((out / "recipe.json").read_text())["recipe"]["domain"] == domain
+        )
         pictures[domain] = np.stack([read(p).data for p in listed.image])
         assert (pd.read_parquet(listed.table[0]).site == "R").any()
     assert not np.array_equal(*pictures.values())
-    with pytest.raises(InputError, match="domain"): sample_run(tmp_path / "run", walls="typeC", n=1, out=tmp_path / "x", domain="mine", progress=False)
+    with pytest.raises(InputError, match="domain"):
+        sample_run(
+            tmp_path / "run", walls="typeC", n=1, out=tmp_path / "x", domain="mine", progress=False
+        )
 
 
 def test_what_only_pairs_have_is_refused_with_real_images(data, tmp_path):
     for asked in ({"group": "seed"}, {"properties": ("dose",)}):
         with pytest.raises(InputError, match=next(iter(asked))):
-            train_pix2pix(data, tmp_path / "run", real=list_images(data).image[0].parent, epochs=1, progress=False, **asked)
+            train_pix2pix(
+                data,
+                tmp_path / "run",
+                real=list_images(data).image[0].parent,
+                epochs=1,
+                progress=False,
+                **asked,
+            )
 
 
 def test_a_specimen_is_not_on_both_sides(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     table = pd.read_csv(tmp_path / "data/metadata.csv")
-    table.assign(specimen=["ABCDE"[i % 5] for i in range(len(table))]).drop(columns="split").to_csv(tmp_path / "data/metadata.csv", index=False)
-    learn = train_pix2pix(tmp_path / "data", tmp_path / "run", epochs=1, bs=4, group="specimen", judged=0, progress=False)
+    table.assign(specimen=["ABCDE"[i % 5] for i in range(len(table))]).drop(columns="split").to_csv(
+        tmp_path / "data/metadata.csv", index=False
+    )
+    learn = train_pix2pix(
+        tmp_path / "data",
+        tmp_path / "run",
+        epochs=1,
+        bs=4,
+        group="specimen",
+        judged=0,
+        progress=False,
+    )
     of = learn.dls.train.pixels.listed.specimen.to_numpy()
     sides = [set(of[list(part.dataset.items)]) for part in learn.dls.loaders[:2]]
     assert not sides[0] & sides[1] and sides[0] | sides[1] == set("ABCDE")
@@ -157,10 +222,27 @@ def test_one_of_several_processes_writes(data, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    text = WORKER.format(root=str(ROOT), port=port, log=str(tmp_path / "log"), data=str(data), out=str(tmp_path / "run"))
-    both = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", text, str(r)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for r in (0, 1)]
+    text = WORKER.format(
+        root=str(ROOT),
+        port=port,
+        log=str(tmp_path / "log"),
+        data=str(data),
+        out=str(tmp_path / "run"),
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", text, str(r)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+        for r in (0, 1)
+    ]
     for p in both:
         _, err = p.communicate(timeout=300)
         assert p.returncode == 0, err.decode()[-2000:]
-    assert sorted(Path(tmp_path / "log").read_text().split("\n")) == ["", "0 experts.csv", "0 model"]
+    assert sorted(Path(tmp_path / "log").read_text().split("\n")) == [
+        "",
+        "0 experts.csv",
+        "0 model",
+    ]
     assert "SSIM" in (tmp_path / "run/model/README.md").read_text()

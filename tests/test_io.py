@@ -1,4 +1,5 @@
 """Reading and writing: real microscope files, every format byte by byte, other people's readers, lies, full disks and kills."""
+
 import json
 import os
 import signal
@@ -21,10 +22,30 @@ from samples import ENDING, FORMATS, HOW, PIXEL_NM, UNCALIBRATED
 
 import microgen
 from microgen import io
-from microgen.core import InputError, Micrograph, MissingExtra, ReadError, UncalibratedError, UnitError, WriteError
-from microgen.io import atomic_folder, atomic_path, make_folder, read, write_csv, write_json, write_parquet, write_text, write_tiff
+from microgen.core import (
+    InputError,
+    Micrograph,
+    MissingExtra,
+    ReadError,
+    UncalibratedError,
+    UnitError,
+    WriteError,
+)
+from microgen.io import (
+    atomic_folder,
+    atomic_path,
+    make_folder,
+    read,
+    write_csv,
+    write_json,
+    write_parquet,
+    write_text,
+    write_tiff,
+)
 
-pytest.importorskip("ncempy.io.dm", reason='these tests read every format: pip install "microgen[em]"')
+pytest.importorskip(
+    "ncempy.io.dm", reason='these tests read every format: pip install "microgen[em]"'
+)
 ROOT = Path(__file__).resolve().parent.parent
 CALIBRATED = [f for f in FORMATS if f not in UNCALIBRATED]
 
@@ -37,7 +58,9 @@ def real():
     "The folder of real micrographs."
     folder = os.environ.get("MICROGEN_TEST_DATA")
     if not folder:
-        pytest.skip("MICROGEN_TEST_DATA is not set: it names the folder with real micrographs (stem/BTO_crystal_1.dm4, …)")
+        pytest.skip(
+            "MICROGEN_TEST_DATA is not set: it names the folder with real micrographs (stem/BTO_crystal_1.dm4, …)"
+        )
     return Path(folder) / "stem"
 
 
@@ -55,7 +78,9 @@ def test_real_pixel_sizes(real, name):
     shape, pixel_pm = REAL[name]
     image = read(real / name)
     assert image.shape == shape and image.data.dtype == np.float32 and np.isfinite(image.data).all()
-    assert image.pixel_size == pytest.approx(2 * [1e-3 * pixel_pm], abs=5.1e-6), "the pixel size of the file, rounded to 0.01 pm"
+    assert image.pixel_size == pytest.approx(2 * [1e-3 * pixel_pm], abs=5.1e-6), (
+        "the pixel size of the file, rounded to 0.01 pm"
+    )
     assert Path(image.source).name == name
 
 
@@ -81,7 +106,9 @@ def spacing_pm(image, low, high, along=None):
 
 
 @pytest.mark.filterwarnings("ignore:.*states no unit")
-@pytest.mark.parametrize("name, lattice_pm", [("BTO_crystal_1.dm4", 400.0), ("atomap_STO_ADF_cropped.hdf5", 390.5)])
+@pytest.mark.parametrize(
+    "name, lattice_pm", [("BTO_crystal_1.dm4", 400.0), ("atomap_STO_ADF_cropped.hdf5", 390.5)]
+)
 def test_lattice_of_real_perovskites(real, name, lattice_pm):
     "Along the fast scan the lattice is right to 1 %; along the slow scan these images carry 5 to 7 % of drift, which no reader undoes."
     image = read(real / name)
@@ -91,7 +118,9 @@ def test_lattice_of_real_perovskites(real, name, lattice_pm):
 
 def test_lattice_of_cdte(real):
     "The brightest spacing of CdTe [110] is (111), 648.1 pm / √3."
-    assert spacing_pm(read(real / "CdTe_110_tilt_HAADF149.dm3"), 0.3, 0.5) == pytest.approx(648.1 / 3**0.5, rel=0.05)
+    assert spacing_pm(read(real / "CdTe_110_tilt_HAADF149.dm3"), 0.3, 0.5) == pytest.approx(
+        648.1 / 3**0.5, rel=0.05
+    )
 
 
 def test_gatan_files_as_hyperspy_reads_them(real):
@@ -129,7 +158,9 @@ def test_real_file_through_tiff_and_back(real, tmp_path):
 def test_every_format_gives_its_pixels_and_scale(kind, tmp_path):
     image = read(samples.write(tmp_path, kind), **HOW.get(kind, {}))
     np.testing.assert_array_equal(image.data, samples.image())
-    assert image.pixel_size == pytest.approx((PIXEL_NM, PIXEL_NM), rel=1e-7)  # dm and mrc store 32-bit floats
+    assert image.pixel_size == pytest.approx(
+        (PIXEL_NM, PIXEL_NM), rel=1e-7
+    )  # dm and mrc store 32-bit floats
     assert image.data.dtype == np.float32 and image.data.flags["C_CONTIGUOUS"]
 
 
@@ -143,8 +174,14 @@ def test_our_samples_are_real_files_of_their_kind(kind, tmp_path):
         hspy = pytest.importorskip("rsciio.hspy")
         found = hspy.file_reader(str(path))[0]["data"]
     else:
-        reader = {"dm3": dm.dmReader, "dm4": dm.dmReader, "ser": ser.serReader, "mrc": mrc.mrcReader, "emd": emd.emdReader,
-                  "velox": emdVelox.emdVeloxReader}
+        reader = {
+            "dm3": dm.dmReader,
+            "dm4": dm.dmReader,
+            "ser": ser.serReader,
+            "mrc": mrc.mrcReader,
+            "emd": emd.emdReader,
+            "velox": emdVelox.emdVeloxReader,
+        }
         if kind == "velox":  # its reader wants the date and stage that Velox always writes
             with emdVelox.fileEMDVelox(path) as f:
                 found = np.squeeze(f.list_data[0]["Data"][:])
@@ -158,7 +195,11 @@ def test_our_samples_are_real_files_of_their_kind(kind, tmp_path):
 def test_pixel_types(kind, dtype, tmp_path):
     data = samples.image().astype(dtype)
     path = tmp_path / f"a.{kind}"
-    path.write_bytes(samples.dm(data, version=int(kind[-1])) if kind.startswith("dm") else getattr(samples, kind)(data))
+    path.write_bytes(
+        samples.dm(data, version=int(kind[-1]))
+        if kind.startswith("dm")
+        else getattr(samples, kind)(data)
+    )
     np.testing.assert_array_equal(read(path).data, data.astype(np.float32))
 
 
@@ -180,9 +221,15 @@ def test_an_atom_lattice_of_atomap_asks_for_its_unit(tmp_path):
     import h5py
 
     from microgen.formats import _atomap_images
+
     with h5py.File(path) as f:
-        (name, data, scale, unit, _), = _atomap_images(f, path)
-        assert (name, data.shape, scale, unit) == ("image_data", (24, 32), [PIXEL_NM, PIXEL_NM], ["", ""])
+        ((name, data, scale, unit, _),) = _atomap_images(f, path)
+        assert (name, data.shape, scale, unit) == (
+            "image_data",
+            (24, 32),
+            [PIXEL_NM, PIXEL_NM],
+            ["", ""],
+        )
     with h5py.File(samples.hspy(tmp_path / "a.hspy", samples.image())) as f:
         assert not list(_atomap_images(f, path)), "a file of another layout holds no atom lattice"
 
@@ -195,9 +242,22 @@ def stacks(folder):
     (folder / "s.dm4").write_bytes(samples.dm(STACK))
     (folder / "s.mrc").write_bytes(samples.mrc(STACK))
     (folder / "s.ser").write_bytes(samples.ser(samples.image(), n=3))
-    tifffile.imwrite(folder / "s.tif", STACK, imagej=True, resolution=(50, 50), metadata={"unit": "nm", "axes": "ZYX"})
-    return [folder / "s.dm4", folder / "s.mrc", folder / "s.ser", folder / "s.tif", samples.hspy(folder / "s.hspy", STACK),
-            samples.velox(folder / "velox.emd", STACK), samples.emd(folder / "ncem.emd", STACK)]
+    tifffile.imwrite(
+        folder / "s.tif",
+        STACK,
+        imagej=True,
+        resolution=(50, 50),
+        metadata={"unit": "nm", "axes": "ZYX"},
+    )
+    return [
+        folder / "s.dm4",
+        folder / "s.mrc",
+        folder / "s.ser",
+        folder / "s.tif",
+        samples.hspy(folder / "s.hspy", STACK),
+        samples.velox(folder / "velox.emd", STACK),
+        samples.emd(folder / "ncem.emd", STACK),
+    ]
 
 
 def test_a_stack_asks_for_a_frame(tmp_path):
@@ -208,13 +268,19 @@ def test_a_stack_asks_for_a_frame(tmp_path):
             read(path, frame=3)
         for k in (0, 2, -1):
             image = read(path, frame=k)
-            np.testing.assert_array_equal(image.data, samples.image() if path.suffix == ".ser" else STACK[k], err_msg=path.name)
+            np.testing.assert_array_equal(
+                image.data,
+                samples.image() if path.suffix == ".ser" else STACK[k],
+                err_msg=path.name,
+            )
             assert image.pixel_size == pytest.approx((0.02, 0.02), rel=1e-6)
 
 
 def test_several_images_in_a_file_ask_for_a_name(tmp_path):
-    for path in (samples.hspy(tmp_path / "a.hspy", samples.image(), names=("BF", "HAADF")),
-                 samples.velox(tmp_path / "a.emd", samples.image(), detectors=("BF", "HAADF"))):
+    for path in (
+        samples.hspy(tmp_path / "a.hspy", samples.image(), names=("BF", "HAADF")),
+        samples.velox(tmp_path / "a.emd", samples.image(), detectors=("BF", "HAADF")),
+    ):
         with pytest.raises(ReadError, match="BF, HAADF.*dataset="):
             read(path)
         for which in ("HAADF", 1, -1):
@@ -222,26 +288,55 @@ def test_several_images_in_a_file_ask_for_a_name(tmp_path):
 
 
 def test_complex_and_one_dimensional_data_are_refused(tmp_path):
-    for data, why in ((np.ones((8, 8), complex), "complex"), (np.ones(8), "1-dimensional"), (np.array([[1.0, np.nan]]), "NaN")):
+    for data, why in (
+        (np.ones((8, 8), complex), "complex"),
+        (np.ones(8), "1-dimensional"),
+        (np.array([[1.0, np.nan]]), "NaN"),
+    ):
         with pytest.raises(ReadError, match=why):
             read(samples.hspy(tmp_path / "a.hspy", data))
 
 
 # --- Units
 
-UNITS = {"pm": 1e-3, "Å": 0.1, "A": 0.1, "angstrom": 0.1, "nm": 1.0, "µm": 1e3, "μm": 1e3, "um": 1e3, "mm": 1e6, "m": 1e9}
+UNITS = {
+    "pm": 1e-3,
+    "Å": 0.1,
+    "A": 0.1,
+    "angstrom": 0.1,
+    "nm": 1.0,
+    "µm": 1e3,
+    "μm": 1e3,
+    "um": 1e3,
+    "mm": 1e6,
+    "m": 1e9,
+}
 
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_every_unit_ends_as_nm(unit, tmp_path):
-    files = [samples.hspy(tmp_path / "a.hspy", samples.image(), 0.02 / UNITS[unit], unit),
-             samples.emd(tmp_path / "a.emd", samples.image(), 0.02 / UNITS[unit], unit)]
+    files = [
+        samples.hspy(tmp_path / "a.hspy", samples.image(), 0.02 / UNITS[unit], unit),
+        samples.emd(tmp_path / "a.emd", samples.image(), 0.02 / UNITS[unit], unit),
+    ]
     for path in files:
         assert read(path).pixel_size == pytest.approx((0.02, 0.02), rel=1e-12)
 
 
-@pytest.mark.parametrize("unit, why", [("1/nm", "diffraction"), ("1 / Å", "diffraction"), ("[1/n_m]", "diffraction"), ("nm^-1", "diffraction"),
-                                       ("mrad", "not a length"), ("eV", "not a length"), ("px", "no length"), ("", "no length"), (None, "no length")])
+@pytest.mark.parametrize(
+    "unit, why",
+    [
+        ("1/nm", "diffraction"),
+        ("1 / Å", "diffraction"),
+        ("[1/n_m]", "diffraction"),
+        ("nm^-1", "diffraction"),
+        ("mrad", "not a length"),
+        ("eV", "not a length"),
+        ("px", "no length"),
+        ("", "no length"),
+        (None, "no length"),
+    ],
+)
 def test_what_is_no_length_is_refused(unit, why, tmp_path):
     path = samples.hspy(tmp_path / "a.hspy", samples.image(), 0.02, unit)
     with pytest.raises(UncalibratedError, match=why) as error:
@@ -251,14 +346,34 @@ def test_what_is_no_length_is_refused(unit, why, tmp_path):
 
 
 def test_a_missing_unit_names_three_ways(tmp_path):
-    tifffile.imwrite(tmp_path / "plain.tif", samples.image(), resolution=(72, 72), resolutionunit="INCH")
+    tifffile.imwrite(
+        tmp_path / "plain.tif", samples.image(), resolution=(72, 72), resolutionunit="INCH"
+    )
     (tmp_path / "zero.mrc").write_bytes(samples.mrc(samples.image(), calibrated=False))
     (tmp_path / "unset.ser").write_bytes(samples.ser(samples.image(), pixel_m=1.0))
     (tmp_path / "blank.dm4").write_bytes(samples.dm(samples.image(), unit=""))
     tifffile.imwrite(tmp_path / "imagej.tif", samples.image(), imagej=True, resolution=(50, 50))
-    tifffile.imwrite(tmp_path / "pixel.tif", samples.image(), imagej=True, resolution=(1, 1), metadata={"unit": "pixel"})
-    for unit, per in (("inch", 72), ("cm", 72 / 2.54), ("mm", 7.2 / 2.54), ("m", 7200 / 2.54), ("inch", 600)):  # what ImageJ makes of 72 and 600 dpi
-        tifffile.imwrite(tmp_path / f"paper_{unit}_{per:.0f}.tif", samples.image(), imagej=True, resolution=(per, per), metadata={"unit": unit})
+    tifffile.imwrite(
+        tmp_path / "pixel.tif",
+        samples.image(),
+        imagej=True,
+        resolution=(1, 1),
+        metadata={"unit": "pixel"},
+    )
+    for unit, per in (
+        ("inch", 72),
+        ("cm", 72 / 2.54),
+        ("mm", 7.2 / 2.54),
+        ("m", 7200 / 2.54),
+        ("inch", 600),
+    ):  # what ImageJ makes of 72 and 600 dpi
+        tifffile.imwrite(
+            tmp_path / f"paper_{unit}_{per:.0f}.tif",
+            samples.image(),
+            imagej=True,
+            resolution=(per, per),
+            metadata={"unit": unit},
+        )
     for path in tmp_path.iterdir():
         with pytest.raises(UncalibratedError, match="pixel_size=.*--pixel-size.*calibration"):
             read(path)
@@ -266,7 +381,13 @@ def test_a_missing_unit_names_three_ways(tmp_path):
 
 def test_large_units_are_lengths_where_the_pixel_is_small(tmp_path):
     for unit, nm in (("inch", 25.4e6), ("cm", 1e7), ("mm", 1e6), ("m", 1e9)):
-        tifffile.imwrite(tmp_path / "a.tif", samples.image(), imagej=True, resolution=(nm / 500, nm / 500), metadata={"unit": unit})
+        tifffile.imwrite(
+            tmp_path / "a.tif",
+            samples.image(),
+            imagej=True,
+            resolution=(nm / 500, nm / 500),
+            metadata={"unit": unit},
+        )
         assert read(tmp_path / "a.tif").pixel_size == pytest.approx((500, 500), rel=1e-6)
 
 
@@ -284,9 +405,16 @@ def test_tvips_tiff(tmp_path):
 
     first = np.zeros((), np.dtype([(n, t) for n, t in TIFF.TVIPS_HEADER_V1]).newbyteorder("<"))
     second = np.zeros((), np.dtype([(n, t) for n, t in TIFF.TVIPS_HEADER_V2]).newbyteorder("<"))
-    first["Version"], second["Magic"], second["PixelSizeX"], second["PixelSizeY"] = 2, 0xAAAAAAAA, 0.02, 0.03
+    first["Version"], second["Magic"], second["PixelSizeX"], second["PixelSizeY"] = (
+        2,
+        0xAAAAAAAA,
+        0.02,
+        0.03,
+    )
     raw = first.tobytes() + second.tobytes()
-    tifffile.imwrite(tmp_path / "a.tif", samples.image(), extratags=[(37706, 1, len(raw), raw, True)])
+    tifffile.imwrite(
+        tmp_path / "a.tif", samples.image(), extratags=[(37706, 1, len(raw), raw, True)]
+    )
     assert read(tmp_path / "a.tif").pixel_size == pytest.approx((0.03, 0.02), rel=1e-6)
 
 
@@ -297,7 +425,9 @@ def test_tvips_tiff(tmp_path):
 @given(px=st.floats(1e-4, 1e3), ratio=st.floats(0.2, 5), bits=st.sampled_from([16, 32]))
 def test_calibration_survives_to_1e_9(tmp_path_factory, px, ratio, bits):
     "ImageJ's tags, HyperSpy's reader and microgen agree with what was written."
-    path = write_tiff(tmp_path_factory.mktemp("tif") / "a.tif", samples.image(), (px * ratio, px), bits=bits)
+    path = write_tiff(
+        tmp_path_factory.mktemp("tif") / "a.tif", samples.image(), (px * ratio, px), bits=bits
+    )
     with tifffile.TiffFile(path) as tif:
         tags, described = tif.pages[0].tags, tif.imagej_metadata
         assert described["unit"] == "nm" and tif.is_imagej
@@ -316,14 +446,26 @@ def test_imagej_alone_is_enough(tmp_path):
     write_tiff(tmp_path / "ours.tif", samples.image(), (0.03, 0.0296599))
     with tifffile.TiffFile(tmp_path / "ours.tif") as tif:
         y, x = (tif.pages[0].tags[k].value for k in ("YResolution", "XResolution"))
-    tifffile.imwrite(tmp_path / "again.tif", samples.image(), imagej=True, resolution=(x, y), metadata={"unit": "nm"})
+    tifffile.imwrite(
+        tmp_path / "again.tif",
+        samples.image(),
+        imagej=True,
+        resolution=(x, y),
+        metadata={"unit": "nm"},
+    )
     assert read(tmp_path / "again.tif").pixel_size == pytest.approx((0.03, 0.0296599), rel=1e-9)
 
 
 @pytest.mark.parametrize("bits", [16, 32])
 def test_pixels_survive(bits, tmp_path):
     rng = np.random.default_rng(3)
-    for data in (rng.poisson(500, (31, 17)), rng.normal(0, 1e-3, (31, 17)), rng.normal(size=(4, 9, 8)), np.zeros((5, 5)), np.full((5, 5), 1e30)):
+    for data in (
+        rng.poisson(500, (31, 17)),
+        rng.normal(0, 1e-3, (31, 17)),
+        rng.normal(size=(4, 9, 8)),
+        np.zeros((5, 5)),
+        np.full((5, 5), 1e30),
+    ):
         back = read(write_tiff(tmp_path / "a.tif", data, 0.02, bits=bits)).data
         exact = bits == 32 or data.dtype.kind == "i"
         tolerance = 0 if exact else 0.51 * float(np.ptp(data)) / 65535
@@ -336,7 +478,10 @@ def test_metadata_survive(tmp_path):
 
 
 def test_tiff_bytes_are_deterministic(tmp_path):
-    a, b = (write_tiff(tmp_path / n, samples.image(), 0.02, {"seed": 1}).read_bytes() for n in ("a.tif", "b.tif"))
+    a, b = (
+        write_tiff(tmp_path / n, samples.image(), 0.02, {"seed": 1}).read_bytes()
+        for n in ("a.tif", "b.tif")
+    )
     assert a == b
 
 
@@ -348,9 +493,24 @@ def test_names_with_spaces_and_letters_of_the_world(tmp_path):
 
 def test_other_formats_through_rosettasciio(tmp_path):
     ripple = pytest.importorskip("rsciio.ripple")
-    axes = [{"name": n, "size": s, "scale": 0.2, "offset": 0.0, "units": "Å", "navigate": False, "index_in_array": i}
-            for i, (n, s) in enumerate(zip("yx", (24, 32)))]
-    signal = {"data": samples.image(), "axes": axes, "metadata": {"General": {"title": "a"}, "Signal": {"signal_type": ""}}, "original_metadata": {}}
+    axes = [
+        {
+            "name": n,
+            "size": s,
+            "scale": 0.2,
+            "offset": 0.0,
+            "units": "Å",
+            "navigate": False,
+            "index_in_array": i,
+        }
+        for i, (n, s) in enumerate(zip("yx", (24, 32)))
+    ]
+    signal = {
+        "data": samples.image(),
+        "axes": axes,
+        "metadata": {"General": {"title": "a"}, "Signal": {"signal_type": ""}},
+        "original_metadata": {},
+    }
     ripple.file_writer(str(tmp_path / "a.rpl"), signal)
     image = read(tmp_path / "a.rpl")
     np.testing.assert_array_equal(image.data, samples.image())
@@ -360,7 +520,10 @@ def test_other_formats_through_rosettasciio(tmp_path):
         read(tmp_path / "a.xyz")
 
 
-@pytest.mark.parametrize("module, kind, extra", [("h5py", "hspy", "em"), ("ncempy.io.dm", "dm4", "em"), ("rsciio", "blo", "gpl")])
+@pytest.mark.parametrize(
+    "module, kind, extra",
+    [("h5py", "hspy", "em"), ("ncempy.io.dm", "dm4", "em"), ("rsciio", "blo", "gpl")],
+)
 def test_a_missing_extra_is_named(module, kind, extra, tmp_path, monkeypatch):
     path = tmp_path / f"a.{kind}" if kind == "blo" else samples.write(tmp_path, kind)
     if kind == "blo":
@@ -372,8 +535,13 @@ def test_a_missing_extra_is_named(module, kind, extra, tmp_path, monkeypatch):
 
 def test_xarray_is_understood():
     xarray = pytest.importorskip("xarray")
-    y, x = (xarray.DataArray(20 * np.arange(n), dims=d, attrs={"units": "pm"}) for n, d in ((24, "y"), (32, "x")))
-    image = microgen.as_micrograph(xarray.DataArray(samples.image(), dims=("y", "x"), coords={"y": y, "x": x}))
+    y, x = (
+        xarray.DataArray(20 * np.arange(n), dims=d, attrs={"units": "pm"})
+        for n, d in ((24, "y"), (32, "x"))
+    )
+    image = microgen.as_micrograph(
+        xarray.DataArray(samples.image(), dims=("y", "x"), coords={"y": y, "x": x})
+    )
     assert image.pixel_size == pytest.approx((0.02, 0.02))
 
 
@@ -385,10 +553,14 @@ def test_truncated_files(kind, tmp_path):
     good = samples.write(tmp_path, kind).read_bytes()
     bad = tmp_path / f"cut.{ENDING.get(kind, kind)}"
     for part in np.linspace(0, 0.9, 40):
-        bad.write_bytes(good[:int(part * len(good))])
+        bad.write_bytes(good[: int(part * len(good))])
         with pytest.raises(ReadError) as error:
             read(bad, pixel_size=0.02, **HOW.get(kind, {}))
-        assert str(bad) in str(error.value) and error.value.reader in str(error.value) and error.value.cause
+        assert (
+            str(bad) in str(error.value)
+            and error.value.reader in str(error.value)
+            and error.value.cause
+        )
 
 
 def patched(good, old, new, occurrence=0):
@@ -396,7 +568,7 @@ def patched(good, old, new, occurrence=0):
     i = -1
     for _ in range(occurrence + 1):
         i = good.index(old, i + 1)
-    return good[:i] + new + good[i + len(old):]
+    return good[:i] + new + good[i + len(old) :]
 
 
 def lies(folder):
@@ -409,7 +581,10 @@ def lies(folder):
         good = samples.dm(data, version=version)
         field = lambda v: b"%%%%" + struct.pack(wide, 1) + struct.pack(wide, 5) + u4(v)
         yield f"a.dm{version}", patched(patched(good, field(w), field(n)), field(h), field(n))
-    yield "a.ser", patched(samples.ser(data), struct.pack("<hii", 7, w, h), struct.pack("<hii", 7, n, n))
+    yield (
+        "a.ser",
+        patched(samples.ser(data), struct.pack("<hii", 7, w, h), struct.pack("<hii", 7, n, n)),
+    )
     yield "a.mrc", struct.pack("<2i", n, n) + samples.mrc(data)[8:]
     for name, how in (("raw.tif", {}), ("deflated.tif", {"compression": "zlib"})):
         tifffile.imwrite(folder / name, data, rowsperstrip=h, photometric="minisblack", **how)
@@ -417,47 +592,85 @@ def lies(folder):
         with tifffile.TiffFile(folder / name) as tif:
             places = [tif.pages[0].tags[t] for t in ("ImageWidth", "ImageLength", "RowsPerStrip")]
         for tag in places:
-            good = good[:tag.valueoffset] + struct.pack("<H" if tag.dtype == 3 else "<I", n if tag.dtype == 4 else 65535) + good[tag.valueoffset + (2 if tag.dtype == 3 else 4):]
+            good = (
+                good[: tag.valueoffset]
+                + struct.pack("<H" if tag.dtype == 3 else "<I", n if tag.dtype == 4 else 65535)
+                + good[tag.valueoffset + (2 if tag.dtype == 3 else 4) :]
+            )
         yield name, good
     from PIL import Image
+
     Image.fromarray(data.astype(np.uint8)).save(folder / "a.png")
     good = (folder / "a.png").read_bytes()
     head = b"IHDR" + be(n) + be(n) + good[24:29]
     yield "a.png", good[:12] + head + be(zlib.crc32(head)) + good[33:]
     import h5py
-    for name, write in (("a.hspy", samples.hspy), ("ncem.emd", samples.emd), ("velox.emd", samples.velox)):
+
+    for name, write in (
+        ("a.hspy", samples.hspy),
+        ("ncem.emd", samples.emd),
+        ("velox.emd", samples.velox),
+    ):
         write(folder / name, data)
         with h5py.File(folder / name, "a") as f:
             found = []
-            f.visititems(lambda k, o: found.append(k) if isinstance(o, h5py.Dataset) and k.lower().endswith("/data") else None)
+            f.visititems(
+                lambda k, o: (
+                    found.append(k)
+                    if isinstance(o, h5py.Dataset) and k.lower().endswith("/data")
+                    else None
+                )
+            )
             del f[found[0]]
-            f.create_dataset(found[0], (n, n, 1) if name == "velox.emd" else (n, n), "f4", compression="gzip",
-                             chunks=(1000, 1000, 1) if name == "velox.emd" else (1000, 1000))
+            f.create_dataset(
+                found[0],
+                (n, n, 1) if name == "velox.emd" else (n, n),
+                "f4",
+                compression="gzip",
+                chunks=(1000, 1000, 1) if name == "velox.emd" else (1000, 1000),
+            )
         yield name, (folder / name).read_bytes()
 
 
 def test_lying_files_cost_no_memory(tmp_path):
     "The declared size is refused before anything is allocated, and below the limit a file that holds less is found out."
-    read(samples.write(tmp_path, "dm3")), read(samples.write(tmp_path, "velox"))  # the libraries are loaded before memory is measured
+    (
+        read(samples.write(tmp_path, "dm3")),
+        read(samples.write(tmp_path, "velox")),
+    )  # the libraries are loaded before memory is measured
     for name, raw in lies(tmp_path):
         path = tmp_path / name
         path.write_bytes(raw)
-        for limit in (2**30,) if name == "deflated.tif" else (2**30, 2**50):  # with the limit lifted, what is compressed may be large
+        for limit in (
+            (2**30,) if name == "deflated.tif" else (2**30, 2**50)
+        ):  # with the limit lifted, what is compressed may be large
             tracemalloc.start()
             begin = time.process_time()
-            with pytest.raises(ReadError, match="above the limit|bomb" if limit < 2**40 else "truncated|bomb"):
+            with pytest.raises(
+                ReadError, match="above the limit|bomb" if limit < 2**40 else "truncated|bomb"
+            ):
                 read(path, pixel_size=0.02, max_bytes=limit)
             took, peak = time.process_time() - begin, tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-            assert peak < 50e6, f"{name} of {len(raw)} bytes made the reader allocate {peak / 1e6:.0f} MB"
+            assert peak < 50e6, (
+                f"{name} of {len(raw)} bytes made the reader allocate {peak / 1e6:.0f} MB"
+            )
             assert took < 2, f"{name} took {took:.1f} s"
 
 
 def test_a_bomb_is_refused_by_its_header(tmp_path):
     "400 MB of zeros in a file of half a megabyte."
-    tifffile.imwrite(tmp_path / "bomb.tif", np.zeros((10_000, 10_000), np.float32), compression="zlib", imagej=False)
+    tifffile.imwrite(
+        tmp_path / "bomb.tif",
+        np.zeros((10_000, 10_000), np.float32),
+        compression="zlib",
+        imagej=False,
+    )
     assert (tmp_path / "bomb.tif").stat().st_size < 2e6
-    with pytest.raises(ReadError, match="381 MiB in memory, above the limit of 100 MiB; if that is right, raise max_bytes="):
+    with pytest.raises(
+        ReadError,
+        match="381 MiB in memory, above the limit of 100 MiB; if that is right, raise max_bytes=",
+    ):
         read(tmp_path / "bomb.tif", max_bytes=100 * 2**20)
 
 
@@ -471,7 +684,11 @@ def test_limit_is_a_parameter(tmp_path):
 
 def test_no_such_file_a_folder_and_nothing(tmp_path):
     (tmp_path / "empty.ser").touch()
-    for path, why in ((tmp_path / "none.dm3", "no such file"), (tmp_path, "a folder"), (tmp_path / "empty.ser", "it is empty")):
+    for path, why in (
+        (tmp_path / "none.dm3", "no such file"),
+        (tmp_path, "a folder"),
+        (tmp_path / "empty.ser", "it is empty"),
+    ):
         with pytest.raises(ReadError, match=why):
             read(path)
 
@@ -481,7 +698,9 @@ def test_links_to_other_files_are_not_followed(tmp_path):
     (tmp_path / "secret.bin").write_bytes(bytes(range(64)))
     with h5py.File(samples.hspy(tmp_path / "a.hspy", samples.image()), "a") as f:
         del f["Experiments/HAADF/data"]
-        f.create_dataset("Experiments/HAADF/data", (8, 8), "u1", external=[(str(tmp_path / "secret.bin"), 0, 64)])
+        f.create_dataset(
+            "Experiments/HAADF/data", (8, 8), "u1", external=[(str(tmp_path / "secret.bin"), 0, 64)]
+        )
     with pytest.raises(ReadError, match="other files"):
         read(tmp_path / "a.hspy")
 
@@ -523,13 +742,26 @@ print(refused)
 
 @pytest.mark.skipif(os.name != "posix", reason="the kernel's file size limit is a POSIX matter")
 def test_a_disk_that_ends_at_any_byte_leaves_the_old_file(tmp_path):
-    run = subprocess.run([sys.executable, "-c", WRITERS, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run = subprocess.run(
+        [sys.executable, "-c", WRITERS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     assert int(run.stdout) == 200, "every write has to meet the end of the disk"
 
 
 @pytest.mark.parametrize("fault", ["fsync", "replace", "open"])
-@pytest.mark.parametrize("code, words", [("ENOSPC", "the disk is full; free some space"), ("EROFS", "read-only"), ("EACCES", "not writable")])
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        ("ENOSPC", "the disk is full; free some space"),
+        ("EROFS", "read-only"),
+        ("EACCES", "not writable"),
+    ],
+)
 def test_faults_at_each_step_of_an_atomic_write(fault, code, words, tmp_path, monkeypatch):
     import errno
 
@@ -559,7 +791,12 @@ while True: io.write_tiff(sys.argv[1], data, 0.02)
 def test_kill_9_while_writing(tmp_path):
     path, rng = tmp_path / "a.tif", np.random.default_rng(1)
     for _ in range(5):
-        run = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        run = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(path)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         run.stdout.readline()
         time.sleep(rng.uniform(0.005, 0.1))
         run.send_signal(signal.SIGKILL)
@@ -567,13 +804,19 @@ def test_kill_9_while_writing(tmp_path):
         run.stdout.close()
         assert read(path).shape == (256, 256), "the file under its name is always whole"
         left = [p for p in tmp_path.iterdir() if p != path]
-        assert len(left) <= 1 and all(p.name.startswith(".") and p.name.endswith(".tmp") for p in left), left
+        assert len(left) <= 1 and all(
+            p.name.startswith(".") and p.name.endswith(".tmp") for p in left
+        ), left
         for p in left:
             p.unlink()
 
 
 @pytest.mark.parametrize("there", [False, True])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("22500 requested and 14220 written")], ids=["system", "numpy"])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), OSError("22500 requested and 14220 written")],
+    ids=["system", "numpy"],
+)
 def test_a_folder_is_written_whole_or_not_at_all(there, error, tmp_path):
     out = tmp_path / "deep" / "measured"
     if there:
@@ -581,7 +824,9 @@ def test_a_folder_is_written_whole_or_not_at_all(there, error, tmp_path):
             write_text(folder / "maps" / "Q.txt", "old")
         (out / "mine.txt").write_text("stays")
     before = {p: p.read_text() for p in tmp_path.rglob("*.txt")}
-    with pytest.raises(WriteError, match="measured: the disk is full; free some space or choose another folder"):
+    with pytest.raises(
+        WriteError, match="measured: the disk is full; free some space or choose another folder"
+    ):
         with atomic_folder(out) as folder:
             write_text(folder / "maps" / "Q.txt", "new")
             raise error
@@ -589,7 +834,9 @@ def test_a_folder_is_written_whole_or_not_at_all(there, error, tmp_path):
         with atomic_folder(out) as folder:
             write_text(folder / "walls.txt", "new")
             raise KeyboardInterrupt
-    assert {p: p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == before and len(before) == 2 * there
+    assert {p: p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == before and len(
+        before
+    ) == 2 * there
     assert (tmp_path / "deep").exists() == there and not list(tmp_path.rglob("*.tmp"))
 
 
@@ -598,19 +845,28 @@ def test_a_folder_takes_the_files_of_a_second_run(tmp_path):
         with atomic_folder(tmp_path / "out") as folder:
             write_text(folder / "maps" / "Q.txt", text)
             write_text(folder / f"{text}.txt", text)
-    found = {p.relative_to(tmp_path).as_posix(): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+    found = {
+        p.relative_to(tmp_path).as_posix(): p.read_text()
+        for p in tmp_path.rglob("*")
+        if p.is_file()
+    }
     assert found == {"out/maps/Q.txt": "two", "out/one.txt": "one", "out/two.txt": "two"}
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="/proc is a matter of Linux")
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file.tif").write_text("x")
-    for path, why in (("/proc/x", "choose another"), (tmp_path / "file.tif", "it is a file"), (tmp_path / "file.tif" / "x", "its folder is a file"),
-                      (tmp_path / ("a" * 300), "shorten it")):
+    for path, why in (
+        ("/proc/x", "choose another"),
+        (tmp_path / "file.tif", "it is a file"),
+        (tmp_path / "file.tif" / "x", "its folder is a file"),
+        (tmp_path / ("a" * 300), "shorten it"),
+    ):
         with pytest.raises(WriteError, match=why):
             make_folder(path)
         with pytest.raises(WriteError, match=why):
-            with atomic_folder(path): raise AssertionError("the work begins only where there is a folder")
+            with atomic_folder(path):
+                raise AssertionError("the work begins only where there is a folder")
     assert [p.name for p in tmp_path.iterdir()] == ["file.tif"]
 
 
@@ -642,7 +898,9 @@ def test_new_files_have_ordinary_permissions(tmp_path):
 def test_tables_are_deterministic_and_exact(tmp_path):
     import pandas as pd
 
-    table = pd.DataFrame({"x": np.random.default_rng(0).normal(size=50), "element": ["Y", "Mn"] * 25})
+    table = pd.DataFrame(
+        {"x": np.random.default_rng(0).normal(size=50), "element": ["Y", "Mn"] * 25}
+    )
     for write, load in ((write_csv, pd.read_csv), (write_parquet, pd.read_parquet)):
         a, b = write(tmp_path / "a", table), write(tmp_path / "b", table)
         assert a.read_bytes() == b.read_bytes()
@@ -652,7 +910,13 @@ def test_tables_are_deterministic_and_exact(tmp_path):
 def test_every_module_is_reached_from_the_package():
     "In a fresh interpreter: here, other tests have imported them."
     code = "import microgen, pkgutil; print(*[m.name for m in pkgutil.iter_modules(microgen.__path__) if not m.name.startswith('_') and not hasattr(microgen, m.name)])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert run.returncode == 0 and run.stdout.strip() == "", run.stdout + run.stderr
 
 

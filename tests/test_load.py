@@ -1,4 +1,5 @@
 """Loading: splits, order and resume, truth that stays with its pixels, real files and bad ones."""
+
 import os
 import shutil
 import subprocess
@@ -26,7 +27,14 @@ from microgen.io import read, write_tiff
 def walls(tmp_path_factory):
     "Nine small images of domains and a wall."
     out = tmp_path_factory.mktemp("data") / "walls"
-    recipe = Recipe(walls=("UP", "DN", "typeC"), n=12, size=64, pixel_size=0.03, seed=3, splits=(0.5, 0.25, 0.25))
+    recipe = Recipe(
+        walls=("UP", "DN", "typeC"),
+        n=12,
+        size=64,
+        pixel_size=0.03,
+        seed=3,
+        splits=(0.5, 0.25, 0.25),
+    )
     return build(recipe, out, workers=1, progress=False)
 
 
@@ -45,7 +53,9 @@ def tree(folder, names, shape=(48, 48), seed=0, pixel_size=0.03):
 
 
 def same(a, b):
-    return len(a) == len(b) and all(torch.equal(x, y) for one, two in zip(a, b) for x, y in zip(one, two))
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for one, two in zip(a, b) for x, y in zip(one, two)
+    )
 
 
 def test_batches_hold_the_truth_of_the_files(walls):
@@ -56,9 +66,15 @@ def test_batches_hold_the_truth_of_the_files(walls):
     maps, label, wall, image = (torch.cat(x) for x in zip(*dls.valid))
     for k, i in enumerate(rows):
         data = read(listed.image[i]).data
-        np.testing.assert_allclose(unscale(image[k, 0].numpy(), (data.min(), data.max())), data, atol=1e-3 * np.ptp(data))
-        truth = dict(zip(("Q", "phi", "disp_pm", "polarisation", "wall"), read(listed.maps[i]).data))
-        drawn = condition(truth, pd.read_parquet(listed.table[i]), data.shape, 0.03, (*CHANNELS, "wall"))
+        np.testing.assert_allclose(
+            unscale(image[k, 0].numpy(), (data.min(), data.max())), data, atol=1e-3 * np.ptp(data)
+        )
+        truth = dict(
+            zip(("Q", "phi", "disp_pm", "polarisation", "wall"), read(listed.maps[i]).data)
+        )
+        drawn = condition(
+            truth, pd.read_parquet(listed.table[i]), data.shape, 0.03, (*CHANNELS, "wall")
+        )
         np.testing.assert_allclose(maps[k].numpy(), drawn[:-1], atol=1e-3)
         np.testing.assert_array_equal(wall[k, 0].numpy(), drawn[-1])
         assert dls.vocab[label[k]] == listed.label[i]
@@ -66,12 +82,17 @@ def test_batches_hold_the_truth_of_the_files(walls):
 
 def test_the_split_of_the_metadata_is_kept_and_test_images_stay_away(walls):
     dls, listed = paired_dls(walls, bs=2, device="cpu"), list_images(walls)
-    assert [len(dl.dataset) for dl in dls.loaders] == [(listed.split == s).sum() for s in ("train", "valid", "test")]
+    assert [len(dl.dataset) for dl in dls.loaders] == [
+        (listed.split == s).sum() for s in ("train", "valid", "test")
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_tiles_of_one_image_stay_together(tmp_path, seed):
-    tree(tmp_path, [f"A/s{s}_r{r}_c{c}.tif" for s in range(7) for r in range(1 + s % 3) for c in range(2)])
+    tree(
+        tmp_path,
+        [f"A/s{s}_r{r}_c{c}.tif" for s in range(7) for r in range(1 + s % 3) for c in range(2)],
+    )
     listed = list_images(tmp_path)
     train, valid = split_by_group(listed.group, 0.3, seed)
     stem = [p.name.split("_")[0] for p in listed.image]
@@ -92,7 +113,10 @@ def test_same_seed_same_batches_whatever_was_looked_at(walls):
 @pytest.mark.parametrize("stop", [0, 1, 2, 3, 4])
 def test_resume_gives_the_batches_that_would_have_come(walls, stop):
     "Stopped after any batch of two epochs, with another process state, and with contrast augmentation."
-    def loaders(): return paired_dls(walls, bs=2, size=40, seed=5, device="cpu", contrast=0.2)
+
+    def loaders():
+        return paired_dls(walls, bs=2, size=40, seed=5, device="cpu", contrast=0.2)
+
     whole = loaders()
     batches = [b for _ in range(2) for b in whole.train]
     dls = loaders()
@@ -100,35 +124,49 @@ def test_resume_gives_the_batches_that_would_have_come(walls, stop):
     while len(seen) < stop:
         for b in dls.train:
             seen.append(b)
-            if len(seen) == stop: break
+            if len(seen) == stop:
+                break
     torch.manual_seed(123)
     np.random.seed(9)
     later = loaders()
     later.load_rng_state(dls.rng_state())
     rest = list(later.train)
-    while len(rest) < len(batches) - stop: rest += list(later.train)
+    while len(rest) < len(batches) - stop:
+        rest += list(later.train)
     assert same(seen + rest, batches)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 def test_any_number_of_workers_gives_the_same_batches(walls):
-    kept, read_each = (paired_dls(walls, bs=2, size=40, seed=5, device="cpu", memory_gb=m, num_workers=w) for m, w in ((4, 0), (0, 2)))
+    kept, read_each = (
+        paired_dls(walls, bs=2, size=40, seed=5, device="cpu", memory_gb=m, num_workers=w)
+        for m, w in ((4, 0), (0, 2))
+    )
     assert same(list(kept.train), list(read_each.train))
 
 
 def test_a_mirrored_batch_is_the_truth_of_the_mirrored_image(walls):
     "Both mirrors and the turn on UP and DN: each image is one of four views, and its maps are that view's."
-    def loaders(augment): return paired_dls(walls, bs=4, classes=("UP", "DN"), augment=augment, seed=1, device="cpu")
+
+    def loaders(augment):
+        return paired_dls(walls, bs=4, classes=("UP", "DN"), augment=augment, seed=1, device="cpu")
+
     plain, moved = loaders(()), loaders("auto")
     assert moved.augment == ("mirror_lr", "mirror_ud", "turn")
     views = set()
     for _ in range(6):
         for (m, l, w, i), (m2, l2, w2, i2) in zip(plain.train, moved.train):
             for k in range(len(l)):
-                view, = [v for v in (None, *moved.augment) if torch.equal(i2[k], i[k] if v is None else move(v, i[k][None])[0])]
+                (view,) = [
+                    v
+                    for v in (None, *moved.augment)
+                    if torch.equal(i2[k], i[k] if v is None else move(v, i[k][None])[0])
+                ]
                 views.add(view)
                 assert int(l2[k]) == int(l[k]) ^ (view in ("mirror_ud", "turn"))
-                assert torch.allclose(m2[k], m[k] if view is None else move(view, m[k][None], CHANNELS)[0], atol=1e-5)
+                assert torch.allclose(
+                    m2[k], m[k] if view is None else move(view, m[k][None], CHANNELS)[0], atol=1e-5
+                )
     assert len(views) == 4
 
 
@@ -137,7 +175,10 @@ def test_no_global_random_state_is_used(walls):
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     dls = paired_dls(walls, bs=2, size=40, device="cpu", contrast=0.2, gamma=0.2)
     first = list(dls.train)
-    assert torch.equal(states[0], torch.get_rng_state()) and (states[1] == np.random.get_state()[1]).all()
+    assert (
+        torch.equal(states[0], torch.get_rng_state())
+        and (states[1] == np.random.get_state()[1]).all()
+    )
     assert all(b[3].abs().max() <= 1 for b in first)
 
 
@@ -148,10 +189,15 @@ def test_real_images_of_other_pixel_size_join_simulated_ones(walls, tmp_path):
     for _ in range(2):
         for maps, label, wall, domain, image in dls.train:
             assert int(domain.sum()) == 2 and image.shape == (4, 1, 48, 48)
-            assert maps[domain == 1].abs().max() == 0 and maps[domain == 0].abs().amax((1, 2, 3)).min() > 0.1
+            assert (
+                maps[domain == 1].abs().max() == 0
+                and maps[domain == 0].abs().amax((1, 2, 3)).min() > 0.1
+            )
             assert all((dls.vocab[k] == "real") == bool(d) for k, d in zip(label, domain))
     maps, label, wall, domain, image = (torch.cat(x) for x in zip(*dls.valid))
-    assert not domain.any() and maps.abs().amax((1, 2, 3)).min() > 0.1, "validation is on pairs alone"
+    assert not domain.any() and maps.abs().amax((1, 2, 3)).min() > 0.1, (
+        "validation is on pairs alone"
+    )
     assert len(domain) == (list_images(walls).split == "valid").sum()
     seen = {i for seed in range(4) for i in dls.train.order(np.random.default_rng(seed))}
     assert seen == set(range(len(dls.train_ds))), "every real image trains"
@@ -162,14 +208,26 @@ def test_real_images_of_other_pixel_size_join_simulated_ones(walls, tmp_path):
 
 def test_images_without_scale_are_loaded_alone_and_asked_for_when_mixed(walls, tmp_path):
     from PIL import Image
+
     for k in range(4):
-        Image.fromarray(np.random.default_rng(k).integers(0, 65535, (64, 64)).astype(np.uint16)).save(tmp_path / f"s{k}.png")
+        Image.fromarray(
+            np.random.default_rng(k).integers(0, 65535, (64, 64)).astype(np.uint16)
+        ).save(tmp_path / f"s{k}.png")
     alone = image_dls(tmp_path, bs=2, size=32, device="cpu")
-    assert alone.pixel_size is None and len(np.unique(alone.one_batch()[0])) > 1500, "more than 8 bits"
+    assert alone.pixel_size is None and len(np.unique(alone.one_batch()[0])) > 1500, (
+        "more than 8 bits"
+    )
     assert alone.show_batch(max_n=2) is not None
     with pytest.raises(InputError, match="pixel size"):
         mixed_dls(walls, tmp_path, bs=4, size=32, device="cpu")
-    assert len(mixed_dls(walls, tmp_path, ratio=0.5, bs=4, size=32, real_pixel_size=0.03, device="cpu").one_batch()) == 5
+    assert (
+        len(
+            mixed_dls(
+                walls, tmp_path, ratio=0.5, bs=4, size=32, real_pixel_size=0.03, device="cpu"
+            ).one_batch()
+        )
+        == 5
+    )
 
 
 def test_a_learner_trains_and_shows_its_results(walls):
@@ -182,26 +240,33 @@ def test_a_learner_trains_and_shows_its_results(walls):
             super().__init__()
             self.layer = torch.nn.Conv2d(4, 1, 1)
 
-        def forward(self, maps, label): return self.layer(maps)
+        def forward(self, maps, label):
+            return self.layer(maps)
 
     dls = paired_dls(walls, bs=2, size=32, device="cpu")
-    learn = Learner(dls, Net(), loss_func=lambda out, wall, image: (out - image).square().mean(), lr=0.05)
+    learn = Learner(
+        dls, Net(), loss_func=lambda out, wall, image: (out - image).square().mean(), lr=0.05
+    )
     learn.remove_cb(ProgressCallback)
     with learn.no_logging():
         before = learn.validate()[0]
         learn.fit(3)
     assert learn.validate()[0] < before
-    fig = dls.valid.show_results(dls.valid.one_batch(), learn.model(*dls.valid.one_batch()[:2]), max_n=2)
+    fig = dls.valid.show_results(
+        dls.valid.one_batch(), learn.model(*dls.valid.one_batch()[:2]), max_n=2
+    )
     assert "generated" in [ax.get_title() for ax in fig.axes]
 
 
 class Mean(torch.nn.Module):
     "Says of each item the mean of its inputs, through a weight."
+
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
 
-    def forward(self, *inputs): return self.weight * inputs[0].flatten(1).mean(1)
+    def forward(self, *inputs):
+        return self.weight * inputs[0].flatten(1).mean(1)
 
 
 @pytest.mark.parametrize("part", [0, 1])
@@ -212,8 +277,12 @@ def test_predictions_come_in_the_order_of_the_items(walls, tmp_path, kind, part)
 
     tree(tmp_path, [f"s{k}.tif" for k in range(9)], (64, 64))
     small = {"size": 40, "device": "cpu", "bs": 2}
-    dls = {"paired": lambda: paired_dls(walls, **small), "mixed": lambda: mixed_dls(walls, tmp_path, 0.5, **small),
-           "images": lambda: image_dls(walls, **small), "unpaired": lambda: unpaired_dls(walls, tmp_path, **small)}[kind]()
+    dls = {
+        "paired": lambda: paired_dls(walls, **small),
+        "mixed": lambda: mixed_dls(walls, tmp_path, 0.5, **small),
+        "images": lambda: image_dls(walls, **small),
+        "unpaired": lambda: unpaired_dls(walls, tmp_path, **small),
+    }[kind]()
     dls.train.load_rng_state({"seed": 0, "epoch": 3, "step": 1})
     learn = Learner(dls, Mean(), loss_func=lambda out, *y: out.mean())
     found = learn.get_preds(part, with_targs=False)[0]
@@ -221,7 +290,8 @@ def test_predictions_come_in_the_order_of_the_items(walls, tmp_path, kind, part)
     pixels, data = items.pixels, dls.loaders[part].dataset
     pixels.corner = 0.5, 0.5
     one_by_one = torch.stack([data[i][0].mean() for i in range(len(data))])
-    if kind == "unpaired": one_by_one = torch.cat([b[0].mean((1, 2, 3)) for b in items])
+    if kind == "unpaired":
+        one_by_one = torch.cat([b[0].mean((1, 2, 3)) for b in items])
     assert found.shape == one_by_one.shape and torch.allclose(found, one_by_one, atol=1e-6)
     assert dls.train.rng_state() == {"seed": 0, "epoch": 3, "step": 1}
 
@@ -230,7 +300,9 @@ def test_batches_have_names(walls, tmp_path):
     "What is in a batch is told by dls.fields, whatever was asked for."
     tree(tmp_path, [f"s{k}.tif" for k in range(3)], (64, 64))
     conditional = paired_dls(walls, bs=2, properties=("dose",), device="cpu")
-    both = mixed_dls(walls, tmp_path, 0.5, bs=2, device="cpu", classes=("typeC", "UP"), contrast=0.3, gamma=0.3)
+    both = mixed_dls(
+        walls, tmp_path, 0.5, bs=2, device="cpu", classes=("typeC", "UP"), contrast=0.3, gamma=0.3
+    )
     assert both.vocab == ["typeC", "UP", "real"]
     for dls in (conditional, both):
         batch = dict(zip(dls.fields, dls.one_batch(), strict=True))
@@ -239,7 +311,9 @@ def test_batches_have_names(walls, tmp_path):
 
 
 def test_one_real_image_is_enough_to_join(walls, tmp_path):
-    dls = mixed_dls(walls, tree(tmp_path, ["lab/a.tif"], (200, 200)), 0.5, bs=4, size=48, device="cpu")
+    dls = mixed_dls(
+        walls, tree(tmp_path, ["lab/a.tif"], (200, 200)), 0.5, bs=4, size=48, device="cpu"
+    )
     batches = list(dls.train)
     assert all(int(b[3].sum()) == 2 for b in batches) and "lab" in dls.vocab
     real = torch.cat([b[4][b[3] == 1] for b in batches])
@@ -253,7 +327,8 @@ def test_real_images_of_another_split_do_not_train(walls, tmp_path):
     dls = mixed_dls(walls, tmp_path, 0.5, bs=2, device="cpu")
     assert len(dls.train_ds) == (list_images(walls).split == "train").sum() + 2
     csv.assign(split="test").to_csv(tmp_path / "metadata.csv", index=False)
-    with pytest.raises(InputError, match="No image in .* has split 'train'"): mixed_dls(walls, tmp_path, 0.5, bs=2)
+    with pytest.raises(InputError, match="No image in .* has split 'train'"):
+        mixed_dls(walls, tmp_path, 0.5, bs=2)
 
 
 def test_folders_without_images_are_no_classes(tmp_path):
@@ -265,16 +340,25 @@ def test_folders_without_images_are_no_classes(tmp_path):
 
 # --- bad input: one sentence, with what to do
 
-TABLES = {"NaN": lambda t: t.assign(y_nm=np.nan), "infinite": lambda t: t.assign(x_nm=np.inf),
-          "site": lambda t: t.drop(columns="site"), "missing": lambda t: t.assign(site=None)}
+TABLES = {
+    "NaN": lambda t: t.assign(y_nm=np.nan),
+    "infinite": lambda t: t.assign(x_nm=np.inf),
+    "site": lambda t: t.drop(columns="site"),
+    "missing": lambda t: t.assign(site=None),
+}
 
 
 @pytest.mark.parametrize("what", [*TABLES, "corrupt"])
 def test_bad_tables_are_named(copy, what):
     path = list_images(copy).table[3]
-    if what == "corrupt": path.write_bytes(b"PAR1 no table")
-    else: TABLES[what](pd.read_parquet(path)).to_parquet(path)
-    with pytest.raises(InputError, match=f"1 of 12 images cannot be read.*{path.name}.*build the dataset again") as e: paired_dls(copy, bs=2)
+    if what == "corrupt":
+        path.write_bytes(b"PAR1 no table")
+    else:
+        TABLES[what](pd.read_parquet(path)).to_parquet(path)
+    with pytest.raises(
+        InputError, match=f"1 of 12 images cannot be read.*{path.name}.*build the dataset again"
+    ) as e:
+        paired_dls(copy, bs=2)
     assert "\n" not in str(e.value)
 
 
@@ -283,40 +367,69 @@ def test_gaps_in_the_metadata(copy, column):
     meta = pd.read_csv(copy / "metadata.csv")
     meta[column] = meta[column].where(meta.index != 4)
     meta.to_csv(copy / "metadata.csv", index=False)
-    with pytest.raises(InputError, match=f"1 of 12 images have no {column} in .*metadata.csv, the first in line 6"): paired_dls(copy)
+    with pytest.raises(
+        InputError, match=f"1 of 12 images have no {column} in .*metadata.csv, the first in line 6"
+    ):
+        paired_dls(copy)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b'file_name,label\n"a'])
 def test_metadata_that_are_no_table(copy, content):
     (copy / "metadata.csv").write_bytes(content)
-    with pytest.raises((InputError, ReadError), match="metadata.csv") as e: paired_dls(copy)
+    with pytest.raises((InputError, ReadError), match="metadata.csv") as e:
+        paired_dls(copy)
     assert "\n" not in str(e.value)
 
 
 def test_a_split_of_another_name(copy):
     meta = pd.read_csv(copy / "metadata.csv")
-    meta.assign(split=meta.split.replace("test", "holdout")).to_csv(copy / "metadata.csv", index=False)
-    with pytest.raises(InputError, match="split 'holdout': call them train, valid or test"): paired_dls(copy)
+    meta.assign(split=meta.split.replace("test", "holdout")).to_csv(
+        copy / "metadata.csv", index=False
+    )
+    with pytest.raises(InputError, match="split 'holdout': call them train, valid or test"):
+        paired_dls(copy)
 
 
 def test_images_that_the_metadata_do_not_name_are_told_of(copy):
     tree(copy / "images", ["00/more.tif", "01/new.tif"])
-    with pytest.warns(UserWarning, match="^2 images in .* does not name them; the first is images/00/more.tif.$") as told:
+    with pytest.warns(
+        UserWarning, match="^2 images in .* does not name them; the first is images/00/more.tif.$"
+    ) as told:
         paired_dls(copy, bs=2, device="cpu")
     assert len(told) == 1
-    run = subprocess.run([sys.executable, "-c", f"from microgen.data.files import list_images; list_images({str(copy)!r})"],
-                         capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert run.stderr.startswith("microgen:0: UserWarning: 2 images") and run.stderr.count("\n") == 1
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"from microgen.data.files import list_images; list_images({str(copy)!r})",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert (
+        run.stderr.startswith("microgen:0: UserWarning: 2 images") and run.stderr.count("\n") == 1
+    )
 
 
-@pytest.mark.parametrize("load", [paired_dls, image_dls, lambda d, **kw: unpaired_dls(d, d, **kw), lambda d, **kw: mixed_dls(d, d, **kw)])
+@pytest.mark.parametrize(
+    "load",
+    [
+        paired_dls,
+        image_dls,
+        lambda d, **kw: unpaired_dls(d, d, **kw),
+        lambda d, **kw: mixed_dls(d, d, **kw),
+    ],
+)
 @pytest.mark.parametrize("bs", [0, -3])
 def test_no_image_in_a_batch(walls, load, bs):
-    with pytest.raises(InputError, match="above zero|at least one of each"): load(walls, bs=bs)
+    with pytest.raises(InputError, match="above zero|at least one of each"):
+        load(walls, bs=bs)
 
 
 def test_no_pixel_in_a_crop(walls):
-    with pytest.raises(InputError, match="size is 0"): paired_dls(walls, size=0)
+    with pytest.raises(InputError, match="size is 0"):
+        paired_dls(walls, size=0)
 
 
 def damaged(path, value):
@@ -327,7 +440,8 @@ def damaged(path, value):
 
 def test_nan_in_an_image(copy):
     damaged(list_images(copy).image[2], np.nan)
-    with pytest.raises(InputError, match="1 of 12 images cannot be read.*NaN"): paired_dls(copy)
+    with pytest.raises(InputError, match="1 of 12 images cannot be read.*NaN"):
+        paired_dls(copy)
 
 
 def test_nan_in_a_map(copy):
@@ -335,27 +449,38 @@ def test_nan_in_a_map(copy):
     data = read(maps).data.copy()
     data[0, 3, 3] = np.nan
     tifffile.imwrite(maps, data, photometric="minisblack", planarconfig="separate")
-    with pytest.raises(InputError, match="cannot be read.*NaN"): paired_dls(copy)
+    with pytest.raises(InputError, match="cannot be read.*NaN"):
+        paired_dls(copy)
 
 
 def test_a_folder_of_corrupt_files(tmp_path):
-    for k in range(3): (tmp_path / f"{k}.tif").write_bytes(os.urandom(300))
-    with pytest.raises((InputError, OSError), match="0.tif"): image_dls(tmp_path)
+    for k in range(3):
+        (tmp_path / f"{k}.tif").write_bytes(os.urandom(300))
+    with pytest.raises((InputError, OSError), match="0.tif"):
+        image_dls(tmp_path)
 
 
 def test_maps_of_another_size_than_the_image(copy):
     path = list_images(copy).maps[4]
-    write_tiff(path, read(path).data[:, :50], 0.03, {"channels": ["Q", "phi", "disp_pm", "polarisation", "wall"]})
-    with pytest.raises(InputError, match="50 × 64 pixels, its image 64 × 64"): paired_dls(copy)
+    write_tiff(
+        path,
+        read(path).data[:, :50],
+        0.03,
+        {"channels": ["Q", "phi", "disp_pm", "polarisation", "wall"]},
+    )
+    with pytest.raises(InputError, match="50 × 64 pixels, its image 64 × 64"):
+        paired_dls(copy)
 
 
 def test_fewer_maps_than_images(copy):
     list_images(copy).maps[4].unlink()
-    with pytest.raises(InputError, match="1 of the 12 images .* lack their maps"): paired_dls(copy)
+    with pytest.raises(InputError, match="1 of the 12 images .* lack their maps"):
+        paired_dls(copy)
 
 
 def test_one_image(tmp_path):
-    with pytest.raises(InputError, match=f"There is one image, {tmp_path}/a.tif.*mixed_dls"): image_dls(tree(tmp_path, ["a.tif"]))
+    with pytest.raises(InputError, match=f"There is one image, {tmp_path}/a.tif.*mixed_dls"):
+        image_dls(tree(tmp_path, ["a.tif"]))
 
 
 def test_one_group(tmp_path):
@@ -365,40 +490,61 @@ def test_one_group(tmp_path):
 
 def test_empty_class(tmp_path):
     (tree(tmp_path, ["A/a.tif", "A/b.tif"]) / "B").mkdir()
-    with pytest.raises(InputError, match="The class 'B'"): image_dls(tmp_path)
+    with pytest.raises(InputError, match="The class 'B'"):
+        image_dls(tmp_path)
 
 
 def test_class_that_is_only_in_validation(copy):
     meta = pd.read_csv(copy / "metadata.csv")
     meta.loc[meta.label == "UP", "split"] = "valid"
     meta.to_csv(copy / "metadata.csv", index=False)
-    with pytest.raises(InputError, match="'UP' has no image to train on"): paired_dls(copy)
+    with pytest.raises(InputError, match="'UP' has no image to train on"):
+        paired_dls(copy)
 
 
 def test_loading_needs_no_torchvision_and_no_vision_all():
     code = "import sys, microgen.data.load; print([m for m in ('torchvision', 'fastai.vision.all', 'kornia') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)})
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
     assert out.stdout.strip() == "[]", out.stdout + out.stderr
 
 
-@pytest.mark.skipif("MICROGEN_TEST_DATA" not in os.environ, reason="set MICROGEN_TEST_DATA to a folder with real images (stem/)")
+@pytest.mark.skipif(
+    "MICROGEN_TEST_DATA" not in os.environ,
+    reason="set MICROGEN_TEST_DATA to a folder with real images (stem/)",
+)
 def test_real_micrographs_load_with_their_scale(walls, tmp_path):
     "A real BaTiO3 film and simulated walls in one batch, at one pixel size."
     source = Path(os.environ["MICROGEN_TEST_DATA"]) / "stem" / "BTO_crystal_1.dm4"
     image = read(source)
-    for k, part in enumerate(image.tiles(200)[:4]): part.save(tmp_path / "BTO" / f"spot{k}.tif")
+    for k, part in enumerate(image.tiles(200)[:4]):
+        part.save(tmp_path / "BTO" / f"spot{k}.tif")
     shutil.copy(source, tmp_path / "BTO" / source.name)
     dls = mixed_dls(walls, tmp_path, ratio=0.5, bs=4, size=64, device="cpu")
     maps, label, wall, domain, seen = dls.one_batch()
     assert "BTO" in dls.vocab and int(domain.sum()) == 2 and torch.isfinite(seen).all()
 
 
-@pytest.mark.skipif("MICROGEN_TEST_DATA" not in os.environ, reason="set MICROGEN_TEST_DATA to a folder with real images (stem/)")
+@pytest.mark.skipif(
+    "MICROGEN_TEST_DATA" not in os.environ,
+    reason="set MICROGEN_TEST_DATA to a folder with real images (stem/)",
+)
 def test_a_folder_of_measurements_joins_as_it_is(walls, tmp_path):
     "Files of four microscopes' formats beside a folder of structures; the picture without a scale is asked about."
     source = Path(os.environ["MICROGEN_TEST_DATA"]) / "stem"
-    with pytest.raises(InputError, match="^hREMnO3_domain_wall_300kV.png does not say how large its pixels are"):
+    with pytest.raises(
+        InputError, match="^hREMnO3_domain_wall_300kV.png does not say how large its pixels are"
+    ):
         mixed_dls(walls, source, bs=4, size=48, device="cpu")
     shutil.copytree(source, tmp_path / "stem", ignore=shutil.ignore_patterns("*.png"))
-    with pytest.warns(UserWarning, match="states no unit"): dls = mixed_dls(walls, tmp_path / "stem", bs=4, size=48, device="cpu")
-    assert dls.vocab[-1] == "typeC" and "real" in dls.vocab and len(dls.train_ds) == (list_images(walls).split == "train").sum() + 4
+    with pytest.warns(UserWarning, match="states no unit"):
+        dls = mixed_dls(walls, tmp_path / "stem", bs=4, size=48, device="cpu")
+    assert (
+        dls.vocab[-1] == "typeC"
+        and "real" in dls.vocab
+        and len(dls.train_ds) == (list_images(walls).split == "train").sum() + 4
+    )

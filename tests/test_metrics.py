@@ -1,4 +1,5 @@
 """Metrics against other libraries, at their limits, and on input that is not what it should be."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,15 +23,21 @@ def test_ssim_agrees_with_torchmetrics_inside():
     lib = pytest.importorskip("torchmetrics.functional.image")
     a = noise(2, 200)
     b = a + 0.5 * noise(2, 200, 1)
-    theirs = lib.structural_similarity_index_measure(torch.tensor(b)[:, None], torch.tensor(a)[:, None], data_range=im.data_range(a))
-    assert abs(im.ssim(a, b).mean() - float(theirs)) < 3e-3  # the border is a twentieth of the image
+    theirs = lib.structural_similarity_index_measure(
+        torch.tensor(b)[:, None], torch.tensor(a)[:, None], data_range=im.data_range(a)
+    )
+    assert (
+        abs(im.ssim(a, b).mean() - float(theirs)) < 3e-3
+    )  # the border is a twentieth of the image
 
 
 def test_ms_ssim_of_five_levels_is_torchmetrics_own():
     lib = pytest.importorskip("torchmetrics.functional.image")
     a = noise(1, 180)
     b = a + 0.3 * noise(1, 180, 1)
-    theirs = lib.multiscale_structural_similarity_index_measure(torch.tensor(b)[:, None], torch.tensor(a)[:, None], data_range=im.data_range(a))
+    theirs = lib.multiscale_structural_similarity_index_measure(
+        torch.tensor(b)[:, None], torch.tensor(a)[:, None], data_range=im.data_range(a)
+    )
     assert im.ms_ssim(a, b)[0] == pytest.approx(float(theirs), abs=1e-4)
 
 
@@ -39,14 +46,21 @@ def test_metrics_do_not_depend_on_the_unit_of_intensity():
     assert np.allclose(im.ssim(a, b), im.ssim(1e-6 * a, 1e-6 * b), atol=1e-4)
     assert np.allclose(im.psnr(a, b), im.psnr(1e6 * a + 3, 1e6 * b + 3), atol=1e-2)
     x, y = im.intensity_distance(a, b), im.intensity_distance(1e-6 * a, 1e-6 * b)
-    assert x["js"] == pytest.approx(y["js"], rel=0.2) and x["wasserstein"] == pytest.approx(1e6 * y["wasserstein"], rel=1e-3)
+    assert x["js"] == pytest.approx(y["js"], rel=0.2) and x["wasserstein"] == pytest.approx(
+        1e6 * y["wasserstein"], rel=1e-3
+    )
 
 
 def test_spectrum_keeps_power_and_turns_with_the_image():
     a = noise(4, 96)
-    s, t = im.radial_spectrum(a, (0.02, 0.03)), im.radial_spectrum(a.transpose(0, 2, 1), (0.03, 0.02))
+    s, t = (
+        im.radial_spectrum(a, (0.02, 0.03)),
+        im.radial_spectrum(a.transpose(0, 2, 1), (0.03, 0.02)),
+    )
     assert np.allclose(s.q, t.q) and np.allclose(s.power, t.power, rtol=1e-4)
-    assert np.average(s.power, weights=np.tile(s.modes, (4, 1))) == pytest.approx(0.02 * 0.03, rel=0.05)
+    assert np.average(s.power, weights=np.tile(s.modes, (4, 1))) == pytest.approx(
+        0.02 * 0.03, rel=0.05
+    )
 
 
 def test_odd_sizes_and_tensors():
@@ -56,7 +70,10 @@ def test_odd_sizes_and_tensors():
 
 def test_no_limit_beyond_what_the_scene_holds():
     from scipy.ndimage import gaussian_filter
-    smooth = 100 * gaussian_filter(noise(6, 128), (0, 3, 3))  # passes nothing beyond about 0.15 per pixel
+
+    smooth = 100 * gaussian_filter(
+        noise(6, 128), (0, 3, 3)
+    )  # passes nothing beyond about 0.15 per pixel
     limit = im.information_limit(smooth + 0.3 * noise(6, 128, 1), 1.0)
     assert (limit < 0.25).all() and (limit > 0.08).all()
 
@@ -67,9 +84,12 @@ def test_no_limit_beyond_what_the_scene_holds():
 @pytest.mark.parametrize("n, d", [(40, 8), (40, 100), (300, 64)])
 def test_frechet_distance_agrees_with_the_matrix_root(n, d):
     from scipy.linalg import sqrtm
+
     x, y = RNG.normal(0, 1, (n, d)), RNG.normal(0.3, 1.3, (n, d))
     a, b = np.cov(x.T), np.cov(y.T)
-    direct = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a + b - 2 * np.real(sqrtm(a @ b + 1e-12 * np.eye(d))))
+    direct = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(
+        a + b - 2 * np.real(sqrtm(a @ b + 1e-12 * np.eye(d)))
+    )
     assert sets.frechet_distance(x, y) == pytest.approx(direct, rel=1e-3, abs=1e-3)
 
 
@@ -81,7 +101,9 @@ def test_frechet_and_kernel_distance_agree_with_torch_fidelity():
     theirs = fid.fid_statistics_to_metric(stat(x), stat(y), False)["frechet_inception_distance"]
     assert sets.frechet_distance(x, y) == pytest.approx(theirs, rel=1e-4)
     kernel = lambda a, b: (a @ b.T / 32 + 1) ** 3
-    assert sets.kernel_distance(x, y) == pytest.approx(kid.mmd2(kernel(x, x), kernel(x, y), kernel(y, y), unit_diagonal=False, mmd_est="unbiased"))
+    assert sets.kernel_distance(x, y) == pytest.approx(
+        kid.mmd2(kernel(x, x), kernel(x, y), kernel(y, y), unit_diagonal=False, mmd_est="unbiased")
+    )
 
 
 def test_fid_through_torchmetrics_with_the_same_network():
@@ -93,23 +115,37 @@ def test_fid_through_torchmetrics_with_the_same_network():
     class Wide(torch.nn.Module):
         num_features = 32
 
-        def forward(self, x): return net.network(x.float())
+        def forward(self, x):
+            return net.network(x.float())
 
-    fid = tm.FrechetInceptionDistance(Wide(), input_img_size=(1, 32, 32), normalize=False).set_dtype(torch.float64)
+    fid = tm.FrechetInceptionDistance(
+        Wide(), input_img_size=(1, 32, 32), normalize=False
+    ).set_dtype(torch.float64)
     fid.update(as_input(a).double(), real=True)
     fid.update(as_input(b).double(), real=False)
-    assert sets.frechet_distance(net(a, window), net(b, window)) == pytest.approx(float(fid.compute()), rel=1e-2)
+    assert sets.frechet_distance(net(a, window), net(b, window)) == pytest.approx(
+        float(fid.compute()), rel=1e-2
+    )
 
 
 def test_order_of_images_and_orthogonal_turns_change_nothing():
     x, y = RNG.normal(0, 1, (50, 10)), RNG.normal(0.5, 1, (50, 10))
     turn = np.linalg.qr(RNG.normal(0, 1, (10, 10)))[0]
-    for f in (sets.frechet_distance, sets.kernel_distance, lambda a, b: sets.neighbour_metrics(a, b)["density"]):
+    for f in (
+        sets.frechet_distance,
+        sets.kernel_distance,
+        lambda a, b: sets.neighbour_metrics(a, b)["density"],
+    ):
         assert f(x, y) == pytest.approx(f(x[::-1], y[::-1])) == pytest.approx(f(x @ turn, y @ turn))
 
 
 def test_a_table_names_its_network_and_its_n():
-    table = sets.set_table(noise(24, 40), noise(24, 40, 1), features.module_extractor(lambda x: x.flatten(1)[:, :9], "mine"), repeats=4)
+    table = sets.set_table(
+        noise(24, 40),
+        noise(24, 40, 1),
+        features.module_extractor(lambda x: x.flatten(1)[:, :9], "mine"),
+        repeats=4,
+    )
     assert list(table.metric[:3]) == ["FD(mine)", "FD(mine), N → ∞", "KD(mine)"]
     assert (table.n == 12).all() and (table.features == "mine").all()
     assert not any(name.startswith(("FID", "KID")) for name in table.metric)
@@ -156,7 +192,9 @@ def lattice(n=96, pixel=0.02, missing=()):
 
 
 def counted(m, electrons=400, rng=0):
-    return Micrograph(np.random.default_rng(rng).poisson(m.data * electrons) / electrons, m.pixel_size)
+    return Micrograph(
+        np.random.default_rng(rng).poisson(m.data * electrons) / electrons, m.pixel_size
+    )
 
 
 def test_any_crystal_is_found_again_to_a_hundredth_of_a_pixel():
@@ -194,7 +232,10 @@ def test_errors_reach_the_bound_and_not_below():
     assert 0.85 < np.sqrt(np.mean(np.square(ratio))) / bound < 1.2
 
 
-@pytest.mark.parametrize("bad", [[], [np.zeros((4, 4)), np.zeros((5, 5))], np.zeros((2, 3, 8, 8)), np.full((2, 8, 8), np.inf)])
+@pytest.mark.parametrize(
+    "bad",
+    [[], [np.zeros((4, 4)), np.zeros((5, 5))], np.zeros((2, 3, 8, 8)), np.full((2, 8, 8), np.inf)],
+)
 def test_what_is_no_set_of_grey_images_is_refused_in_one_sentence(bad):
     with pytest.raises(InputError) as why:
         im.as_images(bad)
@@ -206,9 +247,10 @@ def test_what_is_no_set_of_grey_images_is_refused_in_one_sentence(bad):
 
 def test_compare_writes_a_page_that_needs_nothing_else(tmp_path):
     from microgen.metrics.compare import compare
+
     found = compare(noise(16), noise(20, rng=1), tmp_path / "out", pixel_size=0.1)
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "16 of 20 generated images" in page and "<script" not in page and "src=\"http" not in page
+    assert "16 of 20 generated images" in page and "<script" not in page and 'src="http' not in page
     assert (pd.read_csv(tmp_path / "out" / "sets.csv").n == 8).all()
     again = compare(noise(16), noise(20, rng=1), pixel_size=0.1)
     assert found.tables["sets"].equals(again.tables["sets"])
@@ -216,8 +258,11 @@ def test_compare_writes_a_page_that_needs_nothing_else(tmp_path):
 
 def test_compare_pairs_what_the_user_says_is_paired(tmp_path):
     from microgen.metrics.compare import compare
+
     a = noise(4)
-    table = compare(a, a + 0.1 * noise(4, rng=1), ceiling=a + 0.1 * noise(4, rng=2), paired=True, pixel_size=0.1).tables["pairs"]
+    table = compare(
+        a, a + 0.1 * noise(4, rng=1), ceiling=a + 0.1 * noise(4, rng=2), paired=True, pixel_size=0.1
+    ).tables["pairs"]
     row = table[table.metric == im.SSIM_NAME].iloc[0]
     assert row.value == pytest.approx(row["two real scans"], abs=0.01) and row.n == 4
 
@@ -228,6 +273,7 @@ def test_two_halves_of_a_real_micrograph_lie_within_their_floor():
 
     from microgen.io import read
     from microgen.metrics.compare import compare
+
     if "MICROGEN_TEST_DATA" not in os.environ:
         pytest.skip("set MICROGEN_TEST_DATA to the folder that holds stem/")
     path = Path(os.environ["MICROGEN_TEST_DATA"]) / "stem" / "CdTe_110_tilt_HAADF149.dm3"
@@ -235,9 +281,18 @@ def test_two_halves_of_a_real_micrograph_lie_within_their_floor():
         pytest.skip(f"there is no {path.name}")
     tiles = read(path).tiles(96)
     order = np.random.default_rng(0).permutation(len(tiles))
-    table = compare(*([tiles[i] for i in part] for part in (order[:12], order[12:24]))).tables["sets"].set_index("metric")
-    assert table.low["KD(random)"] < table.floor_high["KD(random)"] and table.low["FD(random)"] < table.floor_high["FD(random)"]
-    assert 10 < im.information_limit(tiles[:4])[0] < 25  # 1/nm: the file is filtered, its Nyquist frequency is 30.5
+    table = (
+        compare(*([tiles[i] for i in part] for part in (order[:12], order[12:24])))
+        .tables["sets"]
+        .set_index("metric")
+    )
+    assert (
+        table.low["KD(random)"] < table.floor_high["KD(random)"]
+        and table.low["FD(random)"] < table.floor_high["FD(random)"]
+    )
+    assert (
+        10 < im.information_limit(tiles[:4])[0] < 25
+    )  # 1/nm: the file is filtered, its Nyquist frequency is 30.5
 
 
 @pytest.fixture(scope="module")
@@ -245,15 +300,29 @@ def folders(tmp_path_factory):
     "Two small datasets with their truth: UP and typeC, and typeC alone, of a worse scan."
     from microgen.data.build import build
     from microgen.data.walls import Recipe
+
     out, same = tmp_path_factory.mktemp("sets"), dict(size=96, pixel_size=0.024)
-    return (build(Recipe(walls=("UP", "typeC"), n=8, preset="good", seed=1, **same), out / "real", workers=1, progress=False),
-            build(Recipe(walls=("typeC",), n=5, preset="typical", seed=2, **same), out / "fake", workers=1, progress=False))
+    return (
+        build(
+            Recipe(walls=("UP", "typeC"), n=8, preset="good", seed=1, **same),
+            out / "real",
+            workers=1,
+            progress=False,
+        ),
+        build(
+            Recipe(walls=("typeC",), n=5, preset="typical", seed=2, **same),
+            out / "fake",
+            workers=1,
+            progress=False,
+        ),
+    )
 
 
 @pytest.fixture(scope="module")
 def unlike(folders):
     "Their comparison, without a word about structure or classes."
     from microgen.metrics.compare import compare
+
     return compare(*folders, folders[0].parent / "report", most_physics=2)
 
 
@@ -266,10 +335,16 @@ def test_the_recipe_says_which_structure_is_measured(unlike):
 def test_only_classes_of_both_sets_are_compared(unlike, folders):
     from microgen.metrics.compare import compare
     from microgen.metrics.gather import load_set
-    assert "Compared are the classes that both sets have: typeC. Left out, real: UP; generated: none." in unlike.notes
+
+    assert (
+        "Compared are the classes that both sets have: typeC. Left out, real: UP; generated: none."
+        in unlike.notes
+    )
     assert "left out, real: up" in (unlike.out / "report.html").read_text().lower()
     real = load_set(folders[0])
-    walls = real.images._replace(data=real.images.data[[k for k, name in enumerate(real.labels) if name == "typeC"]])
+    walls = real.images._replace(
+        data=real.images.data[[k for k, name in enumerate(real.labels) if name == "typeC"]]
+    )
     alone = compare(walls, folders[1], structure="YMnO3", most_physics=2)
     assert alone.tables["intensity_and_spectrum"].equals(unlike.tables["intensity_and_spectrum"])
 
@@ -278,28 +353,46 @@ def test_sets_without_a_common_class_are_compared_and_told_apart(folders, tmp_pa
     import shutil
 
     from microgen.metrics.compare import compare
+
     renamed = shutil.copytree(folders[1], tmp_path / "renamed")
     meta = pd.read_csv(renamed / "metadata.csv")
     meta.assign(label="lab").to_csv(renamed / "metadata.csv", index=False)
     found = compare(renamed, folders[1], paired=False, most_physics=1)
-    assert any("No class is in both sets (real: lab; generated: typeC)" in note for note in found.notes)
+    assert any(
+        "No class is in both sets (real: lab; generated: typeC)" in note for note in found.notes
+    )
 
 
 def test_every_number_of_whole_sets_and_of_physics_has_an_interval(unlike):
     table = unlike.tables["intensity_and_spectrum"]
-    assert (table.low <= table.value).all() and (table.value <= table.high).all() and (table.low < table.high).all()
+    assert (
+        (table.low <= table.value).all()
+        and (table.value <= table.high).all()
+        and (table.low < table.high).all()
+    )
     assert (table.floor_low <= table.floor).all() and (table.n == 2).all()
     means = unlike.tables["physics_means"].set_index("metric")
     assert (means.low <= means.value).all() and (means.value <= means.high).all()
-    assert means.value["rms_pm"] == pytest.approx(unlike.tables["physics"].rms_pm.mean()) and means.n["rms_pm"] == 2
+    assert (
+        means.value["rms_pm"] == pytest.approx(unlike.tables["physics"].rms_pm.mean())
+        and means.n["rms_pm"] == 2
+    )
 
 
 def test_intervals_of_whole_sets_hold_the_distance_of_many_images():
     "Nineteen of twenty should; the chance that fewer than 13 of 20 do is below 1e-6."
     from microgen.metrics.compare import global_table
-    make = lambda n, mean, seed: im.as_images(np.random.default_rng(seed).normal(mean, 1, (n, 1, 1)) + noise(n, 16, seed + 1) / 4, 1.0)
+
+    make = lambda n, mean, seed: im.as_images(
+        np.random.default_rng(seed).normal(mean, 1, (n, 1, 1)) + noise(n, 16, seed + 1) / 4, 1.0
+    )
     truth = im.intensity_distance(make(4000, 0, 0), make(4000, 2, 1))["wasserstein"]
-    rows = [global_table(make(40, 0, 10 + 2 * k), make(40, 2, 500 + 2 * k), k).set_index("metric").loc["wasserstein"] for k in range(20)]
+    rows = [
+        global_table(make(40, 0, 10 + 2 * k), make(40, 2, 500 + 2 * k), k)
+        .set_index("metric")
+        .loc["wasserstein"]
+        for k in range(20)
+    ]
     assert sum(r.low <= truth <= r.high for r in rows) >= 13
 
 
@@ -309,15 +402,19 @@ def test_a_damaged_set_is_named_in_one_sentence(folders, tmp_path, what):
 
     from microgen.core import MicrogenError
     from microgen.metrics.compare import compare
+
     bad = shutil.copytree(folders[1], tmp_path / "bad")
     path = bad / "tables" / "00" / "000002.parquet"
     path = path if path.exists() else sorted((bad / "tables").rglob("*.parquet"))[2]
-    if what == "NaN": pd.read_parquet(path).assign(x_nm=np.nan).to_parquet(path)
-    if what == "corrupt": path.write_bytes(b"no table")
+    if what == "NaN":
+        pd.read_parquet(path).assign(x_nm=np.nan).to_parquet(path)
+    if what == "corrupt":
+        path.write_bytes(b"no table")
     if what == "label":
         meta = pd.read_csv(path := bad / "metadata.csv")
         meta.assign(label=meta.label.where(meta.index > 0)).to_csv(path, index=False)
-    with pytest.raises(MicrogenError, match=path.name) as why: compare(folders[0], bad)
+    with pytest.raises(MicrogenError, match=path.name) as why:
+        compare(folders[0], bad)
     assert "\n" not in str(why.value)
 
 
@@ -326,13 +423,19 @@ def test_inception_is_used_where_its_weights_lie_and_never_fetched(tmp_path, mon
 
     from microgen.metrics import compare as room
     from microgen.metrics.features import Extractor, inception_path
+
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("a connection was opened"))
-    assert set(room.compare(noise(16), noise(16, rng=1)).tables["sets"].features.str.split().str[0]) == {"random"}
+    assert set(
+        room.compare(noise(16), noise(16, rng=1)).tables["sets"].features.str.split().str[0]
+    ) == {"random"}
     inception_path().parent.mkdir(parents=True)
     inception_path().write_bytes(b"something else")
     found = room.compare(noise(16), noise(16, rng=1))
-    assert any("Inception is left out" in note and "is not the Inception file" in note for note in found.notes)
+    assert any(
+        "Inception is left out" in note and "is not the Inception file" in note
+        for note in found.notes
+    )
     stand_in = Extractor("Inception (stand-in)", "FID", lambda x: x.mean((2, 3)).repeat(1, 3) + 0.1)
     monkeypatch.setattr(room, "inception_extractor", lambda: stand_in)
     assert "FID" in set(room.compare(noise(16), noise(16, rng=1)).tables["sets"].metric)
@@ -343,10 +446,13 @@ def test_the_discriminator_of_a_run_is_an_extractor():
     from microgen.metrics.features import run_extractor
     from microgen.metrics.sets import set_table
     from microgen.nets.unet import PatchGAN
+
     disc = PatchGAN(5, 8, 2, "none", True, seed=0)
     seen = run_extractor(type("Model", (), {"d": disc})())
     a = noise(24, 32)
-    assert seen(a, (-3, 3)).shape == (24, 32) and np.array_equal(seen(a, (-3, 3)), run_extractor(disc)(a, (-3, 3)))
+    assert seen(a, (-3, 3)).shape == (24, 32) and np.array_equal(
+        seen(a, (-3, 3)), run_extractor(disc)(a, (-3, 3))
+    )
     table = set_table(a, noise(24, 32, 1) ** 3, seen).set_index("metric")
     assert "FD(run)" in table.index and not table.index.str.contains("FID").any()
     assert table.low["FD(run)"] > table.floor_high["FD(run)"]

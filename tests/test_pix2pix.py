@@ -1,4 +1,5 @@
 "Generators of images from truth maps, end to end: data, training, resumption, samples, and what goes wrong on the way."
+
 import re
 import shutil
 
@@ -29,7 +30,11 @@ SMALL = dict(config="small", base=8, depth=2, disc_base=8)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return build(Recipe(n=24, size=32, pixel_size=0.03, preset="good"), tmp_path_factory.mktemp("data") / "walls", workers=1)
+    return build(
+        Recipe(n=24, size=32, pixel_size=0.03, preset="good"),
+        tmp_path_factory.mktemp("data") / "walls",
+        workers=1,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +57,13 @@ def test_every_parameter_moves(data, arch):
     for _ in range(3):  # layers behind one that starts at zero wait for it
         optimiser.zero_grad()
         fakes = generate(model, one)
-        weights = dict.fromkeys(("adv", "l1", "ssim", "edge", "spectral", "attention", "diversity", "noise"), 1.0)
+        weights = dict.fromkeys(
+            ("adv", "l1", "ssim", "edge", "spectral", "attention", "diversity", "noise"), 1.0
+        )
         total = sum(g_terms(weights)(model, one, fakes).values())
-        (total + sum(d_terms()(model, one, {k: v.detach() for k, v in fakes.items()}).values())).backward()
+        (
+            total + sum(d_terms()(model, one, {k: v.detach() for k, v in fakes.items()}).values())
+        ).backward()
         optimiser.step()
     assert not [n for n, p in model.named_parameters() if torch.equal(before[n], p)]
 
@@ -91,26 +100,32 @@ def test_noise_changes_pixels_and_not_the_mean(run, data):
     model = load_model(run)
     maps, label = batch(paired_dls(data, bs=4))[:2]
     z = torch.zeros(64, model.g.z_dim)
-    noisy, quiet = (model.sample(64, (maps[0], label[0]), rng=0, z=z, noise=n) for n in (True, False))
+    noisy, quiet = (
+        model.sample(64, (maps[0], label[0]), rng=0, z=z, noise=n) for n in (True, False)
+    )
     sd = noisy.std(0)
     assert float(quiet.std(0).max()) < 1e-5 and float(sd.mean()) > 1e-3
     free = (quiet[0].abs() + 4 * sd) < 1  # away from the ends of the range, where values are cut
     assert free.float().mean() > 0.3
-    assert float(((noisy.mean(0) - quiet[0]).abs() / sd * 8)[free].mean()) < 1.3  # mean of |normal| is 0.8
+    assert (
+        float(((noisy.mean(0) - quiet[0]).abs() / sd * 8)[free].mean()) < 1.3
+    )  # mean of |normal| is 0.8
     assert spread(noisy).noise.mean() > spread(quiet).noise.mean()
 
 
 def test_real_images_without_maps_join(data, tmp_path):
     real = tmp_path / "real" / "lab"
     real.mkdir(parents=True)
-    for k, path in enumerate(list_images(data).image[:6]): shutil.copy(path, real / f"{k}.tif")
+    for k, path in enumerate(list_images(data).image[:6]):
+        shutil.copy(path, real / f"{k}.tif")
     dls = mixed_dls(data, tmp_path / "real", 0.25, bs=4)
     learn = pix2pix_learner(dls, "film", **SMALL)
     learn.fit(1)
     assert {"g_keep", "g_style", "g_l1", "g_adv", "d_real"} <= set(learn.terms)
     assert all(torch.isfinite(v) for v in learn.terms.values())
     assert learn.model.about["domains"] == ["simulated", "real"]
-    with pytest.raises(InputError, match="cannot be told that an image is real"): pix2pix_learner(dls, "plain", **SMALL)
+    with pytest.raises(InputError, match="cannot be told that an image is real"):
+        pix2pix_learner(dls, "plain", **SMALL)
 
 
 def test_the_domain_is_no_class(data):
@@ -118,39 +133,63 @@ def test_the_domain_is_no_class(data):
     learn = pix2pix_learner(paired_dls(data, bs=8), "film", **SMALL)
     learn.fit(1)
     n = len(learn.dls.vocab)
-    slots = [p[:, n] for name, p in learn.model.g.named_parameters() if name.endswith("linear.weight")]
+    slots = [
+        p[:, n] for name, p in learn.model.g.named_parameters() if name.endswith("linear.weight")
+    ]
     assert slots and not any(s.any() for s in slots)
     learn.model.about["domains"] = ["simulated", "real"]
     maps = batch(learn.dls)[0][:1]
-    draw = lambda label, domain: learn.model.sample(1, (maps, label), rng=0, noise=False, domain=domain)
+    draw = lambda label, domain: learn.model.sample(
+        1, (maps, label), rng=0, noise=False, domain=domain
+    )
     assert torch.equal(draw(0, "simulated"), draw(0, "real"))
-    with torch.no_grad(): learn.model.g.unet.up[-1].films[0].linear.weight[:, n] = 1
+    with torch.no_grad():
+        learn.model.g.unet.up[-1].films[0].linear.weight[:, n] = 1
     assert all(not torch.equal(draw(k, "simulated"), draw(k, "real")) for k in range(n))
 
 
 def test_style_of_real_images_is_learned_without_pairs(tmp_path):
     "Level, contrast and noise of drawings in the real domain move to those of the real images; the columns stay."
-    sim = build(Recipe(n=40, size=48, pixel_size=0.03, preset="good", walls=("UP", "DN")), tmp_path / "sim", workers=1)
-    poor = build(Recipe(n=12, size=48, pixel_size=0.03, preset="poor", walls=("UP", "DN"), seed=5), tmp_path / "poor", workers=1)
-    for k, path in enumerate(list_images(poor).image): read(path).save(tmp_path / "real" / f"scan{k}.tif")
+    sim = build(
+        Recipe(n=40, size=48, pixel_size=0.03, preset="good", walls=("UP", "DN")),
+        tmp_path / "sim",
+        workers=1,
+    )
+    poor = build(
+        Recipe(n=12, size=48, pixel_size=0.03, preset="poor", walls=("UP", "DN"), seed=5),
+        tmp_path / "poor",
+        workers=1,
+    )
+    for k, path in enumerate(list_images(poor).image):
+        read(path).save(tmp_path / "real" / f"scan{k}.tif")
     dls = mixed_dls(sim, tmp_path / "real", 0.5, bs=8, num_workers=0)
     seed_everything(0)
     learn = pix2pix_learner(dls, "film", **SMALL, cbs=[Fade(0.5)])
     learn.fit(14)
     images = torch.cat([b[-1][b[-2] == 1] for b in dls.train])
     maps, label, _, _, true = batch_of(dls.valid)
-    drawn = {d: learn.model.sample(len(maps), (maps, label), rng=0, domain=d) for d in ("simulated", "real")}
+    drawn = {
+        d: learn.model.sample(len(maps), (maps, label), rng=0, domain=d)
+        for d in ("simulated", "real")
+    }
     sets = {"target": images, "pairs": true, **drawn}
     table = pd.DataFrame({name: spread(x).mean() for name, x in sets.items()}).T
-    way = (table.loc["real"] - table.loc["pairs"]) / (table.loc["target"] - table.loc["pairs"])  # 0: as simulated images, 1: as real ones
+    way = (table.loc["real"] - table.loc["pairs"]) / (
+        table.loc["target"] - table.loc["pairs"]
+    )  # 0: as simulated images, 1: as real ones
     assert 0.6 < way.noise < 1.4 and 0.6 < way.contrast < 1.4, table
     assert abs(table.level.real - table.level.target) < 0.15, table
-    assert table.noise.simulated < table.noise.real and table.contrast.simulated > 1.5 * table.contrast.real, table
+    assert (
+        table.noise.simulated < table.noise.real
+        and table.contrast.simulated > 1.5 * table.contrast.real
+    ), table
     quiet = learn.model.sample(len(maps), (maps, label), rng=0, noise=False, domain="real")
     agree = [float(np.corrcoef(a.flatten(), b.flatten())[0, 1]) for a, b in zip(quiet, true)]
     assert min(agree) > 0.85, agree
     row = list_images(sim).query("split == 'valid'").iloc[0]
-    errors = rms_pm(column_errors(Micrograph(quiet[0, 0].numpy(), 0.03), pd.read_parquet(row["table"])))
+    errors = rms_pm(
+        column_errors(Micrograph(quiet[0, 0].numpy(), 0.03), pd.read_parquet(row["table"]))
+    )
     assert errors < 20, errors
 
 
@@ -159,20 +198,27 @@ def batch_of(loader):
 
 
 def test_properties_are_a_condition(data, tmp_path):
-    learn = pix2pix_learner(paired_dls(data, bs=8, properties=("dose", "thickness_nm")), "film", **SMALL)
+    learn = pix2pix_learner(
+        paired_dls(data, bs=8, properties=("dose", "thickness_nm")), "film", **SMALL
+    )
     learn.fit(1)
     model, maps = learn.model, batch(learn.dls)[0]
     n = len(learn.dls.vocab)
-    assert float(model.g.unet.bottom.films[0].linear.weight[:, n + 1:n + 3].detach().abs().min()) > 0
+    assert (
+        float(model.g.unet.bottom.films[0].linear.weight[:, n + 1 : n + 3].detach().abs().min()) > 0
+    )
     mean, sd = model.about["properties"]["dose"]
     draw = lambda **kw: model.sample(2, (maps[0], 0), rng=0, noise=False, **kw)
     assert torch.equal(draw(), draw(props={"dose": mean}))
     assert not torch.equal(draw(), draw(props={"dose": mean + 2 * sd}))
     assert torch.allclose(draw(props={"dose": [mean, mean + sd]})[0], draw()[0], atol=1e-5)
-    with pytest.raises(InputError, match="dose, thickness_nm"): draw(props={"gain": 1})
+    with pytest.raises(InputError, match="dose, thickness_nm"):
+        draw(props={"gain": 1})
     model.save_pretrained(tmp_path / "model")
     again = Pix2Pix.from_pretrained(tmp_path / "model")
-    one, two = (m.sample(1, (maps[0], 0), rng=0, props={"dose": mean + sd}) for m in (model.eval(), again))
+    one, two = (
+        m.sample(1, (maps[0], 0), rng=0, props={"dose": mean + sd}) for m in (model.eval(), again)
+    )
     assert torch.equal(one, two)
 
 
@@ -183,7 +229,9 @@ def one_step(data, arch, autocast, device=None):
     "Loss terms of the first step, R1 among them, and the image after it."
     dls = paired_dls(data, bs=16, augment=(), device=device)
     seed_everything(0)
-    make = router_learner if arch == "router" else lambda dls, **kw: pix2pix_learner(dls, arch, **kw)
+    make = (
+        router_learner if arch == "router" else lambda dls, **kw: pix2pix_learner(dls, arch, **kw)
+    )
     learn = make(dls, **SMALL, r1=1.0, autocast=autocast)
     learn.fit(1)
     assert len(dls.train) == 1
@@ -196,7 +244,8 @@ def one_step(data, arch, autocast, device=None):
 def test_bfloat16_is_close_to_full_precision(data, arch, device):
     (full, drawn), (half, rough) = (one_step(data, arch, a, device) for a in (None, "bf16"))
     assert set(full) == set(half) and "d_r1" in full and (arch == "film" or "g_attention" in full)
-    for name, value in full.items(): assert abs(half[name] - value) < 0.03 + 0.05 * abs(value), (name, value, half[name])
+    for name, value in full.items():
+        assert abs(half[name] - value) < 0.03 + 0.05 * abs(value), (name, value, half[name])
     assert rough.dtype == torch.float32 and float((rough - drawn).abs().mean()) < 0.05
 
 
@@ -229,11 +278,14 @@ def test_router_is_one_model_with_a_table(data, tmp_path):
 
 def test_stopped_and_continued_is_the_same(data, tmp_path):
     whole = train_pix2pix(data, tmp_path / "whole", epochs=2, bs=4, progress=False, seed=3)
-    part = train_pix2pix(data, tmp_path / "part", epochs=2, bs=4, progress=False, seed=3, max_hours=1e-9)
+    part = train_pix2pix(
+        data, tmp_path / "part", epochs=2, bs=4, progress=False, seed=3, max_hours=1e-9
+    )
     assert part.stopped
     part = train_pix2pix(data, tmp_path / "part", epochs=2, bs=4, progress=False, seed=3)
     assert not part.stopped
-    for (name, a), b in zip(whole.model.state_dict().items(), part.model.state_dict().values()): assert torch.equal(a, b), name
+    for (name, a), b in zip(whole.model.state_dict().items(), part.model.state_dict().values()):
+        assert torch.equal(a, b), name
 
 
 def test_samples_are_a_dataset(run, tmp_path):
@@ -252,12 +304,19 @@ def test_progress_shows_time_left(run, tmp_path, capsys):
 
 
 def test_bad_input_is_one_sentence(run, data, tmp_path):
-    cases = [lambda: train_pix2pix(tmp_path / "none", tmp_path / "r"), lambda: train_pix2pix(data, tmp_path / "r", model="gan"),
-             lambda: train_pix2pix(data, tmp_path / "r", epochs=0), lambda: train_pix2pix(data, run, model="attention", epochs=3, bs=4, progress=False),
-             lambda: sample_run(run, walls="typeC", maps=data, out=tmp_path / "s"), lambda: sample_run(tmp_path, walls="typeC", out=tmp_path / "s"),
-             lambda: sample_run(run, walls="typeC", n=0, out=tmp_path / "s"), lambda: sample_run(run, walls="UP", out=run)]
+    cases = [
+        lambda: train_pix2pix(tmp_path / "none", tmp_path / "r"),
+        lambda: train_pix2pix(data, tmp_path / "r", model="gan"),
+        lambda: train_pix2pix(data, tmp_path / "r", epochs=0),
+        lambda: train_pix2pix(data, run, model="attention", epochs=3, bs=4, progress=False),
+        lambda: sample_run(run, walls="typeC", maps=data, out=tmp_path / "s"),
+        lambda: sample_run(tmp_path, walls="typeC", out=tmp_path / "s"),
+        lambda: sample_run(run, walls="typeC", n=0, out=tmp_path / "s"),
+        lambda: sample_run(run, walls="UP", out=run),
+    ]
     for case in cases:
-        with pytest.raises(MicrogenError) as error: case()
+        with pytest.raises(MicrogenError) as error:
+            case()
         text = str(error.value)
         assert "\n" not in text.strip() and len(text) < 600, text
 
@@ -267,11 +326,14 @@ def test_a_damaged_image_stops_with_its_name(data, tmp_path):
     shutil.copytree(data, bad)
     first = list_images(bad).image[0]
     first.write_bytes(b"no image")
-    with pytest.raises(MicrogenError, match=first.name): train_pix2pix(bad, tmp_path / "r", epochs=1, progress=False)
+    with pytest.raises(MicrogenError, match=first.name):
+        train_pix2pix(bad, tmp_path / "r", epochs=1, progress=False)
 
 
 def test_no_maps_is_said(data, tmp_path):
     folder = tmp_path / "plain" / "UP"
     folder.mkdir(parents=True)
-    for k, path in enumerate(list_images(data).image[:4]): shutil.copy(path, folder / f"{k}.tif")
-    with pytest.raises(InputError, match="no truth maps"): train_pix2pix(tmp_path / "plain", tmp_path / "r", epochs=1, progress=False)
+    for k, path in enumerate(list_images(data).image[:4]):
+        shutil.copy(path, folder / f"{k}.tif")
+    with pytest.raises(InputError, match="no truth maps"):
+        train_pix2pix(tmp_path / "plain", tmp_path / "r", epochs=1, progress=False)

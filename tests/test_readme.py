@@ -1,4 +1,5 @@
 """README.md run as it stands there: its Python, and its commands with small numbers."""
+
 import os
 import re
 import shlex
@@ -11,12 +12,18 @@ import pandas as pd
 import pytest
 from house import ROOT
 
-BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+BLOCKS = re.findall(
+    r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M
+)
 SIMULATE, MEASURE, COUNT = BLOCKS[:3] if len(BLOCKS) > 2 else ("", "", "")
 
 
 def lines(text):
-    return [line for line in text.splitlines() if line.strip() and not line.startswith(("import ", "from "))]
+    return [
+        line
+        for line in text.splitlines()
+        if line.strip() and not line.startswith(("import ", "from "))
+    ]
 
 
 def run(text, folder, monkeypatch):
@@ -58,16 +65,32 @@ def test_five_lines_count_a_sample(tmp_path, monkeypatch):
     from microgen.sem.scene import simulate_scene
 
     for k, name in enumerate(re.findall(r'"(\w+\.tif)"', COUNT)):
-        scene = Scene(size=320, pixel_size=0.5 + 0.2 * k, median_nm=6.0, gsd=1.35, n=150, probe_nm=0.6, electrons=150.0)
+        scene = Scene(
+            size=320,
+            pixel_size=0.5 + 0.2 * k,
+            median_nm=6.0,
+            gsd=1.35,
+            n=150,
+            probe_nm=0.6,
+            electrons=150.0,
+        )
         simulate_scene(scene, k).image.save(tmp_path / name)
-    sample = run(COUNT.replace('ecsa=', 'n=300, ecsa='), tmp_path, monkeypatch)["sample"]  # fewer injections than a user's
+    sample = run(COUNT.replace("ecsa=", "n=300, ecsa="), tmp_path, monkeypatch)[
+        "sample"
+    ]  # fewer injections than a user's
     assert len(sample.table) == 2 and sample.fit is not None and sample.ecsa.unit == "m²/g"
     assert (tmp_path / "counted" / "ecsa.json").exists()
 
 
 def commands(small=True):
     "The commands of README's block that draws walls, with small numbers."
-    (block,) = [b for b in re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M) if "train pix2pix" in b]
+    (block,) = [
+        b
+        for b in re.findall(
+            r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M
+        )
+        if "train pix2pix" in b
+    ]
     for option, few in (("n", 12), ("epochs", 1)) if small else ():
         block = re.sub(rf"(--{option}) \d+", rf"\1 {few}", block)
     return [shlex.split(line) for line in block.splitlines() if line.strip()]
@@ -82,7 +105,14 @@ def test_four_commands_draw_walls(tmp_path):
     for words in lines:
         code = "from microgen.cli import main; main()"
         before = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-        done = subprocess.run([sys.executable, "-c", code, *words[1:]], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words[1:]],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         seconds += sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
         assert done.returncode == 0 and "Traceback" not in done.stderr, (words, done.stderr[-1000:])
         said.append(done.stdout)
@@ -92,7 +122,9 @@ def test_four_commands_draw_walls(tmp_path):
     assert "typeC" in set(labels), "walls of type C are drawn"
     trained = pd.read_csv(tmp_path / "walls/metadata.csv").label
     assert set(labels) == set(trained), "like is compared with like"
-    assert (tmp_path / "compared/report.html").exists() and "SSIM" in (tmp_path / "run/model/README.md").read_text()
+    assert (tmp_path / "compared/report.html").exists() and "SSIM" in (
+        tmp_path / "run/model/README.md"
+    ).read_text()
 
 
 def test_the_commands_compare_like_with_like():

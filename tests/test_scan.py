@@ -1,4 +1,5 @@
 """What a notebook cell cannot test of the scan: threads, order, another room's fit as judge, real micrographs, fuzz."""
+
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,17 @@ from scipy import ndimage
 from scipy.optimize import least_squares
 
 from microgen.core import InputError, Micrograph
-from microgen.scan import PRESETS, Scan, acquire, detect, electrons, mistilt, preset, rim_px, scan_field
+from microgen.scan import (
+    PRESETS,
+    Scan,
+    acquire,
+    detect,
+    electrons,
+    mistilt,
+    preset,
+    rim_px,
+    scan_field,
+)
 from microgen.stem.crystal import columns
 from microgen.stem.probe import Probe
 from microgen.stem.render import haadf
@@ -36,7 +47,11 @@ def everything(specimen, name, seed):
     "Bytes of image, maps and table of one scan."
     cols, ideal, maps, rim = specimen
     got = acquire(ideal, name, seed, maps, cols.table, rim=rim)
-    return got.image.data.tobytes() + b"".join(m.tobytes() for m in got.maps.values()) + got.table[["y_nm", "x_nm"]].to_numpy().tobytes()
+    return (
+        got.image.data.tobytes()
+        + b"".join(m.tobytes() for m in got.maps.values())
+        + got.table[["y_nm", "x_nm"]].to_numpy().tobytes()
+    )
 
 
 # --- The same bytes, whatever runs beside
@@ -62,7 +77,11 @@ def test_bytes_do_not_depend_on_order(specimen):
     assert len(set(forward)) == 4
 
 
-@pytest.mark.parametrize("seed", [7, np.random.SeedSequence(7), np.random.default_rng(7)], ids=["int", "SeedSequence", "Generator"])
+@pytest.mark.parametrize(
+    "seed",
+    [7, np.random.SeedSequence(7), np.random.default_rng(7)],
+    ids=["int", "SeedSequence", "Generator"],
+)
 def test_every_kind_of_seed(specimen, seed):
     cols, ideal, _, rim = specimen
     assert np.isfinite(acquire(ideal, "typical", seed, rim=rim).data).all()
@@ -71,7 +90,14 @@ def test_every_kind_of_seed(specimen, seed):
 def test_the_input_is_left_alone(specimen):
     cols, ideal, maps, rim = specimen
     before = ideal.data.copy(), {k: m.copy() for k, m in maps.items()}, cols.table.copy()
-    acquire(ideal, preset("poor", salt_pepper=0.04, row_wave=0.05, row_noise=0.1), 0, maps, cols.table, rim=rim)
+    acquire(
+        ideal,
+        preset("poor", salt_pepper=0.04, row_wave=0.05, row_noise=0.1),
+        0,
+        maps,
+        cols.table,
+        rim=rim,
+    )
     assert np.array_equal(ideal.data, before[0]) and cols.table.equals(before[2])
     assert all(np.array_equal(maps[k], before[1][k]) for k in maps)
 
@@ -90,9 +116,17 @@ def table_error_pm(specimen, name, effects):
     s = Scan(**{k: getattr(s, k) for k in effects})
     got, still = (acquire(ideal, scan, 5, table=cols.table, rim=rim) for scan in (s, Scan()))
     high, wide = (n * PX - 0.25 for n in SHAPE)
-    rows = got.table[(got.table.element == "Y") & got.table.y_nm.between(0.25, high) & got.table.x_nm.between(0.25, wide)].index
+    rows = got.table[
+        (got.table.element == "Y")
+        & got.table.y_nm.between(0.25, high)
+        & got.table.x_nm.between(0.25, wide)
+    ].index
     assert len(rows) > 20
-    off = [fitted(g.image.data, t) - t[["y_nm", "x_nm"]].to_numpy() for g in (got, still) for t in [g.table.loc[rows]]]
+    off = [
+        fitted(g.image.data, t) - t[["y_nm", "x_nm"]].to_numpy()
+        for g in (got, still)
+        for t in [g.table.loc[rows]]
+    ]
     return 1e3 * np.sqrt(((off[0] - off[1]) ** 2).mean(0)), s
 
 
@@ -113,14 +147,23 @@ def fitted(image, table, high=0.12, wide=0.085):
     "Least-squares centres (N, 2) of Gaussians on a constant, nm; a window that cuts the flanks would answer jitter differently."
     out = []
     for y, x in table[["y_nm", "x_nm"]].to_numpy():
-        i, j = np.mgrid[int((y - high) / PX):int((y + high) / PX) + 2, int((x - wide) / PX):int((x + wide) / PX) + 2]
+        i, j = np.mgrid[
+            int((y - high) / PX) : int((y + high) / PX) + 2,
+            int((x - wide) / PX) : int((x + wide) / PX) + 2,
+        ]
         near = np.hypot((i * PX - y) / high, (j * PX - x) / wide) < 1
         v, u, data = i[near] * PX, j[near] * PX, image[i[near], j[near]] / image.max()
 
         def residual(p):
-            return p[0] * np.exp(-((v - p[1]) ** 2 + (u - p[2]) ** 2) / (2 * p[3] ** 2)) + p[4] - data
+            return (
+                p[0] * np.exp(-((v - p[1]) ** 2 + (u - p[2]) ** 2) / (2 * p[3] ** 2)) + p[4] - data
+            )
 
-        out.append(least_squares(residual, [np.ptp(data), y, x, 0.05, data.min()], x_scale=[1, 0.01, 0.01, 0.01, 1]).x[1:3])
+        out.append(
+            least_squares(
+                residual, [np.ptp(data), y, x, 0.05, data.min()], x_scale=[1, 0.01, 0.01, 0.01, 1]
+            ).x[1:3]
+        )
     return np.array(out)
 
 
@@ -130,7 +173,9 @@ def test_wall_map_and_table_move_together(specimen):
     got = acquire(ideal, Scan(shear=0.15, scale_y=0.05), 0, maps, cols.table, rim=rim)
     at = np.rint(got.table[["y_nm", "x_nm"]].to_numpy() / PX).astype(int)
     before = np.rint(cols.table[["y_nm", "x_nm"]].to_numpy() / PX).astype(int)
-    inside = ((at > 1) & (at < SHAPE[0] - 2)).all(1) & ((before > 1) & (before < maps["Q"].shape[0] - 2)).all(1)
+    inside = ((at > 1) & (at < SHAPE[0] - 2)).all(1) & (
+        (before > 1) & (before < maps["Q"].shape[0] - 2)
+    ).all(1)
     phi_before = maps["phi"][tuple(before[inside].T)]
     phi_after = got.maps["phi"][tuple(at[inside].T)]
     difference = np.angle(np.exp(1j * (phi_after - phi_before)))
@@ -200,7 +245,14 @@ def test_presets_survive_json_and_draw_inside_their_ranges(name):
             assert value[0] <= drawn <= value[1] if isinstance(value, tuple) else drawn == value
 
 
-ANYTHING = st.one_of(st.none(), st.floats(), st.integers(), st.text(max_size=3), st.lists(st.floats(), max_size=3), st.booleans())
+ANYTHING = st.one_of(
+    st.none(),
+    st.floats(),
+    st.integers(),
+    st.text(max_size=3),
+    st.lists(st.floats(), max_size=3),
+    st.booleans(),
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -216,9 +268,15 @@ def test_any_value_is_taken_or_refused_in_one_sentence(name, value):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**31), name=st.sampled_from(NAMES), shape=st.tuples(st.integers(8, 70), st.integers(8, 70)))
+@given(
+    seed=st.integers(0, 2**31),
+    name=st.sampled_from(NAMES),
+    shape=st.tuples(st.integers(8, 70), st.integers(8, 70)),
+)
 def test_any_shape_scans_to_finite_values(seed, name, shape):
-    image = Micrograph(np.random.default_rng(seed).random(shape).astype(np.float32) * 0.05, (0.02, 0.015))
+    image = Micrograph(
+        np.random.default_rng(seed).random(shape).astype(np.float32) * 0.05, (0.02, 0.015)
+    )
     got = acquire(image, name, seed, maps={"Q": image.data}, rim=2)
     assert got.image.data.shape == got.maps["Q"].shape == (shape[0] - 4, shape[1] - 4)
     assert np.isfinite(got.image.data).all() and got.image.data.dtype == np.float32
@@ -230,7 +288,9 @@ def test_any_shape_scans_to_finite_values(seed, name, shape):
 
 def real(name):
     if "MICROGEN_TEST_DATA" not in os.environ:
-        pytest.skip("MICROGEN_TEST_DATA is unset; it names the folder that holds stem/ with real micrographs")
+        pytest.skip(
+            "MICROGEN_TEST_DATA is unset; it names the folder that holds stem/ with real micrographs"
+        )
     return Path(os.environ["MICROGEN_TEST_DATA"]) / "stem" / name
 
 
@@ -238,22 +298,31 @@ def noise(image, pixel_size, low, high):
     "Median spectral power between two frequencies (1/nm) over the variance of the image: between the lattice peaks, it is noise."
     image = np.asarray(image, dtype=float) - np.mean(image)
     window = np.outer(*map(np.hanning, image.shape))
-    power = np.abs(np.fft.fft2(image * window)) ** 2 / (window**2).sum() / image.var() * pixel_size**2
-    q = np.hypot(np.fft.fftfreq(image.shape[0], pixel_size)[:, None], np.fft.fftfreq(image.shape[1], pixel_size))
+    power = (
+        np.abs(np.fft.fft2(image * window)) ** 2 / (window**2).sum() / image.var() * pixel_size**2
+    )
+    q = np.hypot(
+        np.fft.fftfreq(image.shape[0], pixel_size)[:, None],
+        np.fft.fftfreq(image.shape[1], pixel_size),
+    )
     return np.median(power[(q > low) & (q < high)])
 
 
 def test_noise_of_a_published_wall_lies_between_the_presets():
     from skimage.io import imread
 
-    wall_300kV = np.asarray(imread(real("hREMnO3_domain_wall_300kV.png")), dtype=float)[125:330, 108:275, :3].mean(-1)
+    wall_300kV = np.asarray(imread(real("hREMnO3_domain_wall_300kV.png")), dtype=float)[
+        125:330, 108:275, :3
+    ].mean(-1)
     px = 0.0102  # c / 2 = 0.570 nm is 55.8 px
     cols = displace(columns("YMnO3", fov=(2.6, 2.6), thickness=8), wall("UP", fov=(2.6, 2.6)))
     ideal = haadf(cols, px, probe=Probe(voltage_kV=300))
     level = {}
     for name in NAMES:
         scans = [acquire(ideal, name, i, rim=24).data[:205, :167] for i in range(4)]
-        level[name] = np.mean([noise(ndimage.gaussian_filter(m, 1.3), px, 7, 14) for m in scans])  # denoised as published
+        level[name] = np.mean(
+            [noise(ndimage.gaussian_filter(m, 1.3), px, 7, 14) for m in scans]
+        )  # denoised as published
     assert level["good"] < noise(wall_300kV, px, 7, 14) < 2 * level["poor"]
     assert level["good"] < level["typical"] < level["poor"]
 
@@ -263,9 +332,13 @@ def test_noise_of_a_raw_image_is_that_of_the_good_preset():
 
     with h5py.File(real("atomap_STO_ADF_cropped.hdf5")) as file:
         found = []
-        file.visititems(lambda _, o: found.append(o) if isinstance(o, h5py.Dataset) and o.ndim == 2 else None)
+        file.visititems(
+            lambda _, o: found.append(o) if isinstance(o, h5py.Dataset) and o.ndim == 2 else None
+        )
         raw = np.asarray(found[0], dtype=float)
     px = 0.00933
     cols = columns("YMnO3", fov=(4, 4), thickness=8)
-    level = noise(acquire(haadf(cols, px), preset("good", dose_e_A2=5e5), 0, rim=20).data, px, 25, 45)
+    level = noise(
+        acquire(haadf(cols, px), preset("good", dose_e_A2=5e5), 0, rim=20).data, px, 25, 45
+    )
     assert 1 / 4 < noise(raw, px, 25, 45) / level < 4

@@ -1,4 +1,5 @@
 """Runs that must not go wrong quietly: what a folder refuses, several processes that stop and shrink together, NaN without end, kill -9 of pix2pix."""
+
 import json
 import os
 import random
@@ -29,12 +30,17 @@ QUIET = dict(preview_every=None, shown=False)
 
 
 def go(learn, epochs, out, config=None, **kw):
-    with learn.no_logging(): return train(learn, epochs, out, config, **QUIET | kw)
+    with learn.no_logging():
+        return train(learn, epochs, out, config, **QUIET | kw)
 
 
 def files(folder):
     "Every file of a folder with its bytes."
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in Path(folder).rglob("*")
+        if p.is_file()
+    }
 
 
 def refused(folder, call):
@@ -42,7 +48,8 @@ def refused(folder, call):
     before = files(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        with pytest.raises(InputError) as said: call()
+        with pytest.raises(InputError) as said:
+            call()
     assert files(folder) == before
     return str(said.value)
 
@@ -52,7 +59,11 @@ OTHERS = {
     "a setting left out": (dict(), dict(config={}), "arch was film and is None"),
     "an option": (dict(), dict(ema=100), "ema was None and is 100"),
     "a seed": (dict(), dict(seed=1), "seed was 0 and is 1"),
-    "a model": (dict(width=9), dict(), "holds another model: g.0.weight is (8, 3) there and (9, 3) here"),
+    "a model": (
+        dict(width=9),
+        dict(),
+        "holds another model: g.0.weight is (8, 3) there and (9, 3) here",
+    ),
     "batches": (dict(bs=16), dict(), "has 4 batches per epoch and there are 2 now"),
     "data of the same size": (dict(data=1), dict(), "was trained on other data"),
 }
@@ -66,17 +77,21 @@ def test_another_run_is_refused_before_anything_is_written(tmp_path, what, epoch
     go(plain_learner(tmp_path), 1, out, **first)
     said = refused(out, lambda: go(plain_learner(tmp_path, **made), epochs, out, **first | options))
     assert sentence in said and "init=" in said, said
-    moved = {"config": {"arch": "film", "data": "b"}}  # the same data in another place, and limits that may change
+    moved = {
+        "config": {"arch": "film", "data": "b"}
+    }  # the same data in another place, and limits that may change
     assert not go(plain_learner(tmp_path), 2, out, max_hours=1, **moved).stopped
 
 
 def test_a_first_line_that_is_refused_leaves_nothing(tmp_path):
     out = tmp_path / "run"
     for wrong in (dict(best_by="fid"), dict(freeze=("g.up",)), dict(init=tmp_path / "none")):
-        with pytest.raises((InputError, OSError)): go(plain_learner(tmp_path), 1, out, **wrong)
+        with pytest.raises((InputError, OSError)):
+            go(plain_learner(tmp_path), 1, out, **wrong)
         assert not files(out), wrong
-    learn = plain_learner(tmp_path, weights={"l9": 1.})
-    with pytest.raises(InputError, match="l9, which no loss gives"): go(learn, 1, out)
+    learn = plain_learner(tmp_path, weights={"l9": 1.0})
+    with pytest.raises(InputError, match="l9, which no loss gives"):
+        go(learn, 1, out)
     assert not files(out)
     go(plain_learner(tmp_path), 1, out, best_by="valid_loss")
 
@@ -102,7 +117,9 @@ def test_ended_without_its_result(tmp_path):
 # --- previews and NaN
 
 
-@pytest.mark.parametrize("every, epochs, names", [(500, 1, [1, 4]), (3, 2, [1, 3, 6, 8]), (4, 1, [1, 4])])
+@pytest.mark.parametrize(
+    "every, epochs, names", [(500, 1, [1, 4]), (3, 2, [1, 3, 6, 8]), (4, 1, [1, 4])]
+)
 def test_the_last_step_is_drawn(tmp_path, every, epochs, names):
     draw = lambda m, xb, yb: (m(*xb).view(2, 4).clamp(0, 1) * 255).byte().numpy()
     go(plain_learner(tmp_path), epochs, tmp_path / "r", preview_every=every, preview=draw)
@@ -112,7 +129,14 @@ def test_the_last_step_is_drawn(tmp_path, every, epochs, names):
 def test_the_last_step_of_an_early_end_is_drawn_and_that_of_a_pause_is_not(tmp_path):
     draw = lambda m, xb, yb: (m(*xb).view(2, 4).clamp(0, 1) * 255).byte().numpy()
     how = dict(preview_every=500, preview=draw)
-    go(plain_learner(tmp_path, lr=1e-12), 9, tmp_path / "early", best_by="valid_loss", patience=2, **how)
+    go(
+        plain_learner(tmp_path, lr=1e-12),
+        9,
+        tmp_path / "early",
+        best_by="valid_loss",
+        patience=2,
+        **how,
+    )
     assert [int(p.stem) for p in sorted((tmp_path / "early/previews").iterdir())] == [1, 12]
     assert go(plain_learner(tmp_path), 9, tmp_path / "pause", max_hours=0, **how).stopped
     assert [int(p.stem) for p in sorted((tmp_path / "pause/previews").iterdir())] == [1]
@@ -123,14 +147,22 @@ def test_one_bad_item_does_not_roll_back_for_ever(tmp_path):
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
     from fastai.learner import Learner
+
     x = torch.randn(120, 3, generator=torch.Generator().manual_seed(0))
     x[7] = float("nan")
     items = [(a, a.sum(0, keepdim=True)) for a in x]
-    learn = Learner(DataLoaders(DataLoader(items, bs=1), DataLoader(items[:4], bs=4)), nn.Linear(3, 1), loss_func=nn.functional.mse_loss, lr=1e-3)
+    learn = Learner(
+        DataLoaders(DataLoader(items, bs=1), DataLoader(items[:4], bs=4)),
+        nn.Linear(3, 1),
+        loss_func=nn.functional.mse_loss,
+        lr=1e-3,
+    )
     with warnings.catch_warnings(), pytest.raises(Diverged) as said:
         warnings.simplefilter("ignore")
         go(learn, 40, tmp_path / "r", checkpoint_every=60)
-    assert "for the 11th time (steps 8, 128, 248" in str(said.value) and "look for an image" in str(said.value), said.value
+    assert "for the 11th time (steps 8, 128, 248" in str(said.value) and "look for an image" in str(
+        said.value
+    ), said.value
     assert pd.read_csv(tmp_path / "r/history.csv").epoch.max() == 10
 
 
@@ -153,18 +185,31 @@ dist.destroy_process_group()
 
 def two_processes(folder, body):
     "Run the body in two processes; they must both end well."
-    text = WORKER.format(tests=str(ROOT / "tests"), root=str(ROOT), port=free_port(), folder=str(folder), body=body)
-    both = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", text, str(r)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for r in (0, 1)]
-    for p in both: finish(p, 280)
+    text = WORKER.format(
+        tests=str(ROOT / "tests"), root=str(ROOT), port=free_port(), folder=str(folder), body=body
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", text, str(r)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        )
+        for r in (0, 1)
+    ]
+    for p in both:
+        finish(p, 280)
 
 
 def test_processes_stop_together_when_the_time_of_one_is_over(tmp_path):
-    two_processes(tmp_path, """
+    two_processes(
+        tmp_path,
+        """
 for slow in (0, 1):
     learn = go(f"of {slow}", plain_learner(".", bs=7), 2, max_hours=0 if rank == slow else None)
     assert learn.stopped and learn.train_iter == 1, (learn.stopped, learn.train_iter)
 assert not go("of 1", plain_learner(".", bs=7), 2).stopped
-""")
+""",
+    )
     first, second = tmp_path / "of 0", tmp_path / "of 1"
     assert read_checkpoint(first / "checkpoints")[0] == 1
     assert (first / "model/model.safetensors").exists() and not (first / "result.json").exists()
@@ -173,15 +218,20 @@ assert not go("of 1", plain_learner(".", bs=7), 2).stopped
 
 
 def test_processes_stop_together_for_want_of_patience(tmp_path):
-    two_processes(tmp_path, """
+    two_processes(
+        tmp_path,
+        """
 learn = go("run", plain_learner(".", lr=1e-12), 9, best_by="valid_loss", patience=2)
 assert learn.epoch == 2 and not learn.stopped
-""")
+""",
+    )
     assert json.loads((tmp_path / "run/result.json").read_text())["best"]["epoch"] == 0
 
 
 def test_processes_halve_together_when_one_has_no_memory(tmp_path):
-    two_processes(tmp_path, """
+    two_processes(
+        tmp_path,
+        """
 def short(f):
     def g(m, b, *fakes):
         if rank and len(b[0]) > 2: raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -193,9 +243,11 @@ for phase, name in enumerate(("drawing", "d", "g")):
     trainer.functions = tuple(short(f) if i == phase else f for i, f in enumerate(trainer.functions))
     go(name, learn, 2)
     assert trainer.accumulate == 2, (name, trainer.accumulate)
-""")
+""",
+    )
     go(plain_learner(tmp_path, bs=7), 2, tmp_path / "one")
-    for name in ("drawing", "d", "g"): near(tmp_path / name, tmp_path / "one")
+    for name in ("drawing", "d", "g"):
+        near(tmp_path / name, tmp_path / "one")
 
 
 def near(a, b):
@@ -227,35 +279,59 @@ with learn.no_logging():
 @pytest.fixture(scope="module")
 def walls(tmp_path_factory):
     made = tmp_path_factory.mktemp("data")
-    def make(name, **kw): return build(Recipe(**{"size": 32, "pixel_size": .03, "preset": "good"} | kw), made / name, workers=1)
+
+    def make(name, **kw):
+        return build(
+            Recipe(**{"size": 32, "pixel_size": 0.03, "preset": "good"} | kw),
+            made / name,
+            workers=1,
+        )
+
     return make("sim", n=18), make("real", n=8, preset="poor", seed=5), make("other", n=18, seed=1)
 
 
-def pix(walls, out, pause=0.):
+def pix(walls, out, pause=0.0):
     return PIX.format(data=str(walls[0]), real=str(walls[1]), out=str(out), pause=pause)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kill -9 is a word of POSIX")
 def test_pix2pix_killed_and_resumed_is_bitwise_the_same(walls, tmp_path):
     out, checkpoints = tmp_path / "killed", tmp_path / "killed/checkpoints"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    process = subprocess.Popen([sys.executable, "-c", pix(walls, out, .05)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while process.poll() is None and not list(checkpoints.glob("step_*")): time.sleep(.005)
-    time.sleep(random.Random(os.getpid()).uniform(0, .7))
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", pix(walls, out, 0.05)],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    while process.poll() is None and not list(checkpoints.glob("step_*")):
+        time.sleep(0.005)
+    time.sleep(random.Random(os.getpid()).uniform(0, 0.7))
     process.kill()
     _, said = process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (out / "result.json").exists(), said.decode()[-2000:]
-    for folder in (out, tmp_path / "whole"): exec(pix(walls, folder), {})
+    assert process.returncode == -signal.SIGKILL and not (out / "result.json").exists(), (
+        said.decode()[-2000:]
+    )
+    for folder in (out, tmp_path / "whole"):
+        exec(pix(walls, folder), {})
     same_run(tmp_path / "whole", out)
 
 
 def test_pix2pix_refuses_another_model_and_another_dataset(walls, tmp_path):
     from microgen.gan.run import train_pix2pix
+
     out = tmp_path / "run"
+
     def line(data=walls[0], **kw):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             return train_pix2pix(data, out, epochs=kw.pop("epochs", 2), bs=4, progress=False, **kw)
+
     line(epochs=1)
     assert "model was film and is attention" in refused(out, lambda: line(model="attention"))
     assert "other data" in refused(out, lambda: line(walls[2]))

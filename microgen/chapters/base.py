@@ -17,35 +17,39 @@ from ..report import Section
 @dataclass(frozen=True)
 class Context:
     "What a chapter may use."
-    out: Path                       # folder of the tour; a chapter may write its tables here
-    seed: int = 0                   # root seed
-    image: Path | None = None       # the user's micrograph
-    structure: str = "YMnO3"        # its structure, when it shows atomic columns
-    pixel_size: float | None = None # its nm per pixel, when the file does not tell
-    size: int = 256                 # pixels of a simulated STEM image
-    workers: int = -1               # processes that a chapter may use; -1 takes one per core
-    progress: bool = False          # show bars
-    quick: bool = False             # the same with less work, to see that it runs: numbers are poorer
+
+    out: Path  # folder of the tour; a chapter may write its tables here
+    seed: int = 0  # root seed
+    image: Path | None = None  # the user's micrograph
+    structure: str = "YMnO3"  # its structure, when it shows atomic columns
+    pixel_size: float | None = None  # its nm per pixel, when the file does not tell
+    size: int = 256  # pixels of a simulated STEM image
+    workers: int = -1  # processes that a chapter may use; -1 takes one per core
+    progress: bool = False  # show bars
+    quick: bool = False  # the same with less work, to see that it runs: numbers are poorer
 
 
 class Chapter(NamedTuple):
     "A part of the tour."
-    title: str      # heading
-    write: Callable # function Context -> Section | None
-    place: float    # chapters appear in the order of this number
+
+    title: str  # heading
+    write: Callable  # function Context -> Section | None
+    place: float  # chapters appear in the order of this number
     seconds: float  # that it usually takes, on two cores
 
 
-CHAPTERS = {} # title to Chapter
+CHAPTERS = {}  # title to Chapter
 
 
 def chapter(
-    title: str,          # heading of the chapter
-    place: float = 50,   # its place in the report: walls 10, particles 20, training 30, the user's image 90
-    seconds: float = 10, # that it usually takes, on two cores: time left is told from it
-) -> Callable: # decorator for a function Context -> Section | None
+    title: str,  # heading of the chapter
+    place: float = 50,  # its place in the report: walls 10, particles 20, training 30, the user's image 90
+    seconds: float = 10,  # that it usually takes, on two cores: time left is told from it
+) -> Callable:  # decorator for a function Context -> Section | None
     "Add a chapter to the tour."
+
     def add(function):
         CHAPTERS[title] = Chapter(title, function, place, seconds)
         return function
+
     return add

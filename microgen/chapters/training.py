@@ -26,9 +26,18 @@ def _pictures(dls, model, n=3):
     fig, axes = plt.subplots(3, n, figsize=(2.2 * n, 6.6), layout="constrained", squeeze=False)
     disp = dls.channels.index("disp")
     for i, column in enumerate(axes.T):
-        for ax, picture, title in zip(column, (maps[i, disp], drawn[i, 0], image[i, 0]), ("asked for", "drawn", "true")):
-            show(np.asarray(picture.cpu()), dls.pixel_size, ax=ax, cmap="coolwarm" if title == "asked for" else "gray",
-                 title=f"{dls.vocab[int(label[i])]}: displacement" if title == "asked for" else title)
+        for ax, picture, title in zip(
+            column, (maps[i, disp], drawn[i, 0], image[i, 0]), ("asked for", "drawn", "true")
+        ):
+            show(
+                np.asarray(picture.cpu()),
+                dls.pixel_size,
+                ax=ax,
+                cmap="coolwarm" if title == "asked for" else "gray",
+                title=f"{dls.vocab[int(label[i])]}: displacement"
+                if title == "asked for"
+                else title,
+            )
     return fig
 
 
@@ -39,8 +48,10 @@ def _one_thread():
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 TITLE = "Training: walls drawn from their maps"
@@ -48,9 +59,9 @@ TITLE = "Training: walls drawn from their maps"
 
 @chapter(TITLE, place=30, seconds=25)
 def training_chapter(
-    tour: Context, # what the chapter may use
-    epochs: int = 8, # passes over the training images
-) -> Section: # its part of the report
+    tour: Context,  # what the chapter may use
+    epochs: int = 8,  # passes over the training images
+) -> Section:  # its part of the report
     "Train a small generator on simulated walls, and draw walls it has not seen."
     from microgen.data.build import build
     from microgen.data.walls import Recipe
@@ -58,20 +69,42 @@ def training_chapter(
 
     epochs, n = (2, 24) if tour.quick else (epochs, 60)
     name = f"training/seed_{tour.seed}"  # another seed is another dataset; the same one goes on where it was
-    recipe = Recipe(walls=("UP", "DN", "typeC"), n=n, size=64, pixel_size=0.03, preset="good", seed=tour.seed)
+    recipe = Recipe(
+        walls=("UP", "DN", "typeC"), n=n, size=64, pixel_size=0.03, preset="good", seed=tour.seed
+    )
     data = build(recipe, tour.out / name / f"{n}_walls", workers=1, progress=tour.progress)
     run = tour.out / name / f"run_{n}_{epochs}"
     with _one_thread():
-        learn = train_pix2pix(data, run, epochs=epochs, bs=6, config="small", seed=tour.seed, judged=0, progress=tour.progress)
+        learn = train_pix2pix(
+            data,
+            run,
+            epochs=epochs,
+            bs=6,
+            config="small",
+            seed=tour.seed,
+            judged=0,
+            progress=tour.progress,
+        )
     ssim = pd.read_csv(run / "history.csv").ssim.dropna()
-    return (Section(TITLE)
-        .text("A generator that draws an image from the map of a wall can draw, as often as you like, walls that the "
-              "microscope shows once a month. This one is the smallest there is and learns for half a minute: "
-              "what it draws is a sketch.")
-        .text(f"Its {sum(p.numel() for p in learn.model.g.parameters()):,} weights saw {len(learn.dls.train_ds)} simulated "
-              f"images {epochs} times. On images that it has not seen, the structural similarity (SSIM; 1 for equal images) "
-              f"of drawn and true went from {ssim.iloc[0]:.2f} after the first pass to {ssim.iloc[-1]:.2f}.")
-        .figure(_pictures(learn.dls, learn.model), "Maps that were not in the training: displacement asked for "
-                "(blue down, red up), image drawn from it, true image")
-        .text(f"The run folder {name}/{run.name} holds the loss terms, previews, checkpoints and the model. "
-              f"More walls are drawn from it by: microgen sample {run} --walls typeC --n 16"))
+    return (
+        Section(TITLE)
+        .text(
+            "A generator that draws an image from the map of a wall can draw, as often as you like, walls that the "
+            "microscope shows once a month. This one is the smallest there is and learns for half a minute: "
+            "what it draws is a sketch."
+        )
+        .text(
+            f"Its {sum(p.numel() for p in learn.model.g.parameters()):,} weights saw {len(learn.dls.train_ds)} simulated "
+            f"images {epochs} times. On images that it has not seen, the structural similarity (SSIM; 1 for equal images) "
+            f"of drawn and true went from {ssim.iloc[0]:.2f} after the first pass to {ssim.iloc[-1]:.2f}."
+        )
+        .figure(
+            _pictures(learn.dls, learn.model),
+            "Maps that were not in the training: displacement asked for "
+            "(blue down, red up), image drawn from it, true image",
+        )
+        .text(
+            f"The run folder {name}/{run.name} holds the loss terms, previews, checkpoints and the model. "
+            f"More walls are drawn from it by: microgen sample {run} --walls typeC --n 16"
+        )
+    )

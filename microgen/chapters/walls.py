@@ -20,10 +20,10 @@ from ..stem.measure import measure
 
 # %% ../../nbs/96c_chapters.walls.ipynb #86e61125
 def crossing_errors(
-    found, # `Measurement` with wall_rows: where the wall crosses each row of R columns
+    found,  # `Measurement` with wall_rows: where the wall crosses each row of R columns
     maps,  # truth maps of the image, with phi
-    about, # its label, with phi_left and phi_right
-) -> np.ndarray: # distance along x between measured and true crossing of each row, nm
+    about,  # its label, with phi_left and phi_right
+) -> np.ndarray:  # distance along x between measured and true crossing of each row, nm
     "Compare each measured crossing of a wall with the truth map."
     py, px = found.micrograph.pixel_size
     middle, errors = (about["phi_left"] + about["phi_right"]) / 2, []
@@ -40,26 +40,34 @@ CELL_NM = 0.5316  # three columns along a row: a sqrt(3) / 2 of YMnO3
 
 
 def score(
-    one,   # `Simulated` image with its truth
-    found, # `Measurement` of it
-) -> dict: # one row of the tour's table
+    one,  # `Simulated` image with its truth
+    found,  # `Measurement` of it
+) -> dict:  # one row of the tour's table
     "Compare a measurement with the truth."
     pairs = pair_columns(found.columns, one.table)
     error = pairs.disp_pm_found - pairs.disp_pm_true
     phi = np.angle(np.exp(3j * (pairs.phi_found - _true_phi(one, pairs)))) / 3
     walls = np.abs(crossing_errors(found, one.maps, one.about))
-    return {"label": one.about["label"], "thickness_nm": one.about["thickness_nm"], "dose_e_A2": one.about["dose"],
-            "r_columns": (one.table.site == "R").sum(), "found": len(pairs),
-            "disp_rms_error_pm": np.sqrt(np.nanmean(error**2)),
-            "disp_stated_se_pm": np.sqrt(np.nanmean(pairs.disp_se_pm_found**2)),
-            "phi_error_deg": np.degrees(np.nanmedian(np.abs(phi))),
-            "wall_error_cells": np.nanmedian(walls) / CELL_NM if len(walls) else np.nan, "walls_found": len(found.walls)}
+    return {
+        "label": one.about["label"],
+        "thickness_nm": one.about["thickness_nm"],
+        "dose_e_A2": one.about["dose"],
+        "r_columns": (one.table.site == "R").sum(),
+        "found": len(pairs),
+        "disp_rms_error_pm": np.sqrt(np.nanmean(error**2)),
+        "disp_stated_se_pm": np.sqrt(np.nanmean(pairs.disp_se_pm_found**2)),
+        "phi_error_deg": np.degrees(np.nanmedian(np.abs(phi))),
+        "wall_error_cells": np.nanmedian(walls) / CELL_NM if len(walls) else np.nan,
+        "walls_found": len(found.walls),
+    }
 
 
 def _true_phi(one, pairs):
     "Phi of the truth map at each true column."
-    at = [(pairs[f"{k}_nm_true"] / p).round().astype(int).clip(0, n - 1)
-          for k, p, n in zip("yx", one.image.pixel_size, one.image.shape)]
+    at = [
+        (pairs[f"{k}_nm_true"] / p).round().astype(int).clip(0, n - 1)
+        for k, p, n in zip("yx", one.image.pixel_size, one.image.shape)
+    ]
     return one.maps["phi"][tuple(at)]
 
 # %% ../../nbs/96c_chapters.walls.ipynb #53eb3d02
@@ -68,8 +76,8 @@ TITLE = "Walls in YMnO3: simulated, measured, compared"
 
 @chapter(TITLE, place=10, seconds=8)
 def walls_chapter(
-    tour: Context, # what the chapter may use
-) -> Section: # its part of the report
+    tour: Context,  # what the chapter may use
+) -> Section:  # its part of the report
     "Simulate UP, DN and type C, measure them, compare with the truth."
     names = ("UP", "DN", "typeC")
     size = min(tour.size, 160) if tour.quick else tour.size
@@ -80,27 +88,49 @@ def walls_chapter(
         one.image.save(tour.out / f"{name}.tif")
         m.save(tour.out / name)
     write_csv(tour.out / "scores.csv", table)
-    return (Section(TITLE)
-        .text("A domain with its polarisation up (UP), one with it down (DN), and a stepped wall between two domains "
-              "(type C), drawn from the crystal structure of YMnO3 with the electron dose, drift, jitter and dirt of an "
-              "ordinary session. The measurement gets the noisy image and the crystal structure, nothing else; the truth "
-              "is kept for the comparison.")
+    return (
+        Section(TITLE)
+        .text(
+            "A domain with its polarisation up (UP), one with it down (DN), and a stepped wall between two domains "
+            "(type C), drawn from the crystal structure of YMnO3 with the electron dose, drift, jitter and dirt of an "
+            "ordinary session. The measurement gets the noisy image and the crystal structure, nothing else; the truth "
+            "is kept for the comparison."
+        )
         .text(_result(table))
-        .figure(show_grid([one.image for one in scenes], titles=[_title(one) for one in scenes], ncols=3, size=3.2),
-                "Simulated micrographs; the bright rows are yttrium, the dim ones manganese")
-        .table(table.rename(columns={"r_columns": "y_columns"}),
-               "Measured against the truth: rms error of the displacement beside the standard error that the fit states; "
-               "median errors of the order parameter's angle phi and of the wall's place")
-        .figure(_displacements(scenes[-1], found[-1]), "The type C wall: displacement along c of the yttrium columns, "
-                "true and measured, and the image with arrows and wall (yellow)")
-        .figure(_scatter(names, scenes, found), "Every yttrium column with its standard error: on the red line "
-                "measurement and truth agree"))
+        .figure(
+            show_grid(
+                [one.image for one in scenes],
+                titles=[_title(one) for one in scenes],
+                ncols=3,
+                size=3.2,
+            ),
+            "Simulated micrographs; the bright rows are yttrium, the dim ones manganese",
+        )
+        .table(
+            table.rename(columns={"r_columns": "y_columns"}),
+            "Measured against the truth: rms error of the displacement beside the standard error that the fit states; "
+            "median errors of the order parameter's angle phi and of the wall's place",
+        )
+        .figure(
+            _displacements(scenes[-1], found[-1]),
+            "The type C wall: displacement along c of the yttrium columns, "
+            "true and measured, and the image with arrows and wall (yellow)",
+        )
+        .figure(
+            _scatter(names, scenes, found),
+            "Every yttrium column with its standard error: on the red line "
+            "measurement and truth agree",
+        )
+    )
 
 
 def _measured(recipe, names, progress):
     "One image of each wall, in the order of the names, and what was measured in it."
     with progress_bar(2 * recipe.n, "simulating, measuring", progress, "steps") as advance:
-        def done(value): return advance(1) or value
+
+        def done(value):
+            return advance(1) or value
+
         scenes = [done(simulate(recipe, i)) for i in range(recipe.n)]
         scenes.sort(key=lambda one: names.index(one.about["label"]))
         return scenes, [done(measure(one.image, "YMnO3")) for one in scenes]
@@ -108,13 +138,17 @@ def _measured(recipe, names, progress):
 
 def _result(table):
     error, wall = table.disp_rms_error_pm, table.wall_error_cells.iloc[-1]
-    words = (f"{table.found.sum()} of {table.r_columns.sum()} yttrium columns were found. Their displacements, which are "
-             f"20 to 28 pm inside a domain, are recovered to {error.min():.1f} to {error.max():.1f} pm rms")
-    if np.isnan(wall): return f"{words}; no wall was found in the type C image."
+    words = (
+        f"{table.found.sum()} of {table.r_columns.sum()} yttrium columns were found. Their displacements, which are "
+        f"20 to 28 pm inside a domain, are recovered to {error.min():.1f} to {error.max():.1f} pm rms"
+    )
+    if np.isnan(wall):
+        return f"{words}; no wall was found in the type C image."
     return f"{words}, and the wall lies within {wall:.2f} unit cell ({1000 * CELL_NM * wall:.0f} pm) of its true place."
 
 
-def _title(one): return f"{one.about['label']}, {one.about['dose']:,.0f} e/Å²"
+def _title(one):
+    return f"{one.about['label']}, {one.about['dose']:,.0f} e/Å²"
 
 
 def _displacements(one, found):
@@ -122,7 +156,15 @@ def _displacements(one, found):
 
     fig, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained")
     for ax, maps, title in zip(axes, (one.maps, found.maps), ("truth", "measured")):
-        show(maps["disp_pm"], one.image.pixel_size, ax=ax, title=title, cmap="coolwarm", vmin=-35, vmax=35)
+        show(
+            maps["disp_pm"],
+            one.image.pixel_size,
+            ax=ax,
+            title=title,
+            cmap="coolwarm",
+            vmin=-35,
+            vmax=35,
+        )
     found.show(ax=axes[2])
     axes[2].set_title("columns, displacements and wall", fontsize=axes[0].title.get_fontsize())
     fig.colorbar(axes[0].images[0], ax=axes[1], label="along c, pm", shrink=0.8)
@@ -132,10 +174,20 @@ def _displacements(one, found):
 def _scatter(names, scenes, found):
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, len(names), figsize=(3.4 * len(names), 3.2), sharex=True, sharey=True)
+    fig, axes = plt.subplots(
+        1, len(names), figsize=(3.4 * len(names), 3.2), sharex=True, sharey=True
+    )
     for ax, name, one, m in zip(axes, names, scenes, found):
         pairs = pair_columns(m.columns, one.table)
-        ax.errorbar(pairs.disp_pm_true, pairs.disp_pm_found, pairs.disp_se_pm_found, fmt=".", ms=3, lw=0.5, color="0.2")
+        ax.errorbar(
+            pairs.disp_pm_true,
+            pairs.disp_pm_found,
+            pairs.disp_se_pm_found,
+            fmt=".",
+            ms=3,
+            lw=0.5,
+            color="0.2",
+        )
         ax.axline((0, 0), slope=1, lw=0.8, color="tab:red")
         ax.set(title=name, xlabel="true displacement, pm")
     axes[0].set_ylabel("measured, pm")

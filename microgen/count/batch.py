@@ -19,39 +19,68 @@ from ..formats import reader_of
 from ..io import UncalibratedError, _calibrated, read, write_csv
 
 # %% ../../nbs/35a_count.batch.ipynb #5f44303e
-_ELSEWHERE = ("source", "notes", "detector", "pixel_size_nm", "size_rule", "counting_rule")  # keys of summary.json alone
+_ELSEWHERE = (
+    "source",
+    "notes",
+    "detector",
+    "pixel_size_nm",
+    "size_rule",
+    "counting_rule",
+)  # keys of summary.json alone
 
 
 def _count_one(path, out, pixel_size, detector, then):
     "Detect in one file and save; the row of summary.csv."
     try:
-        try: image, size = read(path, pixel_size), None
-        except UncalibratedError: image, size = _without_scale(path)
-        except ReadError as why: image, size = _with_gaps(path, pixel_size, why)
+        try:
+            image, size = read(path, pixel_size), None
+        except UncalibratedError:
+            image, size = _without_scale(path)
+        except ReadError as why:
+            image, size = _with_gaps(path, pixel_size, why)
         found = detect(image, size, detector)
         found.summary["source"] = str(path)
         save(found, out)
-        row = {"file": str(path), "folder": out.name, "error": "", "notes": " ".join(found.summary["notes"])}
+        row = {
+            "file": str(path),
+            "folder": out.name,
+            "error": "",
+            "notes": " ".join(found.summary["notes"]),
+        }
         row |= {k: v for k, v in found.summary.items() if k not in _ELSEWHERE}
         return row | (then(found, out) if then else {})
-    except ReadError as e: return {"file": str(path), "folder": "", "error": f"{e}{_A_STACK if 'frame=' in str(e) else ''}"}
-    except MicrogenError as e: return {"file": str(path), "folder": "", "error": str(e)}
-    except Exception as e: return {"file": str(path), "folder": "", "error": f"{type(e).__name__}: {e}"}
+    except ReadError as e:
+        return {
+            "file": str(path),
+            "folder": "",
+            "error": f"{e}{_A_STACK if 'frame=' in str(e) else ''}",
+        }
+    except MicrogenError as e:
+        return {"file": str(path), "folder": "", "error": str(e)}
+    except Exception as e:
+        return {"file": str(path), "folder": "", "error": f"{type(e).__name__}: {e}"}
 
 
 _A_STACK = " in Python: detect(read(file, frame=0)); to count it here, save that image to a file of its own (ImageJ: Image > Duplicate)."
 
 
 def _without_scale(path):
-    try: return read(path, 1.0).data, None
-    except ReadError as why: return _with_gaps(path, None, why)
+    try:
+        return read(path, 1.0).data, None
+    except ReadError as why:
+        return _with_gaps(path, None, why)
 
 
 def _with_gaps(path, pixel_size, why):
     "An image with pixels that are not finite, which `read` refuses and `detect` leaves out; otherwise the refusal."
-    raw = reader_of(path)[1](path, 2**30, None, None) if path.is_file() and "NaN" in str(why) else None
+    raw = (
+        reader_of(path)[1](path, 2**30, None, None)
+        if path.is_file() and "NaN" in str(why)
+        else None
+    )
     bad = None if raw is None else ~np.isfinite(raw.data)
-    if bad is None or not bad.any() or bad.all(): raise why
+    if bad is None or not bad.any() or bad.all():
+        raise why
     raw = replace(raw, data=np.where(bad, np.median(raw.data[~bad]), raw.data))
     known = pixel_size is not None or raw.scale is not None
     image = _calibrated(path, raw, pixel_size if known else 1.0, False)
@@ -60,14 +89,14 @@ def _with_gaps(path, pixel_size, why):
 
 # %% ../../nbs/35a_count.batch.ipynb #917f46c0
 def count_images(
-    paths, # image files, or folders of images
-    out, # folder: one folder per image and summary.csv
-    pixel_size=None, # nm per pixel for all; default: what each file says, px where it says nothing
-    detector: Detector = Detector(), # settings of the method
-    workers: int = -1, # processes; -1 takes one per core
-    progress: bool = True, # show one bar
-    then=None, # function of (Detection, folder) that does more with each image; the dict it returns joins the row
-) -> pd.DataFrame: # one row per file; column `error` says what stopped a file
+    paths,  # image files, or folders of images
+    out,  # folder: one folder per image and summary.csv
+    pixel_size=None,  # nm per pixel for all; default: what each file says, px where it says nothing
+    detector: Detector = Detector(),  # settings of the method
+    workers: int = -1,  # processes; -1 takes one per core
+    progress: bool = True,  # show one bar
+    then=None,  # function of (Detection, folder) that does more with each image; the dict it returns joins the row
+) -> pd.DataFrame:  # one row per file; column `error` says what stopped a file
     """Count the particles of many images in parallel; a file that fails is listed and does not stop the rest.
 
     What an earlier run wrote into the same folder is removed first.
@@ -75,11 +104,16 @@ def count_images(
     from joblib import Parallel, cpu_count, delayed
     from joblib.externals.loky import get_reusable_executor
     from microgen.progress import progress_bar
-    if pixel_size is not None: [check_positive("pixel_size", float(p)) for p in np.ravel(pixel_size)]
+
+    if pixel_size is not None:
+        [check_positive("pixel_size", float(p)) for p in np.ravel(pixel_size)]
     files = image_files(paths)
     _forget(Path(out), _folder_names(files))
     workers = min(workers if workers > 0 else cpu_count(), len(files))
-    jobs = [delayed(_count_one)(f, Path(out) / name, pixel_size, detector, then) for f, name in zip(files, _folder_names(files))]
+    jobs = [
+        delayed(_count_one)(f, Path(out) / name, pixel_size, detector, then)
+        for f, name in zip(files, _folder_names(files))
+    ]
     rows = {}
     with progress_bar(len(files), "counting", progress, "images") as advance:
         pool = Parallel(n_jobs=workers, return_as="generator_unordered")
@@ -92,7 +126,14 @@ def count_images(
     return table
 
 # %% ../../nbs/35a_count.batch.ipynb #d6fe3527
-OWN = ("particles.csv", "labels.tif", "overlay.png", "summary.json", "calibration.json", "injections.csv")  # in the folder of an image
+OWN = (
+    "particles.csv",
+    "labels.tif",
+    "overlay.png",
+    "summary.json",
+    "calibration.json",
+    "injections.csv",
+)  # in the folder of an image
 
 
 def _forget(out, folders):
@@ -101,23 +142,46 @@ def _forget(out, folders):
         earlier = pd.read_csv(out / "summary.csv", dtype=str, keep_default_na=False)["folder"]
         folders = [*folders, *(f for f in earlier if f and Path(f).name == f)]
     for folder in {out / f for f in folders}:
-        for name in OWN: (folder / name).unlink(missing_ok=True)
-        with suppress(OSError): folder.rmdir()                     # stays where it holds files of others
+        for name in OWN:
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()  # stays where it holds files of others
     (out / "summary.csv").unlink(missing_ok=True)
 
 
-IMAGES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".dm3", ".dm4", ".ser", ".emd", ".mrc", ".hspy"}
+IMAGES = {
+    ".tif",
+    ".tiff",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".bmp",
+    ".dm3",
+    ".dm4",
+    ".ser",
+    ".emd",
+    ".mrc",
+    ".hspy",
+}
 
 
 def image_files(
-    paths, # files and folders, one or a list
-) -> list: # of Path, each once, in order
+    paths,  # files and folders, one or a list
+) -> list:  # of Path, each once, in order
     """List the images among files and folders.
     Raises: InputError when there is none."""
     paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    found = [f for p in map(Path, paths) for f in (sorted(q for q in p.iterdir() if q.suffix.lower() in IMAGES) if p.is_dir() else [p])]
+    found = [
+        f
+        for p in map(Path, paths)
+        for f in (
+            sorted(q for q in p.iterdir() if q.suffix.lower() in IMAGES) if p.is_dir() else [p]
+        )
+    ]
     if not found:
-        raise InputError(f"there is no image in {', '.join(map(str, paths)) or 'an empty list'}; give files or a folder of images.")
+        raise InputError(
+            f"there is no image in {', '.join(map(str, paths)) or 'an empty list'}; give files or a folder of images."
+        )
     return list(dict.fromkeys(found))
 
 
@@ -131,44 +195,66 @@ def _folder_names(files):
 
 # %% ../../nbs/35a_count.batch.ipynb #07961c79
 def explore_static(
-    detection: Detection, # of one image
-) -> object: # matplotlib Figure
+    detection: Detection,  # of one image
+) -> object:  # matplotlib Figure
     "Draw image, overlay and histogram of the diameters side by side."
     import matplotlib.pyplot as plt
     from microgen.plot import show
+
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.2), dpi=72, layout="constrained")
     show(detection.micrograph if detection.unit == "nm" else detection.micrograph.data, ax=axes[0])
-    axes[1].imshow(overlay(detection)); axes[1].set_axis_off()
+    axes[1].imshow(overlay(detection))
+    axes[1].set_axis_off()
     s, t = detection.summary, detection.particles
-    if len(t): axes[2].hist(t.loc[t["edge_weight"] > 0, f"diameter_{detection.unit}"], 20, color="0.5")
+    if len(t):
+        axes[2].hist(t.loc[t["edge_weight"] > 0, f"diameter_{detection.unit}"], 20, color="0.5")
     axes[1].set_title(f"{s['n_particles']} particles, {s['n_on_edge']} on the frame", fontsize=9)
     axes[2].set(xlabel=f"diameter ({detection.unit})", ylabel="particles")
     return fig
 
 # %% ../../nbs/35a_count.batch.ipynb #ddee0c0b
 def explore(
-    image, # as `detect` takes
-    pixel_size=None, # nm per pixel
-) -> object: # ipywidgets widget
+    image,  # as `detect` takes
+    pixel_size=None,  # nm per pixel
+) -> object:  # ipywidgets widget
     """Move the thresholds of the method and see image, overlay and histogram.
     Raises: MissingExtra without ipywidgets."""
     from microgen.core import require
+
     w = require("ipywidgets", "all")
     import matplotlib.pyplot as plt
+
     d = Detector()
     from IPython.display import display
-    knobs = dict(polarity=w.Dropdown(options=["auto", "bright", "dark"]), support=w.Dropdown(options=["auto", "even", "uneven"]),
-                 accept=w.FloatSlider(d.accept, min=0.05, max=1, step=0.05),
-                 accept_blob=w.FloatSlider(d.accept_blob, min=0.05, max=1, step=0.05), h=w.FloatSlider(d.h, min=0.02, max=0.5, step=0.02),
-                 significance=w.FloatSlider(d.significance, min=2, max=12, step=0.5),
-                 smallest_px=w.FloatSlider(d.smallest_px, min=2, max=40, step=1))
-    for name, k in knobs.items(): k.description, k.continuous_update = name, False
+
+    knobs = dict(
+        polarity=w.Dropdown(options=["auto", "bright", "dark"]),
+        support=w.Dropdown(options=["auto", "even", "uneven"]),
+        accept=w.FloatSlider(d.accept, min=0.05, max=1, step=0.05),
+        accept_blob=w.FloatSlider(d.accept_blob, min=0.05, max=1, step=0.05),
+        h=w.FloatSlider(d.h, min=0.02, max=0.5, step=0.02),
+        significance=w.FloatSlider(d.significance, min=2, max=12, step=0.5),
+        smallest_px=w.FloatSlider(d.smallest_px, min=2, max=40, step=1),
+    )
+    for name, k in knobs.items():
+        k.description, k.continuous_update = name, False
 
     def draw(**settings):
         found = detect(image, pixel_size, replace(d, **settings))
         even = found.summary["support"] == "even"
-        knobs["accept"].disabled, knobs["h"].disabled, knobs["accept_blob"].disabled = not even, not even, even
+        knobs["accept"].disabled, knobs["h"].disabled, knobs["accept_blob"].disabled = (
+            not even,
+            not even,
+            even,
+        )
         fig = explore_static(found)
         display(fig)
         plt.close(fig)
-    return w.VBox([w.HBox(list(knobs.values())[:4]), w.HBox(list(knobs.values())[4:]), w.interactive_output(draw, knobs)])
+
+    return w.VBox(
+        [
+            w.HBox(list(knobs.values())[:4]),
+            w.HBox(list(knobs.values())[4:]),
+            w.interactive_output(draw, knobs),
+        ]
+    )

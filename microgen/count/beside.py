@@ -17,16 +17,19 @@ _HIDDEN = 0.22  # share of the outline that one neighbour may hide: of a corner 
 
 
 def hidden_by(
-    outlines, # traced, not among the labels
-    label, # (H, W) int, particles found
-    beyond: float = 2.0, # px outside the outline
-) -> tuple: # share of the outline that any particle hides (N,), largest share in one piece that a single one hides (N,)
+    outlines,  # traced, not among the labels
+    label,  # (H, W) int, particles found
+    beyond: float = 2.0,  # px outside the outline
+) -> tuple:  # share of the outline that any particle hides (N,), largest share in one piece that a single one hides (N,)
     "Measure how much of each outline ends on particles that were found before."
     (high, wide), r = label.shape, outlines.radius + beyond
-    y, x = np.rint(outlines.y[:, None] + _SIN * r).astype(int), np.rint(outlines.x[:, None] + _COS * r).astype(int)
+    y, x = (
+        np.rint(outlines.y[:, None] + _SIN * r).astype(int),
+        np.rint(outlines.x[:, None] + _COS * r).astype(int),
+    )
     met = label[np.clip(y, 0, high - 1), np.clip(x, 0, wide - 1)]
     run, longest = np.zeros((2, len(met)), int)
-    for k in range(2 * N_RAYS):                       # two turns, as a piece may go on over the first ray
+    for k in range(2 * N_RAYS):  # two turns, as a piece may go on over the first ray
         same = met[:, k % N_RAYS] == met[:, k % N_RAYS - 1]
         run = np.where(met[:, k % N_RAYS] > 0, np.where(same, run + 1, 1), 0)
         longest = np.maximum(longest, run)
@@ -34,21 +37,24 @@ def hidden_by(
 
 # %% ../../nbs/34c_count.beside.ipynb #1dcb3d9d
 def beside(
-    view, # what has image, smooth (H, W), valid (H, W) bool and noise, as `count.detect` makes it
-    flat, # (H, W) ground removed, particles bright, smoothed
-    found, # outlines, score and label of the particles found: label n + 1 is the n-th
-    polarity, # 1 for bright particles, -1 for dark ones
-    least, # lowest score
-    d, # settings, `count.detect.Detector`
-    turns: int = 3, # each finds the neighbours of those found before
-) -> tuple: # outlines, score and label of all, those found before first
+    view,  # what has image, smooth (H, W), valid (H, W) bool and noise, as `count.detect` makes it
+    flat,  # (H, W) ground removed, particles bright, smoothed
+    found,  # outlines, score and label of the particles found: label n + 1 is the n-th
+    polarity,  # 1 for bright particles, -1 for dark ones
+    least,  # lowest score
+    d,  # settings, `count.detect.Detector`
+    turns: int = 3,  # each finds the neighbours of those found before
+) -> tuple:  # outlines, score and label of all, those found before first
     "Find the particles that touch others: what was found is taken out, and their rays that end on it do not count."
     outlines, score, label = found
     for _ in range(turns if len(score) else 0):
         more, s, new = _next(view, flat, label, polarity, least, d)
-        if not len(s): break
+        if not len(s):
+            break
         label, score = np.where(new > 0, new + len(score), label), np.concatenate([score, s])
-        outlines = Outlines(*(np.concatenate(pair) for pair in zip(tuple.__iter__(outlines), tuple.__iter__(more))))
+        outlines = Outlines(
+            *(np.concatenate(pair) for pair in zip(tuple.__iter__(outlines), tuple.__iter__(more)))
+        )
     return outlines, score, label.astype(np.int32)
 
 
@@ -59,7 +65,11 @@ def _next(view, flat, label, polarity, least, d):
     octaves = pyramid(np.where(label > 0, rest, view.image), d.largest * min(shape) / 2)
     proposals = level_proposals(flat, view.valid, d.levels[1::2] or d.levels, d.h, label > 0)
     size = 2 * proposals[:, 2]
-    outlines = trace(octaves, proposals[(size >= 0.7 * d.smallest_px) & (size <= d.largest * min(shape))], polarity)
+    outlines = trace(
+        octaves,
+        proposals[(size >= 0.7 * d.smallest_px) & (size <= d.largest * min(shape))],
+        polarity,
+    )
     score = edge_score(outlines, free, d.ray_quantile, d.roundness)
     whole, most = hidden_by(outlines, label)
     score[(whole > 0.5) | (most > _HIDDEN)] = 0
@@ -69,7 +79,10 @@ def _next(view, flat, label, polarity, least, d):
 
 def _uncovered(outlines, score, new, label, noise, d):
     "Those that stand out of the noise and lie beside what was found, numbered anew."
-    area, free = (np.bincount(n.ravel(), minlength=len(score) + 1)[1:] for n in (new, np.where(label > 0, 0, new)))
+    area, free = (
+        np.bincount(n.ravel(), minlength=len(score) + 1)[1:]
+        for n in (new, np.where(label > 0, 0, new))
+    )
     low = np.sort(outlines.contrast, 1)[:, int(d.ray_quantile * N_RAYS)]
     keep = low * np.sqrt(2 * np.pi * np.median(outlines.radius, 1)) >= d.least_snr * noise
     keep &= free >= (1 - d.overlap) * area

@@ -20,98 +20,151 @@ from scipy.special import ndtri
 from ..core import InputError, as_rng
 from .detect import Detection, Detector, detect
 from .law import DetectionCurve, SizeResponse, fit_detection, fit_response
-from .look import Look, _px, d50_shift, fitted_sizes, inject, look_error, look_of, size_shift
+from microgen.count.look import (
+    Look,
+    _px,
+    d50_shift,
+    fitted_sizes,
+    inject,
+    look_error,
+    look_of,
+    size_shift,
+)
 from .propose import overlay_mask
 from .size import _size_axis
 from ..progress import progress_bar
 
 # %% ../../nbs/36b_count.calibrate.ipynb #c566db5c
-def _overlap_share(detection): # how often found particles run into each other, relative to chance
+def _overlap_share(detection):  # how often found particles run into each other, relative to chance
     p, px = detection.particles, _px(detection)
     at = p[[f"y_{detection.unit}", f"x_{detection.unit}"]].to_numpy() / px
     r = p[f"diameter_{detection.unit}"].to_numpy() / 2 / px
-    pairs = cKDTree(at).query_pairs(2 * r.max(), output_type="ndarray") if len(r) > 1 else np.zeros((0, 2), int)
+    pairs = (
+        cKDTree(at).query_pairs(2 * r.max(), output_type="ndarray")
+        if len(r) > 1
+        else np.zeros((0, 2), int)
+    )
     i, j = pairs.T
     near = np.hypot(*(at[i] - at[j]).T) / (r[i] + r[j])
-    seen = ((near > .6) & (near < .9)).sum()
-    area = np.mean(r**2) + np.mean(r)**2 # half the mean of (r1 + r2)^2
-    expected = len(r)**2 * np.pi * (.81 - .36) * area / detection.labels.size
-    return float(min(1, (seen + .5) / (expected + .5)))
+    seen = ((near > 0.6) & (near < 0.9)).sum()
+    area = np.mean(r**2) + np.mean(r) ** 2  # half the mean of (r1 + r2)^2
+    expected = len(r) ** 2 * np.pi * (0.81 - 0.36) * area / detection.labels.size
+    return float(min(1, (seen + 0.5) / (expected + 0.5)))
 
-def _places(detection, room, d_px, overlap, gap, rng): # (n, 2) centres, NaN where none was found
+
+def _places(detection, room, d_px, overlap, gap, rng):  # (n, 2) centres, NaN where none was found
     p, px = detection.particles, _px(detection)
     at = p[[f"y_{detection.unit}", f"x_{detection.unit}"]].to_numpy() / px
     r = p[f"diameter_{detection.unit}"].to_numpy() / 2 / px
-    tree, out, near = cKDTree(at), np.full((len(d_px), 2), np.nan), detection.summary["support"] == "uneven"
+    tree, out, near = (
+        cKDTree(at),
+        np.full((len(d_px), 2), np.nan),
+        detection.summary["support"] == "uneven",
+    )
     for k in np.argsort(-d_px, kind="stable"):
         for _ in range(30):
-            if near: y, x = at[rng.integers(len(at))] + rng.normal(size=2) * 4 * np.median(r)
-            else: y, x = rng.uniform(0, 1, 2) * (np.array(room.shape) - 1)
+            if near:
+                y, x = at[rng.integers(len(at))] + rng.normal(size=2) * 4 * np.median(r)
+            else:
+                y, x = rng.uniform(0, 1, 2) * (np.array(room.shape) - 1)
             row, column = int(np.rint(y)), int(np.rint(x))
-            if not (0 <= row < room.shape[0] and 0 <= column < room.shape[1]) or room[row, column] < d_px[k] / 2 + 2: continue
+            if (
+                not (0 <= row < room.shape[0] and 0 <= column < room.shape[1])
+                or room[row, column] < d_px[k] / 2 + 2
+            ):
+                continue
             hit = tree.query_ball_point((y, x), d_px[k] / 2 + r.max())
-            if hit and (np.hypot(*(at[hit] - (y, x)).T) < r[hit] + d_px[k] / 2).any() and rng.random() > overlap: continue
+            if (
+                hit
+                and (np.hypot(*(at[hit] - (y, x)).T) < r[hit] + d_px[k] / 2).any()
+                and rng.random() > overlap
+            ):
+                continue
             done = ~np.isnan(out[:, 0])
-            if (np.hypot(*(out[done] - (y, x)).T) < (d_px[done] + d_px[k]) / 2 + gap).any(): continue
+            if (np.hypot(*(out[done] - (y, x)).T) < (d_px[done] + d_px[k]) / 2 + gap).any():
+                continue
             out[k] = y, x
             break
     return out
 
 # %% ../../nbs/36b_count.calibrate.ipynb #3217b9d2
 def match(
-    detection, # Detection
-    d, # (n,) true diameters, in the unit of the detection
-    at, # (n, 2) true centres y, x, in the same unit
-    near=.35, # centres this close, as a share of the diameter (or 1.5 px), are one particle
-    alike=2., # if their diameters differ by less than this factor
-) -> np.ndarray: # (n,) row of the particle found for each, or -1
+    detection,  # Detection
+    d,  # (n,) true diameters, in the unit of the detection
+    at,  # (n, 2) true centres y, x, in the same unit
+    near=0.35,  # centres this close, as a share of the diameter (or 1.5 px), are one particle
+    alike=2.0,  # if their diameters differ by less than this factor
+) -> np.ndarray:  # (n,) row of the particle found for each, or -1
     "Match true particles with those found, each with one of its own."
     p, unit, d = detection.particles, detection.unit, np.asarray(d, float)
-    if not len(p) or not len(d): return np.full(len(d), -1)
+    if not len(p) or not len(d):
+        return np.full(len(d), -1)
     yx, size = p[[f"y_{unit}", f"x_{unit}"]].to_numpy(), p[f"diameter_{unit}"].to_numpy()
     k = min(3, len(yx))
-    distance, which = (o.reshape(len(d), k) for o in cKDTree(yx).query(np.reshape(at, (-1, 2)), k=k))
-    fits = (distance < np.maximum(near * d, 1.5 * _px(detection))[:, None]) & (np.abs(np.log(size[which] / d[:, None])) < np.log(alike))
+    distance, which = (
+        o.reshape(len(d), k) for o in cKDTree(yx).query(np.reshape(at, (-1, 2)), k=k)
+    )
+    fits = (distance < np.maximum(near * d, 1.5 * _px(detection))[:, None]) & (
+        np.abs(np.log(size[which] / d[:, None])) < np.log(alike)
+    )
     i, j = np.nonzero(fits)
     out, taken = np.full(len(d), -1), set()
     for n in np.argsort((distance / d[:, None])[i, j], kind="stable"):
-        if out[i[n]] >= 0 or which[i[n], j[n]] in taken: continue
+        if out[i[n]] >= 0 or which[i[n], j[n]] in taken:
+            continue
         out[i[n]] = which[i[n], j[n]]
         taken.add(out[i[n]])
     return out
 
 # %% ../../nbs/36b_count.calibrate.ipynb #c1027707
-def _pass(detection, look, detector, room, overlap, d_px, seed): # one image with injected particles -> rows
+def _pass(
+    detection, look, detector, room, overlap, d_px, seed
+):  # one image with injected particles -> rows
     rng, unit, px = np.random.default_rng(seed), detection.unit, _px(detection)
     at = _places(detection, room, d_px, overlap, 4 * look.blur_px + 6, rng)
     placed = ~np.isnan(at[:, 0])
     d_px, at = d_px[placed], at[placed]
-    if not len(d_px): return pd.DataFrame()
+    if not len(d_px):
+        return pd.DataFrame()
     image = replace(detection.micrograph, data=inject(detection, d_px, at, look, rng))
     got = detect(image if unit == "nm" else image.data, detector=detector)
     which, before = (match(o, d_px * px, at * px) for o in (got, detection))
-    whole = np.r_[got.particles["edge_weight"].to_numpy() > 0, False][which] # those that the frame cuts do not count
+    whole = np.r_[got.particles["edge_weight"].to_numpy() > 0, False][
+        which
+    ]  # those that the frame cuts do not count
     measured = np.full(len(which), np.nan)
     measured[whole] = fitted_sizes(got, look, which[whole])
-    return pd.DataFrame({f"y_{unit}": at[:, 0] * px, f"x_{unit}": at[:, 1] * px, f"d_{unit}": d_px * px, "found": whole,
-                         f"measured_{unit}": measured, "by_chance": before >= 0})
+    return pd.DataFrame(
+        {
+            f"y_{unit}": at[:, 0] * px,
+            f"x_{unit}": at[:, 1] * px,
+            f"d_{unit}": d_px * px,
+            "found": whole,
+            f"measured_{unit}": measured,
+            "by_chance": before >= 0,
+        }
+    )
 
 # %% ../../nbs/36b_count.calibrate.ipynb #4a9d327b
 @dataclass(frozen=True, eq=False)
 class Calibration:
     "What a counter finds in one image, and how well it sizes what it finds."
-    curve: DetectionCurve # share found of each diameter, in the unit of the image
-    response: SizeResponse # mean and scatter of measured over true diameter
-    sizes: np.ndarray # (n,) diameters of the image's own particles, fitted with the look; NaN where the frame cuts them
-    injections: pd.DataFrame # y, x, d, found, measured, by_chance
-    look: Look # what was drawn
-    note: str # what to know about it
-    unit: str = "nm" # "nm", or "px" where the image has no pixel size
-    pixel_size: float = 1. # nm per pixel; 1 where it is not known
 
-    def look_error(self,
-        d, # diameter, in the unit of the image
-    ) -> float: # relative error (sd) that all diameters near d share, as the look is known only so well
+    curve: DetectionCurve  # share found of each diameter, in the unit of the image
+    response: SizeResponse  # mean and scatter of measured over true diameter
+    sizes: np.ndarray  # (n,) diameters of the image's own particles, fitted with the look; NaN where the frame cuts them
+    injections: pd.DataFrame  # y, x, d, found, measured, by_chance
+    look: Look  # what was drawn
+    note: str  # what to know about it
+    unit: str = "nm"  # "nm", or "px" where the image has no pixel size
+    pixel_size: float = 1.0  # nm per pixel; 1 where it is not known
+
+    def look_error(
+        self,
+        d,  # diameter, in the unit of the image
+    ) -> (
+        float
+    ):  # relative error (sd) that all diameters near d share, as the look is known only so well
         "Say how far diameters may be off together."
         return look_error(self.look, size_shift(self.look, d / self.pixel_size))
 
@@ -128,43 +181,63 @@ class Calibration:
 
     def __repr__(self):
         c = self.curve
-        return (f"Calibration(d50 {c.d50:.3g} ± {c.d50_se:.2g} {self.unit}, width {c.width:.2f}, upper {c.upper:.2f}, "
-                f"sizes near d50 ± {100 * self.look_error(c.d50):.1f} % for the look, "
-                f"size error {100 * self.size_error:.0f} %, {len(self.injections)} injected)")
+        return (
+            f"Calibration(d50 {c.d50:.3g} ± {c.d50_se:.2g} {self.unit}, width {c.width:.2f}, upper {c.upper:.2f}, "
+            f"sizes near d50 ± {100 * self.look_error(c.d50):.1f} % for the look, "
+            f"size error {100 * self.size_error:.0f} %, {len(self.injections)} injected)"
+        )
 
-    def to_dict(self) -> dict: # plain numbers and text
+    def to_dict(self) -> dict:  # plain numbers and text
         "Everything but the single particles, ready for JSON."
         c, look = self.curve, asdict(self.look)
-        look |= {"tones": float(np.std(look["tones"])), "aspects": float(np.median(look["aspects"])),
-                 "covariance": look["covariance"] and [list(r) for r in look["covariance"]]}
-        return {"curve": asdict(c), "d50_se": c.d50_se, "response": asdict(self.response), "look_error_d50": self.look_error(c.d50),
-                "look_error_d32": self.look_error(self.d32),
-                "size_error": self.size_error, "unit": self.unit, "n_injected": len(self.injections),
-                "n_found": int(self.injections["found"].sum()), "look": look, "note": self.note}
+        look |= {
+            "tones": float(np.std(look["tones"])),
+            "aspects": float(np.median(look["aspects"])),
+            "covariance": look["covariance"] and [list(r) for r in look["covariance"]],
+        }
+        return {
+            "curve": asdict(c),
+            "d50_se": c.d50_se,
+            "response": asdict(self.response),
+            "look_error_d50": self.look_error(c.d50),
+            "look_error_d32": self.look_error(self.d32),
+            "size_error": self.size_error,
+            "unit": self.unit,
+            "n_injected": len(self.injections),
+            "n_found": int(self.injections["found"].sum()),
+            "look": look,
+            "note": self.note,
+        }
 
-    def show(self) -> plt.Figure: # detection curve with its injections; measured against true size
+    def show(self) -> plt.Figure:  # detection curve with its injections; measured against true size
         "Draw the curve and the sizes."
         return show_calibration(self)
 
 # %% ../../nbs/36b_count.calibrate.ipynb #9a4943bb
 def calibrate(
-    image, # Micrograph, array or HyperSpy signal, as for `detect`
-    pixel_size=None, # nm per pixel
-    detector=Detector(), # settings, the same that count the particles
-    n=2000, # particles to inject
-    rng=0, # seed or generator
-    detection=None, # Detection of this image, if it is at hand
-    workers=1, # processes
-    progress=False, # show a bar
-) -> Calibration: # detection curve, size error and bias
+    image,  # Micrograph, array or HyperSpy signal, as for `detect`
+    pixel_size=None,  # nm per pixel
+    detector=Detector(),  # settings, the same that count the particles
+    n=2000,  # particles to inject
+    rng=0,  # seed or generator
+    detection=None,  # Detection of this image, if it is at hand
+    workers=1,  # processes
+    progress=False,  # show a bar
+) -> Calibration:  # detection curve, size error and bias
     """Inject particles of known size into an image, count again, and fit the detection curve.
     Raises: InputError when fewer than ten particles show how they look, or the sizes found fix no curve."""
-    if n < 200: raise InputError(f"n={n} injected particles fix no curve; give 200 or more, best 2000.")
+    if n < 200:
+        raise InputError(f"n={n} injected particles fix no curve; give 200 or more, best 2000.")
     detection = detect(image, pixel_size, detector) if detection is None else detection
-    if len(detection.particles) < _LEAST: raise InputError(_FEW.format(len(detection.particles)))
+    if len(detection.particles) < _LEAST:
+        raise InputError(_FEW.format(len(detection.particles)))
     look = look_of(detection)
-    fixed = replace(detector, polarity=detection.summary["polarity"], support=detection.summary["support"])
-    room = ndi.distance_transform_edt(np.pad(~overlay_mask(detection.micrograph.data), 1))[1:-1, 1:-1]
+    fixed = replace(
+        detector, polarity=detection.summary["polarity"], support=detection.summary["support"]
+    )
+    room = ndi.distance_transform_edt(np.pad(~overlay_mask(detection.micrograph.data), 1))[
+        1:-1, 1:-1
+    ]
     one = delayed(partial(_pass, detection, look, fixed, room, _overlap_share(detection)))
     rng, rows = as_rng(rng), pd.DataFrame()
     with progress_bar(n, "injecting", progress, "particles") as advance, Parallel(workers) as pool:
@@ -172,102 +245,150 @@ def calibrate(
             sizes = _sizes(rows, n, detection, detector, rng)
             parts = _parts(sizes, detection)
             new = pd.concat(pool(one(d, seed) for d, seed in zip(parts, rng.spawn(len(parts)))))
-            if not len(new): raise InputError("the image has no room for another particle; calibrate a larger or emptier one.")
+            if not len(new):
+                raise InputError(
+                    "the image has no room for another particle; calibrate a larger or emptier one."
+                )
             rows = pd.concat([rows, new], ignore_index=True)
             advance(len(new))
     return _calibration(detection, look, rows)
 
 # %% ../../nbs/36b_count.calibrate.ipynb #0a1813d8
-_LEAST = 10 # particles that must be there
+_LEAST = 10  # particles that must be there
 _FEW = f"{{}} particles do not show how particles look here; calibrate an image that shows {_LEAST} or more."
 
-def _sizes(rows, n, detection, detector, rng): # diameters to inject next, px: broad at first, then where the curve rises
-    d, unit = detection.particles[f"diameter_{detection.unit}"].to_numpy() / _px(detection), detection.unit
-    low, high = np.log(max(.4 * detector.smallest_px, .8)), np.log(max(1.2 * np.quantile(d, .98), 3 * detector.smallest_px))
-    if not len(rows): return np.exp(rng.uniform(low, high, n // 8))
-    some = min(n - len(rows), max(n // 3, 100))
-    try: curve = fit_detection(rows[f"d_{unit}"] / _px(detection), rows["found"], min(rows["by_chance"].mean(), .5))
-    except InputError: return np.exp(rng.uniform(low, high, some))
-    a, b = np.log(curve.d50), min(curve.width, .6)
-    large = d[np.log(d) > a + b] # as they are found: larger ones would raise what the counter asks of the small
-    rising, above = rng.uniform(a - 1.8 * b, a + 1.8 * b, some), rng.choice(np.log(large) if len(large) > 9 else [high - .1, high], some)
-    return np.exp(np.where(rng.random(some) < .75, rising, above))
 
-def _parts(d_px, detection, share=.15): # injected at a time: few against the particles that are there, or 40
+def _sizes(
+    rows, n, detection, detector, rng
+):  # diameters to inject next, px: broad at first, then where the curve rises
+    d, unit = (
+        detection.particles[f"diameter_{detection.unit}"].to_numpy() / _px(detection),
+        detection.unit,
+    )
+    low, high = (
+        np.log(max(0.4 * detector.smallest_px, 0.8)),
+        np.log(max(1.2 * np.quantile(d, 0.98), 3 * detector.smallest_px)),
+    )
+    if not len(rows):
+        return np.exp(rng.uniform(low, high, n // 8))
+    some = min(n - len(rows), max(n // 3, 100))
+    try:
+        curve = fit_detection(
+            rows[f"d_{unit}"] / _px(detection), rows["found"], min(rows["by_chance"].mean(), 0.5)
+        )
+    except InputError:
+        return np.exp(rng.uniform(low, high, some))
+    a, b = np.log(curve.d50), min(curve.width, 0.6)
+    large = d[
+        np.log(d) > a + b
+    ]  # as they are found: larger ones would raise what the counter asks of the small
+    rising, above = (
+        rng.uniform(a - 1.8 * b, a + 1.8 * b, some),
+        rng.choice(np.log(large) if len(large) > 9 else [high - 0.1, high], some),
+    )
+    return np.exp(np.where(rng.random(some) < 0.75, rising, above))
+
+
+def _parts(
+    d_px, detection, share=0.15
+):  # injected at a time: few against the particles that are there, or 40
     found = detection.particles[f"diameter_{detection.unit}"].to_numpy() / _px(detection)
-    n = max(40, min(share * (found**2).sum() / (d_px**2).mean(), .2 * len(found), 150))
+    n = max(40, min(share * (found**2).sum() / (d_px**2).mean(), 0.2 * len(found), 150))
     return np.array_split(d_px, int(np.ceil(len(d_px) / n)))
 
 # %% ../../nbs/36b_count.calibrate.ipynb #ed10eff1
 def _calibration(detection, look, rows):
     unit, px, d = detection.unit, _px(detection), rows[f"d_{detection.unit}"].to_numpy()
-    curve = _unsure(fit_detection(d, rows["found"].to_numpy(), float(rows["by_chance"].mean())), detection, look)
+    curve = _unsure(
+        fit_detection(d, rows["found"].to_numpy(), float(rows["by_chance"].mean())), detection, look
+    )
     sized = (rows["found"] & ~rows["by_chance"]).to_numpy()
     response = fit_response(d[sized], rows[f"measured_{unit}"].to_numpy()[sized])
     off = look_error(look, size_shift(look, curve.d50 / px))
-    note = (f"{len(rows)} particles injected, {int(rows['found'].sum())} found; d50 {curve.d50:.3g} {unit} "
-            f"± {100 * curve.d50_se / curve.d50:.1f} %; all diameters near it ± {100 * off:.1f} %, for the look")
+    note = (
+        f"{len(rows)} particles injected, {int(rows['found'].sum())} found; d50 {curve.d50:.3g} {unit} "
+        f"± {100 * curve.d50_se / curve.d50:.1f} %; all diameters near it ± {100 * off:.1f} %, for the look"
+    )
     return Calibration(curve, response, fitted_sizes(detection, look), rows, look, note, unit, px)
 
-def _unsure(curve, detection, look, least=.01, shape=.15): # with what the look leaves open of d50 and of ln width, in fitted diameters
+
+def _unsure(
+    curve, detection, look, least=0.01, shape=0.15
+):  # with what the look leaves open of d50 and of ln width, in fitted diameters
     px = _px(detection)
     d = np.sort(detection.particles[f"diameter_{detection.unit}"].to_numpy()) / px
     large = d[np.searchsorted(np.cumsum(d**2), (d**2).sum() / 2)]
-    apart = look_error(look, d50_shift(look, curve.d50 / px, large) - size_shift(look, curve.d50 / px))
-    return replace(curve, covariance=np.array(curve.covariance) + np.diag([least**2 + apart**2, shape**2, 0]))
+    apart = look_error(
+        look, d50_shift(look, curve.d50 / px, large) - size_shift(look, curve.d50 / px)
+    )
+    return replace(
+        curve, covariance=np.array(curve.covariance) + np.diag([least**2 + apart**2, shape**2, 0])
+    )
 
 # %% ../../nbs/36b_count.calibrate.ipynb #8f92a3c3
 def show_calibration(
-    calibration, # what `calibrate` returned
-    bins=14, # groups in which the share found is drawn
-) -> plt.Figure: # detection curve with its injections; measured against true size
+    calibration,  # what `calibrate` returned
+    bins=14,  # groups in which the share found is drawn
+) -> plt.Figure:  # detection curve with its injections; measured against true size
     "Draw the share found in groups of size with the curve, and measured over true diameters."
     rows, unit = calibration.injections, calibration.unit
     d, found = rows[f"d_{unit}"].to_numpy(), rows["found"].to_numpy()
     fig, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
     groups = np.array_split(np.argsort(d), bins)
-    middle, share = [np.exp(np.log(d[g]).mean()) for g in groups], np.array([found[g].mean() for g in groups])
+    middle, share = (
+        [np.exp(np.log(d[g]).mean()) for g in groups],
+        np.array([found[g].mean() for g in groups]),
+    )
     bar = np.sqrt(share * (1 - share) / np.array([len(g) for g in groups]))
     s = np.geomspace(d.min(), d.max(), 200)
     axes[0].errorbar(middle, share, bar, fmt="k.", label="injected")
     axes[0].semilogx(s, calibration.curve(s), "k", label="curve")
     axes[0].set(xlabel=f"diameter, {unit}", ylabel="share found", ylim=(0, 1.02))
     axes[0].legend()
-    axes[1].loglog(d[found], rows.loc[rows["found"], f"measured_{unit}"], "k.", ms=2, alpha=.4)
-    axes[1].loglog(s, s, "k", lw=.5)
+    axes[1].loglog(d[found], rows.loc[rows["found"], f"measured_{unit}"], "k.", ms=2, alpha=0.4)
+    axes[1].loglog(s, s, "k", lw=0.5)
     axes[1].set(xlabel=f"true diameter, {unit}", ylabel=f"measured, {unit}")
-    for axis in (axes[0].xaxis, axes[1].xaxis, axes[1].yaxis): _size_axis(axis)
+    for axis in (axes[0].xaxis, axes[1].xaxis, axes[1].yaxis):
+        _size_axis(axis)
     return fig
 
 # %% ../../nbs/36b_count.calibrate.ipynb #58126786
 @dataclass(frozen=True)
 class HorvitzThompson:
     "Number of particles above a size, each found one counted 1/p times."
-    number: float # of particles above `above`
-    se: float # its standard error, with the curve known
-    above: float # diameter above which more than `least` are found
-    visible: float # number found there, with edge weights
-    curve: DetectionCurve # the curve it rests on
 
-    def fitted(self,
-        law, # SizeLaw of a fit
-    ) -> float: # number of particles above `above` that the law expects, given those found there
+    number: float  # of particles above `above`
+    se: float  # its standard error, with the curve known
+    above: float  # diameter above which more than `least` are found
+    visible: float  # number found there, with edge weights
+    curve: DetectionCurve  # the curve it rests on
+
+    def fitted(
+        self,
+        law,  # SizeLaw of a fit
+    ) -> float:  # number of particles above `above` that the law expects, given those found there
         "Number that a fitted law expects in the same range."
         d = np.exp(np.linspace(np.log(self.above), np.log(law.moment(3)) / 3 + 3, 2000))
         f = law.pdf(d) * d
         return float(self.visible * f.sum() / (f * self.curve(d)).sum())
 
+
 def horvitz_thompson(
-    d, # (n,) diameters found
-    curve, # DetectionCurve
-    edge_weight=None, # (n,) frame-edge weights
-    least=.2, # sizes found less often are left out: 1/p explodes
-) -> HorvitzThompson: # number, standard error, range
+    d,  # (n,) diameters found
+    curve,  # DetectionCurve
+    edge_weight=None,  # (n,) frame-edge weights
+    least=0.2,  # sizes found less often are left out: 1/p explodes
+) -> HorvitzThompson:  # number, standard error, range
     """Count particles without any family of size laws.
     Source: doi:10.1080/01621459.1952.10483446."""
     d = np.asarray(d, float)
     p, w = curve(d), np.ones(len(d)) if edge_weight is None else np.asarray(edge_weight, float)
     keep = p > least
-    above = curve.d50 * np.exp(curve.width * ndtri(min(least / curve.upper, .999)))
-    return HorvitzThompson(float((w / p)[keep].sum()), float(np.sqrt((w**2 * (1 - p) / p**2)[keep].sum())), float(above),
-                           float(w[keep].sum()), curve)
+    above = curve.d50 * np.exp(curve.width * ndtri(min(least / curve.upper, 0.999)))
+    return HorvitzThompson(
+        float((w / p)[keep].sum()),
+        float(np.sqrt((w**2 * (1 - p) / p**2)[keep].sum())),
+        float(above),
+        float(w[keep].sum()),
+        curve,
+    )

@@ -22,27 +22,30 @@ _U = np.linspace(0.3, 2.2, 28, dtype=np.float32)  # radii tried, relative to the
 
 # %% ../../nbs/34b_count.contour.ipynb #c4b9adbb
 def along_rays(
-    image, # (H, W)
-    y, # (N,) centres, px
-    x, # (N,) centres, px
-    radius, # (N, R) distances at which to read, or (N, N_RAYS, R) for each ray, px
-) -> np.ndarray: # (N, N_RAYS, R) float32
+    image,  # (H, W)
+    y,  # (N,) centres, px
+    x,  # (N,) centres, px
+    radius,  # (N, R) distances at which to read, or (N, N_RAYS, R) for each ray, px
+) -> np.ndarray:  # (N, N_RAYS, R) float32
     "Read an image along rays from each centre; beyond the frame the border continues."
     radius = np.asarray(radius, np.float32)
     r = radius[:, None, :] if radius.ndim == 2 else radius
-    at = [np.asarray(c, np.float32)[:, None, None] + s[:, None] * r for c, s in ((y, _SIN), (x, _COS))]
+    at = [
+        np.asarray(c, np.float32)[:, None, None] + s[:, None] * r for c, s in ((y, _SIN), (x, _COS))
+    ]
     return _bilinear(np.ascontiguousarray(image, np.float32), *at)
 
 
 def _bilinear(image, y, x):
     "Grey values between pixels; faster than map_coordinates, and it overwrites y and x."
     (high, wide), flat = image.shape, image.ravel()
-    for c, n in ((y, high), (x, wide)): np.clip(c, 0, np.nextafter(np.float32(n - 1), np.float32(0)), out=c)
+    for c, n in ((y, high), (x, wide)):
+        np.clip(c, 0, np.nextafter(np.float32(n - 1), np.float32(0)), out=c)
     row, column = np.floor(y), np.floor(x)
     at = (row.astype(np.int32) * wide + column.astype(np.int32)).astype(np.intp)
     y, x = np.subtract(y, row, out=y), np.subtract(x, column, out=x)
     rest = np.subtract(1, x, out=row)
-    upper, lower = (_mixed(flat[k:].take(at), rest, flat[k + 1:].take(at), x) for k in (0, wide))
+    upper, lower = (_mixed(flat[k:].take(at), rest, flat[k + 1 :].take(at), x) for k in (0, wide))
     lower -= upper
     lower *= y
     return np.add(upper, lower, out=upper)
@@ -56,13 +59,15 @@ def _mixed(a, p, b, q):
 
 # %% ../../nbs/34b_count.contour.ipynb #23caf2d2
 def steepest_path(
-    gain, # (N_RAYS, R, N) what a path gathers at each radius of each ray, at most a thousand in size
-    price: float = 0.15, # of a change by one radius step between neighbouring rays
-    slope: int = 2, # largest change, 1 to 3 radius steps
-) -> np.ndarray: # (N_RAYS, N) index of the radius
+    gain,  # (N_RAYS, R, N) what a path gathers at each radius of each ray, at most a thousand in size
+    price: float = 0.15,  # of a change by one radius step between neighbouring rays
+    slope: int = 2,  # largest change, 1 to 3 radius steps
+) -> np.ndarray:  # (N_RAYS, N) index of the radius
     "Find the closed path of largest gain, by dynamic programming over two turns; the middle turn is the answer."
     rays, radii, n = gain.shape
-    gain = np.rint(gain * 1024).astype(np.int32) << 3                # the last three bits tell where a path came from
+    gain = (
+        np.rint(gain * 1024).astype(np.int32) << 3
+    )  # the last three bits tell where a path came from
     total, back = gain[0] | 7, np.zeros((2 * rays, radii, n), np.int8)
     for t in range(1, 2 * rays):
         best = total.copy()
@@ -78,25 +83,27 @@ def steepest_path(
     for t in range(2 * rays - 1, -1, -1):
         path[t] = at
         at = at + steps[back[t, at, every]]
-    return np.roll(path[rays // 2: rays // 2 + rays], rays // 2, 0)
+    return np.roll(path[rays // 2 : rays // 2 + rays], rays // 2, 0)
 
 # %% ../../nbs/34b_count.contour.ipynb #5e5f9871
 class Outlines(NamedTuple):
     "Traced outlines of N proposals."
-    y: np.ndarray # (N,) centre, px
-    x: np.ndarray # (N,) centre, px
-    radius: np.ndarray # (N, N_RAYS) px
-    contrast: np.ndarray # (N, N_RAYS) fall of brightness across the outline, grey values
 
-    def __getitem__(self, which): return Outlines(*(v[which] for v in tuple.__iter__(self)))
+    y: np.ndarray  # (N,) centre, px
+    x: np.ndarray  # (N,) centre, px
+    radius: np.ndarray  # (N, N_RAYS) px
+    contrast: np.ndarray  # (N, N_RAYS) fall of brightness across the outline, grey values
+
+    def __getitem__(self, which):
+        return Outlines(*(v[which] for v in tuple.__iter__(self)))
 
 # %% ../../nbs/34b_count.contour.ipynb #bcc3a415
 def trace(
-    octaves, # as `count.propose.pyramid` returns
-    proposals, # (N, ≥3): y, x, radius, in px
-    polarity: int = 1, # 1 for bright particles, -1 for dark ones
-    chunk: int = 1000, # proposals at a time: what the cache of a processor holds
-) -> Outlines: # one per proposal, in their order
+    octaves,  # as `count.propose.pyramid` returns
+    proposals,  # (N, ≥3): y, x, radius, in px
+    polarity: int = 1,  # 1 for bright particles, -1 for dark ones
+    chunk: int = 1000,  # proposals at a time: what the cache of a processor holds
+) -> Outlines:  # one per proposal, in their order
     "Trace the outline around each proposed centre, on the octave where it has two to five pixels of radius."
     radius, contrast = np.zeros((2, len(proposals), N_RAYS), np.float32)
     octave = np.clip(np.log2(np.maximum(proposals[:, 2], 1) / 2.2), 0, len(octaves) - 1).astype(int)
@@ -107,20 +114,25 @@ def trace(
         radius[part], contrast[part] = (_U[path] * r * factor).T, fall.T
 
     jobs = []
-    with ThreadPoolExecutor(2) as pool:               # numpy releases the interpreter
+    with ThreadPoolExecutor(2) as pool:  # numpy releases the interpreter
         for o in np.unique(octave):
             which, (factor, reduced) = np.nonzero(octave == o)[0], octaves[o]
             soft = polarity * ndi.gaussian_filter(reduced, 0.7, truncate=3)
-            for k in range(0, len(which), chunk): jobs.append(pool.submit(follow, which[k:k + chunk], soft, factor))
-        for job in jobs: job.result()
-    return Outlines(proposals[:, 0].astype(np.float32), proposals[:, 1].astype(np.float32), radius, contrast)
+            for k in range(0, len(which), chunk):
+                jobs.append(pool.submit(follow, which[k : k + chunk], soft, factor))
+        for job in jobs:
+            job.result()
+    return Outlines(
+        proposals[:, 0].astype(np.float32), proposals[:, 1].astype(np.float32), radius, contrast
+    )
 
 
 def _trace(soft, y, x, r):
     "Path of steepest fall, and the fall from just inside to just outside it, both (N_RAYS, N)."
     at, n = _U[:, None] * r, len(r)
     bright = np.empty((N_RAYS, len(_U), n), np.float32)
-    for k in range(N_RAYS): bright[k] = _bilinear(soft, y + _SIN[k] * at, x + _COS[k] * at)
+    for k in range(N_RAYS):
+        bright[k] = _bilinear(soft, y + _SIN[k] * at, x + _COS[k] * at)
     fall = bright[:, :-2] - bright[:, 2:]
     gain = np.full_like(bright, -1e3)
     np.minimum(fall / (np.abs(fall).mean((0, 1)) + 1e-6), 4, out=gain[:, 1:-1])
@@ -131,76 +143,107 @@ def _trace(soft, y, x, r):
 
 # %% ../../nbs/34b_count.contour.ipynb #122f2531
 def smooth_outline(
-    radius, # (N, N_RAYS) px
-    harmonics: int = 6, # Fourier terms kept
-) -> np.ndarray: # (N, N_RAYS) px
+    radius,  # (N, N_RAYS) px
+    harmonics: int = 6,  # Fourier terms kept
+) -> np.ndarray:  # (N, N_RAYS) px
     "Remove what noise puts on an outline."
     f = np.fft.rfft(radius, axis=1)
-    f[:, harmonics + 1:] = 0
+    f[:, harmonics + 1 :] = 0
     return np.maximum(np.fft.irfft(f, N_RAYS, axis=1), 0.3).astype(np.float32)
 
 # %% ../../nbs/34b_count.contour.ipynb #a28ce82f
 def outline_shape(
-    radius, # (N, N_RAYS) px
-) -> dict: # area px², perimeter px, circularity (1 for a circle), aspect (≥ 1), dy and dx of the centroid, px; each (N,)
+    radius,  # (N, N_RAYS) px
+) -> dict:  # area px², perimeter px, circularity (1 for a circle), aspect (≥ 1), dy and dx of the centroid, px; each (N,)
     "Measure area, perimeter, circularity, aspect and centroid of outlines."
     next_, turn = np.roll(radius, -1, 1), 2 * np.pi / N_RAYS
-    to_circle = (2 * np.pi / N_RAYS) / np.sin(2 * np.pi / N_RAYS)        # polygon to circle
+    to_circle = (2 * np.pi / N_RAYS) / np.sin(2 * np.pi / N_RAYS)  # polygon to circle
     area = 0.5 * np.sin(turn) * (radius * next_).sum(1) * to_circle
-    perimeter = np.sqrt(np.maximum(radius**2 + next_**2 - 2 * radius * next_ * np.cos(turn), 0)).sum(1) * (turn / 2) / np.sin(turn / 2)
+    perimeter = (
+        np.sqrt(np.maximum(radius**2 + next_**2 - 2 * radius * next_ * np.cos(turn), 0)).sum(1)
+        * (turn / 2)
+        / np.sin(turn / 2)
+    )
     dy, dx = ((s * radius**3).sum(1) * turn / 3 / area for s in (_SIN, _COS))
     yy, xx, xy = ((s * radius**4).sum(1) * turn / 4 / area for s in (_SIN**2, _COS**2, _SIN * _COS))
     yy, xx, xy = yy - dy**2, xx - dx**2, xy - dy * dx
     spread = np.hypot(yy - xx, 2 * xy)
     aspect = np.sqrt((yy + xx + spread) / np.maximum(yy + xx - spread, 1e-6))
-    circularity = np.clip(4 * np.pi * area / np.maximum(perimeter, 1e-6)**2, 0, 1)
-    return dict(area=area, perimeter=perimeter, circularity=circularity, aspect=aspect, dy=dy, dx=dx)
+    circularity = np.clip(4 * np.pi * area / np.maximum(perimeter, 1e-6) ** 2, 0, 1)
+    return dict(
+        area=area, perimeter=perimeter, circularity=circularity, aspect=aspect, dy=dy, dx=dx
+    )
 
 # %% ../../nbs/34b_count.contour.ipynb #1dbcb6c3
 def edge_score(
-    outlines, # traced proposals
-    valid, # (H, W) bool, False on lettering
-    quantile: float = 0.3, # share of the rays that may be weaker
-    roundness: float = 3.0, # power of the circularity
-) -> np.ndarray: # (N,) grey values; 0 where less than half of the rays are in the frame
+    outlines,  # traced proposals
+    valid,  # (H, W) bool, False on lettering
+    quantile: float = 0.3,  # share of the rays that may be weaker
+    roundness: float = 3.0,  # power of the circularity
+) -> np.ndarray:  # (N,) grey values; 0 where less than half of the rays are in the frame
     "Score outlines by the contrast that all but the weakest rays exceed, and by their roundness."
     r = outlines.radius + 2
-    y, x = (np.rint(c[:, None] + s * r).astype(int) for c, s in ((outlines.y, _SIN), (outlines.x, _COS)))
+    y, x = (
+        np.rint(c[:, None] + s * r).astype(int) for c, s in ((outlines.y, _SIN), (outlines.x, _COS))
+    )
     high, wide = valid.shape
-    seen = (y >= 0) & (y < high) & (x >= 0) & (x < wide) & valid[np.clip(y, 0, high - 1), np.clip(x, 0, wide - 1)]
+    seen = (
+        (y >= 0)
+        & (y < high)
+        & (x >= 0)
+        & (x < wide)
+        & valid[np.clip(y, 0, high - 1), np.clip(x, 0, wide - 1)]
+    )
     ranked, n = np.sort(np.where(seen, outlines.contrast, np.inf), 1), seen.sum(1)
     low = ranked[np.arange(len(n)), np.minimum((quantile * n).astype(int), N_RAYS - 1)]
-    return np.where(n >= N_RAYS / 2, np.maximum(low, 0), 0) * outline_shape(outlines.radius)["circularity"]**roundness
+    return (
+        np.where(n >= N_RAYS / 2, np.maximum(low, 0), 0)
+        * outline_shape(outlines.radius)["circularity"] ** roundness
+    )
 
 # %% ../../nbs/34b_count.contour.ipynb #917a59c8
 def select(
-    outlines, # traced proposals
-    score, # (N,)
-    shape, # (H, W)
-    least: float = 0.0, # lowest score
-    overlap: float = 0.35, # share of a particle that better ones may cover
-) -> tuple: # label (H, W) int32, indices of those kept, best first: label n + 1 is the n-th
+    outlines,  # traced proposals
+    score,  # (N,)
+    shape,  # (H, W)
+    least: float = 0.0,  # lowest score
+    overlap: float = 0.35,  # share of a particle that better ones may cover
+) -> tuple:  # label (H, W) int32, indices of those kept, best first: label n + 1 is the n-th
     "Keep the best outlines that do not overlap."
-    return _select(score, shape, least, overlap, *_sampled(outlines, shape), _filled(outlines, score > least, shape))
+    return _select(
+        score,
+        shape,
+        least,
+        overlap,
+        *_sampled(outlines, shape),
+        _filled(outlines, score > least, shape),
+    )
 
 
 def _select(score, shape, least, overlap, at, seen, inside, block=32):
     "As `select`; places and fills of the outlines can serve several times."
     label, kept = np.zeros(shape, np.int32), []
-    taken, most = np.zeros(label.size + 1, bool), (overlap + 0.1) * seen      # the last pixel stands for all outside the frame
+    taken, most = (
+        np.zeros(label.size + 1, bool),
+        (overlap + 0.1) * seen,
+    )  # the last pixel stands for all outside the frame
     covered = taken[:-1].reshape(shape)
     order = np.argsort(-score, kind="stable")
-    order = order[:np.count_nonzero(score > least)]
+    order = order[: np.count_nonzero(score > least)]
     for k in range(0, len(order), block):
-        some = order[k:k + block]
+        some = order[k : k + block]
         here = taken[at[some]]
-        for i in some[~(here[:, 0] & (overlap < 0.5) | (here.sum(1) > most[some]))].tolist():      # what is covered stays covered
+        for i in some[
+            ~(here[:, 0] & (overlap < 0.5) | (here.sum(1) > most[some]))
+        ].tolist():  # what is covered stays covered
             here = taken.take(at[i])
-            if here[0] and overlap < 0.5 or np.count_nonzero(here) > most[i]: continue
+            if here[0] and overlap < 0.5 or np.count_nonzero(here) > most[i]:
+                continue
             box, mask, area = inside(i)
             there = covered[box]
             free = mask > there
-            if area < 5 or np.count_nonzero(free) < (1 - overlap) * area: continue
+            if area < 5 or np.count_nonzero(free) < (1 - overlap) * area:
+                continue
             kept.append(i)
             np.copyto(label[box], len(kept), where=free)
             np.logical_or(there, free, out=there)
@@ -211,60 +254,83 @@ def _filled(outlines, which, shape, small=4096):
     "A function of the number of an outline, one of `which`: box in the frame, mask in the box and its area; small ones are kept."
     reach, known = outlines.radius.max(1, initial=0).astype(int) + 1, {}
     far = int(reach[which].max(initial=1)) + 1
-    y, x = np.mgrid[-far:far + 1, -far:far + 1].astype(np.float32)
+    y, x = np.mgrid[-far : far + 1, -far : far + 1].astype(np.float32)
     turn = np.arctan2(y, x) * (N_RAYS / (2 * np.pi)) % N_RAYS
     ray, part, away = turn.astype(np.intp) % N_RAYS, turn % 1, np.hypot(y, x)
-    after, centre = (ray + 1) % N_RAYS, [(c + 0.5).astype(int).tolist() for c in (outlines.y, outlines.x)]
+    after, centre = (
+        (ray + 1) % N_RAYS,
+        [(c + 0.5).astype(int).tolist() for c in (outlines.y, outlines.x)],
+    )
 
     def fill(i):
-        if i in known: return known[i]
+        if i in known:
+            return known[i]
         n, radius = int(reach[i]), outlines.radius[i]
         y, x = centre[0][i], centre[1][i]
-        y0, y1, x0, x1 = max(-n, -y), min(n + 1, shape[0] - y), max(-n, -x), min(n + 1, shape[1] - x)
+        y0, y1, x0, x1 = (
+            max(-n, -y),
+            min(n + 1, shape[0] - y),
+            max(-n, -x),
+            min(n + 1, shape[1] - x),
+        )
         at = slice(far + y0, far + y1), slice(far + x0, far + x1)
         low = radius.take(ray[at])
         mask = away[at] <= low + part[at] * (radius.take(after[at]) - low)
         found = (slice(y + y0, y + y1), slice(x + x0, x + x1)), mask, np.count_nonzero(mask)
-        if mask.size <= small: known[i] = found
+        if mask.size <= small:
+            known[i] = found
         return found
+
     return fill
 
 
 def _sampled(outlines, shape, n=48):
     "Flat places of n points spread evenly within each outline, the centre first, and how many are in the frame."
     k = np.arange(n)
-    share, ray = np.sqrt(k / n).astype(np.float32), np.rint(k * 0.381966 * N_RAYS).astype(int) % N_RAYS  # the golden angle
+    share, ray = (
+        np.sqrt(k / n).astype(np.float32),
+        np.rint(k * 0.381966 * N_RAYS).astype(int) % N_RAYS,
+    )  # the golden angle
     r = share * outlines.radius[:, ray]
-    y, x = ((c[:, None] + s[ray] * r + 0.5).astype(np.int32) for c, s in ((outlines.y, _SIN), (outlines.x, _COS)))
+    y, x = (
+        (c[:, None] + s[ray] * r + 0.5).astype(np.int32)
+        for c, s in ((outlines.y, _SIN), (outlines.x, _COS))
+    )
     y[:, 0], x[:, 0] = np.minimum(y[:, 0], shape[0] - 1), np.minimum(x[:, 0], shape[1] - 1)
     inside = (y >= 0) & (y < shape[0]) & (x >= 0) & (x < shape[1])
     return np.where(inside, y * shape[1] + x, shape[0] * shape[1]), inside.sum(1)
 
 # %% ../../nbs/34b_count.contour.ipynb #dc6604dc
 def without_rafts(
-    outlines, # traced proposals
-    score, # (N,)
-    shape, # (H, W)
-    least: float = 0.0, # lowest score
-    overlap: float = 0.35, # as for `select`
-    larger: float = 2.0, # an outline this many times wider than the median is questioned
-    filled: float = 0.5, # share of it that smaller ones must cover
-    part: float = 0.4, # least score of those, relative to its own
-) -> tuple: # as `select`
+    outlines,  # traced proposals
+    score,  # (N,)
+    shape,  # (H, W)
+    least: float = 0.0,  # lowest score
+    overlap: float = 0.35,  # as for `select`
+    larger: float = 2.0,  # an outline this many times wider than the median is questioned
+    filled: float = 0.5,  # share of it that smaller ones must cover
+    part: float = 0.4,  # least score of those, relative to its own
+) -> tuple:  # as `select`
     "Select, and replace outlines around several particles by the particles."
     inside = _filled(outlines, score > least, shape)
     shared = shape, least, overlap, *_sampled(outlines, shape), inside
     label, kept = _select(score, *shared)
-    if len(kept) < 3: return label, kept
+    if len(kept) < 3:
+        return label, kept
     size = np.median(outlines.radius, 1)
     limit = larger * np.median(size[kept])
-    if not (size[kept] > limit).any(): return label, kept
+    if not (size[kept] > limit).any():
+        return label, kept
     parts, which = _select(np.where(size > limit, 0, score), *shared)
     strength = np.r_[0, score[which]]
     covered = np.zeros(len(score), bool)
     for i in np.nonzero((size > limit) & (score > least))[0].tolist():
         box, mask, area = inside(i)
-        covered[i] = np.count_nonzero(strength[parts[box][mask]] > part * score[i]) > filled * area if area else False
+        covered[i] = (
+            np.count_nonzero(strength[parts[box][mask]] > part * score[i]) > filled * area
+            if area
+            else False
+        )
     return _select(np.where(covered, 0, score), *shared) if covered[kept].any() else (label, kept)
 
 # %% ../../nbs/34b_count.contour.ipynb #49fdd5b1
@@ -277,9 +343,9 @@ _RESTRAINT = 0.25  # without it rim, slope, blur and place are one where the pro
 
 def _blurred_rim(z):
     "The rim of a sphere, 1 / sqrt(depth), blurred by a unit Gaussian, at the depth z."
-    y, step = np.linspace(0, 7, 701, retstep=True)               # depth = y², which removes the pole
+    y, step = np.linspace(0, 7, 701, retstep=True)  # depth = y², which removes the pole
     at = np.linspace(-8, 20, 561)
-    rim = 2 * np.exp(-(at[:, None] - y**2)**2 / 2).sum(1) * step / np.sqrt(2 * np.pi)
+    rim = 2 * np.exp(-((at[:, None] - y**2) ** 2) / 2).sum(1) * step / np.sqrt(2 * np.pi)
     return np.where(z > 20, 1 / np.sqrt(np.maximum(z, 1)), np.interp(z, at, rim))
 
 
@@ -289,8 +355,11 @@ def _edge_bases():
     for i, shift in enumerate(_SHIFT):
         for j, blur in enumerate(_BLUR):
             z = (shift - _T) / blur
-            basis = np.stack([np.ones_like(z), ndtr(z), _blurred_rim(z) / np.sqrt(blur), ndtr(z) * (_T - shift)], 1)
-            out[i, j] = np.linalg.qr(np.vstack([basis, _RESTRAINT * np.eye(4)[2:]]))[0][:len(_T)]
+            basis = np.stack(
+                [np.ones_like(z), ndtr(z), _blurred_rim(z) / np.sqrt(blur), ndtr(z) * (_T - shift)],
+                1,
+            )
+            out[i, j] = np.linalg.qr(np.vstack([basis, _RESTRAINT * np.eye(4)[2:]]))[0][: len(_T)]
     return out.astype(np.float32)
 
 
@@ -298,8 +367,8 @@ _EDGE = _edge_bases()
 
 # %% ../../nbs/34b_count.contour.ipynb #edd692d0
 def edge_shift(
-    profile, # (N, 25) brightness across the outline, from -width (inside) to +width (outside)
-) -> tuple: # shift of the edge and its blur, both (N,), as fractions of the width
+    profile,  # (N, 25) brightness across the outline, from -width (inside) to +width (outside)
+) -> tuple:  # shift of the edge and its blur, both (N,), as fractions of the width
     "Find the place of the edge in profiles by variable projection over all shifts and blurs."
     got = np.einsum("nt,ijtk->nijk", profile - profile.mean(1, keepdims=True), _EDGE, optimize=True)
     power = (got**2).sum(-1)
@@ -314,13 +383,13 @@ def edge_shift(
 
 # %% ../../nbs/34b_count.contour.ipynb #ef764c15
 def fit_size(
-    image, # (H, W) grey values, particles of either polarity, not smoothed
-    outlines: Outlines, # traced
-    label, # (H, W) int, particle n of the outlines has the number n + 1
-    valid, # (H, W) bool, False on lettering
-    reach: float = 0.4, # half width of the profile, fraction of the radius
-    least: float = 3.0, # smallest half width, px
-) -> tuple: # outlines moved to the edge (Outlines), share of free rays (N,)
+    image,  # (H, W) grey values, particles of either polarity, not smoothed
+    outlines: Outlines,  # traced
+    label,  # (H, W) int, particle n of the outlines has the number n + 1
+    valid,  # (H, W) bool, False on lettering
+    reach: float = 0.4,  # half width of the profile, fraction of the radius
+    least: float = 3.0,  # smallest half width, px
+) -> tuple:  # outlines moved to the edge (Outlines), share of free rays (N,)
     "Move each outline to the edge that its mean profile shows, over rays that meet neither a neighbour nor the frame."
     radius = smooth_outline(outlines.radius)
     size = np.median(radius, 1)
@@ -328,9 +397,13 @@ def fit_size(
     free = _free_rays(outlines, radius + 0.7 * width[:, None], label, valid)
     share, used = free.mean(1), free | (free.mean(1, keepdims=True) < 0.2)
     r = np.maximum(radius[:, :, None] + width[:, None, None] * _T.astype(np.float32), 0)
-    profile = (along_rays(image, outlines.y, outlines.x, r) * used[:, :, None]).sum(1) / used.sum(1, keepdims=True)
+    profile = (along_rays(image, outlines.y, outlines.x, r) * used[:, :, None]).sum(1) / used.sum(
+        1, keepdims=True
+    )
     shift, blur = edge_shift(profile.astype(np.float32))
-    curved = (blur * width)**2 / (2 * np.maximum(size, 1))               # the inflexion of a blurred disc lies inside its edge
+    curved = (blur * width) ** 2 / (
+        2 * np.maximum(size, 1)
+    )  # the inflexion of a blurred disc lies inside its edge
     moved = np.maximum(radius + (shift * width + np.minimum(curved, 0.3 * size))[:, None], 0.5)
     return outlines._replace(radius=moved.astype(np.float32)), share
 

@@ -17,8 +17,25 @@ from scipy import ndimage as ndi
 
 from ..core import InputError, Micrograph, as_micrograph
 from .beside import beside
-from .contour import N_RAYS, Outlines, along_rays, edge_score, fit_size, outline_shape, select, trace, without_rafts
-from .propose import _highest, blob_proposals, ground, level_proposals, overlay_mask, pyramid
+from microgen.count.contour import (
+    N_RAYS,
+    Outlines,
+    along_rays,
+    edge_score,
+    fit_size,
+    outline_shape,
+    select,
+    trace,
+    without_rafts,
+)
+from microgen.count.propose import (
+    _highest,
+    blob_proposals,
+    ground,
+    level_proposals,
+    overlay_mask,
+    pyramid,
+)
 from ..io import atomic_path, provenance, write_csv, write_json
 
 # %% ../../nbs/35_count.detect.ipynb #a3bb5fac
@@ -26,74 +43,127 @@ from ..io import atomic_path, provenance, write_csv, write_json
 class Detector:
     """Settings of the method; lengths in px, because it is the pixels that limit what can be seen.
     Raises: InputError for a value out of range."""
-    polarity: str = "auto" # "bright" or "dark" particles; "auto" takes the stronger outlines
-    support: str = "auto" # "even" ground, "uneven" support with texture or thickness; "auto" measures it
-    smooth_px: float = 1.0 # Gaussian smoothing before levels are cut
-    smallest_px: float = 3.0 # least diameter
-    largest: float = 1 / 3 # largest diameter, fraction of the shorter side
-    ground_window: float = 1 / 3 # window of the ground, fraction of the shorter side
-    ground_percentile: float = 10 # per cent of the window that is darker than the ground
-    levels: tuple = (0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.2) # cuts, median ground = 0, median particle = 1
-    h: float = 0.15 # saddle that splits touching particles, fraction of the summit of the distance transform
-    significance: float = 4.0 # least response of a blob, robust standard deviations of its scale, more where noise is stronger
-    noise_window: float = 1 / 16 # window in which the noise is compared, fraction of the shorter side
-    ray_quantile: float = 0.3 # share of the rays that may be weaker than the contrast of a particle
-    roundness: float = 3.0 # power of the circularity in the score
-    accept: float = 0.4 # least score on an even ground, relative to the median over the area of the particles
-    accept_blob: float = 0.33 # least score on an uneven support, relative to the thirty best
-    material: float = 0.5 # least contrast per diameter on an uneven support, relative to the median of the accepted
-    least_snr: float = 4.0 # least score in standard deviations of the pixel noise, reduced by the length of the outline
-    least_snr_blob: float = 2.0 # the same on an uneven support, where the significance of a blob has its own limit
-    overlap: float = 0.35 # share of a particle that better ones may cover
-    rivals: float = 0.15 # most places of the opposite polarity that stand out of an uneven support as well, per particle
-    margin: float = 1.25 # what stands out as well: a score down to this factor below that of three quarters of the particles
-    uneven: float = 1.4 # how much better blobs must explain the edges than levels do, for the support to be uneven
-    edge_rule: str = "weight" # frame: "weight" drops cut particles and weights the rest, "drop" drops them, "count" keeps them
+
+    polarity: str = "auto"  # "bright" or "dark" particles; "auto" takes the stronger outlines
+    support: str = (
+        "auto"  # "even" ground, "uneven" support with texture or thickness; "auto" measures it
+    )
+    smooth_px: float = 1.0  # Gaussian smoothing before levels are cut
+    smallest_px: float = 3.0  # least diameter
+    largest: float = 1 / 3  # largest diameter, fraction of the shorter side
+    ground_window: float = 1 / 3  # window of the ground, fraction of the shorter side
+    ground_percentile: float = 10  # per cent of the window that is darker than the ground
+    levels: tuple = (
+        0.15,
+        0.3,
+        0.45,
+        0.6,
+        0.8,
+        1.0,
+        1.2,
+    )  # cuts, median ground = 0, median particle = 1
+    h: float = 0.15  # saddle that splits touching particles, fraction of the summit of the distance transform
+    significance: float = 4.0  # least response of a blob, robust standard deviations of its scale, more where noise is stronger
+    noise_window: float = (
+        1 / 16
+    )  # window in which the noise is compared, fraction of the shorter side
+    ray_quantile: float = (
+        0.3  # share of the rays that may be weaker than the contrast of a particle
+    )
+    roundness: float = 3.0  # power of the circularity in the score
+    accept: float = (
+        0.4  # least score on an even ground, relative to the median over the area of the particles
+    )
+    accept_blob: float = 0.33  # least score on an uneven support, relative to the thirty best
+    material: float = 0.5  # least contrast per diameter on an uneven support, relative to the median of the accepted
+    least_snr: float = 4.0  # least score in standard deviations of the pixel noise, reduced by the length of the outline
+    least_snr_blob: float = (
+        2.0  # the same on an uneven support, where the significance of a blob has its own limit
+    )
+    overlap: float = 0.35  # share of a particle that better ones may cover
+    rivals: float = 0.15  # most places of the opposite polarity that stand out of an uneven support as well, per particle
+    margin: float = 1.25  # what stands out as well: a score down to this factor below that of three quarters of the particles
+    uneven: float = 1.4  # how much better blobs must explain the edges than levels do, for the support to be uneven
+    edge_rule: str = "weight"  # frame: "weight" drops cut particles and weights the rest, "drop" drops them, "count" keeps them
 
     def __post_init__(self):
         for f in fields(self):
             v = getattr(self, f.name)
-            if f.name in _WORDS: _one_of(f.name, v)
-            elif f.name == "levels": object.__setattr__(self, f.name, _rising(v))
-            elif isinstance(v, bool) or not isinstance(v, (int, float, np.number)) or not 0 < v <= _MOST.get(f.name, 1e9):
+            if f.name in _WORDS:
+                _one_of(f.name, v)
+            elif f.name == "levels":
+                object.__setattr__(self, f.name, _rising(v))
+            elif (
+                isinstance(v, bool)
+                or not isinstance(v, (int, float, np.number))
+                or not 0 < v <= _MOST.get(f.name, 1e9)
+            ):
                 most = f", at most {_MOST[f.name]:g}" if f.name in _MOST else ""
-                raise InputError(f"{f.name}={v!r} must be a positive number{most}; {f.name}={f.default:g} is the default.")
+                raise InputError(
+                    f"{f.name}={v!r} must be a positive number{most}; {f.name}={f.default:g} is the default."
+                )
 
 
-RULES = {"weight": "ISO 13322-1: particles cut by the frame are left out, each other one has the weight WH / ((W - bx)(H - by))",
-         "drop": "particles cut by the frame are left out, without weights: large particles are undercounted",
-         "count": "particles cut by the frame are counted as they are seen, without weights: sizes are biased low"}
-_WORDS = {"polarity": ("auto", "bright", "dark"), "support": ("auto", "even", "uneven"), "edge_rule": tuple(RULES)}
-_MOST = {"smooth_px": 50, "largest": 1, "ground_window": 1, "ground_percentile": 100, "h": 1, "noise_window": 1, "ray_quantile": 0.95,
-         "overlap": 1}
+RULES = {
+    "weight": "ISO 13322-1: particles cut by the frame are left out, each other one has the weight WH / ((W - bx)(H - by))",
+    "drop": "particles cut by the frame are left out, without weights: large particles are undercounted",
+    "count": "particles cut by the frame are counted as they are seen, without weights: sizes are biased low",
+}
+_WORDS = {
+    "polarity": ("auto", "bright", "dark"),
+    "support": ("auto", "even", "uneven"),
+    "edge_rule": tuple(RULES),
+}
+_MOST = {
+    "smooth_px": 50,
+    "largest": 1,
+    "ground_window": 1,
+    "ground_percentile": 100,
+    "h": 1,
+    "noise_window": 1,
+    "ray_quantile": 0.95,
+    "overlap": 1,
+}
 
 
 def _one_of(name, v):
-    if v not in _WORDS[name]: raise InputError(f"{name}={v!r} must be one of {', '.join(_WORDS[name])}.")
+    if v not in _WORDS[name]:
+        raise InputError(f"{name}={v!r} must be one of {', '.join(_WORDS[name])}.")
 
 
 def _rising(levels) -> tuple:
-    try: out = tuple(float(v) for v in levels)
-    except (TypeError, ValueError): out = ()
-    if out and (np.diff((0, *out)) > 0).all() and np.isfinite(out).all(): return out
-    raise InputError(f"levels={levels!r} must be rising numbers above zero; levels=0.15,0.3,0.45,0.6,0.8,1.0,1.2 is the default.")
+    try:
+        out = tuple(float(v) for v in levels)
+    except (TypeError, ValueError):
+        out = ()
+    if out and (np.diff((0, *out)) > 0).all() and np.isfinite(out).all():
+        return out
+    raise InputError(
+        f"levels={levels!r} must be rising numbers above zero; levels=0.15,0.3,0.45,0.6,0.8,1.0,1.2 is the default."
+    )
 
 # %% ../../nbs/35_count.detect.ipynb #6ab1d5b0
 def recut(
-    smooth, # (H, W), particles bright
-    label, # (H, W) int32, as `select` returns
-    outlines, # of the labels, in their order
-    valid, # (H, W) bool, False on lettering
-) -> np.ndarray: # (H, W) int32
+    smooth,  # (H, W), particles bright
+    label,  # (H, W) int32, as `select` returns
+    outlines,  # of the labels, in their order
+    valid,  # (H, W) bool, False on lettering
+) -> np.ndarray:  # (H, W) int32
     "Cut each particle at half height between its inside and its ground."
-    if not len(outlines.y): return label
+    if not len(outlines.y):
+        return label
     r = outlines.radius[:, :, None]
-    inside = along_rays(smooth, outlines.y, outlines.x, np.concatenate([0.7 * r, 0.85 * r], 2)).max(2)
-    outside = along_rays(smooth, outlines.y, outlines.x, np.concatenate([r + 2.5, 1.12 * r + 1], 2)).min(2)
+    inside = along_rays(smooth, outlines.y, outlines.x, np.concatenate([0.7 * r, 0.85 * r], 2)).max(
+        2
+    )
+    outside = along_rays(
+        smooth, outlines.y, outlines.x, np.concatenate([r + 2.5, 1.12 * r + 1], 2)
+    ).min(2)
     half = np.r_[np.inf, (np.median(inside, 1) + np.median(outside, 1)) / 2].astype(np.float32)
     near = label
-    for _ in range(int(max(2, 0.25 * np.median(outlines.radius)))): near = np.where(near > 0, near, _highest(near))
-    shell = _highest(label, np.minimum) != label                 # only the last pixel of an outline may be cut off
+    for _ in range(int(max(2, 0.25 * np.median(outlines.radius)))):
+        near = np.where(near > 0, near, _highest(near))
+    shell = _highest(label, np.minimum) != label  # only the last pixel of an outline may be cut off
     cut = np.where((smooth > half.take(near)) & valid, near, 0)
     return _largest_pieces(np.where((label > 0) & ~shell, label, cut))
 
@@ -101,6 +171,7 @@ def recut(
 def _largest_pieces(label):
     "Of each particle its largest connected piece."
     from skimage.measure import label as pieces_of
+
     piece = pieces_of(label, connectivity=1)
     owner = np.zeros(piece.max() + 1, label.dtype)
     owner[piece.ravel()] = label.ravel()
@@ -114,30 +185,37 @@ def _largest_pieces(label):
 @dataclass(frozen=True, eq=False, repr=False)
 class Detection:
     "The particles of one image."
-    micrograph: Micrograph # the image
-    particles: pd.DataFrame # one row per particle; lengths in `unit`
-    labels: np.ndarray # (H, W) int32: 0 ground, n the particle with id n
-    summary: dict # count, density, sizes, counting rule, settings, notes
-    unit: str = "nm" # "nm", or "px" where the image has no pixel size
+
+    micrograph: Micrograph  # the image
+    particles: pd.DataFrame  # one row per particle; lengths in `unit`
+    labels: np.ndarray  # (H, W) int32: 0 ground, n the particle with id n
+    summary: dict  # count, density, sizes, counting rule, settings, notes
+    unit: str = "nm"  # "nm", or "px" where the image has no pixel size
 
     def __repr__(self):
         s = self.summary
-        return (f"Detection({s['n_particles']} particles, median diameter {s['median_diameter']:.3g} {self.unit}, "
-                f"{s['polarity']} on {s['support']} ground)")
+        return (
+            f"Detection({s['n_particles']} particles, median diameter {s['median_diameter']:.3g} {self.unit}, "
+            f"{s['polarity']} on {s['support']} ground)"
+        )
 
 # %% ../../nbs/35_count.detect.ipynb #c7ac83db
-_BLOB_ROUNDNESS, _BLOB_EDGE = 2.0, 0.25  # powers in the score of blobs, of the circularity and of the edge
+_BLOB_ROUNDNESS, _BLOB_EDGE = (
+    2.0,
+    0.25,
+)  # powers in the score of blobs, of the circularity and of the edge
 _READ_AT = 640  # px: the support is judged on the image reduced to this, the polarity on half of it
 _CLEAR = 2.0  # times stronger outlines of one polarity than of the other: otherwise it is judged on the larger image
 
 
 class _View(NamedTuple):
     "An image made ready for reading."
-    image: np.ndarray # (H, W) float32, lettering replaced
-    valid: np.ndarray # (H, W) bool, False on lettering
-    smooth: np.ndarray # (H, W)
-    octaves: list # as `pyramid` returns
-    noise: float # standard deviation of the pixel noise
+
+    image: np.ndarray  # (H, W) float32, lettering replaced
+    valid: np.ndarray  # (H, W) bool, False on lettering
+    smooth: np.ndarray  # (H, W)
+    octaves: list  # as `pyramid` returns
+    noise: float  # standard deviation of the pixel noise
 
 
 def _view(image, valid, d):
@@ -154,12 +232,16 @@ def _evidence(v, sign, kind, d):
     if kind == "even":
         flat = sign * v.smooth - ground(sign * v.smooth, d.ground_window, d.ground_percentile)
         proposals = level_proposals(flat, v.valid, d.levels, d.h)
-    else: proposals = blob_proposals(v.octaves, v.valid, sign, d.significance, d.noise_window)
+    else:
+        proposals = blob_proposals(v.octaves, v.valid, sign, d.significance, d.noise_window)
     size = 2 * proposals[:, 2]
     proposals = proposals[(size >= 0.7 * d.smallest_px) & (size <= d.largest * min(shape))]
     outlines = trace(v.octaves, proposals, sign)
-    score = edge_score(outlines, v.valid, d.ray_quantile, d.roundness if kind == "even" else _BLOB_ROUNDNESS)
-    if kind == "uneven": score = _of_one_material(outlines, score, proposals[:, 3], shape, d)
+    score = edge_score(
+        outlines, v.valid, d.ray_quantile, d.roundness if kind == "even" else _BLOB_ROUNDNESS
+    )
+    if kind == "uneven":
+        score = _of_one_material(outlines, score, proposals[:, 3], shape, d)
     choose = without_rafts if kind == "even" else select
     label, kept = choose(outlines, score, shape, _least(score), d.overlap)
     return outlines[kept], score[kept], label
@@ -172,17 +254,19 @@ def _least(score) -> float:
 
 def _of_one_material(outlines, edge, significance, shape, d):
     "Score of blobs; 0 where the contrast per diameter is too low for the particles: grains of the support are thick and faint."
-    score = edge**_BLOB_EDGE * significance**(1 - _BLOB_EDGE)
+    score = edge**_BLOB_EDGE * significance ** (1 - _BLOB_EDGE)
     label, kept = select(outlines, score, shape, _least(score), d.overlap)
-    kept = kept[:_accepted(score[kept], label, "uneven", d)]
+    kept = kept[: _accepted(score[kept], label, "uneven", d)]
     density = edge / np.median(outlines.radius, 1)
-    return np.where(density > d.material * np.median(density[kept]), score, 0) if len(kept) else score
+    return (
+        np.where(density > d.material * np.median(density[kept]), score, 0) if len(kept) else score
+    )
 
 
 def _standing_out(score, rivals, d) -> int:
     "How many of the particles, best first, stand out of the support as no more than few places of the opposite polarity do."
     n = np.arange(1, len(score) + 1)
-    lowest = score[(3 * n - 1) // 4]                             # three quarters of the first n are better
+    lowest = score[(3 * n - 1) // 4]  # three quarters of the first n are better
     as_well = len(rivals) - np.searchsorted(np.sort(d.margin * rivals), lowest)
     return int(n[as_well <= d.rivals * n].max(initial=0))
 
@@ -198,8 +282,18 @@ def _rivals(v, sign, label, d):
 
 def _accepted(score, label, kind, d) -> int:
     "How many of the particles, best first, are accepted."
-    if not len(score): return 0
-    return int((score > (d.accept_blob * np.median(score[:30]) if kind == "uneven" else d.accept * _middle(score, label))).sum())
+    if not len(score):
+        return 0
+    return int(
+        (
+            score
+            > (
+                d.accept_blob * np.median(score[:30])
+                if kind == "uneven"
+                else d.accept * _middle(score, label)
+            )
+        ).sum()
+    )
 
 
 def _middle(score, label) -> float:
@@ -211,14 +305,15 @@ def _middle(score, label) -> float:
 
 def _with_neighbours(v, sign, found, d):
     "What was found, and the particles that touch it."
-    if not len(found[1]): return found
+    if not len(found[1]):
+        return found
     flat = sign * v.smooth - ground(sign * v.smooth, d.ground_window, d.ground_percentile)
     return beside(v, flat, found, sign, d.accept * _middle(*found[1:]), d)
 
 # %% ../../nbs/35_count.detect.ipynb #82b3c017
 def _noise(image, valid) -> float:
     "Standard deviation of the pixel noise, from second differences across the diagonal."
-    apart = max(1, image.shape[0] // 256)                        # so many rows tell it
+    apart = max(1, image.shape[0] // 256)  # so many rows tell it
     up, down = image[:-1:apart], image[1::apart]
     d = np.abs(up[:, :-1] - down[:, :-1] - up[:, 1:] + down[:, 1:]) / 2
     d = d[(valid[1::apart, 1:] & valid[:-1:apart, :-1])]
@@ -232,7 +327,11 @@ def _explained(v, readings):
     for found, low in readings:
         near = ndi.maximum_filter(found[2] > 0, 7)
         share = float(steep[near].sum() / max(steep.sum(), 1e-9))
-        yield share, share / max(near.mean(), 1e-9), float(np.percentile(low, 75)) if len(low) else 0.0
+        yield (
+            share,
+            share / max(near.mean(), 1e-9),
+            float(np.percentile(low, 75)) if len(low) else 0.0,
+        )
 
 
 def _read(v, sign, kind, d):
@@ -242,26 +341,48 @@ def _read(v, sign, kind, d):
     outlines, score, label = outlines[np.arange(n)], score[:n], np.where(label <= n, label, 0)
     least = d.least_snr if kind == "even" else d.least_snr_blob
     low = np.sort(outlines.contrast, 1)[:, int(d.ray_quantile * N_RAYS)]
-    sure = low * np.sqrt(2 * np.pi * np.median(outlines.radius, 1)) >= least * v.noise if n else np.zeros(0, bool)
+    sure = (
+        low * np.sqrt(2 * np.pi * np.median(outlines.radius, 1)) >= least * v.noise
+        if n
+        else np.zeros(0, bool)
+    )
     return _subset(outlines, score, label, sure), low[sure]
 
 
 def _best_reading(whole, d) -> tuple:
     "Polarity, kind of support, what is found with them, and how many more do not stand out; decided on the reduced image."
-    v, kinds = _reduced(whole, _READ_AT, d), ("even", "uneven") if d.support == "auto" else (d.support,)
+    v, kinds = (
+        _reduced(whole, _READ_AT, d),
+        ("even", "uneven") if d.support == "auto" else (d.support,),
+    )
     sign = {"auto": 0, "bright": 1, "dark": -1}[d.polarity] or _polarity(v, kinds[0], d)
-    with ThreadPoolExecutor(2) as pool: read = dict(zip(kinds, pool.map(lambda k: _read(v, sign, k, d), kinds)))
-    kind = kinds[0] if len(kinds) == 1 or not _is_uneven(*_explained(v, read.values()), d.uneven) else "uneven"
+    with ThreadPoolExecutor(2) as pool:
+        read = dict(zip(kinds, pool.map(lambda k: _read(v, sign, k, d), kinds)))
+    kind = (
+        kinds[0]
+        if len(kinds) == 1 or not _is_uneven(*_explained(v, read.values()), d.uneven)
+        else "uneven"
+    )
     sure, doubtful = _without_doubtful(v, sign, kind, read[kind][0], d)
-    if v is whole: return sign, kind, sure, doubtful
+    if v is whole:
+        return sign, kind, sure, doubtful
     found = _read(whole, sign, kind, d)[0]
-    return sign, kind, *(_without_doubtful(whole, sign, kind, found, d) if doubtful or not len(sure[1]) else (found, 0))
+    return (
+        sign,
+        kind,
+        *(
+            _without_doubtful(whole, sign, kind, found, d)
+            if doubtful or not len(sure[1])
+            else (found, 0)
+        ),
+    )
 
 
 def _reduced(v, at, d):
     "The view of the image reduced by two until its shorter side is at most so many pixels."
     image, valid = v[:2]
-    while min(image.shape) > at: image, valid = ndi.gaussian_filter(image, 0.8, truncate=3)[::2, ::2], valid[::2, ::2]
+    while min(image.shape) > at:
+        image, valid = ndi.gaussian_filter(image, 0.8, truncate=3)[::2, ::2], valid[::2, ::2]
     return v if image is v.image else _view(image, valid, d)
 
 
@@ -269,15 +390,18 @@ def _polarity(v, kind, d) -> int:
     "1 for bright particles, -1 for dark ones: the stronger outlines, on a smaller image where that is clear."
     for at in (_READ_AT // 2, _READ_AT):
         small = _reduced(v, at, d)
-        with ThreadPoolExecutor(2) as pool: bright, dark = pool.map(lambda s: _strength(*_read(small, s, kind, d)), (1, -1))
-        if max(bright, dark) > _CLEAR * min(bright, dark): break
+        with ThreadPoolExecutor(2) as pool:
+            bright, dark = pool.map(lambda s: _strength(*_read(small, s, kind, d)), (1, -1))
+        if max(bright, dark) > _CLEAR * min(bright, dark):
+            break
     return 1 if bright >= dark else -1
 
 
 def _without_doubtful(v, sign, kind, found, d) -> tuple:
     "What stands out of the support, and the number that does not; on an even ground the levels have seen to it."
     outlines, score, label = found
-    if kind == "even" or not len(score): return found, 0
+    if kind == "even" or not len(score):
+        return found, 0
     n = _standing_out(score, _rivals(v, sign, label, d), d)
     return _subset(outlines, score, label, np.arange(len(score)) < n), len(score) - n
 
@@ -303,48 +427,70 @@ def _subset(outlines, score, label, keep):
 def _as_grey(image, pixel_size) -> tuple:
     "Micrograph with (H, W) grey values, whether it has a pixel size, and notes in words."
     notes, known = [], pixel_size is not None or not isinstance(image, np.ndarray)
-    if not isinstance(image, (np.ndarray, Micrograph)): image = as_micrograph(image, pixel_size)
+    if not isinstance(image, (np.ndarray, Micrograph)):
+        image = as_micrograph(image, pixel_size)
     data, old = (image, None) if isinstance(image, np.ndarray) else (image.data, image)
-    if data.ndim == 3 and data.shape[-1] in (3, 4): data = np.moveaxis(data[..., :3], -1, 0)
+    if data.ndim == 3 and data.shape[-1] in (3, 4):
+        data = np.moveaxis(data[..., :3], -1, 0)
     bad = ~np.isfinite(data)
-    if bad.all(): raise InputError("the image has no finite pixel; check the file it comes from.")
+    if bad.all():
+        raise InputError("the image has no finite pixel; check the file it comes from.")
     if bad.any():
         notes.append(f"{int(bad.sum())} pixels are not finite and were left out.")
         data = np.where(bad, np.median(data[~bad]), data)
     size = pixel_size if pixel_size is not None else old.pixel_size if old else 1.0
     m = Micrograph(data, size, old.metadata if old else {}, old.source if old else "")
     if m.data.ndim == 3:
-        weight = np.float32([0.299, 0.587, 0.114]) if m.shape[0] == 3 else np.full(m.shape[0], 1 / m.shape[0], np.float32)
+        weight = (
+            np.float32([0.299, 0.587, 0.114])
+            if m.shape[0] == 3
+            else np.full(m.shape[0], 1 / m.shape[0], np.float32)
+        )
         m, bad = replace(m, data=np.tensordot(weight, m.data, 1)), bad.any(0)
         notes.append("the colour image was reduced to its luminance.")
     return m, known, notes, np.broadcast_to(bad, m.shape)
 
 # %% ../../nbs/35_count.detect.ipynb #854e6d13
 def detect(
-    image, # Micrograph, array (H, W) or (3, H, W), HyperSpy signal, …
-    pixel_size=None, # nm per pixel; a bare array without it gives sizes in px
-    detector: Detector = Detector(), # settings of the method
-) -> Detection: # particles, labels, summary
+    image,  # Micrograph, array (H, W) or (3, H, W), HyperSpy signal, …
+    pixel_size=None,  # nm per pixel; a bare array without it gives sizes in px
+    detector: Detector = Detector(),  # settings of the method
+) -> Detection:  # particles, labels, summary
     """Find, split and size the particles of a micrograph.
     Raises: InputError when the image is none, or too small.
     Source: ISO 13322-1 for the frame; T. Lindeberg, Int. J. Comput. Vis. 30, 79 (1998) for the blobs."""
     m, known, notes, bad = _as_grey(image, pixel_size)
     if min(m.shape) < 16:
-        raise InputError(f"the image of {m.shape[0]} × {m.shape[1]} pixels is too small to count in; give at least 16 × 16.")
+        raise InputError(
+            f"the image of {m.shape[0]} × {m.shape[1]} pixels is too small to count in; give at least 16 × 16."
+        )
     if abs(m.pixel_size[0] / m.pixel_size[1] - 1) > 0.01:
         notes.append("the pixels are not square; the image was resampled to the smaller side.")
         m = m.resample(min(m.pixel_size))
         bad = np.zeros(m.shape, bool)
     valid = ~(overlay_mask(m.data) | bad)
-    if np.ptp(m.data) == 0 or valid.mean() < 0.1: return _result(m, known, [*notes, _blank(m.data)], detector, None, valid)
+    if np.ptp(m.data) == 0 or valid.mean() < 0.1:
+        return _result(m, known, [*notes, _blank(m.data)], detector, None, valid)
     clipped = np.count_nonzero(valid & (m.data >= m.data.max())) / np.count_nonzero(valid)
     if clipped > 0.02:
-        notes.append(f"{100 * clipped:.0f} % of the pixels are clipped at the brightest grey value; particles may merge there.")
-    filled = m.data.astype(np.float32) if valid.all() else np.where(valid, m.data, np.median(m.data[valid])).astype(np.float32)
+        notes.append(
+            f"{100 * clipped:.0f} % of the pixels are clipped at the brightest grey value; particles may merge there."
+        )
+    filled = (
+        m.data.astype(np.float32)
+        if valid.all()
+        else np.where(valid, m.data, np.median(m.data[valid])).astype(np.float32)
+    )
     view = _view(filled, valid, detector)
     sign, kind, (outlines, score, label), doubtful = _best_reading(view, detector)
-    if kind == "even": outlines, score, label = _with_neighbours(view, sign, (outlines, score, label), detector)
-    if doubtful: notes.append(_DOUBTFUL.format(doubtful, "bright" if sign > 0 else "dark", "dark" if sign > 0 else "bright"))
+    if kind == "even":
+        outlines, score, label = _with_neighbours(view, sign, (outlines, score, label), detector)
+    if doubtful:
+        notes.append(
+            _DOUBTFUL.format(
+                doubtful, "bright" if sign > 0 else "dark", "dark" if sign > 0 else "bright"
+            )
+        )
     label = recut(sign * view.smooth, label, outlines, valid)
     sized, free = fit_size(filled, outlines, label, valid)
     there = np.bincount(label.ravel(), minlength=len(score) + 1)[1:] > 0
@@ -353,13 +499,18 @@ def detect(
     return _result(m, known, notes, detector, (sized, score, label, free, sign, kind), valid)
 
 
-_DOUBTFUL = ("{} {} places do not stand out of the support more than {} ones do; they were not counted. "
-             "Choose polarity and support, or a larger rivals=, if they are particles.")
+_DOUBTFUL = (
+    "{} {} places do not stand out of the support more than {} ones do; they were not counted. "
+    "Choose polarity and support, or a larger rivals=, if they are particles."
+)
 
 
 def _blank(data) -> str:
-    return (f"every pixel has the value {data.flat[0]:g}: the image is blank or saturated." if np.ptp(data) == 0
-            else "lettering or missing pixels cover nearly the whole image.")
+    return (
+        f"every pixel has the value {data.flat[0]:g}: the image is blank or saturated."
+        if np.ptp(data) == 0
+        else "lettering or missing pixels cover nearly the whole image."
+    )
 
 # %% ../../nbs/35_count.detect.ipynb #d2b75132
 def _table(m, outlines, score, label, free, valid, rule, known) -> pd.DataFrame:
@@ -367,71 +518,133 @@ def _table(m, outlines, score, label, free, valid, rule, known) -> pd.DataFrame:
     px, unit = (min(m.pixel_size), "nm") if known else (1.0, "px")
     shape, n = outline_shape(outlines.radius), len(score)
     boxes = [s or (slice(0, 1), slice(0, 1)) for s in ndi.find_objects(label, max_label=n)]
-    box = np.array([(b[0].start, b[1].start, b[0].stop, b[1].stop) for b in boxes], int).reshape(-1, 4)
+    box = np.array([(b[0].start, b[1].start, b[0].stop, b[1].stop) for b in boxes], int).reshape(
+        -1, 4
+    )
     rows, cols = np.nonzero(valid.any(1))[0], np.nonzero(valid.any(0))[0]
     y0, y1, x0, x1 = rows[0], rows[-1] + 1, cols[0], cols[-1] + 1
     cut = (box[:, 0] <= y0) | (box[:, 1] <= x0) | (box[:, 2] >= y1) | (box[:, 3] >= x1)
     high, wide = y1 - y0, x1 - x0
-    weight = high * wide / (np.maximum(high - box[:, 2] + box[:, 0], 1) * np.maximum(wide - box[:, 3] + box[:, 1], 1))
-    weight = {"weight": np.where(cut, 0.0, weight), "drop": np.where(cut, 0.0, 1.0), "count": np.ones(n)}[rule]
-    length = dict(y=(outlines.y + shape["dy"]) * px, x=(outlines.x + shape["dx"]) * px, diameter=2 * np.sqrt(shape["area"] / np.pi) * px)
-    area = dict(area=shape["area"] * px**2, mask_area=np.bincount(label.ravel(), minlength=n + 1)[1:] * px**2)
-    columns = {"id": np.arange(1, n + 1), **{f"{k}_{unit}": v for k, v in length.items()}, **{f"{k}_{unit}2": v for k, v in area.items()},
-               f"perimeter_{unit}": shape["perimeter"] * px, "circularity": shape["circularity"],
-               "aspect": shape["aspect"], "on_edge": cut,
-               "edge_weight": weight, "score": score,
-               "contrast": np.median(outlines.contrast, 1) if n else np.zeros(0), "free_outline": free}
+    weight = (
+        high
+        * wide
+        / (
+            np.maximum(high - box[:, 2] + box[:, 0], 1)
+            * np.maximum(wide - box[:, 3] + box[:, 1], 1)
+        )
+    )
+    weight = {
+        "weight": np.where(cut, 0.0, weight),
+        "drop": np.where(cut, 0.0, 1.0),
+        "count": np.ones(n),
+    }[rule]
+    length = dict(
+        y=(outlines.y + shape["dy"]) * px,
+        x=(outlines.x + shape["dx"]) * px,
+        diameter=2 * np.sqrt(shape["area"] / np.pi) * px,
+    )
+    area = dict(
+        area=shape["area"] * px**2,
+        mask_area=np.bincount(label.ravel(), minlength=n + 1)[1:] * px**2,
+    )
+    columns = {
+        "id": np.arange(1, n + 1),
+        **{f"{k}_{unit}": v for k, v in length.items()},
+        **{f"{k}_{unit}2": v for k, v in area.items()},
+        f"perimeter_{unit}": shape["perimeter"] * px,
+        "circularity": shape["circularity"],
+        "aspect": shape["aspect"],
+        "on_edge": cut,
+        "edge_weight": weight,
+        "score": score,
+        "contrast": np.median(outlines.contrast, 1) if n else np.zeros(0),
+        "free_outline": free,
+    }
     return pd.DataFrame(columns)
 
 
 def _result(m, known, notes, d, found, valid) -> Detection:
     "Table and summary of what was found."
     none = Outlines(*(np.zeros(s, np.float32) for s in (0, 0, (0, N_RAYS), (0, N_RAYS))))
-    outlines, score, label, free, sign, kind = found or (none, np.zeros(0), np.zeros(m.shape, np.int32), np.zeros(0), 1, "even")
+    outlines, score, label, free, sign, kind = found or (
+        none,
+        np.zeros(0),
+        np.zeros(m.shape, np.int32),
+        np.zeros(0),
+        1,
+        "even",
+    )
     unit, px = ("nm", min(m.pixel_size)) if known else ("px", 1.0)
-    table = _table(m, outlines, score, label, free, valid, d.edge_rule, known) if valid.any() else pd.DataFrame()
-    if not known: notes = [*notes, "the image has no pixel size: all lengths are in pixels; give pixel_size= for nm."]
+    table = (
+        _table(m, outlines, score, label, free, valid, d.edge_rule, known)
+        if valid.any()
+        else pd.DataFrame()
+    )
+    if not known:
+        notes = [
+            *notes,
+            "the image has no pixel size: all lengths are in pixels; give pixel_size= for nm.",
+        ]
     n, area = len(score), float(valid.sum()) * px**2
-    if not n: notes = [*notes, "no particle was found."]
+    if not n:
+        notes = [*notes, "no particle was found."]
     size = table.loc[table["edge_weight"] > 0, f"diameter_{unit}"] if n else pd.Series(dtype=float)
     weight = float(table["edge_weight"].sum()) if n else 0.0
-    summary = {"source": m.source, "n_particles": n, "n_counted": len(size), "n_on_edge": int(table["on_edge"].sum()) if n else 0,
-               "weighted_count": weight, f"field_area_{unit}2": area, f"density_per_{unit}2": weight / area if area else None,
-               "median_diameter": float(size.median()) if len(size) else float("nan"),
-               "mean_diameter": float(size.mean()) if len(size) else float("nan"),
-               "geometric_sd": float(np.exp(np.log(size).std())) if len(size) > 1 else float("nan"), "unit": unit,
-               "pixel_size_nm": list(m.pixel_size) if known else None, "polarity": "bright" if sign > 0 else "dark", "support": kind,
-               "masked_fraction": float(1 - valid.mean()), "counting_rule": RULES[d.edge_rule],
-               "size_rule": "diameter of the circle of equal area inside the fitted edge",
-               "notes": notes, "detector": asdict(d)}
+    summary = {
+        "source": m.source,
+        "n_particles": n,
+        "n_counted": len(size),
+        "n_on_edge": int(table["on_edge"].sum()) if n else 0,
+        "weighted_count": weight,
+        f"field_area_{unit}2": area,
+        f"density_per_{unit}2": weight / area if area else None,
+        "median_diameter": float(size.median()) if len(size) else float("nan"),
+        "mean_diameter": float(size.mean()) if len(size) else float("nan"),
+        "geometric_sd": float(np.exp(np.log(size).std())) if len(size) > 1 else float("nan"),
+        "unit": unit,
+        "pixel_size_nm": list(m.pixel_size) if known else None,
+        "polarity": "bright" if sign > 0 else "dark",
+        "support": kind,
+        "masked_fraction": float(1 - valid.mean()),
+        "counting_rule": RULES[d.edge_rule],
+        "size_rule": "diameter of the circle of equal area inside the fitted edge",
+        "notes": notes,
+        "detector": asdict(d),
+    }
     return Detection(m, table, label, summary, unit)
 
 # %% ../../nbs/35_count.detect.ipynb #28b3d404
 def overlay(
-    detection: Detection, # of one image
-) -> np.ndarray: # (H, W, 3) uint8
+    detection: Detection,  # of one image
+) -> np.ndarray:  # (H, W, 3) uint8
     "Draw outlines over the image: red counted, blue cut by the frame and left out."
     low, high = np.percentile(detection.micrograph.data, (0.5, 99.5))
     grey = np.clip((detection.micrograph.data - low) / max(high - low, 1e-9), 0, 1) * 255
     rgb = np.repeat(grey[:, :, None], 3, 2).astype(np.uint8)
     label = detection.labels
     edge = (label > 0) & (ndi.minimum_filter(label, 3) != label)
-    left_out = np.r_[False, detection.particles["edge_weight"].to_numpy() == 0] if len(detection.particles) else np.zeros(1, bool)
+    left_out = (
+        np.r_[False, detection.particles["edge_weight"].to_numpy() == 0]
+        if len(detection.particles)
+        else np.zeros(1, bool)
+    )
     rgb[edge] = np.where(left_out[label[edge]][:, None], [60, 120, 255], [255, 40, 40])
     return rgb
 
 # %% ../../nbs/35_count.detect.ipynb #5fa22dbd
 def save(
-    detection: Detection, # of one image
-    out, # folder; files of the same names are replaced
-) -> Path: # the folder
+    detection: Detection,  # of one image
+    out,  # folder; files of the same names are replaced
+) -> Path:  # the folder
     """Write particles.csv, labels.tif, overlay.png and summary.json, each whole or not at all.
     Raises: WriteError when the disk refuses."""
     out = Path(out)
     write_csv(out / "particles.csv", detection.particles)
-    with atomic_path(out / "labels.tif") as p: _labels(p, detection)
+    with atomic_path(out / "labels.tif") as p:
+        _labels(p, detection)
     with atomic_path(out / "overlay.png") as p:
-        with open(p, "wb") as f: _png(f, overlay(detection))
+        with open(p, "wb") as f:
+            _png(f, overlay(detection))
     write_json(out / "summary.json", {**detection.summary, **provenance()})
     return out
 
@@ -439,14 +652,24 @@ def save(
 def _labels(path, detection):
     "Labels in 16 bits, or 32 above 65,535 particles; with the pixel size, in the tags that `microgen.read` and others understand."
     import tifffile
+
     label, (py, px) = detection.labels, detection.micrograph.pixel_size
-    size = [*((code, "s", 0, "nm", True) for code in (65003, 65004)), (65009, "d", 1, px, True), (65010, "d", 1, py, True)]
-    known = dict(resolution=(1e7 / px, 1e7 / py), resolutionunit="CENTIMETER", extratags=size) if detection.unit == "nm" else {}
+    size = [
+        *((code, "s", 0, "nm", True) for code in (65003, 65004)),
+        (65009, "d", 1, px, True),
+        (65010, "d", 1, py, True),
+    ]
+    known = (
+        dict(resolution=(1e7 / px, 1e7 / py), resolutionunit="CENTIMETER", extratags=size)
+        if detection.unit == "nm"
+        else {}
+    )
     tifffile.imwrite(path, label.astype(np.uint16 if label.max() < 2**16 else np.uint32), **known)
 
 
 def _png(file, rgb):
     import matplotlib.image
+
     matplotlib.image.imsave(file, rgb, format="png")
 
 

@@ -23,9 +23,12 @@ from .size import SizeFit, _fit_family, visible_sizes
 from ..io import provenance, write_csv, write_json
 
 # %% ../../nbs/37_count.ecsa.ipynb #d226aecf
-class _Surface: # the likelihood, with what decides about surface in place of the unseen shares
+class _Surface:  # the likelihood, with what decides about surface in place of the unseen shares
     moments = range(4)
-    def __init__(self, like): self.like = like
+
+    def __init__(self, like):
+        self.like = like
+
     def __call__(self, family, psi):
         ell, score, info, L, dL = self.like(family, psi)
         n, U, d_odds = FAMILIES[family].n, expit(L[:, 1]), dL[:, 1]
@@ -33,31 +36,47 @@ class _Surface: # the likelihood, with what decides about surface in place of th
         d32, d_d32 = m3 - m2, np.zeros_like(d_odds)
         d_d32[:, :n] = g3 - g2
         values = np.stack([L[:, 1], d32, log_expit(-L[:, 1]) - d32, log_expit(L[:, 1]) - d32], 1)
-        slopes = np.stack([d_odds, d_d32, -U[:, None] * d_odds - d_d32, (1 - U)[:, None] * d_odds - d_d32], 1)
+        slopes = np.stack(
+            [d_odds, d_d32, -U[:, None] * d_odds - d_d32, (1 - U)[:, None] * d_odds - d_d32], 1
+        )
         return ell, score, info, values, slopes
 
-def _beyond(whole, part): # what a step added, in quadrature
+
+def _beyond(whole, part):  # what a step added, in quadrature
     known = np.where(np.isfinite(part), part, 0)
     return np.where(np.isfinite(part), np.sqrt(np.maximum(whole**2 - known**2, 0)), 0)
 
-def _fits(images, families): # likelihood of the surface quantities, one fit for each family
+
+def _fits(images, families):  # likelihood of the surface quantities, one fit for each family
     surface = _Surface(ThinnedLikelihood(images))
     fits = [_fit_family(surface.like, images, f) for f in families]
-    for f in fits: f["at"] = surface(f["law"].family, f["psi"][None])
+    for f in fits:
+        f["at"] = surface(f["law"].family, f["psi"][None])
     return surface, fits
 
-def _ends(surface, fits, level): # best fit, and ends (2, 4) of its own intervals and over all families, as in count.size
+
+def _ends(
+    surface, fits, level
+):  # best fit, and ends (2, 4) of its own intervals and over all families, as in count.size
     best, own = min(fits, key=lambda f: f["aic"]), chi2.ppf(level, 1)
-    reach, whole = own * (1.17 if len(fits) > 1 else 1), np.array([np.full(4, np.inf), np.full(4, -np.inf)])
+    reach, whole = (
+        own * (1.17 if len(fits) > 1 else 1),
+        np.array([np.full(4, np.inf), np.full(4, -np.inf)]),
+    )
     for f in fits:
-        if (delta := f["aic"] - best["aic"]) >= 6: continue
-        reaches = [own, max(0., reach - delta)]
-        (low, least), (high, most) = profile_ends(surface, f["law"].family, f["psi"], f["at"], reaches)
+        if (delta := f["aic"] - best["aic"]) >= 6:
+            continue
+        reaches = [own, max(0.0, reach - delta)]
+        (low, least), (high, most) = profile_ends(
+            surface, f["law"].family, f["psi"], f["at"], reaches
+        )
         whole = np.array([np.minimum(whole[0], least), np.maximum(whole[1], most)])
-        if f is best: alone = np.array([low, high])
+        if f is best:
+            alone = np.array([low, high])
     return best, alone, whole
 
-def _from_law(fit): # -> {quantity: Estimate}, with errors of count, d50 and family
+
+def _from_law(fit):  # -> {quantity: Estimate}, with errors of count, d50 and family
     level = fit.settings["level"]
     best, own, whole = _ends(*_fits(fit.images, fit.settings["families"]), level)
     sure = lambda c: replace(c, covariance=None) if isinstance(c, DetectionCurve) else c
@@ -65,125 +84,181 @@ def _from_law(fit): # -> {quantity: Estimate}, with errors of count, d50 and fam
     fixed, count, _ = _ends(*_fits(known, [best["law"].family]), level)
     value = best["at"][3][0]
     count = count - fixed["at"][3][0] + value
-    ends = np.array([count, own, whole]) # (step, side, quantity)
-    value, ends = np.r_[value, log_expit(-value[0])], np.concatenate([ends, log_expit(-ends[:, ::-1, :1])], 2)
+    ends = np.array([count, own, whole])  # (step, side, quantity)
+    value, ends = (
+        np.r_[value, log_expit(-value[0])],
+        np.concatenate([ends, log_expit(-ends[:, ::-1, :1])], 2),
+    )
     count, own, whole = np.maximum.accumulate(np.abs(ends - value), 0)
     terms = {"count": count, "d50": _beyond(own, count), "family": _beyond(whole, own)}
-    return {name: Estimate(float(np.exp(value[k])), {s: tuple(t[:, k].tolist()) for s, t in terms.items()})
-            for k, name in enumerate(("odds", "d32", "seen", "unseen", "share"))}
+    return {
+        name: Estimate(
+            float(np.exp(value[k])), {s: tuple(t[:, k].tolist()) for s, t in terms.items()}
+        )
+        for k, name in enumerate(("odds", "d32", "seen", "unseen", "share"))
+    }
 
 # %% ../../nbs/37_count.ecsa.ipynb #aeba4681
-def _visible(fit): # visible surface, nm², and its surface-weighted diameter, nm, with the error of the count
+def _visible(
+    fit,
+):  # visible surface, nm², and its surface-weighted diameter, nm, with the error of the count
     z, (d, n, var) = norm.ppf((1 + fit.settings["level"]) / 2), visible_sizes(fit.images)
     s, v = np.pi * d**2, np.pi * d**3
     counted = lambda a: (z * float(np.sqrt(var @ a**2)),) * 2
-    return (Estimate(float(n @ s), {"count": counted(s / (n @ s))}),
-            Estimate(float(n @ v / (n @ s)), {"count": counted(v / (n @ v) - s / (n @ s))}))
+    return (
+        Estimate(float(n @ s), {"count": counted(s / (n @ s))}),
+        Estimate(float(n @ v / (n @ s)), {"count": counted(v / (n @ v) - s / (n @ s))}),
+    )
 
-def _bounds(fit, d32): # -> {quantity: Estimate}, refused where the fit was
+
+def _bounds(fit, d32):  # -> {quantity: Estimate}, refused where the fit was
     u, m = fit.unseen_surface, fit.unseen_mass
     both, f2, f3 = u.refused or m.refused, u.low, m.low
-    bound = {"odds": (u.refused, f2 / (1 - f2), np.inf), "share": (u.refused, 0, 1 - f2), "d32": (both, 0, d32.high),
-             "seen": (both, 0, (1 - f3) / d32.low), "unseen": (both, f2 / d32.high, np.inf)}
-    return {k: Estimate(np.nan, {}, why, (float(a), float(b))) for k, (why, a, b) in bound.items() if why}
+    bound = {
+        "odds": (u.refused, f2 / (1 - f2), np.inf),
+        "share": (u.refused, 0, 1 - f2),
+        "d32": (both, 0, d32.high),
+        "seen": (both, 0, (1 - f3) / d32.low),
+        "unseen": (both, f2 / d32.high, np.inf),
+    }
+    return {
+        k: Estimate(np.nan, {}, why, (float(a), float(b)))
+        for k, (why, a, b) in bound.items()
+        if why
+    }
 
 # %% ../../nbs/37_count.ecsa.ipynb #10124f69
-LIMITS = ("Particles inside pores of the support are invisible in a micrograph, whatever their size, "
-          "and part of them is reached by the electrolyte.",
-          "R_tot below 1 is therefore no evidence of small particles; "
-          "R_tot above 1 means covered or unreached surface, or inputs that do not hold.",
-          "Particles are taken for whole spheres: facets, flattening and necks change area and mass.",
-          "That no second population lies below the smallest sizes found is an assumption that no count can test.")
-_QUANTITIES = {"d32_nm": "surface-weighted diameter, all particles", "geometric_m2_g": "geometric area per mass",
-               "geometric_cm2_cm2": "geometric area per support area", "visible": "ECSA explained by visible particles",
-               "extrapolated": "ECSA explained by unseen particles", "total": "ECSA explained by all",
-               "measured": "ECSA measured", "r_vis": "R_vis, explained by visible particles",
-               "r_tot": "R_tot, explained by all", "visible_share": "R_vis / R_tot, visible share of the surface"}
-_ANSWERS = ("r_tot", "total", "r_vis", "visible", "measured") # the furthest first
+LIMITS = (
+    "Particles inside pores of the support are invisible in a micrograph, whatever their size, "
+    "and part of them is reached by the electrolyte.",
+    "R_tot below 1 is therefore no evidence of small particles; "
+    "R_tot above 1 means covered or unreached surface, or inputs that do not hold.",
+    "Particles are taken for whole spheres: facets, flattening and necks change area and mass.",
+    "That no second population lies below the smallest sizes found is an assumption that no count can test.",
+)
+_QUANTITIES = {
+    "d32_nm": "surface-weighted diameter, all particles",
+    "geometric_m2_g": "geometric area per mass",
+    "geometric_cm2_cm2": "geometric area per support area",
+    "visible": "ECSA explained by visible particles",
+    "extrapolated": "ECSA explained by unseen particles",
+    "total": "ECSA explained by all",
+    "measured": "ECSA measured",
+    "r_vis": "R_vis, explained by visible particles",
+    "r_tot": "R_tot, explained by all",
+    "visible_share": "R_vis / R_tot, visible share of the surface",
+}
+_ANSWERS = ("r_tot", "total", "r_vis", "visible", "measured")  # the furthest first
+
 
 @dataclass(frozen=True)
 class Ecsa:
     "Surface area of the particles of a sample, seen and unseen, and what it explains of the measured one."
-    d32_nm: Estimate # surface-weighted diameter of all particles, nm
-    geometric_m2_g: Estimate | None # 6 / (density d32), m²/g, no contact factor; None without density
-    geometric_cm2_cm2: Estimate | None # area of all spheres per area of the field; None without field
-    visible: Estimate # explained by the visible particles, in `unit`, contact factor included
-    extrapolated: Estimate # explained by the unseen particles, in `unit`
-    total: Estimate # explained by all, in `unit`
-    measured: Estimate | None # in `unit`
-    r_vis: Estimate | None # visible / measured
-    r_tot: Estimate | None # total / measured
-    visible_share: Estimate # r_vis / r_tot: no contact factor, density or charge constant in it
-    inputs: EcsaInputs # what was stated
-    unit: str # "m²/g" or "cm²/cm²"
-    refused: str | None # why there are bounds in place of values, or None
-    limits: tuple # what the numbers do not say, in sentences
-    about: dict # particles, images, level, field
 
-    def __str__(self): return _text(self)
+    d32_nm: Estimate  # surface-weighted diameter of all particles, nm
+    geometric_m2_g: (
+        Estimate | None
+    )  # 6 / (density d32), m²/g, no contact factor; None without density
+    geometric_cm2_cm2: (
+        Estimate | None
+    )  # area of all spheres per area of the field; None without field
+    visible: Estimate  # explained by the visible particles, in `unit`, contact factor included
+    extrapolated: Estimate  # explained by the unseen particles, in `unit`
+    total: Estimate  # explained by all, in `unit`
+    measured: Estimate | None  # in `unit`
+    r_vis: Estimate | None  # visible / measured
+    r_tot: Estimate | None  # total / measured
+    visible_share: Estimate  # r_vis / r_tot: no contact factor, density or charge constant in it
+    inputs: EcsaInputs  # what was stated
+    unit: str  # "m²/g" or "cm²/cm²"
+    refused: str | None  # why there are bounds in place of values, or None
+    limits: tuple  # what the numbers do not say, in sentences
+    about: dict  # particles, images, level, field
 
-    def quantities(self) -> dict: # name -> Estimate
+    def __str__(self):
+        return _text(self)
+
+    def quantities(self) -> dict:  # name -> Estimate
         "All quantities that could be computed."
         return {k: getattr(self, k) for k in _QUANTITIES if getattr(self, k) is not None}
 
-    def budget(self,
-        quantity: str = None, # such as "r_tot", "r_vis", "total"; None: the furthest that was not refused
-    ) -> pd.DataFrame: # source, minus_percent, plus_percent, share_percent; the last row is the total
+    def budget(
+        self,
+        quantity: str = None,  # such as "r_tot", "r_vis", "total"; None: the furthest that was not refused
+    ) -> (
+        pd.DataFrame
+    ):  # source, minus_percent, plus_percent, share_percent; the last row is the total
         """Say how much of the interval each source makes.
         Raises: InputError for a quantity that was refused or not computed."""
         return _budget(self, quantity)
 
-    def show(self,
-        quantity: str = None, # as for `budget`
-    ) -> plt.Figure: # bars
+    def show(
+        self,
+        quantity: str = None,  # as for `budget`
+    ) -> plt.Figure:  # bars
         "Draw the error budget."
         return _draw(self, quantity)
 
-    def report(self) -> str: # Markdown
+    def report(self) -> str:  # Markdown
         "Tables of results, inputs and budget, and the limits."
         return _report(self)
 
-    def to_dict(self) -> dict: # plain numbers and text; infinity is None
+    def to_dict(self) -> dict:  # plain numbers and text; infinity is None
         "Everything, ready for JSON."
         return _plain(self)
 
-    def save(self,
-        folder, # where to; files of the same names are replaced
-    ) -> Path: # the folder
+    def save(
+        self,
+        folder,  # where to; files of the same names are replaced
+    ) -> Path:  # the folder
         "Write ecsa.json and ecsa_budget.csv, each whole or not at all."
-        tables = [self.budget(k).assign(quantity=k) for k, e in self.quantities().items() if not e.refused]
+        tables = [
+            self.budget(k).assign(quantity=k) for k, e in self.quantities().items() if not e.refused
+        ]
         rows = pd.concat(tables) if tables else pd.DataFrame(columns=_COLUMNS)
-        write_csv(Path(folder) / "ecsa_budget.csv", rows[["quantity", *_COLUMNS]] if tables else rows)
+        write_csv(
+            Path(folder) / "ecsa_budget.csv", rows[["quantity", *_COLUMNS]] if tables else rows
+        )
         write_json(Path(folder) / "ecsa.json", {**self.to_dict(), **provenance()})
         return Path(folder)
 
 # %% ../../nbs/37_count.ecsa.ipynb #3506db2e
 _COLUMNS = ["source", "minus_percent", "plus_percent", "share_percent"]
 
-def _chosen(result, quantity): # name of a quantity that has a budget
+
+def _chosen(result, quantity):  # name of a quantity that has a budget
     there = result.quantities()
     if quantity is None:
         good = [k for k in _ANSWERS if k in there and not there[k].refused]
-        if not good: raise InputError(f"no quantity has an error budget: {result.refused}.")
+        if not good:
+            raise InputError(f"no quantity has an error budget: {result.refused}.")
         return good[0]
-    if quantity not in there: raise InputError(f"{quantity!r} was not computed; choose one of {', '.join(there)}.")
+    if quantity not in there:
+        raise InputError(f"{quantity!r} was not computed; choose one of {', '.join(there)}.")
     if there[quantity].refused:
         raise InputError(f"{quantity} has a bound and no error budget: {there[quantity].refused}.")
     return quantity
 
+
 def _budget(result, quantity):
     e = result.quantities()[_chosen(result, quantity)]
-    rows = np.array([e.terms.get(s, (0., 0.)) for s in SOURCES])
+    rows = np.array([e.terms.get(s, (0.0, 0.0)) for s in SOURCES])
     whole = np.sqrt((rows**2).sum(0))
-    with np.errstate(invalid="ignore"): share = np.nan_to_num((rows**2 / np.where(whole, whole, 1)**2).mean(1), nan=1.)
+    with np.errstate(invalid="ignore"):
+        share = np.nan_to_num((rows**2 / np.where(whole, whole, 1) ** 2).mean(1), nan=1.0)
     minus, plus = -np.expm1(-np.vstack([rows, whole])).T[0], np.expm1(np.vstack([rows, whole])).T[1]
     columns = [[*SOURCES, "total"], 100 * minus, 100 * plus, 100 * np.r_[share, share.sum()]]
     return pd.DataFrame(dict(zip(_COLUMNS, columns)))
 
+
 def _draw(result, quantity):
-    if quantity is None and not any(not e.refused for k, e in result.quantities().items() if k in _ANSWERS):
+    if quantity is None and not any(
+        not e.refused for k, e in result.quantities().items() if k in _ANSWERS
+    ):
         fig = plt.figure(figsize=(5.5, 1))
-        fig.text(.02, .5, f"No error budget: {result.refused}.", wrap=True, va="center", fontsize=9)
+        fig.text(
+            0.02, 0.5, f"No error budget: {result.refused}.", wrap=True, va="center", fontsize=9
+        )
         return fig
     name = _chosen(result, quantity)
     b, e = _budget(result, name), result.quantities()[name]
@@ -193,168 +268,295 @@ def _draw(result, quantity):
     for k, (minus, plus) in enumerate(zip(b.minus_percent, b.plus_percent)):
         said = f" -{minus:.2g} / +{plus:.2g}" if plus or minus else " does not enter"
         ax.annotate(said, (plus, k), va="center", fontsize=8)
-    ax.axvline(0, color="k", lw=.8)
-    ax.set(yticks=y, yticklabels=b.source, xlabel=f"{100 * result.about['level']:.0f} % interval, % of the value",
-           title=f"{_QUANTITIES[name]}: {e}")
-    ax.title.set_fontsize(9), ax.invert_yaxis(), ax.margins(x=.25)
+    ax.axvline(0, color="k", lw=0.8)
+    ax.set(
+        yticks=y,
+        yticklabels=b.source,
+        xlabel=f"{100 * result.about['level']:.0f} % interval, % of the value",
+        title=f"{_QUANTITIES[name]}: {e}",
+    )
+    ax.title.set_fontsize(9), ax.invert_yaxis(), ax.margins(x=0.25)
     return fig
 
 # %% ../../nbs/37_count.ecsa.ipynb #0c5d5907
-def _stated(i): # inputs in words
+def _stated(i):  # inputs in words
     named = {f.name: getattr(i, f.name) for f in fields(i) if getattr(i, f.name) is not None}
     pair = lambda v: f"{v[0]:.6g}" + (f"±{v[1]:.2g}" if v[1] else "")
-    word = lambda v: pair(v) if isinstance(v, tuple) else f"{v:.3g}" if isinstance(v, float) else f"{v}"
+    word = lambda v: (
+        pair(v) if isinstance(v, tuple) else f"{v:.3g}" if isinstance(v, float) else f"{v}"
+    )
     return ", ".join(f"{k}={word(v)}" for k, v in named.items())
 
-def _rows(result): # name, text of each quantity
+
+def _rows(result):  # name, text of each quantity
     units = {"d32_nm": "nm", "geometric_m2_g": "m²/g", "geometric_cm2_cm2": "cm²/cm²"}
     units |= dict.fromkeys(("r_vis", "r_tot", "visible_share"), "")
     unit = lambda k: f", {u}" if (u := units.get(k, result.unit)) else ""
     return [(_QUANTITIES[k] + unit(k), str(e)) for k, e in result.quantities().items()]
 
+
 def _text(result):
     a = result.about
-    lines = [f"{a['particles']} particles in {a['images']} image(s); {100 * a['level']:.0f} % intervals"]
-    if result.refused: lines.append(f"not extrapolated: {result.refused}")
+    lines = [
+        f"{a['particles']} particles in {a['images']} image(s); {100 * a['level']:.0f} % intervals"
+    ]
+    if result.refused:
+        lines.append(f"not extrapolated: {result.refused}")
     lines += [f"  {name:48s} {text}" for name, text in _rows(result)]
-    return "\n".join([*lines, f"inputs: {_stated(result.inputs)}", "limits:", *(f"  - {o}" for o in result.limits)])
+    return "\n".join(
+        [
+            *lines,
+            f"inputs: {_stated(result.inputs)}",
+            "limits:",
+            *(f"  - {o}" for o in result.limits),
+        ]
+    )
+
 
 def _report(result):
-    lines = ["| quantity | value (interval) |", "|---|---|", *("| " + " | ".join(r) + " |" for r in _rows(result))]
-    if result.refused: lines += ["", f"Not extrapolated: {result.refused}."]
+    lines = [
+        "| quantity | value (interval) |",
+        "|---|---|",
+        *("| " + " | ".join(r) + " |" for r in _rows(result)),
+    ]
+    if result.refused:
+        lines += ["", f"Not extrapolated: {result.refused}."]
     if any(not e.refused for k, e in result.quantities().items() if k in _ANSWERS):
         name = _chosen(result, None)
-        lines += ["", f"Error budget of {_QUANTITIES[name]}:", "", "| source | - % | + % | of the variance, % |", "|---|---|---|---|"]
+        lines += [
+            "",
+            f"Error budget of {_QUANTITIES[name]}:",
+            "",
+            "| source | - % | + % | of the variance, % |",
+            "|---|---|---|---|",
+        ]
         rows = _budget(result, name).itertuples()
         lines += ["| " + " | ".join([r.source, *(f"{v:.2g}" for v in r[2:])]) + " |" for r in rows]
-    return "\n".join([*lines, "", f"Inputs: {_stated(result.inputs)}.", "", "Limits:", "", *(f"- {o}" for o in result.limits)])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Inputs: {_stated(result.inputs)}.",
+            "",
+            "Limits:",
+            "",
+            *(f"- {o}" for o in result.limits),
+        ]
+    )
+
 
 def _estimate_dict(e):
     numbers = {"value": e.value, "low": e.low, "high": e.high}
     return numbers | {"refused": e.refused, "terms_ln": e.terms, "text": str(e)}
 
-def _plain(result): # dataclass of Estimates -> for JSON
+
+def _plain(result):  # dataclass of Estimates -> for JSON
     def simple(v):
-        if isinstance(v, Estimate): return simple(_estimate_dict(v))
-        if isinstance(v, EcsaInputs): return simple(asdict(v))
-        if isinstance(v, dict): return {k: simple(o) for k, o in v.items()}
-        if isinstance(v, (list, tuple)): return [simple(o) for o in v]
-        return v if not isinstance(v, (float, np.floating)) else float(v) if np.isfinite(v) else None
+        if isinstance(v, Estimate):
+            return simple(_estimate_dict(v))
+        if isinstance(v, EcsaInputs):
+            return simple(asdict(v))
+        if isinstance(v, dict):
+            return {k: simple(o) for k, o in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [simple(o) for o in v]
+        return (
+            v if not isinstance(v, (float, np.floating)) else float(v) if np.isfinite(v) else None
+        )
+
     return {f.name: simple(getattr(result, f.name)) for f in fields(result)}
 
 # %% ../../nbs/37_count.ecsa.ipynb #7f084fbc
 def ecsa(
-    fit: SizeFit, # what `fit_sizes` returned
-    inputs=None, # EcsaInputs, text such as "m2_g=62,density=21.45", or a dict; None: geometry only
-    field_nm2=None, # area of the field, nm²: `detection.summary["field_area_nm2"]`; several images: a list
-    unit: str = None, # unit of the diameters; None: that of the fit; "px" is refused
-    **over, # single inputs, such as m2_g=62, density=21.45
-) -> Ecsa: # areas, explained ratios, intervals, budget
+    fit: SizeFit,  # what `fit_sizes` returned
+    inputs=None,  # EcsaInputs, text such as "m2_g=62,density=21.45", or a dict; None: geometry only
+    field_nm2=None,  # area of the field, nm²: `detection.summary["field_area_nm2"]`; several images: a list
+    unit: str = None,  # unit of the diameters; None: that of the fit; "px" is refused
+    **over,  # single inputs, such as m2_g=62, density=21.45
+) -> Ecsa:  # areas, explained ratios, intervals, budget
     """Carry a size law to surface area and compare it with a measured ECSA.
     Raises: InputError for sizes in px, a missing field, and inputs that do not fit together.
     Source: doi:10.1351/pac199163050711 (charge constants), doi:10.1002/sim.3095 (intervals)."""
-    if not isinstance(fit, SizeFit): raise InputError(f"fit is a {type(fit).__name__}; give what fit_sizes returned.")
+    if not isinstance(fit, SizeFit):
+        raise InputError(f"fit is a {type(fit).__name__}; give what fit_sizes returned.")
     unit = fit.unit if unit is None or fit.unit == "px" else unit
     if unit != "nm":
-        raise InputError(f"the diameters are in {unit}, and an area in m² needs nm; give the pixel size and count again.")
+        raise InputError(
+            f"the diameters are in {unit}, and an area in m² needs nm; give the pixel size and count again."
+        )
     i, area = _inputs(inputs, over), _field(field_nm2, fit)
     if i.per == "area" and area is None:
-        raise InputError('an area per area needs field_nm2, the area of the images: detection.summary["field_area_nm2"].')
+        raise InputError(
+            'an area per area needs field_nm2, the area of the images: detection.summary["field_area_nm2"].'
+        )
     level = fit.settings["level"]
     surface, d32 = _visible(fit)
     q = _bounds(fit, d32)
-    if len(q) < 5: q = _from_law(fit) | q
-    size = stated((1., i.size_percent / 100), "size", level)
-    contact = stated(i.contact or (.75, .1), "contact", level, .5, 1)
+    if len(q) < 5:
+        q = _from_law(fit) | q
+    size = stated((1.0, i.size_percent / 100), "size", level)
+    contact = stated(i.contact or (0.75, 0.1), "contact", level, 0.5, 1)
     density = stated(i.density, "density", level) if i.density else None
     per_area = surface * size**2 / Estimate(area) if area else None
-    if i.per == "mass": one, kinds = contact * Estimate(6e3) / (density * size), (q["seen"], q["unseen"], q["d32"]**-1)
-    else: one, kinds = contact * per_area, (Estimate(1.), q["odds"], q["share"]**-1)
+    if i.per == "mass":
+        one, kinds = (
+            contact * Estimate(6e3) / (density * size),
+            (q["seen"], q["unseen"], q["d32"] ** -1),
+        )
+    else:
+        one, kinds = contact * per_area, (Estimate(1.0), q["odds"], q["share"] ** -1)
     visible, extrapolated, total = (one * o for o in kinds)
     measured = _measured(i, level)
-    about = {"particles": int(sum(len(o.x) for o in fit.images)), "images": len(fit.images), "level": level, "field_nm2": area,
-             "basis": i.per, "assumed": i.assumed}
+    about = {
+        "particles": int(sum(len(o.x) for o in fit.images)),
+        "images": len(fit.images),
+        "level": level,
+        "field_nm2": area,
+        "basis": i.per,
+        "assumed": i.assumed,
+    }
     return Ecsa(
-        d32_nm=q["d32"] * size, visible_share=q["share"], visible=visible, extrapolated=extrapolated, total=total,
+        d32_nm=q["d32"] * size,
+        visible_share=q["share"],
+        visible=visible,
+        extrapolated=extrapolated,
+        total=total,
         geometric_m2_g=Estimate(6e3) / (density * q["d32"] * size) if density else None,
         geometric_cm2_cm2=per_area / q["share"] if per_area else None,
-        measured=measured, r_vis=visible / measured if measured else None, r_tot=total / measured if measured else None,
-        inputs=replace(i, contact=i.contact or (.75, .1), charge_constant=_constant(i)),
-        unit="m²/g" if i.per == "mass" else "cm²/cm²", refused=q["share"].refused or total.refused,
-        limits=LIMITS + _remarks(fit, i), about=about)
+        measured=measured,
+        r_vis=visible / measured if measured else None,
+        r_tot=total / measured if measured else None,
+        inputs=replace(i, contact=i.contact or (0.75, 0.1), charge_constant=_constant(i)),
+        unit="m²/g" if i.per == "mass" else "cm²/cm²",
+        refused=q["share"].refused or total.refused,
+        limits=LIMITS + _remarks(fit, i),
+        about=about,
+    )
 
 # %% ../../nbs/37_count.ecsa.ipynb #5d94267c
-def _inputs(inputs, over): # -> EcsaInputs
+def _inputs(inputs, over):  # -> EcsaInputs
     names = [f.name for f in fields(EcsaInputs)]
-    if isinstance(inputs, str): inputs = ecsa_inputs(inputs)
-    if isinstance(inputs, EcsaInputs) and not over: return inputs
+    if isinstance(inputs, str):
+        inputs = ecsa_inputs(inputs)
+    if isinstance(inputs, EcsaInputs) and not over:
+        return inputs
     given = asdict(inputs) if isinstance(inputs, EcsaInputs) else dict(inputs or {})
-    if bad := set(given | over) - set(names): raise InputError(f"there is no input {min(bad)!r}; use {', '.join(names)}.")
+    if bad := set(given | over) - set(names):
+        raise InputError(f"there is no input {min(bad)!r}; use {', '.join(names)}.")
     return EcsaInputs(**(given | over))
 
-def _field(field_nm2, fit): # -> nm² of all images, or None
-    if field_nm2 is None: return None
+
+def _field(field_nm2, fit):  # -> nm² of all images, or None
+    if field_nm2 is None:
+        return None
     areas = np.atleast_1d(np.asarray(field_nm2, float))
     if len(areas) not in (1, len(fit.images)):
-        raise InputError(f"{len(areas)} fields for {len(fit.images)} images; give one area each, or their sum.")
+        raise InputError(
+            f"{len(areas)} fields for {len(fit.images)} images; give one area each, or their sum."
+        )
     return sum(check_positive("field_nm2", float(o)) for o in areas)
 
-def _constant(i): return i.charge_constant or (CHARGE[i.method] if i.method else None)
 
-def _measured(i, level): # -> Estimate or None
-    if i.m2_g or i.roughness: return stated(i.m2_g or i.roughness, "measurement", level)
-    if not i.charge_uC: return None
-    area = stated(i.charge_uC, "measurement", level) / stated(_constant(i), "charge constant", level) # cm²
-    if i.per == "area": return area / stated(i.area_cm2, "measurement", level)
-    return Estimate(100.) * area / stated(i.mass_ug, "measurement", level) # cm²/µg is 100 m²/g
+def _constant(i):
+    return i.charge_constant or (CHARGE[i.method] if i.method else None)
 
-def _remarks(fit, i): # what else limits this result
+
+def _measured(i, level):  # -> Estimate or None
+    if i.m2_g or i.roughness:
+        return stated(i.m2_g or i.roughness, "measurement", level)
+    if not i.charge_uC:
+        return None
+    area = stated(i.charge_uC, "measurement", level) / stated(
+        _constant(i), "charge constant", level
+    )  # cm²
+    if i.per == "area":
+        return area / stated(i.area_cm2, "measurement", level)
+    return Estimate(100.0) * area / stated(i.mass_ug, "measurement", level)  # cm²/µg is 100 m²/g
+
+
+def _remarks(fit, i):  # what else limits this result
     said = ["The contact factor was not given; 0.75 ± 0.1 is assumed."] if not i.contact else []
     if "charge constant" in i.assumed:
-        said.append("The charge constant was not given; {:g} ± {:g} µC/cm² is assumed.".format(*_constant(i)))
+        said.append(
+            "The charge constant was not given; {:g} ± {:g} µC/cm² is assumed.".format(
+                *_constant(i)
+            )
+        )
     if not all(isinstance(o.curve, DetectionCurve) and o.curve.covariance for o in fit.images):
-        said.append("A detection curve was given without its uncertainty, so the intervals hold no error of d50 for it.")
-    if i.per == "mass": said.append("Per mass, metal that no image shows, as in pores, is taken to have the same sizes.")
+        said.append(
+            "A detection curve was given without its uncertainty, so the intervals hold no error of d50 for it."
+        )
+    if i.per == "mass":
+        said.append(
+            "Per mass, metal that no image shows, as in pores, is taken to have the same sizes."
+        )
     return tuple(said)
 
 # %% ../../nbs/37_count.ecsa.ipynb #4b08f7ea
 @dataclass(frozen=True)
 class EcsaRatio:
     "Surface areas of sample A over those of sample B."
-    measured: Estimate | None # of the measured ECSA
-    visible: Estimate # of the ECSA that the visible particles explain
-    total: Estimate # of the ECSA that all particles explain
-    explained_visible: Estimate | None # visible / measured
-    explained_total: Estimate | None # total / measured
-    shared: tuple # inputs that cancel
-    limits: tuple # what the numbers do not say
+
+    measured: Estimate | None  # of the measured ECSA
+    visible: Estimate  # of the ECSA that the visible particles explain
+    total: Estimate  # of the ECSA that all particles explain
+    explained_visible: Estimate | None  # visible / measured
+    explained_total: Estimate | None  # total / measured
+    shared: tuple  # inputs that cancel
+    limits: tuple  # what the numbers do not say
 
     def __str__(self):
-        rows = {"measured ratio A/B": self.measured, "of visible particles": self.visible, "of all particles": self.total,
-                "visible / measured": self.explained_visible, "all / measured": self.explained_total}
+        rows = {
+            "measured ratio A/B": self.measured,
+            "of visible particles": self.visible,
+            "of all particles": self.total,
+            "visible / measured": self.explained_visible,
+            "all / measured": self.explained_total,
+        }
         lines = [f"  {k:22s} {v}" for k, v in rows.items() if v is not None]
-        return "\n".join([*lines, f"cancelled: {', '.join(self.shared) or 'nothing'}", "limits:", *(f"  - {o}" for o in self.limits)])
+        return "\n".join(
+            [
+                *lines,
+                f"cancelled: {', '.join(self.shared) or 'nothing'}",
+                "limits:",
+                *(f"  - {o}" for o in self.limits),
+            ]
+        )
 
-    def to_dict(self) -> dict: # plain numbers and text
+    def to_dict(self) -> dict:  # plain numbers and text
         "Everything, ready for JSON."
         return _plain(self)
 
+
 def compare_ecsa(
-    a: Ecsa, # sample A
-    b: Ecsa, # sample B
-    shared=None, # errors that cancel: of contact, charge constant, density, size; None: the first three where equal
-) -> EcsaRatio: # ratios A/B
+    a: Ecsa,  # sample A
+    b: Ecsa,  # sample B
+    shared=None,  # errors that cancel: of contact, charge constant, density, size; None: the first three where equal
+) -> EcsaRatio:  # ratios A/B
     """Compare the surface areas of two samples; errors that both share cancel.
     Raises: InputError when one is per mass and the other per area, or a shared input differs."""
-    if a.unit != b.unit: raise InputError(f"A is in {a.unit} and B in {b.unit}; give basis=mass or basis=area to both.")
-    names = {"contact": "contact", "charge constant": "charge_constant", "density": "density", "size": "size_percent"}
+    if a.unit != b.unit:
+        raise InputError(
+            f"A is in {a.unit} and B in {b.unit}; give basis=mass or basis=area to both."
+        )
+    names = {
+        "contact": "contact",
+        "charge constant": "charge_constant",
+        "density": "density",
+        "size": "size_percent",
+    }
     equal = [k for k, n in names.items() if getattr(a.inputs, n) == getattr(b.inputs, n)]
-    if shared is None: shared = [k for k in equal if k != "size"]
+    if shared is None:
+        shared = [k for k in equal if k != "size"]
     shared = (shared,) if isinstance(shared, str) else tuple(shared)
     if bad := set(shared) - set(equal):
-        raise InputError(f"{min(bad)} cannot be shared; choose among what is equal in both: {', '.join(equal)}.")
+        raise InputError(
+            f"{min(bad)} cannot be shared; choose among what is equal in both: {', '.join(equal)}."
+        )
     ratio = lambda k: getattr(a, k).without(*shared) / getattr(b, k).without(*shared)
     measured = ratio("measured") if a.measured and b.measured else None
     visible, total = ratio("visible"), ratio("total")
     explained = [e / measured if measured else None for e in (visible, total)]
-    return EcsaRatio(measured, visible, total, *explained, shared, tuple(dict.fromkeys(a.limits + b.limits)))
+    return EcsaRatio(
+        measured, visible, total, *explained, shared, tuple(dict.fromkeys(a.limits + b.limits))
+    )

@@ -16,116 +16,162 @@ from scipy.stats import norm
 from ..core import InputError
 
 # %% ../../nbs/36c_count.inputs.ipynb #3b5c9b55
-CHARGE = {"hupd": (210., 21.), "co": (420., 42.)} # µC per cm² of platinum, and sd
+CHARGE = {"hupd": (210.0, 21.0), "co": (420.0, 42.0)}  # µC per cm² of platinum, and sd
 _MEASURES = ("charge_uC", "m2_g", "roughness")
+
 
 @dataclass(frozen=True)
 class EcsaInputs:
     """What was measured and what is assumed: each a number, a pair (number, sd), or text such as "0.75±0.1".
     Raises: InputError for inputs that cannot be right, or do not belong together."""
-    charge_uC: tuple | None = None # charge of the adsorbed layer, double layer subtracted, µC
-    method: str | None = None # "hupd" (adsorbed hydrogen) or "co" (CO stripping)
-    charge_constant: tuple | None = None # µC per cm² of metal; None: that of the method
-    area_cm2: tuple | None = None # geometric area of the electrode, cm²
-    mass_ug: tuple | None = None # mass of the metal (not of the powder) on the electrode, µg
-    m2_g: tuple | None = None # measured ECSA per gram of metal
-    roughness: tuple | None = None # measured ECSA per geometric area, cm²/cm²
-    contact: tuple | None = None # share of a particle's surface that the support leaves free, 0.5 to 1
-    density: tuple | None = None # of the metal, g/cm³; platinum 21.45
-    size_percent: float = 2. # error that all diameters share, standard deviation, %
-    basis: str | None = None # compare per "mass" or per "area"; None: mass where it is known
+
+    charge_uC: tuple | None = None  # charge of the adsorbed layer, double layer subtracted, µC
+    method: str | None = None  # "hupd" (adsorbed hydrogen) or "co" (CO stripping)
+    charge_constant: tuple | None = None  # µC per cm² of metal; None: that of the method
+    area_cm2: tuple | None = None  # geometric area of the electrode, cm²
+    mass_ug: tuple | None = None  # mass of the metal (not of the powder) on the electrode, µg
+    m2_g: tuple | None = None  # measured ECSA per gram of metal
+    roughness: tuple | None = None  # measured ECSA per geometric area, cm²/cm²
+    contact: tuple | None = (
+        None  # share of a particle's surface that the support leaves free, 0.5 to 1
+    )
+    density: tuple | None = None  # of the metal, g/cm³; platinum 21.45
+    size_percent: float = 2.0  # error that all diameters share, standard deviation, %
+    basis: str | None = None  # compare per "mass" or per "area"; None: mass where it is known
 
     def __post_init__(self):
         for f in fields(self):
-            if f.name in ("method", "basis", "size_percent"): continue
+            if f.name in ("method", "basis", "size_percent"):
+                continue
             object.__setattr__(self, f.name, _pair(f.name, getattr(self, f.name)))
         object.__setattr__(self, "size_percent", _percent(self.size_percent))
-        if self.contact and not .5 <= round(self.contact[0], 9) <= 1:
-            raise InputError(f"contact={self.contact[0]:g} must lie from 0.5 (hemisphere) to 1 (free sphere).")
+        if self.contact and not 0.5 <= round(self.contact[0], 9) <= 1:
+            raise InputError(
+                f"contact={self.contact[0]:g} must lie from 0.5 (hemisphere) to 1 (free sphere)."
+            )
         _belongs(self)
         if self.per == "mass" and not self.density:
-            raise InputError("an area per mass needs the density of the metal; give density=21.45 for platinum (g/cm³).")
+            raise InputError(
+                "an area per mass needs the density of the metal; give density=21.45 for platinum (g/cm³)."
+            )
 
     @property
-    def per(self) -> str: # "mass" or "area"
+    def per(self) -> str:  # "mass" or "area"
         "What areas are compared per."
-        if self.basis: return self.basis
+        if self.basis:
+            return self.basis
         measured = any(getattr(self, k) for k in _MEASURES)
         return "mass" if self.m2_g or self.mass_ug or self.density and not measured else "area"
 
     @property
-    def assumed(self) -> tuple: # names
+    def assumed(self) -> tuple:  # names
         "Inputs that were not given."
-        named = {"contact": self.contact, "charge constant": self.charge_constant or not self.charge_uC}
+        named = {
+            "contact": self.contact,
+            "charge constant": self.charge_constant or not self.charge_uC,
+        }
         return tuple(k for k, v in named.items() if not v)
 
 # %% ../../nbs/36c_count.inputs.ipynb #b8907502
-def _pair(name, v): # -> (value, sd) or None
-    if v is None: return None
+def _pair(name, v):  # -> (value, sd) or None
+    if v is None:
+        return None
     if isinstance(v, str):
         m = re.fullmatch(r"\s*([^±%]+?)\s*(?:(?:±|\+/?-)\s*([^±%]+?)\s*(%?))?\s*", v)
-        try: number, sd, percent = float(m[1]), float(m[2] or 0), bool(m[3])
+        try:
+            number, sd, percent = float(m[1]), float(m[2] or 0), bool(m[3])
         except (TypeError, ValueError):
             said = f"{name}={v!r} is no number; write {name}=0.75, or 0.75±0.1 with its standard deviation."
             raise InputError(said) from None
         v = (number, number * sd / 100 if percent else sd)
-    try: value, sd = (float(o) for o in (v if np.ndim(v) else (v, 0)))
+    try:
+        value, sd = (float(o) for o in (v if np.ndim(v) else (v, 0)))
     except (TypeError, ValueError):
-        raise InputError(f"{name}={v!r} must be a number, or a pair (number, standard deviation).") from None
-    if not 0 < value < np.inf: raise InputError(f"{name}={value:g} must be above zero.")
+        raise InputError(
+            f"{name}={v!r} must be a number, or a pair (number, standard deviation)."
+        ) from None
+    if not 0 < value < np.inf:
+        raise InputError(f"{name}={value:g} must be above zero.")
     if not 0 <= sd < value:
-        raise InputError(f"{name}={value:g}±{sd:g}: the standard deviation must lie from 0 to below the value.")
+        raise InputError(
+            f"{name}={value:g}±{sd:g}: the standard deviation must lie from 0 to below the value."
+        )
     return value, sd
 
+
 def _percent(v):
-    try: v = float(v)
-    except (TypeError, ValueError): raise InputError(f"size_percent={v!r} is no number; write size_percent=2.") from None
-    if not 0 <= v < 50: raise InputError(f"size_percent={v:g} must lie from 0 to below 50.")
+    try:
+        v = float(v)
+    except (TypeError, ValueError):
+        raise InputError(f"size_percent={v!r} is no number; write size_percent=2.") from None
+    if not 0 <= v < 50:
+        raise InputError(f"size_percent={v:g} must lie from 0 to below 50.")
     return v
 
-def _belongs(i): # do the inputs fit together?
+
+def _belongs(i):  # do the inputs fit together?
     given = [k for k in _MEASURES if getattr(i, k)]
     if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} state the measured area twice; give one of {', '.join(_MEASURES)}.")
+        raise InputError(
+            f"{' and '.join(given)} state the measured area twice; give one of {', '.join(_MEASURES)}."
+        )
     idle = [k for k in ("method", "charge_constant", "area_cm2", "mass_ug") if getattr(i, k)]
     if idle and not i.charge_uC:
-        raise InputError(f"{idle[0]} belongs to a charge; give charge_uC= as well, or leave it out.")
+        raise InputError(
+            f"{idle[0]} belongs to a charge; give charge_uC= as well, or leave it out."
+        )
     if i.method is not None and i.method not in CHARGE:
         raise InputError(f"method={i.method!r} must be hupd (hydrogen) or co (CO stripping).")
     if i.charge_uC and not (i.method or i.charge_constant):
-        raise InputError("charge_uC needs method=hupd (210 µC/cm²), method=co (420), or a charge_constant of your own.")
+        raise InputError(
+            "charge_uC needs method=hupd (210 µC/cm²), method=co (420), or a charge_constant of your own."
+        )
     if i.charge_uC and not (i.area_cm2 or i.mass_ug):
-        raise InputError("charge_uC needs mass_ug= (metal on the electrode) or area_cm2= (electrode), or both.")
-    if i.basis not in (None, "mass", "area"): raise InputError(f"basis={i.basis!r} must be mass or area.")
-    known = {"mass": i.mass_ug if i.charge_uC else not i.roughness, "area": i.area_cm2 if i.charge_uC else not i.m2_g}
+        raise InputError(
+            "charge_uC needs mass_ug= (metal on the electrode) or area_cm2= (electrode), or both."
+        )
+    if i.basis not in (None, "mass", "area"):
+        raise InputError(f"basis={i.basis!r} must be mass or area.")
+    known = {
+        "mass": i.mass_ug if i.charge_uC else not i.roughness,
+        "area": i.area_cm2 if i.charge_uC else not i.m2_g,
+    }
     if i.basis and not known[i.basis]:
-        raise InputError(f"basis={i.basis} cannot be compared with what was measured; leave basis out.")
+        raise InputError(
+            f"basis={i.basis} cannot be compared with what was measured; leave basis out."
+        )
 
 # %% ../../nbs/36c_count.inputs.ipynb #907fc1cd
 def ecsa_inputs(
-    text: str, # such as "charge_uC=45,method=hupd,mass_ug=4,density=21.45", "m2_g=62±3,density=21.45", "roughness=35"
-) -> EcsaInputs: # the inputs
+    text: str,  # such as "charge_uC=45,method=hupd,mass_ug=4,density=21.45", "m2_g=62±3,density=21.45", "roughness=35"
+) -> EcsaInputs:  # the inputs
     """Read the inputs of `ecsa` from text.
     Raises: InputError saying which pair is wrong and how to write it."""
     names, given = {f.name.lower(): f.name for f in fields(EcsaInputs)}, {}
     for part in filter(None, (p.strip() for p in re.split("[,;]", text))):
         key, sign, value = (p.strip() for p in part.partition("="))
         if not (key and sign and value):
-            raise InputError(f"{part!r} is no key=value; write for instance contact=0.75±0.1, with a decimal point.")
+            raise InputError(
+                f"{part!r} is no key=value; write for instance contact=0.75±0.1, with a decimal point."
+            )
         name = names.get(key.lower().replace("µ", "u").replace("μ", "u"))
         if name is None:
             near = get_close_matches(key.lower(), names, 1)
-            hint = f"did you mean {names[near[0]]}?" if near else f"use {', '.join(names.values())}."
+            hint = (
+                f"did you mean {names[near[0]]}?" if near else f"use {', '.join(names.values())}."
+            )
             raise InputError(f"there is no input {key!r}; {hint}")
-        if name in given: raise InputError(f"{name} is given twice; leave one out.")
+        if name in given:
+            raise InputError(f"{name} is given twice; leave one out.")
         given[name] = value.lower() if name in ("method", "basis") else value
-    if not given: raise InputError("the inputs are empty; write for instance m2_g=62,density=21.45.")
+    if not given:
+        raise InputError("the inputs are empty; write for instance m2_g=62,density=21.45.")
     return EcsaInputs(**given)
 
 # %% ../../nbs/36c_count.inputs.ipynb #631bdd2c
 def contact_factor(
-    angle_deg: float, # contact angle inside the particle, degrees: 90 a hemisphere, 180 a sphere on a point
-) -> float: # share of the sphere's surface that is free
+    angle_deg: float,  # contact angle inside the particle, degrees: 90 a hemisphere, 180 a sphere on a point
+) -> float:  # share of the sphere's surface that is free
     """Share of a sphere's surface that is left when the support cuts it at a contact angle.
     Raises: InputError below 90 degrees, where the outline is no longer that of the sphere.
     Source: area of a spherical cap, 2 pi r^2 (1 - cos angle)."""
@@ -136,13 +182,17 @@ def contact_factor(
 # %% ../../nbs/36c_count.inputs.ipynb #bf7fed67
 SOURCES = ("count", "size", "d50", "family", "contact", "charge constant", "density", "measurement")
 
+
 @dataclass(frozen=True)
 class Estimate:
     "A positive number with its interval, and how much of that comes from each source."
-    value: float # NaN when refused
-    terms: dict = field(default_factory=dict) # source -> distances in ln to the lower and to the upper limit
-    refused: str | None = None # why there is a bound in place of a value
-    bound: tuple = (0., np.inf) # when refused: lowest and highest value
+
+    value: float  # NaN when refused
+    terms: dict = field(
+        default_factory=dict
+    )  # source -> distances in ln to the lower and to the upper limit
+    refused: str | None = None  # why there is a bound in place of a value
+    bound: tuple = (0.0, np.inf)  # when refused: lowest and highest value
 
     @property
     def low(self) -> float:
@@ -154,44 +204,67 @@ class Estimate:
         "Upper limit; when refused, the upper bound."
         return self.bound[1] if self.refused else float(self.value * np.exp(self._reach(1)))
 
-    def _reach(self, side): return float(np.sqrt(sum(t[side]**2 for t in self.terms.values())))
+    def _reach(self, side):
+        return float(np.sqrt(sum(t[side] ** 2 for t in self.terms.values())))
 
     def __mul__(self, other):
         if self.refused or other.refused:
-            return Estimate(np.nan, {}, self.refused or other.refused, (self.low * other.low, self.high * other.high))
-        pairs = {k: [e.terms.get(k, (0., 0.)) for e in (self, other)] for k in {**self.terms, **other.terms}}
-        return Estimate(self.value * other.value, {k: tuple(np.hypot(*v).tolist()) for k, v in pairs.items()})
+            return Estimate(
+                np.nan,
+                {},
+                self.refused or other.refused,
+                (self.low * other.low, self.high * other.high),
+            )
+        pairs = {
+            k: [e.terms.get(k, (0.0, 0.0)) for e in (self, other)]
+            for k in {**self.terms, **other.terms}
+        }
+        return Estimate(
+            self.value * other.value, {k: tuple(np.hypot(*v).tolist()) for k, v in pairs.items()}
+        )
 
     def __pow__(self, p):
         turn = -1 if p < 0 else 1
-        ends = [b**p if b else (0. if p > 0 else np.inf) for b in self.bound]
-        return Estimate(self.value**p, {k: tuple(abs(p) * o for o in t[::turn]) for k, t in self.terms.items()},
-                        self.refused, tuple(float(e) for e in ends[::turn]))
+        ends = [b**p if b else (0.0 if p > 0 else np.inf) for b in self.bound]
+        return Estimate(
+            self.value**p,
+            {k: tuple(abs(p) * o for o in t[::turn]) for k, t in self.terms.items()},
+            self.refused,
+            tuple(float(e) for e in ends[::turn]),
+        )
 
-    def __truediv__(self, other): return self * other**-1
+    def __truediv__(self, other):
+        return self * other**-1
 
-    def without(self,
-        *sources, # names of sources to take out
-    ) -> "Estimate": # the same number
+    def without(
+        self,
+        *sources,  # names of sources to take out
+    ) -> "Estimate":  # the same number
         "Switch sources of error off."
         return replace(self, terms={k: t for k, t in self.terms.items() if k not in sources})
 
     def __str__(self):
         low, high = (f"{v:.2g}" if self.refused else f"{v:.3g}" for v in (self.low, self.high))
-        if not self.refused: return f"{self.value:.3g} ({low} to {high})" if self.high > self.low else f"{self.value:.3g} (no error stated)"
-        if np.isfinite(self.high): return f"at least {low}, at most {high}" if self.low > 0 else f"at most {high}"
+        if not self.refused:
+            return (
+                f"{self.value:.3g} ({low} to {high})"
+                if self.high > self.low
+                else f"{self.value:.3g} (no error stated)"
+            )
+        if np.isfinite(self.high):
+            return f"at least {low}, at most {high}" if self.low > 0 else f"at most {high}"
         return f"at least {low}, no upper limit" if self.low > 0 else "no statement"
 
 # %% ../../nbs/36c_count.inputs.ipynb #781bdb65
 def stated(
-    pair: tuple, # value and standard deviation
-    source: str, # one of SOURCES
-    level: float = .95, # confidence of the interval
-    low: float = 0., # the value cannot be less
-    high: float = np.inf, # nor more
-) -> Estimate: # log-normal, cut where it is impossible
+    pair: tuple,  # value and standard deviation
+    source: str,  # one of SOURCES
+    level: float = 0.95,  # confidence of the interval
+    low: float = 0.0,  # the value cannot be less
+    high: float = np.inf,  # nor more
+) -> Estimate:  # log-normal, cut where it is impossible
     "Make an estimate of a stated number and its standard deviation."
     value, sd = pair
-    reach = norm.ppf((1 + level) / 2) * np.sqrt(np.log1p((sd / value)**2))
+    reach = norm.ppf((1 + level) / 2) * np.sqrt(np.log1p((sd / value) ** 2))
     room = max(0, np.log(value / low)) if low else np.inf, max(0, np.log(high / value))
     return Estimate(value, {source: tuple(float(min(reach, o)) for o in room)})

@@ -18,22 +18,35 @@ from ..core import InputError, as_rng, check_finite, check_positive
 @dataclass(frozen=True)
 class DetectionCurve:
     "Share of the particles of each size that is found, p(d) = upper Φ(ln(d/d50)/width), and how well it is known."
-    d50: float # diameter found half as often as a large one, nm
-    width: float # sd of the step in ln d; the 10-90 % band is 2.56 widths
-    upper: float = 1. # share found of large particles, in (0, 1]
-    covariance: tuple | None = None # (3, 3) of (ln d50, ln width, logit upper); None: the curve is known exactly
+
+    d50: float  # diameter found half as often as a large one, nm
+    width: float  # sd of the step in ln d; the 10-90 % band is 2.56 widths
+    upper: float = 1.0  # share found of large particles, in (0, 1]
+    covariance: tuple | None = (
+        None  # (3, 3) of (ln d50, ln width, logit upper); None: the curve is known exactly
+    )
 
     def __post_init__(self):
         check_positive("d50", self.d50), check_positive("width", self.width)
         if not 0 < check_positive("upper", self.upper) <= 1:
-            raise InputError(f"upper={self.upper!r} is the share found of large particles; give a number in (0, 1].")
-        if self.covariance is None: return
+            raise InputError(
+                f"upper={self.upper!r} is the share found of large particles; give a number in (0, 1]."
+            )
+        if self.covariance is None:
+            return
         c = check_finite("covariance", np.asarray(self.covariance, float))
-        if c.shape != (3, 3) or not np.allclose(c, c.T) or np.linalg.eigvalsh(c).min() < -1e-9 * np.trace(c):
-            raise InputError("covariance must be a symmetric, positive (3, 3) matrix of ln d50, ln width and logit upper.")
+        if (
+            c.shape != (3, 3)
+            or not np.allclose(c, c.T)
+            or np.linalg.eigvalsh(c).min() < -1e-9 * np.trace(c)
+        ):
+            raise InputError(
+                "covariance must be a symmetric, positive (3, 3) matrix of ln d50, ln width and logit upper."
+            )
         object.__setattr__(self, "covariance", tuple(map(tuple, c.tolist())))
 
-    def __call__(self, d_nm): return self.upper * ndtr((np.log(d_nm) - np.log(self.d50)) / self.width)
+    def __call__(self, d_nm):
+        return self.upper * ndtr((np.log(d_nm) - np.log(self.d50)) / self.width)
 
     @property
     def d10(self):
@@ -48,150 +61,213 @@ class DetectionCurve:
     @property
     def d50_se(self):
         "Standard error of d50, nm."
-        return 0. if self.covariance is None else self.d50 * self.covariance[0][0]**.5
+        return 0.0 if self.covariance is None else self.d50 * self.covariance[0][0] ** 0.5
 
 # %% ../../nbs/35b_count.law.ipynb #770671a8
-def _curve(psi, x): # (ln d50, ln width, logit upper), (N,) -> p (N,), dp (3, N)
+def _curve(psi, x):  # (ln d50, ln width, logit upper), (N,) -> p (N,), dp (3, N)
     z, u = (x - psi[0]) / np.exp(psi[1]), expit(psi[2])
     p, slope = ndtr(z), np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
     return u * p, u * np.stack([-slope / np.exp(psi[1]), -slope * z, (1 - u) * p])
 
+
 def fit_detection(
-    d_nm, # (N,) true diameters of the injected particles, nm
-    found, # (N,) whether each was found, bool
-    chance: float = 0., # probability that a false detection passes for an injected particle
-) -> DetectionCurve: # the curve, with its covariance
+    d_nm,  # (N,) true diameters of the injected particles, nm
+    found,  # (N,) whether each was found, bool
+    chance: float = 0.0,  # probability that a false detection passes for an injected particle
+) -> DetectionCurve:  # the curve, with its covariance
     """Fit a detection curve with an upper asymptote to injected particles, found or missed.
     Raises: InputError when the sizes do not reach from missed to found, or are no sizes.
     Source: MIL-HDBK-1823A (hit/miss probability of detection)."""
     d, y = check_finite("d_nm", np.asarray(d_nm, float)), np.asarray(found).astype(float)
     if d.ndim != 1 or d.shape != y.shape or (d <= 0).any() or not np.isin(y, (0, 1)).all():
-        raise InputError("give one diameter above zero and one True or False for each injected particle.")
-    if not 0 <= chance < 1: raise InputError(f"chance={chance!r} must be a probability below 1.")
+        raise InputError(
+            "give one diameter above zero and one True or False for each injected particle."
+        )
+    if not 0 <= chance < 1:
+        raise InputError(f"chance={chance!r} must be a probability below 1.")
     x = np.log(d)
     psi = _fit_curve(x, y, chance)
     p, dp = _curve(psi, x)
     observed = chance + (1 - chance) * p
-    weight = (1 - chance)**2 / np.clip(observed * (1 - observed), 1e-12, None)
+    weight = (1 - chance) ** 2 / np.clip(observed * (1 - observed), 1e-12, None)
     u = expit(psi[2])
-    info = (dp * weight) @ dp.T + np.diag([0, 0, .5 * u * (1 - u)])
-    return DetectionCurve(float(np.exp(psi[0])), float(np.exp(psi[1])), float(u), np.linalg.inv(info))
+    info = (dp * weight) @ dp.T + np.diag([0, 0, 0.5 * u * (1 - u)])
+    return DetectionCurve(
+        float(np.exp(psi[0])), float(np.exp(psi[1])), float(u), np.linalg.inv(info)
+    )
 
-def _fit_curve(x, y, chance): # -> psi
+
+def _fit_curve(x, y, chance):  # -> psi
     lo, hi = x.min(), x.max()
+
     def loss(psi):
         p, dp = _curve(psi, x)
         q = np.clip(chance + (1 - chance) * p, 1e-12, 1 - 1e-12)
         u = expit(psi[2])
         residual = (1 - chance) * (y / q - (1 - y) / (1 - q))
-        return -(y * np.log(q) + (1 - y) * np.log1p(-q)).sum() - .5 * np.log(1 - u), -dp @ residual + [0, 0, .5 * u]
-    start = [x[y == 0].mean() / 2 + x[y == 1].mean() / 2 if 0 < y.mean() < 1 else lo, np.log(.2), 3.]
-    bounds = [(lo - 1, hi + 1), (np.log(.01), np.log(2)), (-5, 12)]
+        return -(y * np.log(q) + (1 - y) * np.log1p(-q)).sum() - 0.5 * np.log(
+            1 - u
+        ), -dp @ residual + [0, 0, 0.5 * u]
+
+    start = [
+        x[y == 0].mean() / 2 + x[y == 1].mean() / 2 if 0 < y.mean() < 1 else lo,
+        np.log(0.2),
+        3.0,
+    ]
+    bounds = [(lo - 1, hi + 1), (np.log(0.01), np.log(2)), (-5, 12)]
     best = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
     if not lo < best.x[0] < hi or y.sum() < 10 or (1 - y).sum() < 10:
-        raise InputError(f"{int(y.sum())} of {len(y)} injected particles between {np.exp(lo):.3g} and {np.exp(hi):.3g} nm were found, "
-                         "which fixes no curve; inject sizes that are mostly missed and sizes that are mostly found.")
+        raise InputError(
+            f"{int(y.sum())} of {len(y)} injected particles between {np.exp(lo):.3g} and {np.exp(hi):.3g} nm were found, "
+            "which fixes no curve; inject sizes that are mostly missed and sizes that are mostly found."
+        )
     return best.x
 
 # %% ../../nbs/35b_count.law.ipynb #11c174da
 @dataclass(frozen=True)
 class SizeResponse:
     "How diameters are measured: mean and sd of ln(measured / true) at some true diameters, straight in between."
-    d: tuple # true diameters, nm, rising
-    bias: tuple # mean of ln(measured / true) at these
-    sd: tuple # its standard deviation at these
+
+    d: tuple  # true diameters, nm, rising
+    bias: tuple  # mean of ln(measured / true) at these
+    sd: tuple  # its standard deviation at these
 
     def __post_init__(self):
-        d, bias, sd = (check_finite(k, np.atleast_1d(np.asarray(getattr(self, k), float))) for k in ("d", "bias", "sd"))
+        d, bias, sd = (
+            check_finite(k, np.atleast_1d(np.asarray(getattr(self, k), float)))
+            for k in ("d", "bias", "sd")
+        )
         if not len(d) == len(bias) == len(sd) or (d <= 0).any() or (np.diff(d) <= 0).any():
-            raise InputError("a size response needs rising diameters above zero, and one bias and one sd for each.")
-        if (sd <= 0).any() or (sd >= .5).any():
-            raise InputError(f"sd={sd.max():.3g} is a relative size error; give numbers above 0 and below 0.5.")
-        sd = np.maximum(sd, .005) # less than this the grid of the likelihood does not show
-        for name, value in (("d", d), ("bias", bias), ("sd", sd)): object.__setattr__(self, name, tuple(value.tolist()))
+            raise InputError(
+                "a size response needs rising diameters above zero, and one bias and one sd for each."
+            )
+        if (sd <= 0).any() or (sd >= 0.5).any():
+            raise InputError(
+                f"sd={sd.max():.3g} is a relative size error; give numbers above 0 and below 0.5."
+            )
+        sd = np.maximum(sd, 0.005)  # less than this the grid of the likelihood does not show
+        for name, value in (("d", d), ("bias", bias), ("sd", sd)):
+            object.__setattr__(self, name, tuple(value.tolist()))
 
-    def __call__(self,
-        d_nm, # (N,) true diameters, nm
-    ) -> tuple: # mean (N,) and sd (N,) of ln(measured / true)
+    def __call__(
+        self,
+        d_nm,  # (N,) true diameters, nm
+    ) -> tuple:  # mean (N,) and sd (N,) of ln(measured / true)
         "Mean and scatter at any size; beyond the ends as at the ends."
         x, at = np.log(d_nm), np.log(self.d)
         return np.interp(x, at, self.bias), np.interp(x, at, self.sd)
 
+
 def fit_response(
-    d_nm, # (N,) true diameters of injected particles that were found, nm
-    measured_nm, # (N,) what they were measured as, nm
-    reach: float = .12, # sd of the weight of neighbours, in ln d
-) -> SizeResponse: # mean and scatter along the sizes
+    d_nm,  # (N,) true diameters of injected particles that were found, nm
+    measured_nm,  # (N,) what they were measured as, nm
+    reach: float = 0.12,  # sd of the weight of neighbours, in ln d
+) -> SizeResponse:  # mean and scatter along the sizes
     """Follow mean and scatter of measured over true diameters along the sizes.
     Raises: InputError for fewer than 10 particles, or what is no diameter."""
-    d, m = (check_finite(n, np.asarray(v, float)) for n, v in (("d_nm", d_nm), ("measured_nm", measured_nm)))
+    d, m = (
+        check_finite(n, np.asarray(v, float))
+        for n, v in (("d_nm", d_nm), ("measured_nm", measured_nm))
+    )
     if d.ndim != 1 or d.shape != m.shape or (d <= 0).any() or (m <= 0).any():
-        raise InputError("give two diameters above zero for each particle, the true and the measured one.")
+        raise InputError(
+            "give two diameters above zero for each particle, the true and the measured one."
+        )
     x, ratio = np.log(d), np.log(m / d)
-    good = np.abs(ratio - np.median(ratio)) < .6 # others are particles that were taken for one
-    if good.sum() < 10: raise InputError(f"{good.sum()} particles show no scatter of sizes; inject more.")
+    good = np.abs(ratio - np.median(ratio)) < 0.6  # others are particles that were taken for one
+    if good.sum() < 10:
+        raise InputError(f"{good.sum()} particles show no scatter of sizes; inject more.")
     x, ratio = x[good], ratio[good]
-    at = np.linspace(*np.quantile(x, (.01, .99)), 16) if np.ptp(x) > 1e-6 else x[:1]
+    at = np.linspace(*np.quantile(x, (0.01, 0.99)), 16) if np.ptp(x) > 1e-6 else x[:1]
     bias, sd = np.array([_line(x - a, ratio, reach) for a in at]).T
-    return SizeResponse(np.exp(at), bias, np.clip(sd, .005, .45))
+    return SizeResponse(np.exp(at), bias, np.clip(sd, 0.005, 0.45))
 
-def _line(u, ratio, reach): # mean at u = 0 and scatter, of a straight line through the neighbours
-    w = np.exp(-(u / reach)**2 / 2)
+
+def _line(u, ratio, reach):  # mean at u = 0 and scatter, of a straight line through the neighbours
+    w = np.exp(-((u / reach) ** 2) / 2)
     w, middle = w / w.sum(), w @ u / w.sum()
     mean, along = w @ ratio, u - middle
-    slope = w @ (along * ratio) / (w @ along**2 + .03**2) # few neighbours fix no slope
-    return mean - slope * middle, np.sqrt(w @ (ratio - mean - slope * along)**2)
+    slope = w @ (along * ratio) / (w @ along**2 + 0.03**2)  # few neighbours fix no slope
+    return mean - slope * middle, np.sqrt(w @ (ratio - mean - slope * along) ** 2)
 
 # %% ../../nbs/35b_count.law.ipynb #b2312e47
 class _Lognormal:
-    n, widest = 2, np.log(np.log(4.)) # number of parameters; the largest ln width that a fit may reach (GSD 4)
+    n, widest = (
+        2,
+        np.log(np.log(4.0)),
+    )  # number of parameters; the largest ln width that a fit may reach (GSD 4)
+
     @staticmethod
-    def log_density(x, t): # (G,), (M, 2) -> (M, G), (M, 2, G)
+    def log_density(x, t):  # (G,), (M, 2) -> (M, G), (M, 2, G)
         z = (x - t[:, :1]) / np.exp(t[:, 1:])
-        return -z * z / 2 - t[:, 1:] - .5 * np.log(2 * np.pi), np.stack([z * np.exp(-t[:, 1:]), z * z - 1], 1)
+        return -z * z / 2 - t[:, 1:] - 0.5 * np.log(2 * np.pi), np.stack(
+            [z * np.exp(-t[:, 1:]), z * z - 1], 1
+        )
+
     @staticmethod
-    def log_moment(q, t): # -> ln E[d^q] (M,), its gradient (M, 2)
+    def log_moment(q, t):  # -> ln E[d^q] (M,), its gradient (M, 2)
         s2 = np.exp(2 * t[:, 1])
         return q * t[:, 0] + q * q * s2 / 2, np.stack([np.full_like(s2, q), q * q * s2], 1)
+
     @staticmethod
-    def start(mean, sd): return np.array([mean, np.log(sd)])
+    def start(mean, sd):
+        return np.array([mean, np.log(sd)])
+
 
 class _Weibull:
-    n, widest = 2, np.log(np.log(4.) * np.sqrt(6) / np.pi)
+    n, widest = 2, np.log(np.log(4.0) * np.sqrt(6) / np.pi)
+
     @staticmethod
     def log_density(x, t):
         b = np.exp(t[:, 1:])
-        z = np.minimum((x - t[:, :1]) / b, 50.)
+        z = np.minimum((x - t[:, :1]) / b, 50.0)
         e = np.exp(z)
         return z - e - t[:, 1:], np.stack([(e - 1) / b, z * (e - 1) - 1], 1)
+
     @staticmethod
     def log_moment(q, t):
         qb = q * np.exp(t[:, 1])
-        return q * t[:, 0] + gammaln(1 + qb), np.stack([np.full_like(qb, q), qb * digamma(1 + qb)], 1)
-    @staticmethod
-    def start(mean, sd): return np.array([mean + np.euler_gamma * sd * np.sqrt(6) / np.pi, np.log(sd * np.sqrt(6) / np.pi)])
+        return q * t[:, 0] + gammaln(1 + qb), np.stack(
+            [np.full_like(qb, q), qb * digamma(1 + qb)], 1
+        )
 
-class _Gamma: # location is the logarithm of the mean; shape k = exp(-2 theta_1)
-    n, widest = 2, -.5 * np.log(.9113)
+    @staticmethod
+    def start(mean, sd):
+        return np.array(
+            [mean + np.euler_gamma * sd * np.sqrt(6) / np.pi, np.log(sd * np.sqrt(6) / np.pi)]
+        )
+
+
+class _Gamma:  # location is the logarithm of the mean; shape k = exp(-2 theta_1)
+    n, widest = 2, -0.5 * np.log(0.9113)
+
     @staticmethod
     def log_density(x, t):
         k, y = np.exp(-2 * t[:, 1:]), x - t[:, :1]
-        e = np.exp(np.minimum(y, 50.))
+        e = np.exp(np.minimum(y, 50.0))
         slope = -2 * k * (np.log(k) + 1 - digamma(k) + y - e)
         return k * (y - e) + k * np.log(k) - gammaln(k), np.stack([k * (e - 1), slope], 1)
+
     @staticmethod
     def log_moment(q, t):
         k = np.exp(-2 * t[:, 1])
         slope = -2 * k * (digamma(k + q) - digamma(k) - q / k)
-        return q * (t[:, 0] - np.log(k)) + gammaln(k + q) - gammaln(k), np.stack([np.full_like(k, q), slope], 1)
+        return q * (t[:, 0] - np.log(k)) + gammaln(k + q) - gammaln(k), np.stack(
+            [np.full_like(k, q), slope], 1
+        )
+
     @staticmethod
-    def start(mean, sd): return np.array([mean + sd * sd / 2, np.log(sd)])
+    def start(mean, sd):
+        return np.array([mean + sd * sd / 2, np.log(sd)])
 
 # %% ../../nbs/35b_count.law.ipynb #e850f752
-class _TwoLognormals: # theta = (mu1, ln s1, mu2, ln s2, logit of the share of the first)
+class _TwoLognormals:  # theta = (mu1, ln s1, mu2, ln s2, logit of the share of the first)
     n, widest = 5, _Lognormal.widest
+
     @staticmethod
-    def _parts(t): return [(t[:, :2], -np.logaddexp(0, -t[:, 4])), (t[:, 2:4], -np.logaddexp(0, t[:, 4]))]
+    def _parts(t):
+        return [(t[:, :2], -np.logaddexp(0, -t[:, 4])), (t[:, 2:4], -np.logaddexp(0, t[:, 4]))]
+
     @classmethod
     def log_density(cls, x, t):
         (a, da), (b, db) = [_Lognormal.log_density(x, u) for u, _ in cls._parts(t)]
@@ -199,6 +275,7 @@ class _TwoLognormals: # theta = (mu1, ln s1, mu2, ln s2, logit of the share of t
         total = np.logaddexp(a, b)
         ra, rb = np.exp(a - total)[:, None], np.exp(b - total)[:, None]
         return total, np.concatenate([ra * da, rb * db, ra - expit(t[:, 4])[:, None, None]], 1)
+
     @classmethod
     def log_moment(cls, q, t):
         (a, da), (b, db) = [_Lognormal.log_moment(q, u) for u, _ in cls._parts(t)]
@@ -206,54 +283,75 @@ class _TwoLognormals: # theta = (mu1, ln s1, mu2, ln s2, logit of the share of t
         total = np.logaddexp(a, b)
         ra, rb = np.exp(a - total)[:, None], np.exp(b - total)[:, None]
         return total, np.concatenate([ra * da, rb * db, ra - expit(t[:, 4])[:, None]], 1)
-    @staticmethod
-    def start(mean, sd): return np.array([mean - sd, np.log(sd / 2), mean + .5 * sd, np.log(sd / 1.5), -.5])
 
-class _PowerLaw: # theta = (exponent,): a law that never turns; improper, so it has no moments and no unseen share
+    @staticmethod
+    def start(mean, sd):
+        return np.array([mean - sd, np.log(sd / 2), mean + 0.5 * sd, np.log(sd / 1.5), -0.5])
+
+
+class _PowerLaw:  # theta = (exponent,): a law that never turns; improper, so it has no moments and no unseen share
     n = 1
-    @staticmethod
-    def log_density(x, t): return -t * (x - x[-1]), np.broadcast_to(x[-1] - x, (len(t), 1, len(x)))
-    @staticmethod
-    def log_moment(q, t): return np.zeros(len(t)), np.zeros((len(t), 1))
-    @staticmethod
-    def start(mean, sd): return np.array([1.])
 
-FAMILIES = {"lognormal": _Lognormal, "weibull": _Weibull, "gamma": _Gamma, "lognormal2": _TwoLognormals, "power law": _PowerLaw}
+    @staticmethod
+    def log_density(x, t):
+        return -t * (x - x[-1]), np.broadcast_to(x[-1] - x, (len(t), 1, len(x)))
+
+    @staticmethod
+    def log_moment(q, t):
+        return np.zeros(len(t)), np.zeros((len(t), 1))
+
+    @staticmethod
+    def start(mean, sd):
+        return np.array([1.0])
+
+
+FAMILIES = {
+    "lognormal": _Lognormal,
+    "weibull": _Weibull,
+    "gamma": _Gamma,
+    "lognormal2": _TwoLognormals,
+    "power law": _PowerLaw,
+}
 
 # %% ../../nbs/35b_count.law.ipynb #172df3b0
 @dataclass(frozen=True)
 class SizeLaw:
     "A law of particle diameters: its family and parameters."
-    family: str # a key of FAMILIES
-    theta: tuple # location and ln width, in ln nm (two lognormals: two of each and a logit)
 
-    def log_density(self,
-        x, # (N,) ln d, d in nm
-    ) -> np.ndarray: # (N,) ln of the number density per unit of ln d
+    family: str  # a key of FAMILIES
+    theta: tuple  # location and ln width, in ln nm (two lognormals: two of each and a logit)
+
+    def log_density(
+        self,
+        x,  # (N,) ln d, d in nm
+    ) -> np.ndarray:  # (N,) ln of the number density per unit of ln d
         "Logarithm of the density in ln d."
         return FAMILIES[self.family].log_density(np.asarray(x, float), np.array([self.theta]))[0][0]
 
-    def pdf(self,
-        d_nm, # (N,) diameters, nm
-    ) -> np.ndarray: # (N,) number density, 1/nm
+    def pdf(
+        self,
+        d_nm,  # (N,) diameters, nm
+    ) -> np.ndarray:  # (N,) number density, 1/nm
         "Number density per nm."
         return np.exp(self.log_density(np.log(d_nm))) / np.asarray(d_nm, float)
 
-    def moment(self,
-        q: float, # power of the diameter: 0 number, 2 surface, 3 mass
-    ) -> float: # mean of d^q, nm^q
+    def moment(
+        self,
+        q: float,  # power of the diameter: 0 number, 2 surface, 3 mass
+    ) -> float:  # mean of d^q, nm^q
         "Moment of the diameters, in closed form."
         return float(np.exp(FAMILIES[self.family].log_moment(q, np.array([self.theta]))[0][0]))
 
-    def sample(self,
-        n: int, # how many
-        rng=None, # seed or generator
-    ) -> np.ndarray: # (n,) diameters, nm
+    def sample(
+        self,
+        n: int,  # how many
+        rng=None,  # seed or generator
+    ) -> np.ndarray:  # (n,) diameters, nm
         "Draw diameters."
         x, _, cdf = self._grid()
         return np.exp(np.interp(as_rng(rng).random(n), cdf, x))
 
-    def _grid(self): # x (5000,), density in x, cumulated share
+    def _grid(self):  # x (5000,), density in x, cumulated share
         x = np.linspace(np.log(self.moment(1)) - 14, np.log(self.moment(3)) / 3 + 6, 5000)
         f = np.exp(self.log_density(x))
         return x, f, (np.cumsum(f) - f / 2) / f.sum()
@@ -262,13 +360,13 @@ class SizeLaw:
     def gsd(self):
         "Geometric standard deviation, exp(sd of ln d)."
         x, f, _ = self._grid()
-        return float(np.exp(np.sqrt(np.average(x * x, weights=f) - np.average(x, weights=f)**2)))
+        return float(np.exp(np.sqrt(np.average(x * x, weights=f) - np.average(x, weights=f) ** 2)))
 
     @property
     def median_nm(self):
         "Median diameter, nm."
         x, _, cdf = self._grid()
-        return float(np.exp(np.interp(.5, cdf, x)))
+        return float(np.exp(np.interp(0.5, cdf, x)))
 
     @property
     def mode_nm(self):
@@ -281,18 +379,22 @@ class SizeLaw:
         "Surface-weighted (Sauter) diameter, nm."
         return self.moment(3) / self.moment(2)
 
+
 def size_law(
-    family: str, # "lognormal", "weibull" or "gamma"
-    median_nm: float, # median diameter, nm
-    gsd: float, # geometric standard deviation, exp(sd of ln d), above 1
-) -> SizeLaw: # the law
+    family: str,  # "lognormal", "weibull" or "gamma"
+    median_nm: float,  # median diameter, nm
+    gsd: float,  # geometric standard deviation, exp(sd of ln d), above 1
+) -> SizeLaw:  # the law
     """Make a size law from the two numbers that microscopists quote.
     Raises: InputError for another family, or numbers that are no size and no GSD."""
     if family not in ("lognormal", "weibull", "gamma"):
         raise InputError(f"family={family!r} is not known; choose lognormal, weibull or gamma.")
-    if not 1.005 < check_positive("gsd", gsd) < 10: raise InputError(f"gsd={gsd!r} must lie between 1.005 and 10.")
+    if not 1.005 < check_positive("gsd", gsd) < 10:
+        raise InputError(f"gsd={gsd!r} must lie between 1.005 and 10.")
     s, median = np.log(gsd), np.log(check_positive("median_nm", median_nm))
-    if family == "gamma": shape = -.5 * np.log(brentq(lambda k: polygamma(1, k) - s * s, 1e-3, 1e6))
-    else: shape = np.log(s * (np.sqrt(6) / np.pi if family == "weibull" else 1))
-    centred = SizeLaw(family, (0., float(shape)))
+    if family == "gamma":
+        shape = -0.5 * np.log(brentq(lambda k: polygamma(1, k) - s * s, 1e-3, 1e6))
+    else:
+        shape = np.log(s * (np.sqrt(6) / np.pi if family == "weibull" else 1))
+    centred = SizeLaw(family, (0.0, float(shape)))
     return SizeLaw(family, (float(median - np.log(centred.median_nm)), float(shape)))

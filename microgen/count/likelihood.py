@@ -14,126 +14,186 @@ from scipy.special import expit, log_ndtr, logit
 from .law import FAMILIES, DetectionCurve, SizeResponse
 
 # %% ../../nbs/35c_count.likelihood.ipynb #2a0417f6
-def _deposit(x, grid): # (N,), (G,) -> (G,) weights of cubic interpolation at x
+def _deposit(x, grid):  # (N,), (G,) -> (G,) weights of cubic interpolation at x
     u = (x - grid[0]) / (grid[1] - grid[0])
     i = np.floor(u).astype(int)
     t = u - i
-    weights = [-t * (t - 1) * (t - 2) / 6, (t + 1) * (t - 1) * (t - 2) / 2,
-               -(t + 1) * t * (t - 2) / 2, (t + 1) * t * (t - 1) / 6]
+    weights = [
+        -t * (t - 1) * (t - 2) / 6,
+        (t + 1) * (t - 1) * (t - 2) / 2,
+        -(t + 1) * t * (t - 2) / 2,
+        (t + 1) * t * (t - 1) / 6,
+    ]
     return sum(np.bincount(i + j - 1, w, len(grid)) for j, w in enumerate(weights))
 
-def _on_grid(curve, x, h): # log p (G,); a foreign function is averaged over each cell, so that it may have steps
+
+def _on_grid(
+    curve, x, h
+):  # log p (G,); a foreign function is averaged over each cell, so that it may have steps
     exact = isinstance(curve, DetectionCurve)
     p = np.mean([curve(np.exp(x + h * j / 9)) for j in ([0] if exact else range(-4, 5))], 0)
-    with np.errstate(divide="ignore"): return np.log(p)
+    with np.errstate(divide="ignore"):
+        return np.log(p)
+
 
 @dataclass
 class Sizes:
     "The particles of one image: their sizes, the curve and the frame through which they were seen."
-    x: np.ndarray # (N,) ln d as measured, d in nm
-    curve: object # DetectionCurve, or any function of d_nm
-    inside: object = None # function of d_nm: share of such particles that lie wholly in the frame, or None
-    weight: np.ndarray | None = None # (N,) edge weights, 1/inside
-    response: SizeResponse | None = None # how sizes are measured; None: without error
-    least: float = 0. # sizes whose curve lies lower were left out
 
-def _kernel(response, x): # (G, G): of what is found at each true size of the grid, where it is measured; rows sum to one
-    if response is None: return None
+    x: np.ndarray  # (N,) ln d as measured, d in nm
+    curve: object  # DetectionCurve, or any function of d_nm
+    inside: object = (
+        None  # function of d_nm: share of such particles that lie wholly in the frame, or None
+    )
+    weight: np.ndarray | None = None  # (N,) edge weights, 1/inside
+    response: SizeResponse | None = None  # how sizes are measured; None: without error
+    least: float = 0.0  # sizes whose curve lies lower were left out
+
+
+def _kernel(
+    response, x
+):  # (G, G): of what is found at each true size of the grid, where it is measured; rows sum to one
+    if response is None:
+        return None
     bias, sd = response(np.exp(x))
-    K = np.exp(-((x - (x + bias)[:, None]) / sd[:, None])**2 / 2)
+    K = np.exp(-(((x - (x + bias)[:, None]) / sd[:, None]) ** 2) / 2)
     return K / K.sum(1, keepdims=True)
 
+
 def true_sizes(
-    image: Sizes, # the particles of one image
-    rounds: int = 30, # of the iteration; more follow the noise
-) -> tuple: # ln d (G,); number found there (G,), with edge weights; its variance (G,), of counting
+    image: Sizes,  # the particles of one image
+    rounds: int = 30,  # of the iteration; more follow the noise
+) -> tuple:  # ln d (G,); number found there (G,), with edge weights; its variance (G,), of counting
     """Free the sizes of one image of their error without any law: one entry per particle where there is none.
     Source: doi:10.1364/JOSA.62.000055 (Richardson)."""
     weight = np.ones(len(image.x)) if image.weight is None else image.weight
-    if image.response is None: return image.x, weight, weight**2
+    if image.response is None:
+        return image.x, weight, weight**2
     sd, bias = max(image.response.sd), max(map(abs, image.response.bias))
-    x = np.arange(image.x.min() - 2 * sd - bias, image.x.max() + 2 * sd + bias + .02, .02)
-    got, K = np.bincount(np.rint((image.x - x[0]) / .02).astype(int), weight, len(x)), _kernel(image.response, x)
-    if image.least: K = K * (image.curve(np.exp(x)) >= image.least)
+    x = np.arange(image.x.min() - 2 * sd - bias, image.x.max() + 2 * sd + bias + 0.02, 0.02)
+    got, K = (
+        np.bincount(np.rint((image.x - x[0]) / 0.02).astype(int), weight, len(x)),
+        _kernel(image.response, x),
+    )
+    if image.least:
+        K = K * (image.curve(np.exp(x)) >= image.least)
     shown = K.sum(1)
-    there = np.full(len(x), got.sum() / len(x)) * (shown > .05)
-    for _ in range(rounds): there = there * (K @ (got / np.maximum(there @ K, 1e-12))) / np.maximum(shown, .05)
+    there = np.full(len(x), got.sum() / len(x)) * (shown > 0.05)
+    for _ in range(rounds):
+        there = there * (K @ (got / np.maximum(there @ K, 1e-12))) / np.maximum(shown, 0.05)
     return x, there, there * (weight @ weight / weight.sum())
 
 # %% ../../nbs/35c_count.likelihood.ipynb #1bd12e0f
 class ThinnedLikelihood:
     "Thinned likelihood of the sizes in several images: value, score, information, logit of the unseen shares and gradient."
+
     moments = (0, 2, 3)
 
-    def __init__(self,
-        images, # [Sizes]
+    def __init__(
+        self,
+        images,  # [Sizes]
     ):
         x = np.concatenate([i.x for i in images])
         curves = [i.curve for i in images if isinstance(i.curve, DetectionCurve)]
         self.n_images, self.n = np.array([len(i.x) for i in images]), len(x)
         self.x, self.h = self._grid(images, x, curves)
         self.kernel = [_kernel(i.response, self.x) for i in images]
-        self.shown = [np.broadcast_to(i.curve(np.exp(self.x)) >= i.least, self.x.shape) if i.least else 1. for i in images]
+        self.shown = [
+            np.broadcast_to(i.curve(np.exp(self.x)) >= i.least, self.x.shape) if i.least else 1.0
+            for i in images
+        ]
         self.free = list(dict.fromkeys(c for c in curves if c.covariance is not None))
         self.counts = [_deposit(i.x, self.x) for i in images]
         self.which = [self.free.index(i.curve) if i.curve in self.free else None for i in images]
-        self.log_p = [None if w is not None else _on_grid(i.curve, self.x, self.h) for i, w in zip(images, self.which)]
-        self.inside = [1. if i.inside is None else i.inside(np.exp(self.x)) for i in images]
+        self.log_p = [
+            None if w is not None else _on_grid(i.curve, self.x, self.h)
+            for i, w in zip(images, self.which)
+        ]
+        self.inside = [1.0 if i.inside is None else i.inside(np.exp(self.x)) for i in images]
         self._prior()
 
-    def _grid(self, images, x, curves): # -> ln d (G,), its step
+    def _grid(self, images, x, curves):  # -> ln d (G,), its step
         responses = [i.response for i in images if i.response is not None]
-        blur, off = (max([0., *(abs(v) for r in responses for v in getattr(r, name))]) for name in ("sd", "bias"))
-        h = max(min([.02, x.std() / 6] + [c.width / 6 for c in curves]), .003)
-        feet = [np.log(c.d50) - 5 * c.width for c in curves] + [self._foot(i.curve, x.min()) for i in images]
+        blur, off = (
+            max([0.0, *(abs(v) for r in responses for v in getattr(r, name))])
+            for name in ("sd", "bias")
+        )
+        h = max(min([0.02, x.std() / 6] + [c.width / 6 for c in curves]), 0.003)
+        feet = [np.log(c.d50) - 5 * c.width for c in curves] + [
+            self._foot(i.curve, x.min()) for i in images
+        ]
         start = min(feet) - 4 * h - 5 * blur - off
         return start + h * np.arange(int((x.max() + 4 - start) / h) + 3), h
 
     @staticmethod
-    def _foot(curve, x_min): # where a curve begins, up to five units below the smallest particle
-        if isinstance(curve, DetectionCurve): return x_min
+    def _foot(curve, x_min):  # where a curve begins, up to five units below the smallest particle
+        if isinstance(curve, DetectionCurve):
+            return x_min
         x = np.linspace(x_min - 5, x_min, 400)
         seen = curve(np.exp(x)) > 1e-6
         return x[seen.argmax()] if seen.any() else x_min
 
-    def _prior(self): # the calibrated parameters that are free: their place in (curve, parameter), mean and precision
-        where = [(c, j) for c, o in enumerate(self.free) for j in range(3) if o.covariance[j][j] > 0]
+    def _prior(
+        self,
+    ):  # the calibrated parameters that are free: their place in (curve, parameter), mean and precision
+        where = [
+            (c, j) for c, o in enumerate(self.free) for j in range(3) if o.covariance[j][j] > 0
+        ]
         self.where = where
-        everything = [(np.log(c.d50), np.log(c.width), logit(c.upper) if c.upper < 1 else 36.) for c in self.free]
+        everything = [
+            (np.log(c.d50), np.log(c.width), logit(c.upper) if c.upper < 1 else 36.0)
+            for c in self.free
+        ]
         self.fixed = np.array(everything)
         self.phi0 = np.array([everything[c][j] for c, j in where])
-        cov = np.array([[self.free[c].covariance[i][j] if c == d else 0. for d, j in where] for c, i in where])
+        cov = np.array(
+            [[self.free[c].covariance[i][j] if c == d else 0.0 for d, j in where] for c, i in where]
+        )
         self.precision = np.linalg.inv(cov) if where else np.zeros((0, 0))
 
-    def _curve(self, k, phi): # log p (M or 1, G) of image k, and its score [(column, (M, G))]
-        if self.which[k] is None: return self.log_p[k][None], []
+    def _curve(self, k, phi):  # log p (M or 1, G) of image k, and its score [(column, (M, G))]
+        if self.which[k] is None:
+            return self.log_p[k][None], []
         c = self.which[k]
         full = np.repeat(self.fixed[c][None], len(phi), 0)
         for col, (i, j) in enumerate(self.where):
-            if i == c: full[:, j] = phi[:, col]
+            if i == c:
+                full[:, j] = phi[:, col]
         z, u = (self.x - full[:, :1]) / np.exp(full[:, 1:2]), expit(full[:, 2:])
         log_p = log_ndtr(z)
-        slope = np.exp(-z * z / 2 - .5 * np.log(2 * np.pi) - log_p)
+        slope = np.exp(-z * z / 2 - 0.5 * np.log(2 * np.pi) - log_p)
         score = -slope * np.exp(-full[:, 1:2]), -slope * z, np.broadcast_to(1 - u, z.shape)
-        return log_p + np.log(u), [(col, score[j]) for col, (i, j) in enumerate(self.where) if i == c]
+        return log_p + np.log(u), [
+            (col, score[j]) for col, (i, j) in enumerate(self.where) if i == c
+        ]
 
-    def _image(self, k, family, theta, phi): # f p (M, G), its score (M, P, G); the same of what is observed; ln of that
+    def _image(
+        self, k, family, theta, phi
+    ):  # f p (M, G), its score (M, P, G); the same of what is observed; ln of that
         log_f, d_theta = FAMILIES[family].log_density(self.x, theta)
         log_p, d_phi = self._curve(k, phi)
         score = np.zeros((len(theta), theta.shape[1] + phi.shape[1], len(self.x)))
-        score[:, :theta.shape[1]] = d_theta
-        for col, s in d_phi: score[:, theta.shape[1] + col] = s
+        score[:, : theta.shape[1]] = d_theta
+        for col, s in d_phi:
+            score[:, theta.shape[1] + col] = s
         fp = np.exp(np.maximum(log_f + log_p, -700))
         g = fp * self.inside[k]
-        if self.kernel[k] is None: return fp, score, g * self.shown[k], score, log_f + (log_p if d_phi else 0)
+        if self.kernel[k] is None:
+            return fp, score, g * self.shown[k], score, log_f + (log_p if d_phi else 0)
         blurred = np.maximum(g @ self.kernel[k], 1e-300)
-        return fp, score, blurred * self.shown[k], (score * g[:, None]) @ self.kernel[k] / blurred[:, None], np.log(blurred)
+        return (
+            fp,
+            score,
+            blurred * self.shown[k],
+            (score * g[:, None]) @ self.kernel[k] / blurred[:, None],
+            np.log(blurred),
+        )
 
     def __call__(self, family, psi):
         "(M, P) parameters -> log-likelihood (M,), score (M, P), information (M, P, P), logit U (M, 3), its gradient (M, 3, P)."
-        theta, phi = psi[:, :FAMILIES[family].n], psi[:, FAMILIES[family].n:]
+        theta, phi = psi[:, : FAMILIES[family].n], psi[:, FAMILIES[family].n :]
         ell, score, info = self._priors(family, theta, phi)
-        total, d_total, seen, d_seen = 0., 0., 0., 0.
+        total, d_total, seen, d_seen = 0.0, 0.0, 0.0, 0.0
         weight = [FAMILIES[family].log_moment(q, theta) for q in self.moments]
         for k, n in enumerate(self.n_images):
             fp, s_fp, g, s, log_g = self._image(k, family, theta, phi)
@@ -143,12 +203,14 @@ class ThinnedLikelihood:
             score = score + s @ self.counts[k] - n * mean
             square = (s * (g * self.h / P[:, None])[:, None]) @ s.transpose(0, 2, 1)
             info = info + n * (square - mean[:, :, None] * mean[:, None])
-            present = n / P # particles in the field, seen or not
+            present = n / P  # particles in the field, seen or not
             total, d_total = total + present, d_total - present[:, None] * mean
-            w = np.stack([np.exp(q * self.x - m[:, None]) for q, (m, _) in zip(self.moments, weight)], 1)
+            w = np.stack(
+                [np.exp(q * self.x - m[:, None]) for q, (m, _) in zip(self.moments, weight)], 1
+            )
             w = w * (fp * self.h)[:, None]
             S, dS = w.sum(2), w @ s_fp.transpose(0, 2, 1)
-            dS[..., :theta.shape[1]] -= S[..., None] * np.stack([d for _, d in weight], 1)
+            dS[..., : theta.shape[1]] -= S[..., None] * np.stack([d for _, d in weight], 1)
             seen = seen + present[:, None] * S
             d_seen = d_seen + present[:, None, None] * (dS - S[..., None] * mean[:, None])
         S = seen / total[:, None]
@@ -156,52 +218,63 @@ class ThinnedLikelihood:
         S = np.clip(S, 1e-9, 1 - 1e-9)
         return ell, score, info, -logit(S), -dS / (S * (1 - S))[..., None]
 
-    def _priors(self, family, theta, phi): # the calibration, and a wall at the widest law
+    def _priors(self, family, theta, phi):  # the calibration, and a wall at the widest law
         T, P = theta.shape[1], theta.shape[1] + phi.shape[1]
         over = np.zeros_like(theta)
-        if T > 1: over[:, 1:4:2] = np.maximum(theta[:, 1:4:2] - FAMILIES[family].widest, 0)
+        if T > 1:
+            over[:, 1:4:2] = np.maximum(theta[:, 1:4:2] - FAMILIES[family].widest, 0)
         d = phi - self.phi0
         score = -np.concatenate([1e4 * over, d @ self.precision], 1)
         info = np.zeros((len(theta), P, P))
         info[:, range(T), range(T)] = 1e4 * (over > 0)
         info[:, T:, T:] = self.precision
-        wall, calibrated = 5e3 * (over**2).sum(1), .5 * np.einsum("mi,ij,mj->m", d, self.precision, d)
+        wall, calibrated = (
+            5e3 * (over**2).sum(1),
+            0.5 * np.einsum("mi,ij,mj->m", d, self.precision, d),
+        )
         return -wall - calibrated, score, info
 
 # %% ../../nbs/35c_count.likelihood.ipynb #e11b3a79
-def _solve(info, v): # (M, P, P), (M, P) -> (M, P), scaled so that parameters of any size are equal
+def _solve(info, v):  # (M, P, P), (M, P) -> (M, P), scaled so that parameters of any size are equal
     s = 1 / np.sqrt(np.maximum(np.einsum("mii->mi", info), 1e-12))
     scaled = info * s[:, :, None] * s[:, None] + 1e-9 * np.eye(info.shape[1])
     return s * np.linalg.solve(scaled, (s * v)[..., None])[..., 0]
 
+
 def maximise(
-    like: ThinnedLikelihood, # the likelihood
-    family: str, # a key of FAMILIES
-    psi, # (P,) where to start: parameters of the law, then of the curves
-    steps: int = 100, # at most so many
-) -> tuple: # psi (P,) at the maximum, and what the likelihood returns there
+    like: ThinnedLikelihood,  # the likelihood
+    family: str,  # a key of FAMILIES
+    psi,  # (P,) where to start: parameters of the law, then of the curves
+    steps: int = 100,  # at most so many
+) -> tuple:  # psi (P,) at the maximum, and what the likelihood returns there
     "Climb to the maximum of the likelihood by Fisher scoring."
     at = like(family, psi[None])
     for _ in range(steps):
         d = _solve(at[2], at[1])
-        if (d * at[1]).sum() < 1e-7: break
-        t = min(1., 1 / np.abs(d).max())
-        while t > 1e-5 and not (new := like(family, psi[None] + t * d))[0][0] >= at[0][0]: t /= 2
-        if t <= 1e-5: break
+        if (d * at[1]).sum() < 1e-7:
+            break
+        t = min(1.0, 1 / np.abs(d).max())
+        while t > 1e-5 and not (new := like(family, psi[None] + t * d))[0][0] >= at[0][0]:
+            t /= 2
+        if t <= 1e-5:
+            break
         psi, at = psi + t * d[0], new
     return psi, at
 
+
 def profile_ends(
-    like: ThinnedLikelihood, # the likelihood
-    family: str, # a key of FAMILIES
-    psi, # (P,) its maximum
-    at, # what the likelihood returns there
-    reach, # (R,) fall in twice the log-likelihood, 3.84 for 95 %
-) -> tuple: # low (R, 3) and high (R, 3) ends of the logit of the unseen number, surface and mass
+    like: ThinnedLikelihood,  # the likelihood
+    family: str,  # a key of FAMILIES
+    psi,  # (P,) its maximum
+    at,  # what the likelihood returns there
+    reach,  # (R,) fall in twice the log-likelihood, 3.84 for 95 %
+) -> tuple:  # low (R, 3) and high (R, 3) ends of the logit of the unseen number, surface and mass
     """Find the ends of the profile-likelihood intervals of all unseen shares at once.
     Source: doi:10.2307/2347496 (Venzon and Moolgavkar)."""
     R, Q = len(reach), len(like.moments)
-    r, sign, q = (a.ravel() for a in np.meshgrid(np.arange(R), [-1., 1.], np.arange(Q), indexing="ij"))
+    r, sign, q = (
+        a.ravel() for a in np.meshgrid(np.arange(R), [-1.0, 1.0], np.arange(Q), indexing="ij")
+    )
     target, rows = at[0][0] - np.asarray(reach)[r] / 2, np.arange(len(r))
     now, here = np.repeat(psi[None], len(r), 0), [np.repeat(a, len(r), 0) for a in at]
     for step in range(60):
@@ -211,37 +284,47 @@ def profile_ends(
         stride = np.sqrt(np.maximum(room, 0) / np.maximum((dL[rows, q] * along).sum(1), 1e-30))
         d = up + (sign * stride)[:, None] * along
         done = (np.abs(ell - target) < 2e-3) & (np.einsum("mi,mij,mj->m", d, info, d) < 2e-3)
-        if done.all(): break
-        careful = 1 if step < 8 else .5 if step < 25 else .2 # shares that saturate make full steps oscillate
-        now = now + careful * d / np.maximum(1, np.abs(d).max(1) / .7)[:, None]
+        if done.all():
+            break
+        careful = (
+            1 if step < 8 else 0.5 if step < 25 else 0.2
+        )  # shares that saturate make full steps oscillate
+        now = now + careful * d / np.maximum(1, np.abs(d).max(1) / 0.7)[:, None]
         here = like(family, now)
-    L = np.where(done, here[3][rows, q], sign * np.inf) # an end that is not found is no limit
-    L = np.where(np.abs(at[3][0, q]) > 16, at[3][0, q], L).reshape(R, 2, Q) # nothing is unseen
+    L = np.where(done, here[3][rows, q], sign * np.inf)  # an end that is not found is no limit
+    L = np.where(np.abs(at[3][0, q]) > 16, at[3][0, q], L).reshape(R, 2, Q)  # nothing is unseen
     return L[:, 0], L[:, 1]
 
 # %% ../../nbs/35c_count.likelihood.ipynb #30df75f4
-def _chi2_sum_tail(x, weights): # P(sum of weights * chi2_1 > x); the smallest weights act as their mean
+def _chi2_sum_tail(
+    x, weights
+):  # P(sum of weights * chi2_1 > x); the smallest weights act as their mean
     w = np.sort(weights)[::-1]
     w, x = w[:24], x - w[24:].sum()
-    if x <= 0: return 1.
-    if x > 40 * w[0] + w.sum(): return 0.
-    u = (np.arange(6000) + .5) * (120 / w.sum() / 6000)
+    if x <= 0:
+        return 1.0
+    if x > 40 * w[0] + w.sum():
+        return 0.0
+    u = (np.arange(6000) + 0.5) * (120 / w.sum() / 6000)
     wu = w[:, None] * u
-    wave = np.sin(.5 * np.arctan(wu).sum(0) - .5 * x * u) / (u * np.exp(.25 * np.log1p(wu**2).sum(0)))
-    return float(np.clip(.5 + wave.mean() * u[-1] / np.pi, 0, 1))
+    wave = np.sin(0.5 * np.arctan(wu).sum(0) - 0.5 * x * u) / (
+        u * np.exp(0.25 * np.log1p(wu**2).sum(0))
+    )
+    return float(np.clip(0.5 + wave.mean() * u[-1] / np.pi, 0, 1))
+
 
 def goodness_of_fit(
-    like: ThinnedLikelihood, # the likelihood
-    images, # [Sizes] it was made of
-    family: str, # a key of FAMILIES
-    psi, # (P,) its maximum
-    info, # (1, P, P) information there
-    nodes: int = 48, # points at which the empirical process is followed
-) -> float: # p value, all images together
+    like: ThinnedLikelihood,  # the likelihood
+    images,  # [Sizes] it was made of
+    family: str,  # a key of FAMILIES
+    psi,  # (P,) its maximum
+    info,  # (1, P, P) information there
+    nodes: int = 48,  # points at which the empirical process is followed
+) -> float:  # p value, all images together
     """Test the fit by the Anderson-Darling statistic, fitted parameters taken into account.
     Source: doi:10.1214/aos/1176343411 (Stephens), doi:10.1093/biomet/48.3-4.419 (Imhof)."""
-    theta, phi = psi[None, :FAMILIES[family].n], psi[None, FAMILIES[family].n:]
-    u, A2, blocks = (np.arange(nodes) + .5) / nodes, 0., []
+    theta, phi = psi[None, : FAMILIES[family].n], psi[None, FAMILIES[family].n :]
+    u, A2, blocks = (np.arange(nodes) + 0.5) / nodes, 0.0, []
     for k, image in enumerate(images):
         _, _, g, score, _ = like._image(k, family, theta, phi)
         g = g[0] / g.sum()

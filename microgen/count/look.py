@@ -21,35 +21,44 @@ from .detect import Detection, _noise
 @dataclass(frozen=True)
 class Look:
     "How particles appear in one image, in grey values and pixels."
-    face: float # what a thick particle adds to its ground, grey values; negative for dark particles
-    rim: float # what slopes add, times 1/cos - 1 of the surface, grey values
-    depth_px: float # path in the particle over which the signal grows to 1 - 1/e, px
-    blur_px: float # Gaussian sigma of the probe, px
-    gain: float = 0. # growth of the noise variance per grey value that a particle adds or takes
-    noise: float = 1. # sd of the noise of the ground, grey values
-    tones: tuple = (1.,) # relative brightness of particles, to draw from
-    aspects: tuple = (1.,) # their aspect ratios, to draw from
-    covariance: tuple | None = None # (4, 4) of ln depth, ln blur, ln face, rim / face; None: the look is known exactly
+
+    face: (
+        float  # what a thick particle adds to its ground, grey values; negative for dark particles
+    )
+    rim: float  # what slopes add, times 1/cos - 1 of the surface, grey values
+    depth_px: float  # path in the particle over which the signal grows to 1 - 1/e, px
+    blur_px: float  # Gaussian sigma of the probe, px
+    gain: float = 0.0  # growth of the noise variance per grey value that a particle adds or takes
+    noise: float = 1.0  # sd of the noise of the ground, grey values
+    tones: tuple = (1.0,)  # relative brightness of particles, to draw from
+    aspects: tuple = (1.0,)  # their aspect ratios, to draw from
+    covariance: tuple | None = (
+        None  # (4, 4) of ln depth, ln blur, ln face, rim / face; None: the look is known exactly
+    )
 
 # %% ../../nbs/36a_count.look.ipynb #54a18f00
 def stamp(
-    look, # Look
-    d_px, # diameter of the circle with the silhouette's area, px
-    shift=(0., 0.), # of the centre from the middle of the middle pixel: y, x in px
-    aspect=1., # long over short axis
-    angle=0., # of the long axis, from +x towards +y
-) -> np.ndarray: # (3, 2 h + 1, 2 h + 1): cover of each pixel; unblurred by the grey value 1 of face; of rim
+    look,  # Look
+    d_px,  # diameter of the circle with the silhouette's area, px
+    shift=(0.0, 0.0),  # of the centre from the middle of the middle pixel: y, x in px
+    aspect=1.0,  # long over short axis
+    angle=0.0,  # of the long axis, from +x towards +y
+) -> (
+    np.ndarray
+):  # (3, 2 h + 1, 2 h + 1): cover of each pixel; unblurred by the grey value 1 of face; of rim
     "Draw cover, face and rim of one particle, blurred by the probe; face and rim for one grey value each."
     r = d_px / 2
     half = int(np.ceil(r * np.sqrt(aspect) + 4 * look.blur_px)) + 1
-    fine = int(np.clip(np.ceil(30 / max(d_px, .5)), 4, 25)) // 2 * 2 + 1
-    at = (np.arange((2 * half + 1) * fine) + .5) / fine - .5 - half
+    fine = int(np.clip(np.ceil(30 / max(d_px, 0.5)), 4, 25)) // 2 * 2 + 1
+    at = (np.arange((2 * half + 1) * fine) + 0.5) / fine - 0.5 - half
     v, u = (at - shift[0])[:, None], (at - shift[1])[None]
     c, s = np.cos(angle), np.sin(angle)
-    rho2 = ((c * u + s * v)**2 / aspect + (c * v - s * u)**2 * aspect) / r**2
+    rho2 = ((c * u + s * v) ** 2 / aspect + (c * v - s * u) ** 2 * aspect) / r**2
     inside, cos = rho2 < 1, np.sqrt(np.clip(1 - rho2, 1e-9, 1))
     thick = -np.expm1(-2 * r * cos / look.depth_px) * inside
-    rim = np.minimum(1 / cos, np.clip(np.sqrt(d_px / look.depth_px), 1, 5)) - 1 # no rim is narrower than the escape depth
+    rim = (
+        np.minimum(1 / cos, np.clip(np.sqrt(d_px / look.depth_px), 1, 5)) - 1
+    )  # no rim is narrower than the escape depth
     planes = np.stack([inside.astype(float), thick, thick * rim])
     planes = planes.reshape(3, 2 * half + 1, fine, 2 * half + 1, fine).mean((2, 4))
     return ndi.gaussian_filter(planes, (0, look.blur_px, look.blur_px), truncate=4)
@@ -57,46 +66,75 @@ def stamp(
 # %% ../../nbs/36a_count.look.ipynb #155c791e
 _ANGLE, _SHARE = (np.pi / 4 * o for o in np.polynomial.legendre.leggauss(64))
 _ANGLE = _ANGLE + np.pi / 4
-_OWN = np.array([.3, .5, 1, 1, .1, .1, 1e4, 1e4, 1e4]) # sd of a particle's tone, ln size, y, x, bends, ground, its slopes
-_DIFFER = [0, 4, 5] # tone and bends: what particles differ in; the rest only says where and how large each is
-_USUAL = np.array([0, 0, 0, .7]) # ln depth, ln blur, ln face, rim / face before anything is seen
-_OFTEN = np.array([.5, 10, 10, .6]) # their sd
-_STEP = np.array([.3, .1, .5, .5, .1, .1, 1e9, 1e9, 1e9]), np.array([.5, .2, .2, .3]) # longest step of the fit
+_OWN = np.array(
+    [0.3, 0.5, 1, 1, 0.1, 0.1, 1e4, 1e4, 1e4]
+)  # sd of a particle's tone, ln size, y, x, bends, ground, its slopes
+_DIFFER = [
+    0,
+    4,
+    5,
+]  # tone and bends: what particles differ in; the rest only says where and how large each is
+_USUAL = np.array([0, 0, 0, 0.7])  # ln depth, ln blur, ln face, rim / face before anything is seen
+_OFTEN = np.array([0.5, 10, 10, 0.6])  # their sd
+_STEP = (
+    np.array([0.3, 0.1, 0.5, 0.5, 0.1, 0.1, 1e9, 1e9, 1e9]),
+    np.array([0.5, 0.2, 0.2, 0.3]),
+)  # longest step of the fit
 
-def _planes(depth, blur, ln_d, s): # px; (n,) ln px; (n or 1, m) distance from the edge, px -> two (n, m): signal of face, of rim
-    d, cos, var = np.exp(ln_d)[:, None], np.cos(_ANGLE), blur**2 + 1 / 12 # the last for the pixel
+
+def _planes(
+    depth, blur, ln_d, s
+):  # px; (n,) ln px; (n or 1, m) distance from the edge, px -> two (n, m): signal of face, of rim
+    d, cos, var = np.exp(ln_d)[:, None], np.cos(_ANGLE), blur**2 + 1 / 12  # the last for the pixel
     at, r = d / 2 * np.sin(_ANGLE), np.abs(s + d / 2)[:, :, None]
     rim = np.minimum(1 / cos, np.clip(np.sqrt(d / depth), 1, 5)) - 1
     flat = -np.expm1(-d * cos / depth) * _SHARE * at * d / 2 * cos / var
-    spread = np.exp(-(r - at[:, None])**2 / 2 / var) * ive(0, r * at[:, None] / var)
+    spread = np.exp(-((r - at[:, None]) ** 2) / 2 / var) * ive(0, r * at[:, None] / var)
     return np.einsum("nrk,nk->nr", spread, flat), np.einsum("nrk,nk->nr", spread, flat * rim)
 
-def _signal(look, ln_d, s): # (n, m) grey values over the ground, of round particles
+
+def _signal(look, ln_d, s):  # (n, m) grey values over the ground, of round particles
     face, rim = _planes(look.depth_px, look.blur_px, ln_d, s)
     return look.face * face + look.rim * rim
 
-def _drawn(depth, blur, d): # face and rim as splines in ln d and distance from the edge
-    ln_d, s = np.linspace(np.log(d.min() * .7), np.log(d.max() * 1.4), 16), np.linspace(-1.4 * d.max() / 2, .5 * d.max() + 9, 120)
+
+def _drawn(depth, blur, d):  # face and rim as splines in ln d and distance from the edge
+    ln_d, s = (
+        np.linspace(np.log(d.min() * 0.7), np.log(d.max() * 1.4), 16),
+        np.linspace(-1.4 * d.max() / 2, 0.5 * d.max() + 9, 120),
+    )
     return [RectBivariateSpline(ln_d, s, o) for o in _planes(depth, blur, ln_d, s[None])]
 
 # %% ../../nbs/36a_count.look.ipynb #43403efa
-def _alone(detection): # rows of particles that stand apart, smallest first
+def _alone(detection):  # rows of particles that stand apart, smallest first
     p = detection.particles
     d, whole = p[f"diameter_{detection.unit}"].to_numpy(), p["edge_weight"].to_numpy() > 0
-    for free in (.97, .9, .8, .6):
+    for free in (0.97, 0.9, 0.8, 0.6):
         good = whole & (p["free_outline"].to_numpy() > free)
-        if good.sum() >= 60: break
-    if good.sum() > 20: good &= (d > np.quantile(d[good], .1)) & (d < np.quantile(d[good], .98))
+        if good.sum() >= 60:
+            break
+    if good.sum() > 20:
+        good &= (d > np.quantile(d[good], 0.1)) & (d < np.quantile(d[good], 0.98))
     return np.flatnonzero(good)[np.argsort(d[good], kind="stable")]
 
-def _thinned(rows, most): return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
 
-def _patch(detection, i, d, blur): # grey values, y, x from the centre, of one particle and a little ground
+def _thinned(rows, most):
+    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).astype(int)]
+
+
+def _patch(
+    detection, i, d, blur
+):  # grey values, y, x from the centre, of one particle and a little ground
     p, label, px = detection.particles.iloc[i], detection.labels, _px(detection)
-    centre, far = [p[f"{o}_{detection.unit}"] / px for o in "yx"], .5 * d + 2 + 2 * blur
-    side = [np.arange(max(int(c - far), 0), min(int(c + far) + 2, n)) for c, n in zip(centre, label.shape)]
+    centre, far = [p[f"{o}_{detection.unit}"] / px for o in "yx"], 0.5 * d + 2 + 2 * blur
+    side = [
+        np.arange(max(int(c - far), 0), min(int(c + far) + 2, n))
+        for c, n in zip(centre, label.shape)
+    ]
     box, (y, x) = np.ix_(*side), np.meshgrid(*(o - c for o, c in zip(side, centre)), indexing="ij")
-    other = ndi.binary_dilation((label[box] > 0) & (label[box] != p["id"]), iterations=int(np.ceil(2.5 * blur)) + 1)
+    other = ndi.binary_dilation(
+        (label[box] > 0) & (label[box] != p["id"]), iterations=int(np.ceil(2.5 * blur)) + 1
+    )
     use = ~other & (np.hypot(y, x) < far)
     return detection.micrograph.data[box][use], y[use], x[use]
 
@@ -105,145 +143,268 @@ class _Pixels(NamedTuple):
     grey: np.ndarray
     y: np.ndarray
     x: np.ndarray
-    who: np.ndarray # row of d that each pixel belongs to
-    d: np.ndarray # px, as measured
+    who: np.ndarray  # row of d that each pixel belongs to
+    d: np.ndarray  # px, as measured
     noise: float
     gain: float
-    scale: tuple # depth, px; face
+    scale: tuple  # depth, px; face
 
-def _pixels(detection, rows, d, blur, noise, gain, scale): # -> _Pixels or None, which of the rows have enough of them
+
+def _pixels(
+    detection, rows, d, blur, noise, gain, scale
+):  # -> _Pixels or None, which of the rows have enough of them
     parts = [_patch(detection, i, size, blur) for i, size in zip(rows, d)]
     keep = np.array([k for k, o in enumerate(parts) if len(o[0]) > 12], int)
-    if not len(keep): return None, keep
+    if not len(keep):
+        return None, keep
     grey, y, x = (np.concatenate(o) for o in zip(*(parts[k] for k in keep)))
     who = np.repeat(np.arange(len(keep)), [len(parts[k][0]) for k in keep])
     return _Pixels(grey.astype(float), y, x, who, d[keep], noise, gain, scale), keep
+
 
 def _gathered(detection, rows, blur):
     d = detection.particles[f"diameter_{detection.unit}"].to_numpy()[rows] / _px(detection)
     sign = 1 if detection.summary["polarity"] == "bright" else -1
     face = sign * max(float(detection.particles["contrast"].abs().median()), 1e-6)
-    depth = 1.5 / _px(detection) if detection.unit == "nm" else .2 * np.median(d)
-    o, _ = _pixels(detection, rows, d, blur, _grey_noise(detection, face), 0., (depth, face))
-    if o is None: raise InputError(_NOTHING)
+    depth = 1.5 / _px(detection) if detection.unit == "nm" else 0.2 * np.median(d)
+    o, _ = _pixels(detection, rows, d, blur, _grey_noise(detection, face), 0.0, (depth, face))
+    if o is None:
+        raise InputError(_NOTHING)
     return o
+
 
 _NOTHING = "no whole particle was found, so nothing shows how one looks here; calibrate an image that shows some."
 
-def _grey_noise(detection, face): return max(_noise(detection.micrograph.data, detection.labels == 0), .01 * abs(face))
+
+def _grey_noise(detection, face):
+    return max(_noise(detection.micrograph.data, detection.labels == 0), 0.01 * abs(face))
+
 
 def _look(theta, scale):
     face = float(scale[1] * np.exp(theta[2]))
-    return Look(face, face * float(theta[3]), float(scale[0] * np.exp(theta[0])), float(np.exp(theta[1])))
+    return Look(
+        face, face * float(theta[3]), float(scale[0] * np.exp(theta[0])), float(np.exp(theta[1]))
+    )
 
-def _matched(theta, own, o, drawn): # of every pixel: signal, noise, residual, weight, and what slopes need
+
+def _matched(
+    theta, own, o, drawn
+):  # of every pixel: signal, noise, residual, weight, and what slopes need
     mine, d, face = own[o.who].T, o.d * np.exp(own[:, 1]), o.scale[1] * np.exp(theta[2])
     y, x, ln_d = o.y - mine[2], o.x - mine[3], np.log(d)[o.who]
     r = np.maximum(np.hypot(y, x), 1e-6)
     c, s = (x * x - y * y) / r**2, 2 * x * y / r**2
     at = r / (1 + mine[4] * c + mine[5] * s) - d[o.who] / 2
-    mix = lambda pair, **by: face * (pair[0].ev(ln_d, at, **by) + theta[3] * pair[1].ev(ln_d, at, **by))
+    mix = lambda pair, **by: (
+        face * (pair[0].ev(ln_d, at, **by) + theta[3] * pair[1].ev(ln_d, at, **by))
+    )
     f = mix(drawn)
     sd = np.sqrt(o.noise**2 + o.gain * np.abs(f))
     rest = (o.grey - (1 + mine[0]) * f - mine[6] - mine[7] * o.y - mine[8] * o.x) / sd
-    far = np.sqrt(np.maximum(1, np.abs(rest) / 2.5)) # Huber's weights: particles that were not found lie about
-    return f, sd, rest / far, far, mix, (1 + mine[0], d[o.who] / 2, y / r, x / r, r * c, r * s, at, ln_d)
+    far = np.sqrt(
+        np.maximum(1, np.abs(rest) / 2.5)
+    )  # Huber's weights: particles that were not found lie about
+    return (
+        f,
+        sd,
+        rest / far,
+        far,
+        mix,
+        (1 + mine[0], d[o.who] / 2, y / r, x / r, r * c, r * s, at, ln_d),
+    )
 
-def _costs(own, o, sds, m): # (n,) of each particle
-    return np.bincount(o.who, m[2]**2 + 2 * np.log(m[1]), len(o.d)) + ((own / sds)**2).sum(1)
 
-def _by_own(o, m, drawn): # (9, pixels): slopes of the residual by each particle's own values
+def _costs(own, o, sds, m):  # (n,) of each particle
+    return np.bincount(o.who, m[2] ** 2 + 2 * np.log(m[1]), len(o.d)) + ((own / sds) ** 2).sum(1)
+
+
+def _by_own(o, m, drawn):  # (9, pixels): slopes of the residual by each particle's own values
     f, sd, _, far, mix, (tone, half, *ways, _, _) = m
     out, sized = mix(drawn, dy=1), mix(drawn, dx=1)
-    return np.stack([f, tone * (sized - out * half), *(-tone * out * k for k in ways), np.ones_like(f), o.y, o.x]) / sd / far
+    return (
+        np.stack(
+            [
+                f,
+                tone * (sized - out * half),
+                *(-tone * out * k for k in ways),
+                np.ones_like(f),
+                o.y,
+                o.x,
+            ]
+        )
+        / sd
+        / far
+    )
 
-def _model(theta, own, o, sds, slopes=True): # cost; residual, its slopes by each particle's own values and by theta
-    depth, blur, face = o.scale[0] * np.exp(theta[0]), np.exp(theta[1]), o.scale[1] * np.exp(theta[2])
+
+def _model(
+    theta, own, o, sds, slopes=True
+):  # cost; residual, its slopes by each particle's own values and by theta
+    depth, blur, face = (
+        o.scale[0] * np.exp(theta[0]),
+        np.exp(theta[1]),
+        o.scale[1] * np.exp(theta[2]),
+    )
     m = _matched(theta, own, o, drawn := _drawn(depth, blur, o.d))
-    cost = _costs(own, o, sds, m).sum() + (((theta - _USUAL) / _OFTEN)**2).sum()
-    if not slopes: return cost
+    cost = _costs(own, o, sds, m).sum() + (((theta - _USUAL) / _OFTEN) ** 2).sum()
+    if not slopes:
+        return cost
     f, sd, rest, far, mix, (tone, *_, at, ln_d) = m
-    near = [mix(_drawn(depth * np.exp(a), blur * np.exp(b), o.d)) for a, b in ((.01, 0), (0, .01))]
-    by_theta = np.stack([*(tone * (k - f) / .01 for k in near), tone * f, tone * face * drawn[1].ev(ln_d, at)])
+    near = [
+        mix(_drawn(depth * np.exp(a), blur * np.exp(b), o.d)) for a, b in ((0.01, 0), (0, 0.01))
+    ]
+    by_theta = np.stack(
+        [*(tone * (k - f) / 0.01 for k in near), tone * f, tone * face * drawn[1].ev(ln_d, at)]
+    )
     return cost, rest, _by_own(o, m, drawn), by_theta / sd / far
 
-def _condensed(theta, own, o, sds, model, damp=0.): # normal equations of theta with each particle's own values eliminated
+
+def _condensed(
+    theta, own, o, sds, model, damp=0.0
+):  # normal equations of theta with each particle's own values eliminated
     _, rest, by_own, by_theta = model
     cut, parts = np.searchsorted(o.who, np.arange(len(o.d) + 1)), []
     for k, w in enumerate(map(slice, cut[:-1], cut[1:])):
         a, b, q = by_own[:, w], by_theta[:, w], rest[w]
         square = a @ a.T
-        inverse, pull, mixed = np.linalg.inv(square + np.diag(sds**-2 + damp * np.diag(square))), a @ q - own[k] / sds**2, b @ a.T
-        parts.append((inverse, pull, mixed, b @ b.T - mixed @ inverse @ mixed.T, b @ q - mixed @ inverse @ pull))
-    return parts, np.diag(_OFTEN**-2) + sum(k[3] for k in parts), sum(k[4] for k in parts) - (theta - _USUAL) / _OFTEN**2
+        inverse, pull, mixed = (
+            np.linalg.inv(square + np.diag(sds**-2 + damp * np.diag(square))),
+            a @ q - own[k] / sds**2,
+            b @ a.T,
+        )
+        parts.append(
+            (
+                inverse,
+                pull,
+                mixed,
+                b @ b.T - mixed @ inverse @ mixed.T,
+                b @ q - mixed @ inverse @ pull,
+            )
+        )
+    return (
+        parts,
+        np.diag(_OFTEN**-2) + sum(k[3] for k in parts),
+        sum(k[4] for k in parts) - (theta - _USUAL) / _OFTEN**2,
+    )
 
-def _begin(o, blur): # theta and each particle's own values before the fit
+
+def _begin(o, blur):  # theta and each particle's own values before the fit
     own, far = np.zeros((len(o.d), 9)), np.hypot(o.y, o.x) - o.d[o.who] / 2
-    own[:, 6] = [np.median(o.grey[mine][far[mine] >= min(1, far[mine].max())]) for mine in (o.who == k for k in range(len(o.d)))]
-    return np.array([0, np.log(blur), 0, .7]), own
+    own[:, 6] = [
+        np.median(o.grey[mine][far[mine] >= min(1, far[mine].max())])
+        for mine in (o.who == k for k in range(len(o.d)))
+    ]
+    return np.array([0, np.log(blur), 0, 0.7]), own
 
-def _descend(o, theta, own, sds, most=20): # theta, own, the last normal equations: Levenberg-Marquardt
-    low = np.array([np.log(.1 / o.scale[0]), np.log(.3), -3, -.5])
-    high = np.array([np.log(200 / o.scale[0]), np.log(max(.35 * np.median(o.d), .6)), 6, 2.5])
+
+def _descend(
+    o, theta, own, sds, most=20
+):  # theta, own, the last normal equations: Levenberg-Marquardt
+    low = np.array([np.log(0.1 / o.scale[0]), np.log(0.3), -3, -0.5])
+    high = np.array([np.log(200 / o.scale[0]), np.log(max(0.35 * np.median(o.d), 0.6)), 6, 2.5])
     theta, damp = np.clip(theta, low, high), 1e-3
     model = _model(theta, own, o, sds)
     for _ in range(most):
         parts, square, pull = _condensed(theta, own, o, sds, model, damp)
-        step = np.clip(np.linalg.solve(square + damp * np.diag(np.diag(square)), pull), -_STEP[1], _STEP[1])
+        step = np.clip(
+            np.linalg.solve(square + damp * np.diag(np.diag(square)), pull), -_STEP[1], _STEP[1]
+        )
         new = np.clip(theta + step, low, high)
-        moved = own + np.clip([inverse @ (u - mixed.T @ step) for inverse, u, mixed, *_ in parts], -_STEP[0], _STEP[0])
+        moved = own + np.clip(
+            [inverse @ (u - mixed.T @ step) for inverse, u, mixed, *_ in parts], -_STEP[0], _STEP[0]
+        )
         if (cost := _model(new, moved, o, sds, False)) < model[0]:
-            small = np.abs(new - theta).max() < .01 and model[0] - cost < .1 * np.sqrt(len(o.d))
+            small = np.abs(new - theta).max() < 0.01 and model[0] - cost < 0.1 * np.sqrt(len(o.d))
             theta, own, damp = new, moved, max(damp / 5, 1e-5)
             model = _model(theta, own, o, sds)
-            if small: break
-        elif (damp := damp * 8) > 1e3: break
+            if small:
+                break
+        elif (damp := damp * 8) > 1e3:
+            break
     return theta, own, _condensed(theta, own, o, sds, model)[:2]
 
-def _spread(own, known, sds): # sd of what particles have of their own, from values shrunk by the prior `sds`, and their variances
-    noise = 1 / np.maximum(1 / known - 1 / sds**2, 1e-12)
-    free, weight = own * noise / known, 1 / (noise + .01)**2
-    return np.clip(np.sqrt(np.maximum((weight * (free**2 - noise)).sum(0) / weight.sum(0), 0)), .02, sds)
 
-def _left(o, theta, own): # growth of the noise variance with the signal, from what the fit leaves
-    f, sd, rest, far, *_ = _matched(theta, own, o, _drawn(o.scale[0] * np.exp(theta[0]), np.exp(theta[1]), o.d))
+def _spread(
+    own, known, sds
+):  # sd of what particles have of their own, from values shrunk by the prior `sds`, and their variances
+    noise = 1 / np.maximum(1 / known - 1 / sds**2, 1e-12)
+    free, weight = own * noise / known, 1 / (noise + 0.01) ** 2
+    return np.clip(
+        np.sqrt(np.maximum((weight * (free**2 - noise)).sum(0) / weight.sum(0), 0)), 0.02, sds
+    )
+
+
+def _left(o, theta, own):  # growth of the noise variance with the signal, from what the fit leaves
+    f, sd, rest, far, *_ = _matched(
+        theta, own, o, _drawn(o.scale[0] * np.exp(theta[0]), np.exp(theta[1]), o.d)
+    )
     n, good = np.bincount(o.who, minlength=len(o.d)), np.abs(rest * far) < 4
-    square, f, weight = (rest * far * sd)**2 * (n / np.maximum(n - 9, 1))[o.who], np.abs(f), good / sd**4
+    square, f, weight = (
+        (rest * far * sd) ** 2 * (n / np.maximum(n - 9, 1))[o.who],
+        np.abs(f),
+        good / sd**4,
+    )
     return float(max(0, (weight * f) @ (square - o.noise**2) / max((weight * f) @ f, 1e-12)))
 
-def _fit(o, blur, rounds=4): # theta, own, its spread in what particles differ, normal equations, growth of the noise
+
+def _fit(
+    o, blur, rounds=4
+):  # theta, own, its spread in what particles differ, normal equations, growth of the noise
     (theta, own), sds = _begin(o, blur), _OWN
     for k in range(rounds):
-        if k: sds = np.where(np.isin(np.arange(9), _DIFFER), _spread(own, np.array([np.diag(p[0]) for p in parts]), sds), _OWN)
+        if k:
+            sds = np.where(
+                np.isin(np.arange(9), _DIFFER),
+                _spread(own, np.array([np.diag(p[0]) for p in parts]), sds),
+                _OWN,
+            )
         theta, own, (parts, square) = _descend(o, theta, own, sds)
         o = o._replace(gain=_left(o, theta, own))
     return theta, own, sds, parts, square, o.gain
 
 # %% ../../nbs/36a_count.look.ipynb #f406d4f4
 def fitted_sizes(
-    detection, # Detection of the image, or of the image with injected particles
-    look, # Look
-    rows=None, # (n,) which of `detection.particles`; None: all
-    steps: int = 12, # at most so many of the fit
-) -> np.ndarray: # (n,) diameters, in the unit of the detection; NaN where the frame cuts the particle
+    detection,  # Detection of the image, or of the image with injected particles
+    look,  # Look
+    rows=None,  # (n,) which of `detection.particles`; None: all
+    steps: int = 12,  # at most so many of the fit
+) -> (
+    np.ndarray
+):  # (n,) diameters, in the unit of the detection; NaN where the frame cuts the particle
     "Measure the diameters of found particles by fitting how they appear."
     p, px = detection.particles, _px(detection)
     rows = np.arange(len(p)) if rows is None else np.asarray(rows, int)
     d = p[f"diameter_{detection.unit}"].to_numpy()[rows] / px
-    out, whole = np.where(p["edge_weight"].to_numpy()[rows] > 0, d, np.nan), p["edge_weight"].to_numpy()[rows] > 0
+    out, whole = (
+        np.where(p["edge_weight"].to_numpy()[rows] > 0, d, np.nan),
+        p["edge_weight"].to_numpy()[rows] > 0,
+    )
     fixed = np.array([0, np.log(look.blur_px), 0, look.rim / look.face]), (look.depth_px, look.face)
     sds = _OWN.copy()
-    sds[0], sds[4:6] = max(np.std(look.tones), .02), max(np.sqrt(np.mean(np.log(look.aspects)**2) / 8), .02)
-    noise, group = _grey_noise(detection, look.face), np.floor(np.log(np.maximum(d, .1)) / np.log(1.6))
-    for g in np.unique(group[whole]): # of nearly one size, so that one pair of splines draws all
+    sds[0], sds[4:6] = (
+        max(np.std(look.tones), 0.02),
+        max(np.sqrt(np.mean(np.log(look.aspects) ** 2) / 8), 0.02),
+    )
+    noise, group = (
+        _grey_noise(detection, look.face),
+        np.floor(np.log(np.maximum(d, 0.1)) / np.log(1.6)),
+    )
+    for g in np.unique(group[whole]):  # of nearly one size, so that one pair of splines draws all
         mine = np.flatnonzero(whole & (group == g))
         o, keep = _pixels(detection, rows[mine], d[mine], look.blur_px, noise, look.gain, fixed[1])
-        if o is not None: out[mine[keep]] = o.d * np.exp(_place(fixed[0], o, sds, steps)[:, 1])
+        if o is not None:
+            out[mine[keep]] = o.d * np.exp(_place(fixed[0], o, sds, steps)[:, 1])
     return out * px
 
-def _place(theta, o, sds, steps): # each particle's own values with the look held fixed: Levenberg-Marquardt, each for itself
+
+def _place(
+    theta, o, sds, steps
+):  # each particle's own values with the look held fixed: Levenberg-Marquardt, each for itself
     _, own = _begin(o, np.exp(theta[1]))
-    drawn, cut = _drawn(o.scale[0], np.exp(theta[1]), o.d), np.searchsorted(o.who, np.arange(len(o.d) + 1))
+    drawn, cut = (
+        _drawn(o.scale[0], np.exp(theta[1]), o.d),
+        np.searchsorted(o.who, np.arange(len(o.d) + 1)),
+    )
     m, damp = _matched(theta, own, o, drawn), np.full(len(o.d), 1e-3)
     for _ in range(steps):
         by, pull = _by_own(o, m, drawn), -own / sds**2
@@ -253,107 +414,167 @@ def _place(theta, o, sds, steps): # each particle's own values with the look hel
         step = np.clip(np.linalg.solve(square, pull[..., None])[..., 0], -_STEP[0], _STEP[0])
         new = _matched(theta, own + step, o, drawn)
         better = _costs(own + step, o, sds, new) < _costs(own, o, sds, m)
-        own, damp = np.where(better[:, None], own + step, own), np.where(better, np.maximum(damp / 5, 1e-5), damp * 8)
+        own, damp = (
+            np.where(better[:, None], own + step, own),
+            np.where(better, np.maximum(damp / 5, 1e-5), damp * 8),
+        )
         m = new if better.all() else _matched(theta, own, o, drawn)
-        if ((np.abs(step[:, 1]) < .003) | (damp > 1e3)).all(): break
+        if ((np.abs(step[:, 1]) < 0.003) | (damp > 1e3)).all():
+            break
     return own
 
 # %% ../../nbs/36a_count.look.ipynb #6af2e623
 def look_of(
-    detection, # Detection of the image
-    most=400, # particles to look at
-) -> Look: # how its particles appear
+    detection,  # Detection of the image
+    most=400,  # particles to look at
+) -> Look:  # how its particles appear
     """Measure how particles appear: sphere with bright rim and escape depth, blurred by the probe, fitted to clean ones.
     Raises: InputError when no particle was found."""
     alone = _alone(detection)
-    if not len(alone): raise InputError(_NOTHING)
+    if not len(alone):
+        raise InputError(_NOTHING)
     first = _gathered(detection, _thinned(alone, 40), 1.2)
-    blur = float(np.exp(_descend(first, *_begin(first, min(1.2, .2 * np.median(first.d))), _OWN, 10)[0][1]))
+    blur = float(
+        np.exp(_descend(first, *_begin(first, min(1.2, 0.2 * np.median(first.d))), _OWN, 10)[0][1])
+    )
     o = _gathered(detection, _thinned(alone, min(most, 150)), blur)
     theta, *_, gain = _fit(o, blur, 1)
     clear = _clear(detection, replace(_look(theta, o.scale), gain=gain), _thinned(alone, 2 * most))
     o = _gathered(detection, _thinned(clear, most), blur)
     theta, own, sds, parts, square, gain = _fit(o, blur)
     inverse = np.linalg.inv(square)
-    pulls = np.array([k[4] for k in parts]) # each particle's: their scatter, not the noise alone, says how well the look is known
+    pulls = np.array(
+        [k[4] for k in parts]
+    )  # each particle's: their scatter, not the noise alone, says how well the look is known
     spread = inverse @ (pulls.T @ pulls + np.diag(_OFTEN**-2)) @ inverse
     tone, bent, look = own[:, 0], own[:, 4:6], _look(theta, o.scale)
     louder = 1 + tone.mean()
     tones = 1 + _as_wide(tone - tone.mean(), sds[0])
     aspects = np.exp(2 * np.hypot(*_as_wide(bent, sds[4:6]).T))
-    return replace(look, face=look.face * louder, rim=look.rim * louder, gain=gain, noise=o.noise, tones=tuple(np.clip(tones, .2, 3)),
-                   aspects=tuple(aspects), covariance=tuple(map(tuple, spread)))
+    return replace(
+        look,
+        face=look.face * louder,
+        rim=look.rim * louder,
+        gain=gain,
+        noise=o.noise,
+        tones=tuple(np.clip(tones, 0.2, 3)),
+        aspects=tuple(aspects),
+        covariance=tuple(map(tuple, spread)),
+    )
 
-def _clear(detection, look, rows): # where most particles are near the limit: those well above it
+
+def _clear(detection, look, rows):  # where most particles are near the limit: those well above it
     size, score = fitted_sizes(detection, look, rows), detection.particles["score"].to_numpy()[rows]
-    if len(rows) < 60 or size.std() < .01 * size.mean(): return rows
+    if len(rows) < 60 or size.std() < 0.01 * size.mean():
+        return rows
     slope, base = np.polyfit(np.log(size), np.log(score), 1)
-    cut = np.exp((np.log(1.6 * np.quantile(score, .02)) - base) / max(slope, .2))
-    if (size >= cut).mean() > .55: return rows
-    return rows[size >= min(cut, np.quantile(size, .6))]
+    cut = np.exp((np.log(1.6 * np.quantile(score, 0.02)) - base) / max(slope, 0.2))
+    if (size >= cut).mean() > 0.55:
+        return rows
+    return rows[size >= min(cut, np.quantile(size, 0.6))]
 
-def _as_wide(value, sd): # the same values, spread as they are known to be: the fit draws each one to the middle
+
+def _as_wide(
+    value, sd
+):  # the same values, spread as they are known to be: the fit draws each one to the middle
     return value * sd / np.maximum(np.sqrt((value**2).mean(0)), 1e-9)
 
-def _px(detection): return min(detection.micrograph.pixel_size) if detection.unit == "nm" else 1.
+
+def _px(detection):
+    return min(detection.micrograph.pixel_size) if detection.unit == "nm" else 1.0
 
 # %% ../../nbs/36a_count.look.ipynb #ff14cede
-def _varied(look, by): # the look with ln depth, ln blur, ln face, rim / face a little larger, one at a time
+def _varied(
+    look, by
+):  # the look with ln depth, ln blur, ln face, rim / face a little larger, one at a time
     more = np.exp(by)
-    return [replace(look, depth_px=look.depth_px * more), replace(look, blur_px=look.blur_px * more),
-            replace(look, face=look.face * more, rim=look.rim * more), replace(look, rim=look.rim + by * look.face)]
+    return [
+        replace(look, depth_px=look.depth_px * more),
+        replace(look, blur_px=look.blur_px * more),
+        replace(look, face=look.face * more, rim=look.rim * more),
+        replace(look, rim=look.rim + by * look.face),
+    ]
+
 
 def size_shift(
-    look, # Look
-    d_px, # diameter, px
-    by=.02, # step of the differences
-) -> np.ndarray: # (4,) change of ln diameter by ln depth, ln blur, ln face, rim / face
+    look,  # Look
+    d_px,  # diameter, px
+    by=0.02,  # step of the differences
+) -> np.ndarray:  # (4,) change of ln diameter by ln depth, ln blur, ln face, rim / face
     "Say how the fitted diameter of a particle moves with the look."
-    s = np.linspace(-d_px / 2, 2 * look.blur_px + 2, 80) # as far as `_patch`
+    s = np.linspace(-d_px / 2, 2 * look.blur_px + 2, 80)  # as far as `_patch`
     r = s + d_px / 2
-    f = lambda k, x=0.: _signal(k, np.log([d_px]) + x, (r - d_px * np.exp(x) / 2)[None])[0]
+    f = lambda k, x=0.0: _signal(k, np.log([d_px]) + x, (r - d_px * np.exp(x) / 2)[None])[0]
     base, moved = f(look), np.stack([f(k) for k in _varied(look, by)])
-    own = np.stack([(f(look, by) - f(look, -by)) / (2 * by), base, np.ones_like(r)]) # by size, tone, ground
+    own = np.stack(
+        [(f(look, by) - f(look, -by)) / (2 * by), base, np.ones_like(r)]
+    )  # by size, tone, ground
     weight = 2 * np.pi * r * (s[1] - s[0]) / (look.noise**2 + look.gain * np.abs(base))
-    prior = np.diag([_OWN[1]**-2, max(np.std(look.tones), .02)**-2, 0])
-    return -np.linalg.solve((own * weight) @ own.T + prior, (own * weight) @ ((moved - base) / by).T)[0]
+    prior = np.diag([_OWN[1] ** -2, max(np.std(look.tones), 0.02) ** -2, 0])
+    return -np.linalg.solve(
+        (own * weight) @ own.T + prior, (own * weight) @ ((moved - base) / by).T
+    )[0]
+
 
 def d50_shift(
-    look, # Look
-    d50_px, # diameter found half as often as a large one, px
-    large_px, # diameter of the particles that make up most of the area: the counter judges others by them
-    by=.02, # step of the differences
-) -> np.ndarray: # (4,) change of ln d50 by ln depth, ln blur, ln face, rim / face
+    look,  # Look
+    d50_px,  # diameter found half as often as a large one, px
+    large_px,  # diameter of the particles that make up most of the area: the counter judges others by them
+    by=0.02,  # step of the differences
+) -> np.ndarray:  # (4,) change of ln d50 by ln depth, ln blur, ln face, rim / face
     "Say how d50 moves with the look."
-    def shown(k, d): # contrast of a small particle over that of a large one, after the smoothing of the counter
-        f = _signal(replace(k, blur_px=float(np.hypot(k.blur_px, .7))), np.log([d, large_px]), np.array([[-2., -1., 3.]]))
+
+    def shown(
+        k, d
+    ):  # contrast of a small particle over that of a large one, after the smoothing of the counter
+        f = _signal(
+            replace(k, blur_px=float(np.hypot(k.blur_px, 0.7))),
+            np.log([d, large_px]),
+            np.array([[-2.0, -1.0, 3.0]]),
+        )
         return np.log(np.abs(np.abs(f[:, :2]).max(1) - np.abs(f[:, 2])) + 1e-9) @ (1, -1)
+
     rise = (shown(look, d50_px * np.exp(by)) - shown(look, d50_px * np.exp(-by))) / (2 * by)
-    return -np.array([shown(k, d50_px) - shown(look, d50_px) for k in _varied(look, by)]) / by / max(rise, .3)
+    return (
+        -np.array([shown(k, d50_px) - shown(look, d50_px) for k in _varied(look, by)])
+        / by
+        / max(rise, 0.3)
+    )
+
 
 def look_error(
-    look, # Look, with its covariance
-    shift, # (4,) slope of the logarithm of a diameter
-) -> float: # its standard error, at most 0.5
+    look,  # Look, with its covariance
+    shift,  # (4,) slope of the logarithm of a diameter
+) -> float:  # its standard error, at most 0.5
     "Turn a slope into the error that the look leaves."
-    return 0. if look.covariance is None else float(min(np.sqrt(max(shift @ np.array(look.covariance) @ shift, 0)), .5))
+    return (
+        0.0
+        if look.covariance is None
+        else float(min(np.sqrt(max(shift @ np.array(look.covariance) @ shift, 0)), 0.5))
+    )
 
 # %% ../../nbs/36a_count.look.ipynb #0fbcbcca
 def inject(
-    detection, # Detection of the image
-    d_px, # (n,) diameters, px
-    at, # (n, 2) centres: y, x in px
-    look, # Look
-    rng=None, # seed or generator
-) -> np.ndarray: # (H, W) float32, the image with the particles
+    detection,  # Detection of the image
+    d_px,  # (n,) diameters, px
+    at,  # (n, 2) centres: y, x in px
+    look,  # Look
+    rng=None,  # seed or generator
+) -> np.ndarray:  # (H, W) float32, the image with the particles
     "Draw particles into the image: over its own ground and noise, hidden by larger ones, hiding smaller ones."
     rng, old = as_rng(rng), detection.micrograph.data
     out, high, label = old.astype(float).copy(), _grain(old), detection.labels
-    found = np.r_[0, detection.particles[f"diameter_{detection.unit}"].to_numpy() / _px(detection)] if label.any() else np.zeros(1)
-    variance = max(float(np.median(np.abs(high))) * 1.4826, 1e-6)**2
+    found = (
+        np.r_[0, detection.particles[f"diameter_{detection.unit}"].to_numpy() / _px(detection)]
+        if label.any()
+        else np.zeros(1)
+    )
+    variance = max(float(np.median(np.abs(high))) * 1.4826, 1e-6) ** 2
     for d, (y, x) in zip(d_px, at):
         row, column = int(np.rint(y)), int(np.rint(x))
-        planes = stamp(look, d, (y - row, x - column), rng.choice(look.aspects), rng.uniform(0, np.pi))
+        planes = stamp(
+            look, d, (y - row, x - column), rng.choice(look.aspects), rng.uniform(0, np.pi)
+        )
         half = planes.shape[1] // 2
         box, part = _overlap(row, column, half, out.shape)
         cover, face, rim = planes[(slice(None), *part)]
@@ -362,15 +583,21 @@ def inject(
         over = np.where(under > 0, d > under, True)
         ground = np.median(old[box][label[box] == 0]) if (label[box] == 0).any() else np.median(old)
         sink = np.where(under > 0, cover * (ground - (old[box] - high[box])), 0)
-        louder = np.sqrt(np.clip(1 + look.gain * np.abs(added) / variance, .1, 10)) - 1
+        louder = np.sqrt(np.clip(1 + look.gain * np.abs(added) / variance, 0.1, 10)) - 1
         out[box] += over * (added + sink + high[box] * louder * (look.gain > 0))
-    if (old == np.rint(old)).all(): out = np.rint(out)
+    if (old == np.rint(old)).all():
+        out = np.rint(out)
     return np.clip(out, old.min(), old.max()).astype(np.float32)
 
-def _grain(image): return image - ndi.gaussian_filter(image, 1.)
 
-def _overlap(row, column, half, shape): # slices of the image and of the stamp
+def _grain(image):
+    return image - ndi.gaussian_filter(image, 1.0)
+
+
+def _overlap(row, column, half, shape):  # slices of the image and of the stamp
     start = [max(o - half, 0) for o in (row, column)]
     stop = [min(o + half + 1, n) for o, n in zip((row, column), shape)]
     box = tuple(slice(a, b) for a, b in zip(start, stop))
-    return box, tuple(slice(a - o + half, b - o + half) for a, b, o in zip(start, stop, (row, column)))
+    return box, tuple(
+        slice(a - o + half, b - o + half) for a, b, o in zip(start, stop, (row, column))
+    )

@@ -17,42 +17,58 @@ from skimage.measure import regionprops
 
 # %% ../../nbs/34_count.propose.ipynb #d77ec75a
 def bar_mask(
-    image, # (H, W) grey values
-    tallest: float = 0.25, # tallest bar, fraction of the height
-    flat: float = 0.03, # grey values within this fraction of the range are one colour
-) -> np.ndarray: # (H, W) bool, True on the information bar
+    image,  # (H, W) grey values
+    tallest: float = 0.25,  # tallest bar, fraction of the height
+    flat: float = 0.03,  # grey values within this fraction of the range are one colour
+) -> np.ndarray:  # (H, W) bool, True on the information bar
     "Find information bars at the upper and lower border."
     mask, span, high = np.zeros(image.shape, bool), np.ptp(image), image.shape[0]
     for rows, out in ((image, mask), (image[::-1], mask[::-1])):
         n = max(4, high // 100)
         ground = (np.abs(rows - np.median(rows[:n])) <= flat * span).mean(1)
-        bridged = ndi.maximum_filter1d(ground, max(3, high // 40))  # lines of text interrupt the flat ground
+        bridged = ndi.maximum_filter1d(
+            ground, max(3, high // 40)
+        )  # lines of text interrupt the flat ground
         k = int(np.argmax(bridged < 0.5)) if (bridged < 0.5).any() else high
-        while k > 0 and ground[k - 1] < 0.5: k -= 1
-        if span and n <= k <= min(tallest * high, high - 6) and ground[max(0, k - 3):k].max() > 0.8:
-            if ground[k + 1:k + 6].max() < 0.4: out[:k + 3] = True
+        while k > 0 and ground[k - 1] < 0.5:
+            k -= 1
+        if (
+            span
+            and n <= k <= min(tallest * high, high - 6)
+            and ground[max(0, k - 3) : k].max() > 0.8
+        ):
+            if ground[k + 1 : k + 6].max() < 0.4:
+                out[: k + 3] = True
     return mask
 
 # %% ../../nbs/34_count.propose.ipynb #882bb175
 def letter_mask(
-    image, # (H, W) grey values
-    flat: float = 0.012, # largest range within 3 × 3 pixels, fraction of the range of the image
-    margin: int = 3, # px added around each letter
-    largest: float = 0.1, # what would cover more of the image than this is no lettering
-) -> np.ndarray: # (H, W) bool, True on letters, scale bars and their boxes
+    image,  # (H, W) grey values
+    flat: float = 0.012,  # largest range within 3 × 3 pixels, fraction of the range of the image
+    margin: int = 3,  # px added around each letter
+    largest: float = 0.1,  # what would cover more of the image than this is no lettering
+) -> np.ndarray:  # (H, W) bool, True on letters, scale bars and their boxes
     "Find burnt-in letters, scale bars and their boxes."
     mask, span = np.zeros(image.shape, bool), np.ptp(image)
-    if span == 0: return mask
+    if span == 0:
+        return mask
     even = _highest(image) - _highest(image, np.minimum) <= flat * span
     for extreme, sign in ((image.min(), 1), (image.max(), -1)):
         piece = even & (np.abs(image - extreme) <= 0.02 * span)
-        if not piece.any() or piece.mean() > 0.2: continue  # a clipped ground
+        if not piece.any() or piece.mean() > 0.2:
+            continue  # a clipped ground
         pieces = regionprops(ndi.label(ndi.binary_dilation(piece, np.ones((3, 3))))[0])
         for r, again in [*((r, False) for r in pieces), *((r, True) for r in pieces)]:
             y, x, y1, x1 = r.bbox
-            beside = again and mask[max(y - 12, 0):y1 + 12, max(x - 12, 0):x1 + 12].any()     # dots and ticks stand beside letters
-            if r.area >= 12 and again <= beside and _is_letter(r, image, extreme, sign, span, beside):
-                mask[max(y - margin, 0):y1 + margin, max(x - margin, 0):x1 + margin] = True
+            beside = (
+                again and mask[max(y - 12, 0) : y1 + 12, max(x - 12, 0) : x1 + 12].any()
+            )  # dots and ticks stand beside letters
+            if (
+                r.area >= 12
+                and again <= beside
+                and _is_letter(r, image, extreme, sign, span, beside)
+            ):
+                mask[max(y - margin, 0) : y1 + margin, max(x - margin, 0) : x1 + margin] = True
     return mask if mask.mean() <= largest else np.zeros_like(mask)
 
 
@@ -60,15 +76,23 @@ def _is_letter(r, image, extreme, sign, span, beside=False) -> bool:
     "Whether a flat piece is not compact, or a rectangle, and has a sharp border."
     y, x, y1, x1 = r.bbox
     high, wide = y1 - y, x1 - x
-    stroke = r.area_filled < 0.85 * r.area_convex or r.area < 0.8 * r.area_filled    # pits of noise in a clipped disc are no stroke
-    box = r.extent > 0.93 and (r.area > 200 or beside)           # a few clipped pixels of a small particle fill their box, too
-    if not (box or max(high, wide) > 3 * min(high, wide) or stroke): return False
+    stroke = (
+        r.area_filled < 0.85 * r.area_convex or r.area < 0.8 * r.area_filled
+    )  # pits of noise in a clipped disc are no stroke
+    box = r.extent > 0.93 and (
+        r.area > 200 or beside
+    )  # a few clipped pixels of a small particle fill their box, too
+    if not (box or max(high, wide) > 3 * min(high, wide) or stroke):
+        return False
     piece = np.pad(r.image, 3)
     ring = ndi.binary_dilation(piece, iterations=2) & ~ndi.binary_dilation(piece)
     yy, xx = np.nonzero(ring)
     yy, xx = yy + y - 3, xx + x - 3
     inside = (yy >= 0) & (yy < image.shape[0]) & (xx >= 0) & (xx < image.shape[1])
-    return bool(inside.any()) and np.median(sign * (image[yy[inside], xx[inside]] - extreme)) > 0.2 * span
+    return (
+        bool(inside.any())
+        and np.median(sign * (image[yy[inside], xx[inside]] - extreme)) > 0.2 * span
+    )
 
 
 def _highest(image, higher=np.maximum):
@@ -83,8 +107,8 @@ def _highest(image, higher=np.maximum):
 
 # %% ../../nbs/34_count.propose.ipynb #87f7f520
 def overlay_mask(
-    image, # (H, W) grey values
-) -> np.ndarray: # (H, W) bool, True where the image shows no specimen
+    image,  # (H, W) grey values
+) -> np.ndarray:  # (H, W) bool, True where the image shows no specimen
     "Find what is burnt into the image: information bars, letters, scale bars."
     bar = bar_mask(image)
     rest = np.where(bar, np.median(image[~bar]), image) if bar.any() else image
@@ -92,10 +116,10 @@ def overlay_mask(
 
 # %% ../../nbs/34_count.propose.ipynb #a21bb252
 def ground(
-    image, # (H, W), lettering already replaced
-    window: float = 1 / 3, # width of the window, fraction of the shorter side
-    percentile: float = 10, # per cent of the pixels in the window that are darker than the ground
-) -> np.ndarray: # (H, W), smooth
+    image,  # (H, W), lettering already replaced
+    window: float = 1 / 3,  # width of the window, fraction of the shorter side
+    percentile: float = 10,  # per cent of the pixels in the window that are darker than the ground
+) -> np.ndarray:  # (H, W), smooth
     "Estimate the ground under bright particles: a low percentile in a wide window, on a reduced image."
     step = max(1, min(image.shape) // 64)
     small = image[::step, ::step]
@@ -103,7 +127,10 @@ def ground(
     apart = max(1, wide // 10)
     low = ndi.gaussian_filter(_windows(small, wide, apart, percentile), wide / 4 / apart)
     step *= apart
-    at = [np.minimum(np.arange(n) / step, m - 1).astype(np.float32) for n, m in zip(image.shape, low.shape)]
+    at = [
+        np.minimum(np.arange(n) / step, m - 1).astype(np.float32)
+        for n, m in zip(image.shape, low.shape)
+    ]
     (y, x), (up, right) = [a.astype(int) for a in at], [a % 1 for a in at]
     rows = low[y] * (1 - up)[:, None] + low[np.minimum(y + 1, len(low) - 1)] * up[:, None]
     return rows[:, x] * (1 - right) + rows[:, np.minimum(x + 1, low.shape[1] - 1)] * right
@@ -111,27 +138,39 @@ def ground(
 
 def _windows(image, wide, apart, percentile):
     "A percentile in windows of a width, every so many pixels; what a filter of ranks gives, at these places alone."
-    far = [(wide // 2, wide - 1 - wide // 2 + apart)] * 2        # the last window may begin beyond the last pixel
-    each = np.lib.stride_tricks.sliding_window_view(np.pad(image, far, "symmetric"), (wide, wide))[::apart, ::apart]
+    far = [
+        (wide // 2, wide - 1 - wide // 2 + apart)
+    ] * 2  # the last window may begin beyond the last pixel
+    each = np.lib.stride_tricks.sliding_window_view(np.pad(image, far, "symmetric"), (wide, wide))[
+        ::apart, ::apart
+    ]
     rows, columns = ((n - 2 + apart) // apart + 1 for n in image.shape)
     rank = min(int(percentile / 100 * wide * wide), wide * wide - 1)
-    return np.array([np.partition(row[:columns].reshape(-1, wide * wide), rank, 1)[:, rank] for row in each[:rows]])
+    return np.array(
+        [
+            np.partition(row[:columns].reshape(-1, wide * wide), rank, 1)[:, rank]
+            for row in each[:rows]
+        ]
+    )
 
 # %% ../../nbs/34_count.propose.ipynb #67328c20
 def distance(
-    mask, # (H, W) bool
-) -> np.ndarray: # (H, W) float32, px; 0 outside the mask
+    mask,  # (H, W) bool
+) -> np.ndarray:  # (H, W) float32, px; 0 outside the mask
     "Compute the Euclidean distance to the nearest pixel outside, by the pixels of the mask alone where that is quicker."
     wide, far, at = mask.shape[1], max(mask.shape), np.flatnonzero(mask)
     along = _along(at, wide, far)
-    if along.sum(dtype=np.int64) > 10 * mask.size: return ndi.distance_transform_edt(mask).astype(np.float32)
+    if along.sum(dtype=np.int64) > 10 * mask.size:
+        return ndi.distance_transform_edt(mask).astype(np.float32)
     best = along * along
     square = np.zeros(mask.size + 2, np.int32)
     square[[0, -1]], square[at + 1] = far**2, best
     live, k = np.flatnonzero(best > 1), 1
     here, least = at[live] + 1, best[live]
-    while len(live):                                  # rows k above and below; a pixel is done when k is its distance
-        rows = np.minimum(square.take(here - k * wide, mode="clip"), square.take(here + k * wide, mode="clip"))
+    while len(live):  # rows k above and below; a pixel is done when k is its distance
+        rows = np.minimum(
+            square.take(here - k * wide, mode="clip"), square.take(here + k * wide, mode="clip")
+        )
         best[live] = least = np.minimum(least, rows + k * k)
         k += 1
         more = least > k * k
@@ -145,30 +184,35 @@ def _along(at, wide, far):
     "Distance along its row of each pixel of a mask, given by its flat place, to the ground; what the frame cuts is far."
     column, n = at % wide, np.arange(len(at), dtype=np.int32)
     first = np.flatnonzero((np.diff(at, prepend=-2) > 1) | (column == 0)).astype(np.int32)
-    last = np.append(first[1:], np.int32(len(at)))[:len(first)] - 1
+    last = np.append(first[1:], np.int32(len(at)))[: len(first)] - 1
     before = first - 1 - np.where(column[first] == 0, far - 1, 0)
     behind = last + 1 + np.where(column[last] == wide - 1, far, 0)
     each = last - first + 1
-    return np.minimum(n - np.repeat(before.astype(np.int32), each), np.repeat(behind.astype(np.int32), each) - n)
+    return np.minimum(
+        n - np.repeat(before.astype(np.int32), each), np.repeat(behind.astype(np.int32), each) - n
+    )
 
 # %% ../../nbs/34_count.propose.ipynb #075c6353
-_NEAR = {k: np.exp(-k**2 / 2) / (1 + 2 * np.exp(-0.5) + 2 * np.exp(-2)) for k in range(-2, 3)}  # Gaussian of one pixel
+_NEAR = {
+    k: np.exp(-(k**2) / 2) / (1 + 2 * np.exp(-0.5) + 2 * np.exp(-2)) for k in range(-2, 3)
+}  # Gaussian of one pixel
 _SUMMIT = 1.2  # px: lower summits of the distance transform are single pixels
 
 
 def seeds(
-    distance, # (H, W) distance to the ground, px
-    h: float = 0.15, # depth of the saddle, fraction of the summit
-) -> np.ndarray: # (N, 3): y, x, height, in px
+    distance,  # (H, W) distance to the ground, px
+    h: float = 0.15,  # depth of the saddle, fraction of the summit
+) -> np.ndarray:  # (N, 3): y, x, height, in px
     "Find summits of a distance transform whose saddle is deep, relative to their height."
     smooth, y, x, top = _summits(distance)
     order = np.argsort(-top, kind="stable")
     y, x, top = y[order], x[order], top[order]
     points = np.stack([y, x], 1)
-    if len(points) < 2: return np.c_[points, distance[y, x]].astype(np.float32)
+    if len(points) < 2:
+        return np.c_[points, distance[y, x]].astype(np.float32)
     pairs = cKDTree(points).query(points, k=min(7, len(points)), workers=1)[1]
     i, j = np.repeat(np.arange(len(points)), pairs.shape[1]), pairs.ravel()
-    i, j = i[j < i], j[j < i]                     # j is the higher summit
+    i, j = i[j < i], j[j < i]  # j is the higher summit
     t = np.linspace(0, 1, 9)[1:-1, None]
     way = [np.rint(a[i] + t * (a[j] - a[i])).astype(int) for a in (y, x)]
     same = smooth[way[0], way[1]].min(0) > (1 - h) * top[i]
@@ -180,31 +224,38 @@ def seeds(
 def _summits(distance):
     "The distance, smoothed where it is above the least summit, and its maxima there: y, x, height."
     wide, flat = distance.shape[1] + 4, np.pad(distance, 2).ravel()
-    at, value, near = np.flatnonzero(flat > _SUMMIT), 0, range(-2, 3)      # few pixels of the image; filters would take them all
+    at, value, near = (
+        np.flatnonzero(flat > _SUMMIT),
+        0,
+        range(-2, 3),
+    )  # few pixels of the image; filters would take them all
     for k in near:
-        for n in near: value = value + np.float32(_NEAR[k] * _NEAR[n]) * flat.take(at + (k * wide + n))
+        for n in near:
+            value = value + np.float32(_NEAR[k] * _NEAR[n]) * flat.take(at + (k * wide + n))
     smooth = np.zeros_like(flat)
     smooth[at] = value
-    top = np.logical_and.reduce([value >= smooth.take(at + k * wide + n) for k in (-1, 0, 1) for n in (-1, 0, 1)])
+    top = np.logical_and.reduce(
+        [value >= smooth.take(at + k * wide + n) for k in (-1, 0, 1) for n in (-1, 0, 1)]
+    )
     y, x = np.divmod(at[top], wide)
     return smooth.reshape(-1, wide)[2:-2, 2:-2], y - 2, x - 2, value[top]
 
 # %% ../../nbs/34_count.propose.ipynb #a3de31c8
 def fill_holes(
-    mask, # (H, W) bool
-) -> np.ndarray: # (H, W) bool
+    mask,  # (H, W) bool
+) -> np.ndarray:  # (H, W) bool
     "Fill holes that do not reach the border: the grey core of a particle with a bright rim."
     label, n = ndi.label(~mask)
-    closed = np.ones(n + 1, bool)                     # the mask is 0
+    closed = np.ones(n + 1, bool)  # the mask is 0
     closed[np.concatenate([label[0], label[-1], label[:, 0], label[:, -1]])] = False
     closed[0] = True
     return closed.take(label)
 
 # %% ../../nbs/34_count.propose.ipynb #2018e9a2
 def distinct(
-    proposals, # (N, ≥3): y, x, radius, in px
-    within: float = 0.25, # of the radius: centres in one cell of this size and radii in one such step are the same
-) -> np.ndarray: # those kept, the first of each cell
+    proposals,  # (N, ≥3): y, x, radius, in px
+    within: float = 0.25,  # of the radius: centres in one cell of this size and radii in one such step are the same
+) -> np.ndarray:  # those kept, the first of each cell
     "Drop proposals that nearly repeat another."
     step = np.round(np.log(np.maximum(proposals[:, 2], 0.5)) / within)
     cell = within * np.exp(step * within)
@@ -213,27 +264,40 @@ def distinct(
 
 # %% ../../nbs/34_count.propose.ipynb #d5f57589
 def level_proposals(
-    flat, # (H, W) ground removed, particles bright, smoothed
-    valid, # (H, W) bool, False on lettering
-    levels=(0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.2), # cuts, from the median ground (0) to the median particle (1) of Otsu's split
-    h: float = 0.15, # depth of the saddle between touching particles, fraction of the summit
-    found=None, # (H, W) bool, True on particles that were found before; their pixels are left out
-) -> np.ndarray: # (N, 3): y, x, radius, in px
+    flat,  # (H, W) ground removed, particles bright, smoothed
+    valid,  # (H, W) bool, False on lettering
+    levels=(
+        0.15,
+        0.3,
+        0.45,
+        0.6,
+        0.8,
+        1.0,
+        1.2,
+    ),  # cuts, from the median ground (0) to the median particle (1) of Otsu's split
+    h: float = 0.15,  # depth of the saddle between touching particles, fraction of the summit
+    found=None,  # (H, W) bool, True on particles that were found before; their pixels are left out
+) -> np.ndarray:  # (N, 3): y, x, radius, in px
     "Propose pieces of the image above several levels, and the seeds within them."
     seen = flat[valid]
-    if not seen.size or np.ptp(seen) == 0: return np.zeros((0, 3), np.float32)
-    seen = seen[::max(1, seen.size // 250_000)]       # as many tell the levels
+    if not seen.size or np.ptp(seen) == 0:
+        return np.zeros((0, 3), np.float32)
+    seen = seen[:: max(1, seen.size // 250_000)]  # as many tell the levels
     cut = threshold_otsu(seen)
-    with ThreadPoolExecutor(2) as pool:               # scipy.ndimage releases the interpreter
+    with ThreadPoolExecutor(2) as pool:  # scipy.ndimage releases the interpreter
         low, high = pool.map(lambda part: np.median(seen[part]), (seen <= cut, seen > cut))
         there = valid if found is None else valid & ~found
         above = lambda k: (flat > low + k * (high - low)) & there
         sure = above(2 * levels[0])
-        cuts = pool.map(lambda k: _cut(_reaching(above(k), sure) if k < 2 * levels[0] else above(k), h), levels)
+        cuts = pool.map(
+            lambda k: _cut(_reaching(above(k), sure) if k < 2 * levels[0] else above(k), h), levels
+        )
         return distinct(np.concatenate(list(cuts)))
 
 
-_NO_GROUND = 0.9  # share of the image: where filled pieces cover more, no ground is left to tell them from
+_NO_GROUND = (
+    0.9  # share of the image: where filled pieces cover more, no ground is left to tell them from
+)
 _GAPS = 0.002  # share of the image: smaller holes are those inside bright rims
 _COMPACT = 2.2  # radius of a piece over that of its largest inscribed circle: above, it is no single particle
 
@@ -250,13 +314,18 @@ def _cut(mask, h):
     "Proposals of one level: holes filled, for bright rims; and open, for the gaps of a raft."
     filled = fill_holes(mask)
     area, gaps = np.count_nonzero(filled), np.count_nonzero(filled) - np.count_nonzero(mask)
-    parts = [m for m, there in ((filled, area < _NO_GROUND * mask.size), (mask, gaps > _GAPS * mask.size)) if there]
+    parts = [
+        m
+        for m, there in ((filled, area < _NO_GROUND * mask.size), (mask, gaps > _GAPS * mask.size))
+        if there
+    ]
     return np.concatenate([_pieces(m, h) for m in parts]) if parts else np.zeros((0, 3), np.float32)
 
 
 def _pieces(mask, h):
     "Seeds, and centroids of the pieces that are compact."
-    if not mask.any(): return np.zeros((0, 3), np.float32)
+    if not mask.any():
+        return np.zeros((0, 3), np.float32)
     seed = seeds(distance(mask), h)
     label, n = ndi.label(mask)
     at = np.flatnonzero(mask)
@@ -264,20 +333,30 @@ def _pieces(mask, h):
     area = np.bincount(piece, minlength=n + 1)[1:]
     inner = np.zeros(n + 1, np.float32)
     np.maximum.at(inner, label[seed[:, 0].astype(int), seed[:, 1].astype(int)], seed[:, 2])
-    whole = np.stack([np.bincount(piece, y)[1:] / area, np.bincount(piece, x)[1:] / area, np.sqrt(area / np.pi)], 1)
-    return np.concatenate([seed, whole[(area >= 5) & (whole[:, 2] < _COMPACT * np.maximum(inner[1:], 1))]]).astype(np.float32)
+    whole = np.stack(
+        [np.bincount(piece, y)[1:] / area, np.bincount(piece, x)[1:] / area, np.sqrt(area / np.pi)],
+        1,
+    )
+    return np.concatenate(
+        [seed, whole[(area >= 5) & (whole[:, 2] < _COMPACT * np.maximum(inner[1:], 1))]]
+    ).astype(np.float32)
 
 # %% ../../nbs/34_count.propose.ipynb #651ea934
 def pyramid(
-    image, # (H, W), lettering already replaced
-    largest: float, # largest radius, px
-) -> list: # (reduction, reduced image) per octave
+    image,  # (H, W), lettering already replaced
+    largest: float,  # largest radius, px
+) -> list:  # (reduction, reduced image) per octave
     "Reduce an image by two again and again."
     out = [(1, np.asarray(image, np.float32))]
     while 4 * out[-1][0] <= largest and min(out[-1][1].shape) >= 24:
         factor, last = out[-1]
         rows = ndi.gaussian_filter1d(last, 0.87, 0, truncate=3)[::2]
-        out.append((2 * factor, np.ascontiguousarray(ndi.gaussian_filter1d(rows, 0.87, 1, truncate=3)[:, ::2])))
+        out.append(
+            (
+                2 * factor,
+                np.ascontiguousarray(ndi.gaussian_filter1d(rows, 0.87, 1, truncate=3)[:, ::2]),
+            )
+        )
     return out
 
 
@@ -285,16 +364,18 @@ def _laplacians(reduced, factor, per_octave=3):
     "Scale-normalised Laplacian of Gaussian over one octave, from fine to coarse: (radius in px, response)."
     sigma = np.sqrt(2) * 2 ** (np.arange(-1 if factor == 1 else 0, per_octave + 1) / per_octave)
     wider, step = np.sqrt(np.diff(sigma**2)), 2 ** (1 / per_octave) - 1
-    last = ndi.gaussian_filter(reduced, np.sqrt(sigma[0]**2 - 0.25), truncate=3)      # a pixel has blurred by half a pixel
+    last = ndi.gaussian_filter(
+        reduced, np.sqrt(sigma[0] ** 2 - 0.25), truncate=3
+    )  # a pixel has blurred by half a pixel
     for s, more in zip(sigma, wider):
         fine, last = last, ndi.gaussian_filter(last, more, truncate=3)
         yield s * np.sqrt(2) * factor, (fine - last) / step
 
 # %% ../../nbs/34_count.propose.ipynb #f0936600
 def noise_excess(
-    image, # (H, W), lettering already replaced
-    window: float = 1 / 16, # fraction of the shorter side
-) -> tuple: # step in px, and on a grid of this step the noise relative to its median over the image, at least 1
+    image,  # (H, W), lettering already replaced
+    window: float = 1 / 16,  # fraction of the shorter side
+) -> tuple:  # step in px, and on a grid of this step the noise relative to its median over the image, at least 1
     "Compare the noise from place to place: the median response of the finest blobs in a window, which a few particles do not move."
     wide = max(3, int(min(image.shape) * window))
     step = max(1, wide // 12)
@@ -307,21 +388,27 @@ def noise_excess(
 
 # %% ../../nbs/34_count.propose.ipynb #4b6af4cb
 def blob_proposals(
-    octaves, # as `pyramid` returns
-    valid, # (H, W) bool, False on lettering
-    polarity: int = 1, # 1 for bright particles, -1 for dark ones
-    significance: float = 4.0, # least response, in robust standard deviations of its scale, more where the image is noisier
-    window: float = 1 / 16, # in which the noise is compared, fraction of the shorter side
-) -> np.ndarray: # (N, 4): y, x, radius in px, significance
+    octaves,  # as `pyramid` returns
+    valid,  # (H, W) bool, False on lettering
+    polarity: int = 1,  # 1 for bright particles, -1 for dark ones
+    significance: float = 4.0,  # least response, in robust standard deviations of its scale, more where the image is noisier
+    window: float = 1 / 16,  # in which the noise is compared, fraction of the shorter side
+) -> np.ndarray:  # (N, 4): y, x, radius in px, significance
     "Propose the maxima of the Laplacian of Gaussian that stand out of their scale and of the noise around them."
     out, (step, excess) = [], noise_excess(octaves[0][1], window)
     for factor, reduced in octaves:
         ok = valid[::factor, ::factor]
         for radius, plane in _laplacians(reduced, factor):
             response = polarity * plane
-            some = response[ok][::max(1, ok.sum() // 60_000)]
+            some = response[ok][:: max(1, ok.sum() // 60_000)]
             sd = max(1.4826 * np.median(np.abs(some - np.median(some))), 1e-6) if some.size else 1.0
-            y, x = np.nonzero((response > significance * sd) & ok & (response == _highest(response)))
+            y, x = np.nonzero(
+                (response > significance * sd) & ok & (response == _highest(response))
+            )
             strength = response[y, x] / (sd * excess[factor * y // step, factor * x // step])
-            out.append(np.stack([factor * y, factor * x, np.full(len(y), radius), strength], 1)[strength > significance])
+            out.append(
+                np.stack([factor * y, factor * x, np.full(len(y), radius), strength], 1)[
+                    strength > significance
+                ]
+            )
     return np.concatenate(out).astype(np.float32)

@@ -30,15 +30,31 @@ from ..plot import to_png
 def _calibrate(n, seed, detector, workers, progress, detection, folder):
     "Calibrate one image and write what was learned; columns for its row of summary.csv."
     rng = np.random.default_rng([seed, zlib.crc32(folder.name.encode())])
-    try: found = calibrate(detection.micrograph, detector=detector, n=n, rng=rng, detection=detection, workers=workers,
-                           progress=progress)
-    except InputError as why: return {"calibration": str(why)}
+    try:
+        found = calibrate(
+            detection.micrograph,
+            detector=detector,
+            n=n,
+            rng=rng,
+            detection=detection,
+            workers=workers,
+            progress=progress,
+        )
+    except InputError as why:
+        return {"calibration": str(why)}
     unit, curve = found.unit, found.curve
-    write_csv(folder / "particles.csv", detection.particles.assign(**{f"fitted_{unit}": found.sizes}))
+    write_csv(
+        folder / "particles.csv", detection.particles.assign(**{f"fitted_{unit}": found.sizes})
+    )
     write_csv(folder / "injections.csv", found.injections)
     write_json(folder / "calibration.json", found.to_dict() | provenance(seed))
-    return {"calibration": "", f"d50_{unit}": curve.d50, f"d50_se_{unit}": curve.d50_se, "size_error": found.size_error,
-            "look_error": found.look_error(found.d32)}
+    return {
+        "calibration": "",
+        f"d50_{unit}": curve.d50,
+        f"d50_se_{unit}": curve.d50_se,
+        "size_error": found.size_error,
+        "look_error": found.look_error(found.d32),
+    }
 
 
 def _read(folder):
@@ -46,20 +62,31 @@ def _read(folder):
     facts = json.loads((folder / "calibration.json").read_text())
     p = pd.read_csv(folder / "particles.csv")
     p = p[p.edge_weight > 0]
-    return p.fitted_nm.to_numpy(), p.edge_weight.to_numpy(), DetectionCurve(**facts["curve"]), SizeResponse(**facts["response"])
+    return (
+        p.fitted_nm.to_numpy(),
+        p.edge_weight.to_numpy(),
+        DetectionCurve(**facts["curve"]),
+        SizeResponse(**facts["response"]),
+    )
 
 # %% ../../nbs/38_count.sample.ipynb #758ee1dc
 @dataclass(frozen=True)
 class Sample:
     "What the images of one sample say together."
-    out: Path             # folder with one folder per image
-    table: pd.DataFrame   # one row per file, as in summary.csv
-    fit: SizeFit | None   # sizes of all images together; None where that was not asked for or not possible
-    ecsa: Ecsa | None     # surface area
-    note: str             # why there is no fit, or which images take no part in it; empty when all do
-    missing: str = ""     # why there is no surface area although it was asked for; empty otherwise
 
-    def __str__(self): return "\n".join(str(o) for o in (self._counted(), self.missing or self.note, self.fit, self.ecsa) if o)
+    out: Path  # folder with one folder per image
+    table: pd.DataFrame  # one row per file, as in summary.csv
+    fit: (
+        SizeFit | None
+    )  # sizes of all images together; None where that was not asked for or not possible
+    ecsa: Ecsa | None  # surface area
+    note: str  # why there is no fit, or which images take no part in it; empty when all do
+    missing: str = ""  # why there is no surface area although it was asked for; empty otherwise
+
+    def __str__(self):
+        return "\n".join(
+            str(o) for o in (self._counted(), self.missing or self.note, self.fit, self.ecsa) if o
+        )
 
     def _counted(self):
         good = self.table[self.table.error == ""]
@@ -67,26 +94,38 @@ class Sample:
         total = int(good.n_particles.sum()) if len(good) else 0
         return "\n".join([f"{total} particles in {len(good)} of {len(self.table)} images", *bad])
 
-    def particles(self) -> pd.DataFrame: # particles.csv of all images, with the column `folder`
+    def particles(self) -> pd.DataFrame:  # particles.csv of all images, with the column `folder`
         "Read the particles of all images that were counted; no row where none could be."
         folders = self.table.folder[self.table.error == ""]
         parts = [pd.read_csv(self.out / f / "particles.csv").assign(folder=f) for f in folders]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["id", "folder"])
+        return (
+            pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["id", "folder"])
+        )
 
-    def show(self,
-        most: int = 3, # images to draw
-    ) -> plt.Figure: # what was counted in the first images, and the diameters of all
+    def show(
+        self,
+        most: int = 3,  # images to draw
+    ) -> plt.Figure:  # what was counted in the first images, and the diameters of all
         "Draw what was counted."
         good = self.table[self.table.error == ""]
-        if not len(good): return _sentence("No image could be counted; the column error of the table says why.")
-        fig, axes = plt.subplots(1, min(most, len(good)) + 1, figsize=(3.4 * min(most, len(good)) + 3.4, 3.2), layout="constrained")
+        if not len(good):
+            return _sentence("No image could be counted; the column error of the table says why.")
+        fig, axes = plt.subplots(
+            1,
+            min(most, len(good)) + 1,
+            figsize=(3.4 * min(most, len(good)) + 3.4, 3.2),
+            layout="constrained",
+        )
         for ax, row in zip(axes, good.itertuples()):
             ax.imshow(plt.imread(self.out / row.folder / "overlay.png"))
             ax.set_title(f"{Path(row.file).name}: {row.n_particles}", fontsize=9)
             ax.set_axis_off()
         for unit, rows in good.groupby("unit"):
             p = pd.concat([pd.read_csv(self.out / f / "particles.csv") for f in rows.folder])
-            sizes, colour = p.loc[p.edge_weight > 0, f"diameter_{unit}"], "0.4" if unit == "nm" else "tab:blue"
+            sizes, colour = (
+                p.loc[p.edge_weight > 0, f"diameter_{unit}"],
+                "0.4" if unit == "nm" else "tab:blue",
+            )
             axes[-1].hist(sizes, 30, alpha=0.6, color=colour, label=unit)
         axes[-1].set(xlabel=f"diameter ({', '.join(sorted(set(good.unit)))})", ylabel="particles")
         return fig
@@ -99,53 +138,84 @@ def _sentence(text):
 
 
 def _write_png(path, fig):
-    with atomic_path(path) as p: p.write_bytes(to_png(fig, 100))
+    with atomic_path(path) as p:
+        p.write_bytes(to_png(fig, 100))
     plt.close(fig)
 
 
 def _fit(out, table):
     "One fit to all calibrated images, and what to say about the others."
     counted = table[table.error == ""]
-    if not len(counted): return None, "no image could be counted, so nothing was fitted."
-    if "calibration" not in counted: return None, ""
+    if not len(counted):
+        return None, "no image could be counted, so nothing was fitted."
+    if "calibration" not in counted:
+        return None, ""
     scaled = counted[(counted.unit == "nm") & (counted.calibration == "")]
-    why = [f"{Path(r.file).name} takes no part in the fit: {r.calibration or 'its pixel size is not known.'}"
-           for r in counted.drop(scaled.index).itertuples()]
-    if not len(scaled): return None, " ".join(["nothing was fitted.", *why])
+    why = [
+        f"{Path(r.file).name} takes no part in the fit: {r.calibration or 'its pixel size is not known.'}"
+        for r in counted.drop(scaled.index).itertuples()
+    ]
+    if not len(scaled):
+        return None, " ".join(["nothing was fitted.", *why])
     d, weight, curves, responses = map(list, zip(*(_read(out / f) for f in scaled.folder)))
-    return fit_sizes(d, curves, edge_weight=weight, size_error=responses, min_detection=0.02), " ".join(why)
+    return fit_sizes(
+        d, curves, edge_weight=weight, size_error=responses, min_detection=0.02
+    ), " ".join(why)
 
 
-OWN = ("sizes.json", "families.csv", "sizes.png", "ecsa.json", "ecsa_budget.csv", "ecsa.png")  # of all images together
+OWN = (
+    "sizes.json",
+    "families.csv",
+    "sizes.png",
+    "ecsa.json",
+    "ecsa_budget.csv",
+    "ecsa.png",
+)  # of all images together
 _LEAST = 200  # injected particles that fix a curve
 
 
 def count_sample(
-    paths, # image files, or folders of images, all of one sample
-    out, # folder: one folder per image, summary.csv, and sizes.json, sizes.png, ecsa.json … of all images together
-    pixel_size=None, # nm per pixel for all; default: what each file says
-    calibrate: bool = True, # inject particles into each image, and fit the sizes of all
-    ecsa=None, # inputs of `microgen.count.ecsa.ecsa`: text such as "m2_g=62,density=21.45", EcsaInputs or a dict; needs the calibration
-    detector: Detector = Detector(), # settings of the method
-    n: int = 2000, # particles injected into each image
-    seed: int = 0, # root seed of the injections
-    workers: int = -1, # processes; -1 takes one per core
-    progress: bool = False, # show one bar
-) -> Sample: # counts, size law with the unseen share, surface area
+    paths,  # image files, or folders of images, all of one sample
+    out,  # folder: one folder per image, summary.csv, and sizes.json, sizes.png, ecsa.json … of all images together
+    pixel_size=None,  # nm per pixel for all; default: what each file says
+    calibrate: bool = True,  # inject particles into each image, and fit the sizes of all
+    ecsa=None,  # inputs of `microgen.count.ecsa.ecsa`: text such as "m2_g=62,density=21.45", EcsaInputs or a dict; needs the calibration
+    detector: Detector = Detector(),  # settings of the method
+    n: int = 2000,  # particles injected into each image
+    seed: int = 0,  # root seed of the injections
+    workers: int = -1,  # processes; -1 takes one per core
+    progress: bool = False,  # show one bar
+) -> Sample:  # counts, size law with the unseen share, surface area
     """Count the images of one sample; with `calibrate`, say what they miss; with `ecsa`, carry it to surface area.
 
     What an earlier run wrote into the same folder is removed first.
     Raises: InputError when there is no image, for too few injections, and for inputs of the surface area that cannot be right."""
     more, files = calibrate or ecsa is not None, image_files(paths)
-    if more and n < _LEAST: raise InputError(f"n={n} injected particles fix no curve; give {_LEAST} or more, best 2000.")
-    if ecsa is not None: ecsa = _inputs(ecsa, {})
-    out, alone = Path(out), more and len(files) == 1                # one image alone shows the bar of its injections
-    for name in OWN: (out / name).unlink(missing_ok=True)
-    then = partial(_calibrate, n, seed, detector, workers if alone else 1, progress and alone) if more else None
+    if more and n < _LEAST:
+        raise InputError(
+            f"n={n} injected particles fix no curve; give {_LEAST} or more, best 2000."
+        )
+    if ecsa is not None:
+        ecsa = _inputs(ecsa, {})
+    out, alone = (
+        Path(out),
+        more and len(files) == 1,
+    )  # one image alone shows the bar of its injections
+    for name in OWN:
+        (out / name).unlink(missing_ok=True)
+    then = (
+        partial(_calibrate, n, seed, detector, workers if alone else 1, progress and alone)
+        if more
+        else None
+    )
     table = count_images(files, out, pixel_size, detector, workers, progress and not alone, then)
     fit, note = _fit(out, table)
     area = None if fit is None or ecsa is None else _area(fit, ecsa, table)
-    missing = f"ECSA was not computed, because {note or 'nothing was fitted.'}" if ecsa is not None and area is None else ""
+    missing = (
+        f"ECSA was not computed, because {note or 'nothing was fitted.'}"
+        if ecsa is not None and area is None
+        else ""
+    )
     sample = Sample(out, table, fit, area, note, missing)
     _save(sample, seed)
     return sample
@@ -153,8 +223,10 @@ def count_sample(
 
 def _area(fit, inputs, table):
     used = table[(table.error == "") & (table.unit == "nm") & (table.calibration == "")]
-    look = 100 * np.sqrt(np.mean(used.look_error**2)) # in %, shared by all diameters as what was stated is
-    shared = float(f"{min(np.hypot(inputs.size_percent, look), 49.):.3g}")
+    look = 100 * np.sqrt(
+        np.mean(used.look_error**2)
+    )  # in %, shared by all diameters as what was stated is
+    shared = float(f"{min(np.hypot(inputs.size_percent, look), 49.0):.3g}")
     return ecsa(fit, replace(inputs, size_percent=shared), field_nm2=used.field_area_nm2.to_list())
 
 

@@ -17,288 +17,501 @@ from scipy.stats import chi2, norm
 
 from ..core import InputError, check_finite, check_positive
 from .law import FAMILIES, DetectionCurve, SizeLaw, SizeResponse
-from .likelihood import Sizes, ThinnedLikelihood, _kernel, goodness_of_fit, maximise, profile_ends, true_sizes
+from microgen.count.likelihood import (
+    Sizes,
+    ThinnedLikelihood,
+    _kernel,
+    goodness_of_fit,
+    maximise,
+    profile_ends,
+    true_sizes,
+)
 
 # %% ../../nbs/36_count.size.ipynb #42906809
-def _floor(images, q, level): # lower confidence bound of the unseen share of the q-th moment, with no family
+def _floor(
+    images, q, level
+):  # lower confidence bound of the unseen share of the q-th moment, with no family
     there = [true_sizes(i) for i in images]
     x, n, counted = (np.concatenate(o) for o in zip(*there))
     size = np.exp(q * (x - x.max()))
-    def stands_for(curves): # how many each one is
-        p = np.concatenate([np.broadcast_to(c(np.exp(x)), x.shape) for c, (x, *_) in zip(curves, there)])
-        return 1 / np.where(p > .2, p, 1)
+
+    def stands_for(curves):  # how many each one is
+        p = np.concatenate(
+            [np.broadcast_to(c(np.exp(x)), x.shape) for c, (x, *_) in zip(curves, there)]
+        )
+        return 1 / np.where(p > 0.2, p, 1)
+
     curves = [i.curve for i in images]
     seen, b = n @ size, size * stands_for(curves)
-    var = counted @ (size / seen - b / (n @ b))**2
+    var = counted @ (size / seen - b / (n @ b)) ** 2
     for c in {c for c in curves if isinstance(c, DetectionCurve) and c.covariance is not None}:
         values, vectors = np.linalg.eigh(np.array(c.covariance))
         for v in (np.sqrt(np.maximum(values, 0)) * vectors).T:
             moved = [_shifted(o, v) if o == c else o for o in curves]
-            var += np.log(n @ (size * stands_for(moved)) / (n @ b))**2
+            var += np.log(n @ (size * stands_for(moved)) / (n @ b)) ** 2
     return float(max(0, 1 - seen / (n @ b) * np.exp(norm.ppf(level) * np.sqrt(var))))
 
-def _shifted(c, v): # the curve, its parameters moved by v
-    upper = expit(np.log(c.upper / (1 - c.upper)) + v[2]) if c.upper < 1 else 1.
+
+def _shifted(c, v):  # the curve, its parameters moved by v
+    upper = expit(np.log(c.upper / (1 - c.upper)) + v[2]) if c.upper < 1 else 1.0
     return DetectionCurve(c.d50 * np.exp(v[0]), c.width * np.exp(v[1]), float(upper))
 
 # %% ../../nbs/36_count.size.ipynb #cb66b0b1
 @dataclass(frozen=True)
 class Unseen:
     "A share that was not seen, between 0 and 1."
-    value: float # of the best family; NaN when refused
-    low: float # 95 % interval over every family that the data allow; when refused, a one-sided lower bound
-    high: float # 1 when refused
-    refused: str | None = None # None, or why no interval is given
+
+    value: float  # of the best family; NaN when refused
+    low: float  # 95 % interval over every family that the data allow; when refused, a one-sided lower bound
+    high: float  # 1 when refused
+    refused: str | None = None  # None, or why no interval is given
+
     def __str__(self):
-        if self.refused: return f"at least {self.low:.2f} (no upper limit: {self.refused})"
+        if self.refused:
+            return f"at least {self.low:.2f} (no upper limit: {self.refused})"
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
 
 @dataclass(frozen=True)
 class SizeFit:
     "What a set of diameters says about all particles, seen and unseen."
-    unseen_number: Unseen # share of the particles
-    unseen_surface: Unseen # share of their surface
-    unseen_mass: Unseen # share of their mass (of their volume: one density for all)
-    refused: str | None # why the unseen number is refused, or None
-    law: SizeLaw | None # best family; None when nothing could be fitted
-    gof_p: float # goodness of fit of that family
-    families: pd.DataFrame # one row per family: parameters, AIC, goodness of fit, its own unseen shares
-    table: pd.DataFrame # visible, total, low, high of number, surface (nm²) and volume (nm³; mass over density), and the unseen share
-    images: tuple # what was fitted: sizes, curve and frame of each image
-    settings: dict # families, level, least share found
-    unit: str = "nm" # of all lengths here, "nm" or "px"
+
+    unseen_number: Unseen  # share of the particles
+    unseen_surface: Unseen  # share of their surface
+    unseen_mass: Unseen  # share of their mass (of their volume: one density for all)
+    refused: str | None  # why the unseen number is refused, or None
+    law: SizeLaw | None  # best family; None when nothing could be fitted
+    gof_p: float  # goodness of fit of that family
+    families: (
+        pd.DataFrame
+    )  # one row per family: parameters, AIC, goodness of fit, its own unseen shares
+    table: pd.DataFrame  # visible, total, low, high of number, surface (nm²) and volume (nm³; mass over density), and the unseen share
+    images: tuple  # what was fitted: sizes, curve and frame of each image
+    settings: dict  # families, level, least share found
+    unit: str = "nm"  # of all lengths here, "nm" or "px"
 
     @property
     def supported(self) -> bool:
         "Does the law carry at least one of the three shares?"
-        return self.law is not None and not all(u.refused for u in (self.unseen_number, self.unseen_surface, self.unseen_mass))
+        return self.law is not None and not all(
+            u.refused for u in (self.unseen_number, self.unseen_surface, self.unseen_mass)
+        )
 
     def __str__(self):
-        lines = [f"{sum(len(i.x) for i in self.images)} particles in {len(self.images)} image(s); unseen share of"]
-        for name in ("number", "surface", "mass"): lines.append(f"  {name:8s} {getattr(self, 'unseen_' + name)}")
+        lines = [
+            f"{sum(len(i.x) for i in self.images)} particles in {len(self.images)} image(s); unseen share of"
+        ]
+        for name in ("number", "surface", "mass"):
+            lines.append(f"  {name:8s} {getattr(self, 'unseen_' + name)}")
         if self.supported:
-            lines.append(f"{self.law.family}: median {self.law.median_nm:.3g} {self.unit}, GSD {self.law.gsd:.3g}, "
-                         f"goodness of fit p = {self.gof_p:.2g}")
+            lines.append(
+                f"{self.law.family}: median {self.law.median_nm:.3g} {self.unit}, GSD {self.law.gsd:.3g}, "
+                f"goodness of fit p = {self.gof_p:.2g}"
+            )
         return "\n".join(lines)
 
-    def to_dict(self) -> dict: # plain numbers, text and lists; NaN and infinity are None
+    def to_dict(self) -> dict:  # plain numbers, text and lists; NaN and infinity are None
         "Everything but the sizes, ready for JSON."
         law, families = self.law, self.families
-        if not self.supported: law, families = None, families.filter(["family", "delta_aic", "gof_p"])
-        law = law and asdict(law) | {"median_nm": law.median_nm, "gsd": law.gsd, "d32_nm": law.d32_nm}
-        return _plain({f"unseen_{k}": asdict(getattr(self, f"unseen_{k}")) for k in ("number", "surface", "mass")} |
-                      {"refused": self.refused, "law": law, "gof_p": self.gof_p, "settings": self.settings, "unit": self.unit,
-                       "families": families.to_dict("records"), "table": self.table.reset_index().to_dict("records")})
+        if not self.supported:
+            law, families = None, families.filter(["family", "delta_aic", "gof_p"])
+        law = law and asdict(law) | {
+            "median_nm": law.median_nm,
+            "gsd": law.gsd,
+            "d32_nm": law.d32_nm,
+        }
+        return _plain(
+            {
+                f"unseen_{k}": asdict(getattr(self, f"unseen_{k}"))
+                for k in ("number", "surface", "mass")
+            }
+            | {
+                "refused": self.refused,
+                "law": law,
+                "gof_p": self.gof_p,
+                "settings": self.settings,
+                "unit": self.unit,
+                "families": families.to_dict("records"),
+                "table": self.table.reset_index().to_dict("records"),
+            }
+        )
 
-def _plain(v): # for JSON
-    if isinstance(v, dict): return {k: _plain(x) for k, x in v.items()}
-    if isinstance(v, (list, tuple)): return [_plain(x) for x in v]
-    if isinstance(v, (float, np.floating)): return float(v) if np.isfinite(v) else None
+
+def _plain(v):  # for JSON
+    if isinstance(v, dict):
+        return {k: _plain(x) for k, x in v.items()}
+    if isinstance(v, (list, tuple)):
+        return [_plain(x) for x in v]
+    if isinstance(v, (float, np.floating)):
+        return float(v) if np.isfinite(v) else None
     return v
 
 # %% ../../nbs/36_count.size.ipynb #85259d2a
-def _no_turn(best, power, log_d10): # why the best law does not turn over where it can be seen, or None
-    if np.log(best["law"].mode_nm) >= log_d10: return None
-    said = (f"the most common size, {best['law'].mode_nm:.3g} nm, lies below {np.exp(log_d10):.3g} nm, "
-            "where one particle in ten is found")
-    if expit(best["at"][3][0, 0]) > .95: return f"{said}, and fewer than one particle in twenty is seen"
-    if best["wide"]: return f"{said}, and the law is as wide as a law may be"
-    if 2 * (best["at"][0][0] - power) < 10: return f"{said}, and a power law without any turning point fits as well"
+def _no_turn(
+    best, power, log_d10
+):  # why the best law does not turn over where it can be seen, or None
+    if np.log(best["law"].mode_nm) >= log_d10:
+        return None
+    said = (
+        f"the most common size, {best['law'].mode_nm:.3g} nm, lies below {np.exp(log_d10):.3g} nm, "
+        "where one particle in ten is found"
+    )
+    if expit(best["at"][3][0, 0]) > 0.95:
+        return f"{said}, and fewer than one particle in twenty is seen"
+    if best["wide"]:
+        return f"{said}, and the law is as wide as a law may be"
+    if 2 * (best["at"][0][0] - power) < 10:
+        return f"{said}, and a power law without any turning point fits as well"
     return None
 
-def _apart(theta): # are two lognormals two populations, rather than one of an odd shape? (Ashman's D > 2)
-    a, b = np.exp(theta[1]), np.exp(theta[3])
-    return abs(theta[0] - theta[2]) > 2 * np.sqrt((a * a + b * b) / 2) and .02 < expit(theta[4]) < .98
 
-def _reasons(like, fits, two, log_d10): # why nothing is extrapolated, or None
+def _apart(
+    theta,
+):  # are two lognormals two populations, rather than one of an odd shape? (Ashman's D > 2)
+    a, b = np.exp(theta[1]), np.exp(theta[3])
+    return (
+        abs(theta[0] - theta[2]) > 2 * np.sqrt((a * a + b * b) / 2)
+        and 0.02 < expit(theta[4]) < 0.98
+    )
+
+
+def _reasons(like, fits, two, log_d10):  # why nothing is extrapolated, or None
     best = min(fits, key=lambda f: f["aic"])
-    if like.n < 200: return f"{like.n} particles are too few to tell one size law from another; count 200 or more"
-    power = maximise(like, "power law", np.r_[1., like.phi0])[1][0][0]
-    if two is not None and two["aic"] < min(best["aic"], 2 - 2 * power) - 6 and _apart(two["law"].theta):
+    if like.n < 200:
+        return (
+            f"{like.n} particles are too few to tell one size law from another; count 200 or more"
+        )
+    power = maximise(like, "power law", np.r_[1.0, like.phi0])[1][0][0]
+    if (
+        two is not None
+        and two["aic"] < min(best["aic"], 2 - 2 * power) - 6
+        and _apart(two["law"].theta)
+    ):
         return 'one population does not fit, two do; count them apart, or add "lognormal2" to families if these two are all'
     said = _no_turn(best, power, log_d10)
-    if said or best["gof_p"] >= .01: return said
-    return (f"no family fits (the best, {best['law'].family}, with p = {best['gof_p']:.1g}); "
-            "look at the histogram, the detection curve and the false detections")
+    if said or best["gof_p"] >= 0.01:
+        return said
+    return (
+        f"no family fits (the best, {best['law'].family}, with p = {best['gof_p']:.1g}); "
+        "look at the histogram, the detection curve and the false detections"
+    )
 
 # %% ../../nbs/36_count.size.ipynb #35d03ba9
-def _fit_family(like, images, family): # -> dict: law, psi, at, aic, gof_p, wide
+def _fit_family(like, images, family):  # -> dict: law, psi, at, aic, gof_p, wide
     x = np.concatenate([i.x for i in images])
     starts = [FAMILIES[family].start(x.mean(), x.std())]
-    if family == "lognormal2": starts = [_split(x, q) for q in (.15, .4, .75)]
+    if family == "lognormal2":
+        starts = [_split(x, q) for q in (0.15, 0.4, 0.75)]
     found = [maximise(like, family, np.r_[s, like.phi0]) for s in starts]
     psi, at = max(found, key=lambda f: f[1][0][0])
     n = FAMILIES[family].n
-    wide = bool((psi[1:min(n, 4):2] > FAMILIES[family].widest - .05).any())
-    return {"law": SizeLaw(family, tuple(map(float, psi[:n]))), "psi": psi, "at": at, "aic": 2 * n - 2 * at[0][0],
-            "wide": wide, "gof_p": goodness_of_fit(like, images, family, psi, at[2])}
+    wide = bool((psi[1 : min(n, 4) : 2] > FAMILIES[family].widest - 0.05).any())
+    return {
+        "law": SizeLaw(family, tuple(map(float, psi[:n]))),
+        "psi": psi,
+        "at": at,
+        "aic": 2 * n - 2 * at[0][0],
+        "wide": wide,
+        "gof_p": goodness_of_fit(like, images, family, psi, at[2]),
+    }
 
-def _split(x, q): # start of the mixture: the sizes below and above a quantile
+
+def _split(x, q):  # start of the mixture: the sizes below and above a quantile
     low, high = np.split(np.sort(x), [int(q * len(x))])
-    return np.array([low.mean(), np.log(low.std() + .05), high.mean(), np.log(high.std() + .05), np.log(q / (1 - q))])
+    return np.array(
+        [
+            low.mean(),
+            np.log(low.std() + 0.05),
+            high.mean(),
+            np.log(high.std() + 0.05),
+            np.log(q / (1 - q)),
+        ]
+    )
 
-def _envelope(like, fits, level): # own ends of each family; the ends over all with delta AIC < 6
+
+def _envelope(like, fits, level):  # own ends of each family; the ends over all with delta AIC < 6
     own, best = chi2.ppf(level, 1), min(f["aic"] for f in fits)
     reach = own * (1.17 if len(fits) > 1 else 1)
     low, high = np.full(3, np.inf), np.full(3, -np.inf)
     for f in fits:
         delta = f["aic"] - best
-        lo, hi = profile_ends(like, f["law"].family, f["psi"], f["at"], [own, max(0., reach - delta)])
+        lo, hi = profile_ends(
+            like, f["law"].family, f["psi"], f["at"], [own, max(0.0, reach - delta)]
+        )
         f["own"] = expit(np.stack([lo[0], f["at"][3][0], hi[0]]))
-        if delta < 6: low, high = np.minimum(low, lo[1]), np.maximum(high, hi[1])
+        if delta < 6:
+            low, high = np.minimum(low, lo[1]), np.maximum(high, hi[1])
     return expit(low), expit(high)
 
 # %% ../../nbs/36_count.size.ipynb #c3c753f6
-def _share(k, fits, low, high, floor, reason): # one Unseen
+def _share(k, fits, low, high, floor, reason):  # one Unseen
     best = min(fits, key=lambda f: f["aic"])
     near = [f["own"][1, k] for f in fits if f["aic"] < best["aic"] + 2]
-    if not reason and high[k] - low[k] > .4: reason = f"the interval, {low[k]:.2f} to {high[k]:.2f}, is wider than 0.4"
-    if not reason and max(near) - min(near) > .2:
+    if not reason and high[k] - low[k] > 0.4:
+        reason = f"the interval, {low[k]:.2f} to {high[k]:.2f}, is wider than 0.4"
+    if not reason and max(near) - min(near) > 0.2:
         reason = f"families that fit equally well disagree, from {min(near):.2f} to {max(near):.2f}"
-    if reason: return Unseen(float("nan"), floor, 1., reason)
+    if reason:
+        return Unseen(float("nan"), floor, 1.0, reason)
     return Unseen(float(best["own"][1, k]), float(low[k]), float(high[k]))
 
+
 def visible_sizes(
-    images, # Sizes of each image, such as `SizeFit.images`
-) -> tuple: # diameters (G,), nm; number found of each (G,), with edge weights; its variance (G,), of counting
+    images,  # Sizes of each image, such as `SizeFit.images`
+) -> tuple:  # diameters (G,), nm; number found of each (G,), with edge weights; its variance (G,), of counting
     "Lay out what was found over true diameters."
     x, n, var = (np.concatenate(o) for o in zip(*map(true_sizes, images)))
     return np.exp(x), n, var
 
-def _totals(images, shares, level): # DataFrame: visible and total number, surface and volume in the fields
+
+def _totals(
+    images, shares, level
+):  # DataFrame: visible and total number, surface and volume in the fields
     rows, (d, n, var) = {}, visible_sizes(images)
-    for name, q, c, u in zip(("number", "surface_nm2", "volume_nm3"), (0, 2, 3), (1, np.pi, np.pi / 6), shares):
+    for name, q, c, u in zip(
+        ("number", "surface_nm2", "volume_nm3"), (0, 2, 3), (1, np.pi, np.pi / 6), shares
+    ):
         a = c * d**q
-        visible, count = n @ a, norm.ppf((1 + level) / 2) * np.sqrt(var @ a**2) / (n @ a) # relative error of counting
+        visible, count = (
+            n @ a,
+            norm.ppf((1 + level) / 2) * np.sqrt(var @ a**2) / (n @ a),
+        )  # relative error of counting
         total, least, most = (visible / max(1 - v, 1e-12) for v in (u.value, u.low, u.high))
-        low = least * np.exp(-count) if u.refused else total * np.exp(-np.hypot(count, np.log(total / least)))
+        low = (
+            least * np.exp(-count)
+            if u.refused
+            else total * np.exp(-np.hypot(count, np.log(total / least)))
+        )
         high = np.inf if u.refused else total * np.exp(np.hypot(count, np.log(most / total)))
-        rows[name] = dict(visible=visible, total=total, total_low=low, total_high=high,
-                          unseen=u.value, unseen_low=u.low, unseen_high=u.high)
+        rows[name] = dict(
+            visible=visible,
+            total=total,
+            total_low=low,
+            total_high=high,
+            unseen=u.value,
+            unseen_low=u.low,
+            unseen_high=u.high,
+        )
     return pd.DataFrame(rows).T.rename_axis("quantity")
 
 # %% ../../nbs/36_count.size.ipynb #5ab60fdf
-def _frame(d, fov, edge_weight): # -> share of particles of each size that lie wholly in the frame, weights of those counted
+def _frame(
+    d, fov, edge_weight
+):  # -> share of particles of each size that lie wholly in the frame, weights of those counted
     if edge_weight is not None:
         w = check_finite("edge_weight", np.asarray(edge_weight, float))
-        if w.shape != d.shape or (w < 1).any(): raise InputError("edge_weight needs one number of 1 or more for each diameter.")
+        if w.shape != d.shape or (w < 1).any():
+            raise InputError("edge_weight needs one number of 1 or more for each diameter.")
         a, b = np.linalg.lstsq(np.stack([d, d * d], 1), 1 / w - 1, rcond=None)[0]
-        return (lambda s: np.clip(1 + a * s + b * s * s, .02, 1)), w
-    if fov is None: return None, None
+        return (lambda s: np.clip(1 + a * s + b * s * s, 0.02, 1)), w
+    if fov is None:
+        return None, None
     h, w = (check_positive("fov", v) for v in np.broadcast_to(fov, 2))
     if d.max() >= min(h, w):
-        raise InputError(f"a particle of {d.max():.4g} nm does not fit into the field of view {h:.4g} x {w:.4g} nm; check the units.")
-    inside = lambda s: np.clip(1 - s / h, .02, 1) * np.clip(1 - s / w, .02, 1)
+        raise InputError(
+            f"a particle of {d.max():.4g} nm does not fit into the field of view {h:.4g} x {w:.4g} nm; check the units."
+        )
+    inside = lambda s: np.clip(1 - s / h, 0.02, 1) * np.clip(1 - s / w, 0.02, 1)
     return inside, 1 / inside(d)
 
-def _one_image(d_nm, curve, fov, edge_weight, response, least): # -> Sizes
+
+def _one_image(d_nm, curve, fov, edge_weight, response, least):  # -> Sizes
     d = check_finite("d_nm", np.asarray(d_nm, float))
-    if d.ndim != 1 or (d <= 0).any(): raise InputError("d_nm must be a list of diameters above zero, in nm.")
-    if not len(d): raise InputError("d_nm holds no particle, so nothing can be said about what was missed; leave it out.")
-    if not callable(curve): raise InputError(f"p_det={curve!r} must be a DetectionCurve or a function of d_nm.")
+    if d.ndim != 1 or (d <= 0).any():
+        raise InputError("d_nm must be a list of diameters above zero, in nm.")
+    if not len(d):
+        raise InputError(
+            "d_nm holds no particle, so nothing can be said about what was missed; leave it out."
+        )
+    if not callable(curve):
+        raise InputError(f"p_det={curve!r} must be a DetectionCurve or a function of d_nm.")
     p = np.broadcast_to(np.asarray(curve(d), float), d.shape)
-    if not ((p >= 0) & (p <= 1)).all(): raise InputError("p_det must give probabilities between 0 and 1 for every diameter.")
+    if not ((p >= 0) & (p <= 1)).all():
+        raise InputError("p_det must give probabilities between 0 and 1 for every diameter.")
     if (p == 0).any() and response is None and not isinstance(curve, DetectionCurve):
-        raise InputError(f"{int((p == 0).sum())} particles have sizes that p_det calls impossible to find; "
-                         "leave them out or soften the curve.")
+        raise InputError(
+            f"{int((p == 0).sum())} particles have sizes that p_det calls impossible to find; "
+            "leave them out or soften the curve."
+        )
     inside, weight = _frame(d, fov, edge_weight)
     keep = p >= least
-    if not keep.any(): raise InputError(f"no particle has a size that is found with p >= {least:.3g}; lower min_detection.")
-    return Sizes(np.log(d[keep]), curve, inside, None if weight is None else weight[keep], response, least)
+    if not keep.any():
+        raise InputError(
+            f"no particle has a size that is found with p >= {least:.3g}; lower min_detection."
+        )
+    return Sizes(
+        np.log(d[keep]), curve, inside, None if weight is None else weight[keep], response, least
+    )
 
-def _response(size_error): # a number or a SizeResponse -> SizeResponse, or None
-    if isinstance(size_error, SizeResponse): return size_error
-    if np.ndim(size_error) or not 0 <= size_error < .5:
-        raise InputError(f"size_error={size_error!r} is a relative error; give a number from 0 to 0.5, or a SizeResponse.")
-    return SizeResponse(1., 0., size_error) if size_error else None
 
-def _images(d_nm, p_det, fov, edge_weight, size_error, least): # one image or several -> [Sizes]
-    if not (len(d_nm) and np.ndim(d_nm[0])): return [_one_image(d_nm, p_det, fov, edge_weight, _response(size_error), least)]
+def _response(size_error):  # a number or a SizeResponse -> SizeResponse, or None
+    if isinstance(size_error, SizeResponse):
+        return size_error
+    if np.ndim(size_error) or not 0 <= size_error < 0.5:
+        raise InputError(
+            f"size_error={size_error!r} is a relative error; give a number from 0 to 0.5, or a SizeResponse."
+        )
+    return SizeResponse(1.0, 0.0, size_error) if size_error else None
+
+
+def _images(d_nm, p_det, fov, edge_weight, size_error, least):  # one image or several -> [Sizes]
+    if not (len(d_nm) and np.ndim(d_nm[0])):
+        return [_one_image(d_nm, p_det, fov, edge_weight, _response(size_error), least)]
     n = len(d_nm)
     framed = isinstance(fov, (list, tuple)) and any(f is None or np.ndim(f) for f in fov)
     weighted = edge_weight is not None
     curves = list(p_det) if isinstance(p_det, (list, tuple)) else [p_det] * n
-    fovs, weights = list(fov) if framed else [fov] * n, list(edge_weight) if weighted else [None] * n
+    fovs, weights = (
+        list(fov) if framed else [fov] * n,
+        list(edge_weight) if weighted else [None] * n,
+    )
     errors = list(size_error) if isinstance(size_error, (list, tuple)) else [size_error] * n
-    for name, given in (("p_det", curves), ("fov", fovs), ("edge_weight", weights), ("size_error", errors)):
-        if len(given) != n: raise InputError(f"{len(given)} values of {name} for {n} images; give one for all, or one each.")
-    return [_one_image(*each, least) for each in zip(d_nm, curves, fovs, weights, map(_response, errors))]
+    for name, given in (
+        ("p_det", curves),
+        ("fov", fovs),
+        ("edge_weight", weights),
+        ("size_error", errors),
+    ):
+        if len(given) != n:
+            raise InputError(
+                f"{len(given)} values of {name} for {n} images; give one for all, or one each."
+            )
+    return [
+        _one_image(*each, least)
+        for each in zip(d_nm, curves, fovs, weights, map(_response, errors))
+    ]
 
 # %% ../../nbs/36_count.size.ipynb #e271e842
 def fit_sizes(
-    d_nm, # (N,) diameters of the particles found, nm; several images or magnifications of one sample: a list of these
-    p_det, # share found of each size: a DetectionCurve or a function of d_nm; one for all images, or a list
-    fov=None, # field of view (height, width), nm, if particles cut by the frame were left out; may be a list
-    edge_weight=None, # (N,) frame-edge weights (ISO 13322-1) instead of fov; several images: a list of these
-    size_error=0., # relative error (sd) of a single diameter, such as 0.1, or a SizeResponse; may be a list
-    families: tuple = ("lognormal", "weibull", "gamma"), # size laws to consider; also "lognormal2", two populations
-    level: float = .95, # confidence of the intervals
-    min_detection: float = 0., # leave out sizes that are found less often than this, where most detections are false
-    unit: str = "nm", # of the diameters, the curve and fov: "nm", or "px" where the image has no pixel size
-) -> SizeFit: # laws, unseen shares with intervals, totals
+    d_nm,  # (N,) diameters of the particles found, nm; several images or magnifications of one sample: a list of these
+    p_det,  # share found of each size: a DetectionCurve or a function of d_nm; one for all images, or a list
+    fov=None,  # field of view (height, width), nm, if particles cut by the frame were left out; may be a list
+    edge_weight=None,  # (N,) frame-edge weights (ISO 13322-1) instead of fov; several images: a list of these
+    size_error=0.0,  # relative error (sd) of a single diameter, such as 0.1, or a SizeResponse; may be a list
+    families: tuple = (
+        "lognormal",
+        "weibull",
+        "gamma",
+    ),  # size laws to consider; also "lognormal2", two populations
+    level: float = 0.95,  # confidence of the intervals
+    min_detection: float = 0.0,  # leave out sizes that are found less often than this, where most detections are false
+    unit: str = "nm",  # of the diameters, the curve and fov: "nm", or "px" where the image has no pixel size
+) -> SizeFit:  # laws, unseen shares with intervals, totals
     """Fit size laws through a detection curve and say what was not seen.
     Raises: InputError for sizes, curves, weights or families that cannot be right.
     Source: thinned Poisson likelihood, doi:10.1080/01621459.1999.10474187; edge weights, ISO 13322-1."""
     families = _known(families)
-    if not .5 <= level < 1: raise InputError(f"level={level!r} must be a confidence from 0.5 up to below 1.")
-    if not 0 <= min_detection < .5: raise InputError(f"min_detection={min_detection!r} must lie from 0 to below 0.5.")
-    if unit not in ("nm", "px"): raise InputError(f"unit={unit!r} must be nm, or px where there is no pixel size.")
+    if not 0.5 <= level < 1:
+        raise InputError(f"level={level!r} must be a confidence from 0.5 up to below 1.")
+    if not 0 <= min_detection < 0.5:
+        raise InputError(f"min_detection={min_detection!r} must lie from 0 to below 0.5.")
+    if unit not in ("nm", "px"):
+        raise InputError(f"unit={unit!r} must be nm, or px where there is no pixel size.")
     images = _images(d_nm, p_det, fov, edge_weight, size_error, min_detection)
     settings = {"families": list(families), "level": level, "min_detection": min_detection}
     floors = [_floor(images, q, level) for q in ThinnedLikelihood.moments]
     x = np.concatenate([i.x for i in images])
     if len(x) < 20 or x.std() < 1e-3:
-        said = f"{len(x)} particles are too few" if len(x) < 20 else "the sizes of the particles are too equal"
-        shares = [Unseen(float("nan"), f, 1., f"{said} to fit a size law") for f in floors]
-        return SizeFit(*shares, shares[0].refused, None, float("nan"), pd.DataFrame(),
-                       _totals(images, shares, level), tuple(images), settings, unit)
+        said = (
+            f"{len(x)} particles are too few"
+            if len(x) < 20
+            else "the sizes of the particles are too equal"
+        )
+        shares = [Unseen(float("nan"), f, 1.0, f"{said} to fit a size law") for f in floors]
+        return SizeFit(
+            *shares,
+            shares[0].refused,
+            None,
+            float("nan"),
+            pd.DataFrame(),
+            _totals(images, shares, level),
+            tuple(images),
+            settings,
+            unit,
+        )
     like = ThinnedLikelihood(images)
     fits = [_fit_family(like, images, f) for f in families]
     best = min(fits, key=lambda f: f["aic"])
-    two = _fit_family(like, images, "lognormal2") if "lognormal2" not in families and best["gof_p"] < .1 else None
+    two = (
+        _fit_family(like, images, "lognormal2")
+        if "lognormal2" not in families and best["gof_p"] < 0.1
+        else None
+    )
     reason = _reasons(like, fits, two, _log_d10(images, like.x))
     low, high = _envelope(like, fits, level)
     shares = [_share(k, fits, low, high, f, reason) for k, f in enumerate(floors)]
-    return SizeFit(*shares, shares[0].refused, best["law"], best["gof_p"], _family_table(fits),
-                   _totals(images, shares, level), tuple(images), settings, unit)
+    return SizeFit(
+        *shares,
+        shares[0].refused,
+        best["law"],
+        best["gof_p"],
+        _family_table(fits),
+        _totals(images, shares, level),
+        tuple(images),
+        settings,
+        unit,
+    )
 
-def _known(families): # -> tuple of names
+
+def _known(families):  # -> tuple of names
     names = (families,) if isinstance(families, str) else tuple(families)
     choice = [f for f in FAMILIES if f != "power law"]
     if not names or set(names) - set(choice):
         raise InputError(f"families={families!r} must be some of {', '.join(choice)}.")
     return names
 
-def _log_d10(images, x): # ln of the smallest size at which some image finds a tenth of what it finds of large particles
-    p = np.array([np.broadcast_to(i.curve(np.exp(x)), x.shape) for i in images])
-    return x[np.argmax((p >= .1 * p.max(1, keepdims=True)).any(0))]
 
-def _family_table(fits): # DataFrame, best first
+def _log_d10(
+    images, x
+):  # ln of the smallest size at which some image finds a tenth of what it finds of large particles
+    p = np.array([np.broadcast_to(i.curve(np.exp(x)), x.shape) for i in images])
+    return x[np.argmax((p >= 0.1 * p.max(1, keepdims=True)).any(0))]
+
+
+def _family_table(fits):  # DataFrame, best first
     best = min(f["aic"] for f in fits)
     rows = []
     for f in sorted(fits, key=lambda f: f["aic"]):
-        row = {"family": f["law"].family} | {k: getattr(f["law"], k) for k in ("median_nm", "gsd", "d32_nm")}
+        row = {"family": f["law"].family} | {
+            k: getattr(f["law"], k) for k in ("median_nm", "gsd", "d32_nm")
+        }
         row |= {"delta_aic": f["aic"] - best, "gof_p": f["gof_p"]}
         for k, name in enumerate(("number", "surface", "mass")):
-            row |= {f"unseen_{name}{end}": f["own"][i, k] for i, end in ((1, ""), (0, "_low"), (2, "_high"))}
+            row |= {
+                f"unseen_{name}{end}": f["own"][i, k]
+                for i, end in ((1, ""), (0, "_low"), (2, "_high"))
+            }
         rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/36_count.size.ipynb #c571cb8a
 def show_sizes(
-    fit: SizeFit, # what `fit_sizes` returned
-    bins: int = 30, # bars of the histogram
-) -> plt.Figure: # histogram with the law, detection curve, unseen shares
+    fit: SizeFit,  # what `fit_sizes` returned
+    bins: int = 30,  # bars of the histogram
+) -> plt.Figure:  # histogram with the law, detection curve, unseen shares
     "Draw the sizes with the fitted law and its unseen part, the detection curve, and the unseen shares."
     fig, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
     _draw_law(fit, axes[0], bins)
     _draw_curves(fit, axes[1])
     for k, name in enumerate(("number", "surface", "mass")):
         u = getattr(fit, f"unseen_{name}")
-        if u.refused: axes[2].annotate("", (1, k), (u.low, k), arrowprops={"arrowstyle": "->", "color": ".4", "ls": "--"})
-        else: axes[2].errorbar(u.value, k, xerr=[[u.value - u.low], [u.high - u.value]], fmt="ko", capsize=3)
-    axes[2].set(yticks=range(3), yticklabels=("number", "surface", "mass"), xlim=(0, 1), ylim=(2.5, -.5), xlabel="unseen share")
+        if u.refused:
+            axes[2].annotate(
+                "", (1, k), (u.low, k), arrowprops={"arrowstyle": "->", "color": ".4", "ls": "--"}
+            )
+        else:
+            axes[2].errorbar(
+                u.value, k, xerr=[[u.value - u.low], [u.high - u.value]], fmt="ko", capsize=3
+            )
+    axes[2].set(
+        yticks=range(3),
+        yticklabels=("number", "surface", "mass"),
+        xlim=(0, 1),
+        ylim=(2.5, -0.5),
+        xlabel="unseen share",
+    )
     return fig
+
 
 def _draw_law(fit, ax, bins):
     d = np.exp(np.concatenate([i.x for i in fit.images]))
@@ -306,38 +519,54 @@ def _draw_law(fit, ax, bins):
     bars, *_ = ax.hist(d, edges, color=".75", label="found")
     ax.set(xscale="log", xlabel=f"diameter, {fit.unit}", ylabel="particles per bin")
     _size_axis(ax.xaxis)
-    if fit.law is None: return
+    if fit.law is None:
+        return
     s, step = np.geomspace(d.min() / 4, d.max() * 1.3, 300), np.log(edges[1] / edges[0])
     density, seen = fit.law.pdf(s) * s * step, 0
     for i in fit.images:
         inside = 1 if i.inside is None else i.inside(s)
         p = i.curve(s)
         found = _measured(density * p * inside, i, s)
-        seen = seen + len(i.x) / (found.sum() * np.log(s[1] / s[0]) / step) * np.stack([found, density * inside])
+        seen = seen + len(i.x) / (found.sum() * np.log(s[1] / s[0]) / step) * np.stack(
+            [found, density * inside]
+        )
     ax.set_ylim(0, max(1.05 * bars.max(), min(1.1 * seen[1].max(), 4 * seen[0].max())))
     ax.plot(s, seen[0], "k", label=f"{fit.law.family}, seen")
     refused = fit.refused is not None
-    ax.plot(s, seen[1], "k--", lw=1, alpha=.3 if refused else 1, label="all" + (" (not supported)" if refused else ""))
-    ax.fill_between(s, *seen, color="tab:orange", alpha=.1 if refused else .35, label="unseen")
+    ax.plot(
+        s,
+        seen[1],
+        "k--",
+        lw=1,
+        alpha=0.3 if refused else 1,
+        label="all" + (" (not supported)" if refused else ""),
+    )
+    ax.fill_between(s, *seen, color="tab:orange", alpha=0.1 if refused else 0.35, label="unseen")
     ax.legend(fontsize=7)
 
-def _measured(found, image, s): # number found at each true size -> at each measured size that was kept
+
+def _measured(
+    found, image, s
+):  # number found at each true size -> at each measured size that was kept
     shown = np.asarray(image.curve(s) >= image.least)
     return shown * (found if image.response is None else found @ _kernel(image.response, np.log(s)))
+
 
 def _draw_curves(fit, ax):
     for curve in dict.fromkeys(i.curve for i in fit.images):
         x = np.concatenate([i.x for i in fit.images])
-        s = np.exp(np.linspace(x.min() - 1, x.max() + .3, 200))
+        s = np.exp(np.linspace(x.min() - 1, x.max() + 0.3, 200))
         ax.semilogx(s, np.broadcast_to(curve(s), s.shape), "k")
-        if not isinstance(curve, DetectionCurve) or curve.covariance is None: continue
+        if not isinstance(curve, DetectionCurve) or curve.covariance is None:
+            continue
         draws = np.random.default_rng(0).multivariate_normal(np.zeros(3), curve.covariance, 200)
         band = np.percentile([_shifted(curve, v)(s) for v in draws], [2.5, 97.5], 0)
-        ax.fill_between(s, *band, color="tab:blue", alpha=.3)
+        ax.fill_between(s, *band, color="tab:blue", alpha=0.3)
     ax.set(xlabel=f"diameter, {fit.unit}", ylabel="share found", ylim=(0, 1.02))
     _size_axis(ax.xaxis)
 
-def _size_axis(axis): # labels at 1, 2, 5, 10, 20, ...
+
+def _size_axis(axis):  # labels at 1, 2, 5, 10, 20, ...
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(plt.NullFormatter())

@@ -22,12 +22,15 @@ from ..io import make_folder, provenance, write_csv, write_json
 from ..progress import progress_bar
 
 # %% ../../nbs/40_data.build.ipynb #dcc449cd
-KINDS = {"walls": "microgen.data.walls.Recipe", "particles": "microgen.data.particles.ParticleRecipe"}
+KINDS = {
+    "walls": "microgen.data.walls.Recipe",
+    "particles": "microgen.data.particles.ParticleRecipe",
+}
 
 
 def read_recipe(
-    folder, # a dataset
-) -> DatasetRecipe: # what it was made of
+    folder,  # a dataset
+) -> DatasetRecipe:  # what it was made of
     """Read the recipe of a dataset folder, whatever its kind.
     Raises: InputError when the folder is no dataset, or one of a newer microgen."""
     file = Path(folder) / "recipe.json"
@@ -35,9 +38,13 @@ def read_recipe(
         held = json.loads(file.read_text(encoding="utf-8"))
         kind, recipe = held.get("kind", "walls"), held["recipe"]
     except (OSError, ValueError, KeyError, AttributeError):
-        raise InputError(f"{folder} holds no readable recipe.json: name the folder of a dataset.") from None
+        raise InputError(
+            f"{folder} holds no readable recipe.json: name the folder of a dataset."
+        ) from None
     if kind not in KINDS:
-        raise InputError(f"{file} is of kind {kind!r}; this microgen knows {', '.join(KINDS)}: use a newer one.")
+        raise InputError(
+            f"{file} is of kind {kind!r}; this microgen knows {', '.join(KINDS)}: use a newer one."
+        )
     module, name = KINDS[kind].rsplit(".", 1)
     return getattr(importlib.import_module(module), name).from_dict(recipe)
 
@@ -56,26 +63,34 @@ def _local(recipe, out, chunks, workers):
     if workers <= 1:
         yield from (_make_chunk(recipe, out, chunk) for chunk in chunks)
         return
-    pool = Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")
-    try: yield from pool(delayed(_make_chunk)(recipe, out, chunk) for chunk in chunks)
-    finally: get_reusable_executor().shutdown()  # idle workers would keep the process from ending for minutes
+    pool = Parallel(
+        n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs"
+    )
+    try:
+        yield from pool(delayed(_make_chunk)(recipe, out, chunk) for chunk in chunks)
+    finally:
+        get_reusable_executor().shutdown()  # idle workers would keep the process from ending for minutes
 
 
 def _cluster(recipe, out, chunks, address):
     "Yield the size of each chunk as it is finished, on a Dask cluster that shares the folder."
     distributed = require("distributed", "dist")
     with distributed.Client(address) as client:
-        futures = client.map(_make_chunk, [recipe] * len(chunks), [out] * len(chunks), chunks, pure=False)
-        for future in distributed.as_completed(futures): yield future.result()
+        futures = client.map(
+            _make_chunk, [recipe] * len(chunks), [out] * len(chunks), chunks, pure=False
+        )
+        for future in distributed.as_completed(futures):
+            yield future.result()
 
 # %% ../../nbs/40_data.build.ipynb #ba922893
 def build(
     recipe: DatasetRecipe,  # what to simulate, and how many
-    out,                    # folder to write
-    workers: int | None = None,   # processes; None takes one per core
-    scheduler: str | None = None, # address of a Dask scheduler, instead of processes of this machine
-    progress: bool = False, # show a bar
-) -> Path: # the folder
+    out,  # folder to write
+    workers: int | None = None,  # processes; None takes one per core
+    scheduler: str
+    | None = None,  # address of a Dask scheduler, instead of processes of this machine
+    progress: bool = False,  # show a bar
+) -> Path:  # the folder
     """Write the dataset of a recipe; what an earlier, interrupted run has made is kept.
     Raises: InputError when the folder holds another dataset; MicrogenError for a full disk or a dead worker."""
     from filelock import FileLock, Timeout
@@ -93,7 +108,9 @@ def build(
             _make_missing(recipe, out, workers, scheduler, progress)
             write_csv(out / "metadata.csv", metadata(recipe, out))
     except Timeout:
-        raise MicrogenError(f"Another process is writing {out}: wait, or choose another folder.") from None
+        raise MicrogenError(
+            f"Another process is writing {out}: wait, or choose another folder."
+        ) from None
     return out
 
 
@@ -101,12 +118,21 @@ def _claim(recipe, out):
     "Write recipe.json, or check that the folder holds the same recipe."
     file = out / "recipe.json"
     if not file.exists():
-        strangers = [p.name for p in out.iterdir() if p.name not in (".lock", "images", "maps", "tables")]
-        if strangers: raise InputError(f"{out} is not empty (it holds {strangers[0]}): choose a new folder.")
-        write_json(file, {"kind": recipe.kind, "recipe": recipe.to_dict(), **provenance(recipe.seed)})
+        strangers = [
+            p.name for p in out.iterdir() if p.name not in (".lock", "images", "maps", "tables")
+        ]
+        if strangers:
+            raise InputError(f"{out} is not empty (it holds {strangers[0]}): choose a new folder.")
+        write_json(
+            file, {"kind": recipe.kind, "recipe": recipe.to_dict(), **provenance(recipe.seed)}
+        )
     held = read_recipe(out)
-    if held != recipe: raise InputError(f"{out} holds another dataset ({_difference(held, recipe)}): choose a new folder.")
-    if not (out / "metadata.csv").exists(): _warn_of_versions(out, json.loads(file.read_text(encoding="utf-8")))
+    if held != recipe:
+        raise InputError(
+            f"{out} holds another dataset ({_difference(held, recipe)}): choose a new folder."
+        )
+    if not (out / "metadata.csv").exists():
+        _warn_of_versions(out, json.loads(file.read_text(encoding="utf-8")))
 
 
 def _difference(held, recipe):
@@ -114,35 +140,45 @@ def _difference(held, recipe):
     there, here = ({"kind": r.kind, **r.to_dict()} for r in (held, recipe))
     name = next(key for key in there if there[key] != here.get(key))
     texts = repr(there[name]), repr(here.get(name))
-    if max(map(len, texts)) > 200: return f"the content of its {name} is not that of {here.get('structure', 'now')}"
+    if max(map(len, texts)) > 200:
+        return f"the content of its {name} is not that of {here.get('structure', 'now')}"
     return f"{name} is {texts[0]} there and {texts[1]} here"
 
 
 def _warn_of_versions(out, held):
     "Say which packages have changed since a dataset was begun."
     there, here = held.get("versions", {}), provenance()["versions"]
-    changed = [f"{k} {there[k]} (now {here[k]})" for k in there if k in here and there[k] != here[k]]
+    changed = [
+        f"{k} {there[k]} (now {here[k]})" for k in there if k in here and there[k] != here[k]
+    ]
     if changed:
-        warnings.warn(f"{out.name} was begun with {', '.join(changed)}: images made now may differ from those made then in "
-                      "more than their seed. Install those versions, or choose a new folder, where bytes matter.", stacklevel=4)
+        warnings.warn(
+            f"{out.name} was begun with {', '.join(changed)}: images made now may differ from those made then in "
+            "more than their seed. Install those versions, or choose a new folder, where bytes matter.",
+            stacklevel=4,
+        )
 
 
 def _sweep(out):
     "Remove the temporary files of a run that was killed."
     for part in ("images", "maps", "tables"):
-        for file in (out / part).rglob(".*.tmp"): file.unlink()
+        for file in (out / part).rglob(".*.tmp"):
+            file.unlink()
 
 
 def _make_missing(recipe, out, workers, scheduler, progress):
     todo = [i for i in range(recipe.n) if not paths(out, i)[0].exists()]
-    if not todo: return
+    if not todo:
+        return
     size = max(1, min(16, len(todo) // (4 * (workers or 2))))
-    chunks = [todo[i:i + size] for i in range(0, len(todo), size)]
+    chunks = [todo[i : i + size] for i in range(0, len(todo), size)]
     spread, where = (_cluster, scheduler) if scheduler else (_local, workers)
     made = spread(recipe, str(out), chunks, where)
     with progress_bar(recipe.n, "simulating", progress, "images") as advance, _sentences(out):
-        if len(todo) < recipe.n: advance(recipe.n - len(todo))
-        for count in made: advance(count)
+        if len(todo) < recipe.n:
+            advance(recipe.n - len(todo))
+        for count in made:
+            advance(count)
 
 
 def _check_space(recipe, out):
@@ -150,8 +186,10 @@ def _check_space(recipe, out):
     need = missing * (4 * recipe.size**2 * 3 + 40_000)
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.is_dir())).free
     if need > free:
-        raise MicrogenError(f"The dataset needs about {need / 1e9:.1f} GB and {out} has {free / 1e9:.1f} GB "
-                            "free: make room, or ask for fewer or smaller images.")
+        raise MicrogenError(
+            f"The dataset needs about {need / 1e9:.1f} GB and {out} has {free / 1e9:.1f} GB "
+            "free: make room, or ask for fewer or smaller images."
+        )
 
 
 @contextmanager
@@ -160,18 +198,22 @@ def _sentences(out):
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     again = "what was finished is kept, and the same command goes on from there"
-    try: yield
+    try:
+        yield
     except TerminatedWorkerError:
-        raise MicrogenError(f"A worker died, perhaps for want of memory; {again}, "
-                            "with fewer --workers if need be.") from None
+        raise MicrogenError(
+            f"A worker died, perhaps for want of memory; {again}, with fewer --workers if need be."
+        ) from None
     except OSError as error:
-        raise MicrogenError(f"Writing to {out} failed ({error.strerror or error}); {again}.") from error
+        raise MicrogenError(
+            f"Writing to {out} failed ({error.strerror or error}); {again}."
+        ) from error
 
 # %% ../../nbs/40_data.build.ipynb #8bb0a2d6
 def metadata(
-    recipe: DatasetRecipe, # what was simulated
-    out,                   # dataset folder
-) -> pd.DataFrame: # one row per image
+    recipe: DatasetRecipe,  # what was simulated
+    out,  # dataset folder
+) -> pd.DataFrame:  # one row per image
     "Describe every image of a dataset: file_name, split, label, parameters, seed, sha256."
     rows = []
     for index in range(recipe.n):
@@ -181,4 +223,5 @@ def metadata(
     return pd.DataFrame(rows)
 
 
-def _sha256(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def _sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -24,59 +24,78 @@ SITES = {"R": 1.0, "Mn": -0.6}  # weight of a column's spot
 
 
 def sites(
-    table, # columns: y_nm, x_nm and site ("R", "Mn", ...; other sites are not drawn)
-    shape: tuple, # (H, W), pixels
-    pixel_size, # nm, one number or (py, px)
-    sigma_nm: float = 0.04, # standard deviation of a spot, nm
-) -> np.ndarray: # (H, W) float32
+    table,  # columns: y_nm, x_nm and site ("R", "Mn", ...; other sites are not drawn)
+    shape: tuple,  # (H, W), pixels
+    pixel_size,  # nm, one number or (py, px)
+    sigma_nm: float = 0.04,  # standard deviation of a spot, nm
+) -> np.ndarray:  # (H, W) float32
     """Draw a Gaussian spot at each column, at fractions of a pixel.
     Raises: InputError when the table lacks a column, a place in it is no number, or sigma_nm is not positive."""
     if missing := [name for name in ("y_nm", "x_nm", "site") if name not in table]:
-        raise InputError(f"The table of columns lacks {', '.join(missing)}; it has "
-                         f"{', '.join(map(str, table))}.")
+        raise InputError(
+            f"The table of columns lacks {', '.join(missing)}; it has {', '.join(map(str, table))}."
+        )
     check_positive("sigma_nm", sigma_nm)
     weight = table["site"].map(SITES).fillna(0).to_numpy(np.float32)
     drawn = weight != 0
-    rows, cols = (_gauss(check_finite(name, table[name].to_numpy(float))[drawn], n, pixel, sigma_nm) for name, n, pixel in
-                  zip(("y_nm", "x_nm"), shape, np.broadcast_to(np.asarray(pixel_size, float), 2)))
+    rows, cols = (
+        _gauss(check_finite(name, table[name].to_numpy(float))[drawn], n, pixel, sigma_nm)
+        for name, n, pixel in zip(
+            ("y_nm", "x_nm"), shape, np.broadcast_to(np.asarray(pixel_size, float), 2)
+        )
+    )
     return rows.T @ (weight[drawn, None] * cols)
 
 
 def _gauss(at, n, pixel, sigma):
     "(columns, n) float32: one Gaussian per column along one axis"
-    return np.exp(-((np.arange(n) * pixel - at[:, None]) / sigma) ** 2 / 2).astype(np.float32)
+    return np.exp(-(((np.arange(n) * pixel - at[:, None]) / sigma) ** 2) / 2).astype(np.float32)
 
 # %% ../../nbs/41_data.condition.ipynb #a27ff87f
 def condition(
-    maps: dict, # truth maps, name to (H, W): Q, phi, disp_pm, polarisation, wall; those that are needed
-    table, # columns: y_nm, x_nm, site; None where no channel needs it
-    shape: tuple, # (H, W), pixels
-    pixel_size, # nm, one number or (py, px)
-    channels: tuple = CHANNELS, # names of channels
-) -> np.ndarray: # (C, H, W) float32, about -1 to 1
+    maps: dict,  # truth maps, name to (H, W): Q, phi, disp_pm, polarisation, wall; those that are needed
+    table,  # columns: y_nm, x_nm, site; None where no channel needs it
+    shape: tuple,  # (H, W), pixels
+    pixel_size,  # nm, one number or (py, px)
+    channels: tuple = CHANNELS,  # names of channels
+) -> np.ndarray:  # (C, H, W) float32, about -1 to 1
     """Draw the condition channels of an image from its truth.
     Raises: InputError for an unknown channel, a missing map, or maps of another size."""
     made = [_channel(name, maps, table, tuple(shape), pixel_size) for name in channels]
     return np.stack(made).astype(np.float32, copy=False)
 
 
-_FROM = {"q_cos": ("Q", "phi"), "q_sin": ("Q", "phi"), "disp": ("disp_pm",), "Q": ("Q",), "wall": ("wall",),
-         "polarisation": ("polarisation",), "sites": ()}
+_FROM = {
+    "q_cos": ("Q", "phi"),
+    "q_sin": ("Q", "phi"),
+    "disp": ("disp_pm",),
+    "Q": ("Q",),
+    "wall": ("wall",),
+    "polarisation": ("polarisation",),
+    "sites": (),
+}
 
 
 def _channel(name, maps, table, shape, pixel_size):
     if name not in _FROM:
         raise InputError(f"{name!r} is not a condition channel: choose among {', '.join(_FROM)}.")
     if missing := [m for m in _FROM[name] if m not in maps]:
-        raise InputError(f"The channel {name!r} needs the map {missing[0]!r}; there are "
-                         f"{', '.join(maps) or 'none'}.")
-    if name == "sites": return sites(table, shape, pixel_size)
+        raise InputError(
+            f"The channel {name!r} needs the map {missing[0]!r}; there are "
+            f"{', '.join(maps) or 'none'}."
+        )
+    if name == "sites":
+        return sites(table, shape, pixel_size)
     used = [np.asarray(maps[m]) for m in _FROM[name]]
     for m, of in zip(used, _FROM[name]):
         if m.shape != shape:
-            raise InputError(f"The map {of!r} has shape {m.shape}, the image {shape}: they must agree.")
-    if name == "disp": return used[0] / DISP_PM
-    if name in ("q_cos", "q_sin"): return used[0] * (np.cos if name == "q_cos" else np.sin)(used[1])
+            raise InputError(
+                f"The map {of!r} has shape {m.shape}, the image {shape}: they must agree."
+            )
+    if name == "disp":
+        return used[0] / DISP_PM
+    if name in ("q_cos", "q_sin"):
+        return used[0] * (np.cos if name == "q_cos" else np.sin)(used[1])
     return used[0]
 
 # %% ../../nbs/41_data.condition.ipynb #7f88854a
@@ -84,43 +103,54 @@ _KNOWN = ("y_nm", "x_nm", "site", "disp_pm")  # no column of a specimen is witho
 
 
 def read_table(
-    path, # parquet file of a dataset folder: tables/*.parquet
-    columns=None, # names to read; None is all
-) -> pd.DataFrame: # a row per column (or particle) of the specimen
+    path,  # parquet file of a dataset folder: tables/*.parquet
+    columns=None,  # names to read; None is all
+) -> pd.DataFrame:  # a row per column (or particle) of the specimen
     """Read the table of one image.
     Raises: ReadError when the file is damaged, lacks a column, or has one without a number."""
     again = "build the dataset again, or remove the image"
-    try: table = pd.read_parquet(path, columns=columns)
-    except (OSError, ValueError) as e: raise ReadError(path, "parquet", f"{str(e).splitlines()[0]}; {again}") from e
+    try:
+        table = pd.read_parquet(path, columns=columns)
+    except (OSError, ValueError) as e:
+        raise ReadError(path, "parquet", f"{str(e).splitlines()[0]}; {again}") from e
     for name in table.columns.intersection(_KNOWN):
         values = table[name]
         bad = ~np.isfinite(values) if values.dtype.kind == "f" else values.isna()
         if n := int(bad.sum()):
-            raise ReadError(path, "parquet", f"{name} is NaN, missing or infinite in {n} of {len(table)} rows; {again}")
+            raise ReadError(
+                path,
+                "parquet",
+                f"{name} is NaN, missing or infinite in {n} of {len(table)} rows; {again}",
+            )
     return table
 
 # %% ../../nbs/41_data.condition.ipynb #40eaffd1
 @dataclass(frozen=True)
 class Symmetry:
     "An operation that maps micrographs of h-RMnO3 seen along [100] onto such micrographs."
-    left_right: bool # rows run the other way
-    up_down: bool # +c points the other way
+
+    left_right: bool  # rows run the other way
+    up_down: bool  # +c points the other way
 
     @property
     def axes(self):
         "Axes of an array (..., H, W) that are reversed."
         return (-2,) * self.up_down + (-1,) * self.left_right
 
-    def phi(self,
-        phi, # trimerisation angle, radians
-        gauge=0, # number of columns by which n = 0 is shifted
-    ) -> np.ndarray: # radians in [0, 2 pi)
+    def phi(
+        self,
+        phi,  # trimerisation angle, radians
+        gauge=0,  # number of columns by which n = 0 is shifted
+    ) -> np.ndarray:  # radians in [0, 2 pi)
         "What becomes of the angle."
-        return np.mod((-1 if self.left_right else 1) * np.asarray(phi) + self.shift(gauge), 2 * np.pi)
+        return np.mod(
+            (-1 if self.left_right else 1) * np.asarray(phi) + self.shift(gauge), 2 * np.pi
+        )
 
-    def shift(self,
-        gauge=0, # number of columns by which n = 0 is shifted
-    ) -> np.ndarray: # radians
+    def shift(
+        self,
+        gauge=0,  # number of columns by which n = 0 is shifted
+    ) -> np.ndarray:  # radians
         "Constant that is added to the angle, radians."
         return np.pi * self.up_down + 2 * np.pi / 3 * np.asarray(gauge)
 
@@ -130,46 +160,58 @@ class Symmetry:
         return -1 if self.up_down else 1
 
 
-SYMMETRIES = {"mirror_lr": Symmetry(True, False), "mirror_ud": Symmetry(False, True),
-              "turn": Symmetry(True, True)}
+SYMMETRIES = {
+    "mirror_lr": Symmetry(True, False),
+    "mirror_ud": Symmetry(False, True),
+    "turn": Symmetry(True, True),
+}
 
 
 def symmetry(
-    name, # "mirror_lr", "mirror_ud" or "turn"
-) -> Symmetry: # the operation
+    name,  # "mirror_lr", "mirror_ud" or "turn"
+) -> Symmetry:  # the operation
     """Operation behind a name.
     Raises: InputError for an unknown name."""
-    if isinstance(name, Symmetry): return name
-    if name in SYMMETRIES: return SYMMETRIES[name]
-    raise InputError(f"{name!r} is not an operation of this crystal: choose among {', '.join(SYMMETRIES)}.")
+    if isinstance(name, Symmetry):
+        return name
+    if name in SYMMETRIES:
+        return SYMMETRIES[name]
+    raise InputError(
+        f"{name!r} is not an operation of this crystal: choose among {', '.join(SYMMETRIES)}."
+    )
 
 # %% ../../nbs/41_data.condition.ipynb #054554a5
 def move_maps(
-    op, # operation, or its name
-    maps: dict, # truth maps, name to (..., H, W)
-    gauge: int = 0, # number of columns by which n = 0 is shifted
-) -> dict: # truth maps of the mirrored specimen
+    op,  # operation, or its name
+    maps: dict,  # truth maps, name to (..., H, W)
+    gauge: int = 0,  # number of columns by which n = 0 is shifted
+) -> dict:  # truth maps of the mirrored specimen
     "Mirror or turn truth maps, pixels and values."
     op = symmetry(op)
     new = {name: np.flip(m, op.axes) for name, m in maps.items()}
-    if "phi" in new: new["phi"] = op.phi(new["phi"], gauge).astype(np.float32)
+    if "phi" in new:
+        new["phi"] = op.phi(new["phi"], gauge).astype(np.float32)
     return new | {name: op.polar * new[name] for name in ("disp_pm", "polarisation") if name in new}
 
 
 def move_table(
-    op, # operation, or its name
-    table, # columns: y_nm, x_nm and, where known, disp_pm, domain
-    shape: tuple, # (H, W) of the image, pixels
-    pixel_size, # nm, one number or (py, px)
-    gauge: int = 0, # number of columns by which n = 0 is shifted
-) -> pd.DataFrame: # columns of the mirrored specimen
+    op,  # operation, or its name
+    table,  # columns: y_nm, x_nm and, where known, disp_pm, domain
+    shape: tuple,  # (H, W) of the image, pixels
+    pixel_size,  # nm, one number or (py, px)
+    gauge: int = 0,  # number of columns by which n = 0 is shifted
+) -> pd.DataFrame:  # columns of the mirrored specimen
     "Mirror or turn a table of columns."
     op, pixel = symmetry(op), np.broadcast_to(np.asarray(pixel_size, float), 2)
     new = table.copy()
-    if op.up_down: new["y_nm"] = (shape[0] - 1) * pixel[0] - table["y_nm"]
-    if op.left_right: new["x_nm"] = (shape[1] - 1) * pixel[1] - table["x_nm"]
-    if "disp_pm" in table: new["disp_pm"] = op.polar * table["disp_pm"]
-    if "domain" in table: new["domain"] = state_of(op.phi(table["domain"].map(STATES).to_numpy(float), gauge))
+    if op.up_down:
+        new["y_nm"] = (shape[0] - 1) * pixel[0] - table["y_nm"]
+    if op.left_right:
+        new["x_nm"] = (shape[1] - 1) * pixel[1] - table["x_nm"]
+    if "disp_pm" in table:
+        new["disp_pm"] = op.polar * table["disp_pm"]
+    if "domain" in table:
+        new["domain"] = state_of(op.phi(table["domain"].map(STATES).to_numpy(float), gauge))
     return new
 
 # %% ../../nbs/41_data.condition.ipynb #267f9606
@@ -177,35 +219,46 @@ _POLAR = ("disp", "polarisation")
 
 
 def channel_matrix(
-    op, # operation, or its name
-    channels: tuple = CHANNELS, # names of channels
-    gauge: int = 0, # number of columns by which n = 0 is shifted
-) -> torch.Tensor: # (C, C) float32: new channels = matrix @ old channels, after the pixels are reversed
+    op,  # operation, or its name
+    channels: tuple = CHANNELS,  # names of channels
+    gauge: int = 0,  # number of columns by which n = 0 is shifted
+) -> (
+    torch.Tensor
+):  # (C, C) float32: new channels = matrix @ old channels, after the pixels are reversed
     """Matrix by which an operation mixes condition channels.
     Raises: InputError when it mixes q_cos and q_sin and one of them is missing."""
     op, names = symmetry(op), list(channels)
-    matrix = torch.diag(torch.tensor([float(op.polar) if name in _POLAR else 1.0 for name in names]))
+    matrix = torch.diag(
+        torch.tensor([float(op.polar) if name in _POLAR else 1.0 for name in names])
+    )
     cos, sin, sign = np.cos(op.shift(gauge)), np.sin(op.shift(gauge)), -1 if op.left_right else 1
-    turned = {("q_cos", "q_cos"): cos, ("q_cos", "q_sin"): -sign * sin,
-              ("q_sin", "q_cos"): sin, ("q_sin", "q_sin"): sign * cos}
+    turned = {
+        ("q_cos", "q_cos"): cos,
+        ("q_cos", "q_sin"): -sign * sin,
+        ("q_sin", "q_cos"): sin,
+        ("q_sin", "q_sin"): sign * cos,
+    }
     for (to, of), value in turned.items():
-        if to not in names: continue
-        if of in names: matrix[names.index(to), names.index(of)] = value
+        if to not in names:
+            continue
+        if of in names:
+            matrix[names.index(to), names.index(of)] = value
         elif abs(value) > 1e-9:
             raise InputError(f"This operation mixes q_cos and q_sin: the channels lack {of!r}.")
     return matrix
 
 
 def move(
-    op, # operation, or its name
-    x: torch.Tensor, # (B, C, H, W) condition channels; (B, 1, H, W) images and masks when channels is None
-    channels: tuple | None = None, # names of channels
-    gauge=0, # columns by which n = 0 is shifted: one number, or one for each of the batch
-) -> torch.Tensor: # same shape
+    op,  # operation, or its name
+    x: torch.Tensor,  # (B, C, H, W) condition channels; (B, 1, H, W) images and masks when channels is None
+    channels: tuple | None = None,  # names of channels
+    gauge=0,  # columns by which n = 0 is shifted: one number, or one for each of the batch
+) -> torch.Tensor:  # same shape
     "Mirror or turn a batch: images and masks, or condition channels with their signs."
     op = symmetry(op)
     x = torch.flip(x, op.axes)
-    if channels is None: return x
+    if channels is None:
+        return x
     matrices = torch.stack([channel_matrix(op, channels, k) for k in range(3)]).to(x)
     which = torch.as_tensor(gauge, device=x.device).expand(len(x)) % 3
     return torch.einsum("bij,bjhw->bihw", matrices[which], x)
@@ -213,36 +266,48 @@ def move(
 # %% ../../nbs/41_data.condition.ipynb #84fc7692
 def _key(name):
     "What a wall's name means: kind, angles, geometry; None when the name is not a wall"
-    if str(name).lower() in _TURNS: return str(name).lower()
-    try: kind = resolve(name)
-    except InputError: return None
+    if str(name).lower() in _TURNS:
+        return str(name).lower()
+    try:
+        kind = resolve(name)
+    except InputError:
+        return None
     return kind.phi_left, kind.phi_right, kind.normal_deg, abs(kind.step)
 
 
-_TURNS = {"vortex": "antivortex", "antivortex": "vortex", "network": "network"}  # under the half turn
+_TURNS = {
+    "vortex": "antivortex",
+    "antivortex": "vortex",
+    "network": "network",
+}  # under the half turn
 
 
 def _moved_key(key, op):
     "Meaning of the mirrored wall, normal within [0, 180)"
     left, right, normal, step = key
     left, right = float(op.phi(left)), float(op.phi(right))
-    if op.left_right: normal = -normal
-    if op.up_down: normal = 180 - normal
-    if np.isclose(np.mod(normal, 360) // 180, 1): left, right = right, left
+    if op.left_right:
+        normal = -normal
+    if op.up_down:
+        normal = 180 - normal
+    if np.isclose(np.mod(normal, 360) // 180, 1):
+        left, right = right, left
     return left, right, float(np.mod(normal, 180)), step
 
 
 def _same(a, b, gauge):
     "Whether two meanings agree once n = 0 is shifted"
     turned = np.exp(1j * (np.array(a[:2]) + 2 * np.pi / 3 * gauge))
-    return bool(np.allclose(turned, np.exp(1j * np.array(b[:2]))) and
-                (np.allclose(a[2:], b[2:]) or np.isclose(np.cos(b[0] - b[1]), 1)))
+    return bool(
+        np.allclose(turned, np.exp(1j * np.array(b[:2])))
+        and (np.allclose(a[2:], b[2:]) or np.isclose(np.cos(b[0] - b[1]), 1))
+    )
 
 
 def move_labels(
-    op, # operation, or its name
-    vocab, # class names; names that are not walls keep their class
-) -> list: # for each class (new class, gauge)
+    op,  # operation, or its name
+    vocab,  # class names; names that are not walls keep their class
+) -> list:  # for each class (new class, gauge)
     """What becomes of each class when its images are mirrored or turned.
     Raises: InputError when the mirrored wall of a class is not among the classes."""
     op, keys = symmetry(op), [_key(name) for name in vocab]
@@ -251,29 +316,37 @@ def move_labels(
 
 def _moved_label(op, i, vocab, keys):
     key = keys[i]
-    if key is None or key == "network": return i, 0
+    if key is None or key == "network":
+        return i, 0
     if isinstance(key, str):
-        if op == SYMMETRIES["turn"] and _TURNS[key] in keys: return keys.index(_TURNS[key]), 0
+        if op == SYMMETRIES["turn"] and _TURNS[key] in keys:
+            return keys.index(_TURNS[key]), 0
     else:
         moved = _moved_key(key, op)
         for j in (i, *range(len(keys))):
             for gauge in range(3):
-                if isinstance(keys[j], tuple) and _same(moved, keys[j], gauge): return j, gauge
+                if isinstance(keys[j], tuple) and _same(moved, keys[j], gauge):
+                    return j, gauge
     of = next(name for name, o in SYMMETRIES.items() if o == op)
-    raise InputError(f"{of} turns {vocab[i]!r} into a wall that is not among the classes "
-                     f"{', '.join(map(str, vocab))}: "
-                     f"leave {of} out of the augmentation.")
+    raise InputError(
+        f"{of} turns {vocab[i]!r} into a wall that is not among the classes "
+        f"{', '.join(map(str, vocab))}: "
+        f"leave {of} out of the augmentation."
+    )
 
 
 def allowed(
-    vocab, # class names
-) -> tuple: # names of operations
+    vocab,  # class names
+) -> tuple:  # names of operations
     "Operations that map the classes onto each other; none when a name is not a wall."
-    if any(_key(name) is None for name in vocab): return ()
+    if any(_key(name) is None for name in vocab):
+        return ()
     return tuple(name for name in SYMMETRIES if not _refused(name, vocab))
 
 
 def _refused(op, vocab):
-    try: move_labels(op, vocab)
-    except InputError: return True
+    try:
+        move_labels(op, vocab)
+    except InputError:
+        return True
     return False

@@ -22,14 +22,29 @@ from ..io import read
 from ..progress import progress_bar
 
 # %% ../../nbs/41b_data.files.ipynb #82c8d9ae
-SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp",
-            ".dm3", ".dm4", ".ser", ".emd", ".mrc", ".hspy", ".hdf5")
+SUFFIXES = (
+    ".tif",
+    ".tiff",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".bmp",
+    ".dm3",
+    ".dm4",
+    ".ser",
+    ".emd",
+    ".mrc",
+    ".hspy",
+    ".hdf5",
+)
 
 
 def list_images(
-    folder, # dataset folder of `microgen simulate`, or a tree CLASS/Images/*.png, CLASS/*.png, *.png
-    group=None, # what stays together: a column of metadata.csv, a function of the path, a regular expression
-) -> pd.DataFrame: # a row per image: image, maps, table (paths), label, split, group, other metadata
+    folder,  # dataset folder of `microgen simulate`, or a tree CLASS/Images/*.png, CLASS/*.png, *.png
+    group=None,  # what stays together: a column of metadata.csv, a function of the path, a regular expression
+) -> (
+    pd.DataFrame
+):  # a row per image: image, maps, table (paths), label, split, group, other metadata
     """List the images of a folder with their classes, splits and groups.
     Raises: InputError for a folder without images, an empty class, or images and maps that do not pair."""
     folder = Path(folder)
@@ -37,7 +52,9 @@ def list_images(
         raise InputError(f"There is no folder {folder}: give the folder that holds the images.")
     listed = _list_dataset(folder) if (folder / "metadata.csv").exists() else _list_tree(folder)
     if not len(listed):
-        raise InputError(f"There is no image in {folder}: its files must end in {', '.join(SUFFIXES)}.")
+        raise InputError(
+            f"There is no image in {folder}: its files must end in {', '.join(SUFFIXES)}."
+        )
     return listed.assign(group=_groups(listed, group, folder))
 
 
@@ -45,33 +62,41 @@ def _list_dataset(folder):
     listed = _metadata(folder / "metadata.csv")
     names = listed["file_name"].map(Path)
     listed.insert(0, "image", [folder / name for name in names])
-    places = {"maps": lambda n: Path("maps", *n.parts[1:]),
-              "table": lambda n: Path("tables", f"{n.stem}.parquet")}
+    places = {
+        "maps": lambda n: Path("maps", *n.parts[1:]),
+        "table": lambda n: Path("tables", f"{n.stem}.parquet"),
+    }
     for kind, place in places.items():
         there = (folder / place(names[0]).parts[0]).is_dir() if len(names) else False
         listed.insert(1, kind, [folder / place(n) if there else None for n in names])
     for kind in ("image", "maps", "table"):
         missing = [p for p in listed[kind] if p is not None and not p.exists()]
         if missing:
-            raise InputError(f"{len(missing)} of the {len(listed)} images in {folder} lack their {kind}, the first "
-                             f"is {missing[0].relative_to(folder)}: build the folder again, which makes what "
-                             "is missing.")
+            raise InputError(
+                f"{len(missing)} of the {len(listed)} images in {folder} lack their {kind}, the first "
+                f"is {missing[0].relative_to(folder)}: build the folder again, which makes what "
+                "is missing."
+            )
     _tell_unnamed(folder, names, set(listed["image"]))
     return listed
 
 
 def _metadata(path):
     "The rows of metadata.csv, each with file name and label, and with a split where others have one"
-    try: listed = pd.read_csv(path)
+    try:
+        listed = pd.read_csv(path)
     except (OSError, ValueError) as e:
         raise ReadError(path, "pandas", f"{e}; write it as a table with a column file_name") from e
     if "file_name" not in listed:
         raise InputError(f"{path} has no column file_name; it has {', '.join(map(str, listed))}.")
-    if "label" not in listed or listed["label"].isna().all(): listed["label"] = ""
+    if "label" not in listed or listed["label"].isna().all():
+        listed["label"] = ""
     for name in listed.columns.intersection(("file_name", "label", "split")):
         if (gaps := np.flatnonzero(listed[name].isna())).size:
-            raise InputError(f"{len(gaps)} of {len(listed)} images have no {name} in {path}, the first in line "
-                             f"{gaps[0] + 2}: fill it in, or remove these lines.")
+            raise InputError(
+                f"{len(gaps)} of {len(listed)} images have no {name} in {path}, the first in line "
+                f"{gaps[0] + 2}: fill it in, or remove these lines."
+            )
     return listed.assign(label=listed["label"].astype(str))
 
 
@@ -79,12 +104,14 @@ def _tell_unnamed(folder, names, named):
     "Warn of images that lie beside those of metadata.csv"
     tops = {folder / n.parts[0] if len(n.parts) > 1 else folder for n in names}
     if unnamed := {p for top in tops for p in _images(top, top != folder)} - named:
-        warn(f"{len(unnamed)} images in {folder} are left out, because metadata.csv does not name them; "
-             f"the first is {min(unnamed).relative_to(folder)}.")
+        warn(
+            f"{len(unnamed)} images in {folder} are left out, because metadata.csv does not name them; "
+            f"the first is {min(unnamed).relative_to(folder)}."
+        )
 
 
 def warn(
-    sentence, # what the user should know
+    sentence,  # what the user should know
 ) -> None:
     "Warn in one sentence, without the line of code that is usually shown."
     warnings.warn_explicit(sentence, UserWarning, "microgen", 0)
@@ -100,10 +127,16 @@ def _images(folder, deep=True):
 def _list_tree(folder):
     found = _images(folder)
     labels = [_label(p.relative_to(folder)) for p in found]
-    others = (p for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] != "." and p.name not in labels)
+    others = (
+        p
+        for p in sorted(folder.iterdir())
+        if p.is_dir() and p.name[0] != "." and p.name not in labels
+    )
     for empty in others:
         if empty.name.lower() != "images" and not any(p.is_file() for p in empty.rglob("*")):
-            raise InputError(f"The class {empty.name!r} in {folder} holds no image: add some or remove it.")
+            raise InputError(
+                f"The class {empty.name!r} in {folder} holds no image: add some or remove it."
+            )
     return pd.DataFrame({"image": found, "maps": None, "table": None, "label": labels})
 
 
@@ -112,38 +145,52 @@ def _label(path):
     return path.parts[0] if len(path.parts) > 1 and path.parts[0].lower() != "images" else ""
 
 # %% ../../nbs/41b_data.files.ipynb #e4f03d24
-_TILE = re.compile(r"([_-](tile|crop|patch|part)[_-]?\d+|[_-](r|y|row)\d+[_-]?(c|x|col)\d+)+$", re.IGNORECASE)
+_TILE = re.compile(
+    r"([_-](tile|crop|patch|part)[_-]?\d+|[_-](r|y|row)\d+[_-]?(c|x|col)\d+)+$", re.IGNORECASE
+)
 
 
 def _groups(listed, group, folder):
     "Name of each image's group"
     if group is None:
-        if "group" in listed: return listed["group"].astype(str)
+        if "group" in listed:
+            return listed["group"].astype(str)
         return [str(p.parent / _TILE.sub("", p.stem)) for p in listed["image"]]
-    if callable(group): return [str(group(p)) for p in listed["image"]]
-    if group in listed: return listed[group].astype(str)
+    if callable(group):
+        return [str(group(p)) for p in listed["image"]]
+    if group in listed:
+        return listed[group].astype(str)
     found = [re.search(group, p.relative_to(folder).as_posix()) for p in listed["image"]]
     if None in found:
-        raise InputError(f"group={group!r} is no column of the metadata and is not found in "
-                         f"{listed['image'][found.index(None)]}: name a column, or give a regular expression "
-                         "that every path matches.")
+        raise InputError(
+            f"group={group!r} is no column of the metadata and is not found in "
+            f"{listed['image'][found.index(None)]}: name a column, or give a regular expression "
+            "that every path matches."
+        )
     return [m.group(m.lastindex or 0) for m in found]
 
 # %% ../../nbs/41b_data.files.ipynb #cbd99959
 def split_by_group(
-    groups, # name of each image's group
-    valid: float = 0.2, # share of the images to hold back
-    rng=0, # seed or generator
-) -> tuple: # (train, valid): two sorted arrays of indices; no group is in both
+    groups,  # name of each image's group
+    valid: float = 0.2,  # share of the images to hold back
+    rng=0,  # seed or generator
+) -> tuple:  # (train, valid): two sorted arrays of indices; no group is in both
     """Draw whole groups for validation, about a share of the images.
     Raises: InputError when there is one image or one group, or the share is not between 0 and 1."""
-    names, member, count = np.unique(np.asarray(groups, str), return_inverse=True, return_counts=True)
-    if not 0 < valid < 1: raise InputError(f"valid is {valid}: give a share between 0 and 1, such as 0.2.")
+    names, member, count = np.unique(
+        np.asarray(groups, str), return_inverse=True, return_counts=True
+    )
+    if not 0 < valid < 1:
+        raise InputError(f"valid is {valid}: give a share between 0 and 1, such as 0.2.")
     if len(member) < 2:
-        raise InputError("There is one image: at least two are needed, to train on one and validate on another.")
+        raise InputError(
+            "There is one image: at least two are needed, to train on one and validate on another."
+        )
     if len(names) < 2:
-        raise InputError(f"All {len(member)} images are of one group, {str(names[0])!r}, so none can be held back "
-                         "for validation: add another specimen, or say with group= what belongs together.")
+        raise InputError(
+            f"All {len(member)} images are of one group, {str(names[0])!r}, so none can be held back "
+            "for validation: add another specimen, or say with group= what belongs together."
+        )
     order = as_rng(rng).permutation(len(names))
     held = np.cumsum(count[order])
     k = 1 + int(np.abs(held[:-1] - valid * len(member)).argmin())
@@ -152,49 +199,60 @@ def split_by_group(
 
 
 def split_images(
-    listed: pd.DataFrame, # rows of `list_images`
-    valid: float = 0.2, # share to hold back where there is no column split
-    rng=0, # seed or generator
-) -> list: # [train, valid] or [train, valid, test]: arrays of row numbers
+    listed: pd.DataFrame,  # rows of `list_images`
+    valid: float = 0.2,  # share to hold back where there is no column split
+    rng=0,  # seed or generator
+) -> list:  # [train, valid] or [train, valid, test]: arrays of row numbers
     """Split images as their column `split` says, or else by group.
     Raises: InputError when train or valid would be empty, or a group is in both."""
-    if "split" not in listed: return _drawn(listed, valid, rng)
+    if "split" not in listed:
+        return _drawn(listed, valid, rng)
     parts = [np.flatnonzero(listed["split"] == name) for name in SPLITS]
     if strange := sorted(set(listed["split"].astype(str)) - set(SPLITS)):
-        raise InputError(f"The metadata have images of split {strange[0]!r}: call them {', '.join(SPLITS[:-1])} or "
-                         f"{SPLITS[-1]}.")
+        raise InputError(
+            f"The metadata have images of split {strange[0]!r}: call them {', '.join(SPLITS[:-1])} or "
+            f"{SPLITS[-1]}."
+        )
     for name, part in zip(("train", "valid"), parts):
         if not len(part):
-            raise InputError(f"No image has split {name!r} in the metadata: give some of the {len(listed)} images "
-                             "that split, or remove the column, so that the images are split by group.")
-    shared = set(listed["group"].iloc[parts[0]]) & set(listed["group"].iloc[np.concatenate(parts[1:])])
+            raise InputError(
+                f"No image has split {name!r} in the metadata: give some of the {len(listed)} images "
+                "that split, or remove the column, so that the images are split by group."
+            )
+    shared = set(listed["group"].iloc[parts[0]]) & set(
+        listed["group"].iloc[np.concatenate(parts[1:])]
+    )
     if shared:
-        raise InputError(f"{len(shared)} groups, such as {str(min(shared))!r}, are in train and in valid or test: "
-                         "correct the column split, or the groups.")
+        raise InputError(
+            f"{len(shared)} groups, such as {str(min(shared))!r}, are in train and in valid or test: "
+            "correct the column split, or the groups."
+        )
     return [p for p in parts if len(p)]
 
 
 def _drawn(listed, valid, rng):
     "Train and valid drawn by group"
     if len(listed) == 1:
-        raise InputError(f"There is one image, {listed['image'].iloc[0]}: at least two are needed, to train on one "
-                         "and validate on another; add images, or let this one join simulated ones (mixed_dls).")
+        raise InputError(
+            f"There is one image, {listed['image'].iloc[0]}: at least two are needed, to train on one "
+            "and validate on another; add images, or let this one join simulated ones (mixed_dls)."
+        )
     return list(split_by_group(listed["group"], valid, rng))
 
 # %% ../../nbs/41b_data.files.ipynb #86c70abf
 def scale(
-    image, # array or tensor, any shape
-    low, # value that becomes -1
-    high, # value that becomes 1
-) -> np.ndarray: # or tensor, as it came
+    image,  # array or tensor, any shape
+    low,  # value that becomes -1
+    high,  # value that becomes 1
+) -> np.ndarray:  # or tensor, as it came
     "Scale values linearly to [-1, 1]; what lies beyond is cut."
     return ((image - low) * (2 / (high - low)) - 1).clip(-1, 1)
 
 
 def unscale(
-    image, # array or tensor in [-1, 1]
-    scaling, # `dls.scaling`, or (low, high)
-) -> np.ndarray: # or tensor, as it came; in the units of the files
+    image,  # array or tensor in [-1, 1]
+    scaling,  # `dls.scaling`, or (low, high)
+) -> np.ndarray:  # or tensor, as it came; in the units of the files
     "Undo `scale`; exact where nothing was cut."
     low, high = (scaling["low"], scaling["high"]) if isinstance(scaling, dict) else scaling
     return (image + 1) * ((high - low) / 2) + low
@@ -203,52 +261,71 @@ def unscale(
 class Pixels:
     "Images of a table, their condition channels and their scaling; kept in memory where they fit."
 
-    def __init__(self,
-        listed: pd.DataFrame, # rows of `list_images`
-        size=None, # height and width of crops, pixels; None is whole images, which then have one size
-        channels: tuple = CHANNELS, # condition channels
-        pixel_size=None, # nm, (py, px), to which images without maps are resampled; None is that of the first
-        scaling: str = "image", # limits of grey levels: of each "image", or of the "dataset"
-        percentiles: tuple = (0.01, 99.99), # of grey levels that become -1 and 1
-        memory_gb: float = 4.0, # images are kept in memory if they need less
-        progress: bool = False, # show progress while reading
+    def __init__(
+        self,
+        listed: pd.DataFrame,  # rows of `list_images`
+        size=None,  # height and width of crops, pixels; None is whole images, which then have one size
+        channels: tuple = CHANNELS,  # condition channels
+        pixel_size=None,  # nm, (py, px), to which images without maps are resampled; None is that of the first
+        scaling: str = "image",  # limits of grey levels: of each "image", or of the "dataset"
+        percentiles: tuple = (0.01, 99.99),  # of grey levels that become -1 and 1
+        memory_gb: float = 4.0,  # images are kept in memory if they need less
+        progress: bool = False,  # show progress while reading
     ):
         self.listed, self.channels = listed.reset_index(drop=True), tuple(channels)
         self.scaling, self.percentiles = scaling, percentiles
         self.has_maps = self.listed["maps"].notna().to_numpy()
         self.size = None if size is None else tuple(int(n) for n in np.broadcast_to(size, 2))
-        self.pixel_size, self.corner, self.kept, self._last = pixel_size, (0.5, 0.5), {}, (None, None)
+        self.pixel_size, self.corner, self.kept, self._last = (
+            pixel_size,
+            (0.5, 0.5),
+            {},
+            (None, None),
+        )
         if self.size and min(self.size) < 1:
-            raise InputError(f"size is {size}: give the side of the crops in pixels, or None for whole images.")
+            raise InputError(
+                f"size is {size}: give the side of the crops in pixels, or None for whole images."
+            )
         if scaling not in ("image", "dataset"):
             raise InputError(f"scaling is {scaling!r}: give 'image' or 'dataset'.")
         first = self._read(0)
         self.shape, self.pixel_size = first.shape, self.pixel_size or self._known(first)
         self.has_maps = self.listed["maps"].notna().to_numpy()
-        self.names = _map_names(self.listed["maps"][self.has_maps.argmax()]) if self.has_maps.any() else ()
+        self.names = (
+            _map_names(self.listed["maps"][self.has_maps.argmax()]) if self.has_maps.any() else ()
+        )
         each = first.data.size * (4 + 2 * len(self.channels) * bool(self.names) + bool(self.names))
         self.keeps = each * len(self.listed) < memory_gb * 2**30
         self._prepare(progress)
 
-    def __len__(self): return len(self.listed)
+    def __len__(self):
+        return len(self.listed)
 
-    def _known(self, image): return None if image.metadata.get("pixel_size_unknown") else image.pixel_size
+    def _known(self, image):
+        return None if image.metadata.get("pixel_size_unknown") else image.pixel_size
 
     def _read(self, i):
         "The image as a Micrograph, at the pixel size of the others where it has another"
         path = self.listed["image"][i]
         at = self.listed["pixel_size_nm"][i] if "pixel_size_nm" in self.listed else None
         at = None if at is None or pd.isna(at) else float(at)
-        try: image = read(path, at)
-        except UncalibratedError: image = read(path, 1.0); image.metadata["pixel_size_unknown"] = True
+        try:
+            image = read(path, at)
+        except UncalibratedError:
+            image = read(path, 1.0)
+            image.metadata["pixel_size_unknown"] = True
         known = self._known(image)
         if self.pixel_size and not known:
-            raise InputError(f"{path.name} does not say how large its pixels are, others do: give the pixel "
-                             "size in nm, or take the file out of its folder.")
+            raise InputError(
+                f"{path.name} does not say how large its pixels are, others do: give the pixel "
+                "size in nm, or take the file out of its folder."
+            )
         if known and self.pixel_size and not np.allclose(known, self.pixel_size, rtol=0.01):
             if self.has_maps[i]:
-                raise InputError(f"{path.name} has pixels of {known[0]:.4g} nm, others have {self.pixel_size[0]:.4g} "
-                                 "nm: maps are not resampled, so build the dataset with one pixel size.")
+                raise InputError(
+                    f"{path.name} has pixels of {known[0]:.4g} nm, others have {self.pixel_size[0]:.4g} "
+                    "nm: maps are not resampled, so build the dataset with one pixel size."
+                )
             image = image.resample(self.pixel_size)
         return image
 
@@ -262,11 +339,17 @@ class Pixels:
         path, table = self.listed["maps"][i], self.listed["table"][i]
         data = np.atleast_3d(read(path, self.pixel_size).data.T).T
         if data.shape[1:] != shape:
-            raise InputError(f"{path.name}: its maps have {data.shape[1]} × {data.shape[2]} pixels, its image "
-                             f"{shape[0]} × {shape[1]}: build the dataset again.")
-        maps = dict(zip(self.names, data)) | ({} if "wall" in self.names else {"wall": np.zeros(shape)})
+            raise InputError(
+                f"{path.name}: its maps have {data.shape[1]} × {data.shape[2]} pixels, its image "
+                f"{shape[0]} × {shape[1]}: build the dataset again."
+            )
+        maps = dict(zip(self.names, data)) | (
+            {} if "wall" in self.names else {"wall": np.zeros(shape)}
+        )
         table = read_table(table, ["y_nm", "x_nm", "site"]) if "sites" in self.channels else None
-        return condition(maps, table, shape, self.pixel_size, (*self.channels, "wall")).astype(np.float16)
+        return condition(maps, table, shape, self.pixel_size, (*self.channels, "wall")).astype(
+            np.float16
+        )
 
     def _prepare(self, progress):
         "Read everything once: check it, find the limits of its grey levels, keep it"
@@ -275,88 +358,117 @@ class Pixels:
         bar = progress_bar(n, "reading", progress, "images")
         with ThreadPoolExecutor(min(8, cpu_count() or 1)) as pool, bar as advance:
             for i, found in enumerate(pool.map(self._first_look, range(n))):
-                if isinstance(found, ReadError): bad.append(found)
-                else: self.limits[i], self.shapes[i] = found
+                if isinstance(found, ReadError):
+                    bad.append(found)
+                else:
+                    self.limits[i], self.shapes[i] = found
                 advance(1)
         if bad:
-            raise InputError(f"{len(bad)} of {n} images cannot be read; remove or replace them. The first: "
-                             f"{bad[0]}") from bad[0]
+            raise InputError(
+                f"{len(bad)} of {n} images cannot be read; remove or replace them. The first: "
+                f"{bad[0]}"
+            ) from bad[0]
         need = self.size or self.shapes[0]
         for path, shape in zip(self.listed["image"], self.shapes):
             if shape[0] < need[0] or shape[1] < need[1] or (self.size is None and shape != need):
                 scale = f" of {self.pixel_size[0]:.3g} nm" if self.pixel_size else ""
-                raise InputError(f"{path.name} has {shape[0]} × {shape[1]} pixels{scale}, {need[0]} × {need[1]} "
-                                 "are needed: give size=, not larger than the smallest image, and crops of that "
-                                 "size are taken.")
+                raise InputError(
+                    f"{path.name} has {shape[0]} × {shape[1]} pixels{scale}, {need[0]} × {need[1]} "
+                    "are needed: give size=, not larger than the smallest image, and crops of that "
+                    "size are taken."
+                )
         self.crop = need
 
     def _first_look(self, i):
-        try: image, made = self._load(i)
-        except ReadError as e: return e
-        if self.keeps: self.kept[i] = image, made
+        try:
+            image, made = self._load(i)
+        except ReadError as e:
+            return e
+        if self.keeps:
+            self.kept[i] = image, made
         low, high = np.percentile(image, self.percentiles)
         return (low, high if high > low else low + 1), image.shape
 
-    def use(self,
-        rows, # row numbers of the training images
-    ) -> dict: # how grey levels are scaled: mode, percentiles, low, high; `unscale` undoes it
+    def use(
+        self,
+        rows,  # row numbers of the training images
+    ) -> dict:  # how grey levels are scaled: mode, percentiles, low, high; `unscale` undoes it
         "Take the limits of the grey levels from the training images."
-        rows, domains = np.asarray(rows), self.listed.get("domain", pd.Series(0, range(len(self)))).to_numpy()
+        rows, domains = (
+            np.asarray(rows),
+            self.listed.get("domain", pd.Series(0, range(len(self)))).to_numpy(),
+        )
         for domain in np.unique(domains)[::-1]:  # ends with the first domain, whose limits are told
             low, high = self.limits[rows[domains[rows] == domain]].T
             whole = self.scaling == "dataset"
             low, high = (low.min(), high.max()) if whole else (np.median(low), np.median(high))
-            if whole: self.limits[domains == domain] = low, high
-        return {"mode": self.scaling, "percentiles": list(self.percentiles), "low": float(low),
-                "high": float(high)}
+            if whole:
+                self.limits[domains == domain] = low, high
+        return {
+            "mode": self.scaling,
+            "percentiles": list(self.percentiles),
+            "low": float(low),
+            "high": float(high),
+        }
 
     def _get(self, i):
-        if i in self.kept: return self.kept[i]
-        if self._last[0] != i: self._last = i, self._load(i)  # image, maps and wall of one item: one reading
+        if i in self.kept:
+            return self.kept[i]
+        if self._last[0] != i:
+            self._last = i, self._load(i)  # image, maps and wall of one item: one reading
         return self._last[1]
 
     def _window(self, shape):
         h, w = self.crop
         y, x = (int(round(f * (n - m))) for f, n, m in zip(self.corner, shape[-2:], self.crop))
-        return np.s_[..., y:y + h, x:x + w]
+        return np.s_[..., y : y + h, x : x + w]
 
-    def image(self,
-        i: int, # row number
-    ) -> np.ndarray: # (1, h, w) float32 in [-1, 1], cropped at `corner`
+    def image(
+        self,
+        i: int,  # row number
+    ) -> np.ndarray:  # (1, h, w) float32 in [-1, 1], cropped at `corner`
         "One image, scaled."
         data = self._get(i)[0]
         return scale(data[self._window(data.shape)].astype(np.float32), *self.limits[i])[None]
 
-    def maps(self,
-        i: int, # row number
-    ) -> np.ndarray: # (C, h, w) float32, cropped at `corner`
+    def maps(
+        self,
+        i: int,  # row number
+    ) -> np.ndarray:  # (C, h, w) float32, cropped at `corner`
         "Condition channels of one image; zeros where it has no maps."
         return self._cut(self._get(i)[1], slice(None, -1), len(self.channels))
 
-    def wall(self,
-        i: int, # row number
-    ) -> np.ndarray: # (1, h, w) float32, 0 or 1, cropped at `corner`
+    def wall(
+        self,
+        i: int,  # row number
+    ) -> np.ndarray:  # (1, h, w) float32, 0 or 1, cropped at `corner`
         "Mask of the wall of one image; zeros where it has no maps."
         return self._cut(self._get(i)[1], slice(-1, None), 1)
 
     def _cut(self, made, which, n):
-        if made is None: return np.zeros((n, *self.crop), np.float32)
+        if made is None:
+            return np.zeros((n, *self.crop), np.float32)
         return made[which][self._window(made.shape)].astype(np.float32)
 
-    def __getstate__(self): return {**self.__dict__, "kept": {}}  # a copy in another process reads for itself
+    def __getstate__(self):
+        return {**self.__dict__, "kept": {}}  # a copy in another process reads for itself
 
 
 def _map_names(path):
     "Names of the maps in a file"
     names = read(path, 1.0).metadata.get("channels")
     if not names:
-        raise InputError(f"{path} does not say which maps it holds: build the dataset with this microgen.")
+        raise InputError(
+            f"{path} does not say which maps it holds: build the dataset with this microgen."
+        )
     return tuple(names)
 
 
 def _compact(data):
     "The same numbers in fewer bytes: whole numbers from 0 to 65535 as 8- or 16-bit"
-    if data.ndim == 3: data = data.mean(0)
+    if data.ndim == 3:
+        data = data.mean(0)
     low, high = data.min(), data.max()
-    if low < 0 or high > 65535 or (data % 1).any(): return np.ascontiguousarray(data, np.float32)
+    if low < 0 or high > 65535 or (data % 1).any():
+        return np.ascontiguousarray(data, np.float32)
     return data.astype(np.uint8 if high < 256 else np.uint16)

@@ -21,16 +21,19 @@ from ..io import write_parquet, write_tiff
 # %% ../../nbs/38b_data.item.ipynb #c55622fa
 class Simulated(NamedTuple):
     "An image with its exact truth."
-    image: Micrograph    # what the detector gives
-    maps: dict           # name to (H, W) array of one type: float32 values, or whole numbers that name objects
+
+    image: Micrograph  # what the detector gives
+    maps: (
+        dict  # name to (H, W) array of one type: float32 values, or whole numbers that name objects
+    )
     table: pd.DataFrame  # every object in the image; lengths in nm, from the centre of pixel (0, 0)
-    about: dict          # label, split and parameters as plain numbers and names: one row of metadata.csv
+    about: dict  # label, split and parameters as plain numbers and names: one row of metadata.csv
 
 
 def paths(
-    out,        # dataset folder
-    index: int, # which image
-) -> tuple: # paths of its image, maps and table
+    out,  # dataset folder
+    index: int,  # which image
+) -> tuple:  # paths of its image, maps and table
     "Say where the files of one image lie."
     name, shard = f"{index:06d}", f"{index // 10000:02d}"
     image, maps = (Path(out) / kind / shard / f"{name}.tif" for kind in ("images", "maps"))
@@ -38,18 +41,24 @@ def paths(
 
 # %% ../../nbs/38b_data.item.ipynb #4ed01d97
 def write_item(
-    out,            # dataset folder
-    index: int,     # which image
-    one: Simulated, # the image with its truth
-    bits: int = 32, # of the image: 32, or 16 for grey levels, which are then deflated without loss
-) -> int: # the index
+    out,  # dataset folder
+    index: int,  # which image
+    one: Simulated,  # the image with its truth
+    bits: int = 32,  # of the image: 32, or 16 for grey levels, which are then deflated without loss
+) -> int:  # the index
     "Write the table, the maps and, last, the image of one item."
     image_path, maps_path, table_path = paths(out, index)
     image, maps = one.image, np.stack(list(one.maps.values()))
     masks = maps.dtype.kind in "iu" and maps.max() < 2**16
     write_parquet(table_path, one.table)
-    write_tiff(maps_path, maps if len(maps) > 1 else maps[0], image.pixel_size, {"channels": list(one.maps)},
-               bits=16 if masks else 32, compress=True)
+    write_tiff(
+        maps_path,
+        maps if len(maps) > 1 else maps[0],
+        image.pixel_size,
+        {"channels": list(one.maps)},
+        bits=16 if masks else 32,
+        compress=True,
+    )
     write_tiff(image_path, image.data, image.pixel_size, image.metadata, bits, compress=bits == 16)
     return index
 
@@ -67,14 +76,16 @@ def _counts(shares, n):
 @lru_cache(maxsize=8)
 def plan(
     names: tuple,  # names of the classes
-    shares: tuple | None, # share of each, same order; None is equal shares
-    splits: tuple, # shares of train, valid and test
-    n: int,        # images
-    seed: int,     # root seed
-) -> tuple: # (labels, splits): two tuples of n names, one per image
+    shares: tuple | None,  # share of each, same order; None is equal shares
+    splits: tuple,  # shares of train, valid and test
+    n: int,  # images
+    seed: int,  # root seed
+) -> tuple:  # (labels, splits): two tuples of n names, one per image
     "Give every image its label and its split."
     rng = np.random.default_rng([seed, 2**31])
-    labels = rng.permutation(np.repeat(np.arange(len(names)), _counts(shares or (1,) * len(names), n)))
+    labels = rng.permutation(
+        np.repeat(np.arange(len(names)), _counts(shares or (1,) * len(names), n))
+    )
     parts = np.empty(n, int)
     for label in range(len(names)):
         members = np.flatnonzero(labels == label)
@@ -84,67 +95,87 @@ def plan(
 # %% ../../nbs/38b_data.item.ipynb #2cc4c7ae
 class DatasetRecipe:
     "What to simulate and how many: what `build` needs to know of any kind of dataset."
+
     kind = ""  # the name of the kind in recipe.json
 
     @property
-    def classes(self) -> tuple: # names
+    def classes(self) -> tuple:  # names
         "Names among which the images are shared: the labels."
         raise NotImplementedError
 
     def rehearse(self) -> None:
         "Meet, before anything is written, the errors that making an image would meet."
 
-    def make(self,
-        out,        # dataset folder
-        index: int, # which image
-    ) -> int: # the index
+    def make(
+        self,
+        out,  # dataset folder
+        index: int,  # which image
+    ) -> int:  # the index
         "Simulate and write one item."
         raise NotImplementedError
 
-    def row(self,
-        out,        # dataset folder, in which the item lies
-        index: int, # which image
-    ) -> dict: # split, label and parameters
+    def row(
+        self,
+        out,  # dataset folder, in which the item lies
+        index: int,  # which image
+    ) -> dict:  # split, label and parameters
         "Describe one item: its row of the metadata."
         raise NotImplementedError
 
-    def plan(self,
-        index: int, # which image, from 0
-    ) -> tuple: # its label and its split
+    def plan(
+        self,
+        index: int,  # which image, from 0
+    ) -> tuple:  # its label and its split
         """Say which label and split one image has.
         Raises: InputError when the index is not in the recipe."""
         if not 0 <= index < self.n:
-            raise InputError(f"There is no image {index} in a recipe of {self.n}: they run from 0 to {self.n - 1}.")
+            raise InputError(
+                f"There is no image {index} in a recipe of {self.n}: they run from 0 to {self.n - 1}."
+            )
         labels, splits = plan(self.classes, self.shares, self.splits, self.n, self.seed)
         return labels[index], splits[index]
 
     def check(self) -> None:
         """Check numbers, shares and splits; lists become tuples.
         Raises: InputError."""
-        for f in fields(self): object.__setattr__(self, f.name, _tuples(getattr(self, f.name)))
-        if self.n < 1: raise InputError(f"n is {self.n}: ask for at least one image.")
-        if self.size < 32: raise InputError(f"size is {self.size} px: use at least 32 px.")
-        if self.seed < 0: raise InputError(f"seed is {self.seed}: use a whole number from 0.")
+        for f in fields(self):
+            object.__setattr__(self, f.name, _tuples(getattr(self, f.name)))
+        if self.n < 1:
+            raise InputError(f"n is {self.n}: ask for at least one image.")
+        if self.size < 32:
+            raise InputError(f"size is {self.size} px: use at least 32 px.")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}: use a whole number from 0.")
         shares, names = self.shares, self.classes
-        if shares is not None and (len(shares) != len(names) or min(shares) < 0 or not sum(shares) > 0):
-            raise InputError(f"shares {shares} do not fit {names}: give one non-negative number for each.")
+        if shares is not None and (
+            len(shares) != len(names) or min(shares) < 0 or not sum(shares) > 0
+        ):
+            raise InputError(
+                f"shares {shares} do not fit {names}: give one non-negative number for each."
+            )
         if len(self.splits) != 3 or min(self.splits) < 0 or not sum(self.splits) > 0:
-            raise InputError(f"splits {self.splits} are not three non-negative shares of {', '.join(SPLITS)}.")
+            raise InputError(
+                f"splits {self.splits} are not three non-negative shares of {', '.join(SPLITS)}."
+            )
 
-    def to_dict(self) -> dict: # what recipe.json holds under "recipe"
+    def to_dict(self) -> dict:  # what recipe.json holds under "recipe"
         "The fields as plain numbers, names and lists."
         return asdict(self)
 
     @classmethod
-    def from_dict(cls,
-        held, # what `to_dict` gave, or its JSON
-    ) -> "DatasetRecipe": # the same recipe
+    def from_dict(
+        cls,
+        held,  # what `to_dict` gave, or its JSON
+    ) -> "DatasetRecipe":  # the same recipe
         """Read a recipe back.
         Raises: InputError for a field that this kind does not have."""
         held = json.loads(held) if isinstance(held, str) else held
         if strange := set(held) - {f.name for f in fields(cls)}:
-            raise InputError(f"A recipe of {cls.kind} has no field {min(strange)!r}: use the microgen that wrote it.")
+            raise InputError(
+                f"A recipe of {cls.kind} has no field {min(strange)!r}: use the microgen that wrote it."
+            )
         return cls(**{key: _tuples(value) for key, value in held.items()})
 
 
-def _tuples(value): return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value

@@ -23,33 +23,71 @@ from .loader import DIRECTED, Augment, Loader
 # %% ../../nbs/41d_data.load.ipynb #0de14296
 class _Field:
     "Getter of one field of the batch: row number to tensor."
-    def __init__(self, name, pixels, values): self.name, self.pixels, self.values = name, pixels, values
+
+    def __init__(self, name, pixels, values):
+        self.name, self.pixels, self.values = name, pixels, values
 
     def __call__(self, i):
-        if self.name.startswith("image"): return torch.from_numpy(self.pixels.image(i))
-        if self.name in ("maps", "wall"): return torch.from_numpy(getattr(self.pixels, self.name)(i))
+        if self.name.startswith("image"):
+            return torch.from_numpy(self.pixels.image(i))
+        if self.name in ("maps", "wall"):
+            return torch.from_numpy(getattr(self.pixels, self.name)(i))
         return torch.as_tensor(self.values[i])
 
 
-def _loaders(pixels, parts, fields, vocab, augment, bs, seed, values=None, n_inp=None, orders=(),
-             num_workers=None, device=None, contrast=0.0, gamma=0.0):
+def _loaders(
+    pixels,
+    parts,
+    fields,
+    vocab,
+    augment,
+    bs,
+    seed,
+    values=None,
+    n_inp=None,
+    orders=(),
+    num_workers=None,
+    device=None,
+    contrast=0.0,
+    gamma=0.0,
+):
     "DataLoaders of these fields; `orders`: functions of a generator for train, valid, ..., see `Loader`"
     orders = [*orders, *[None] * (len(parts) - len(orders))]
     n = len(orders[0](np.random.default_rng(0)) if orders[0] else parts[0])
     if bs > n:
         warn(f"bs is {bs}, there are {n} training images: that is the batch.")
         bs = n
-    if num_workers is None: num_workers = 0 if pixels.keeps else min(8, cpu_count() or 1)
+    if num_workers is None:
+        num_workers = 0 if pixels.keeps else min(8, cpu_count() or 1)
     seen = [name for name in fields if name != "image_b"]
     getters = [_Field(name, pixels, (values or {}).get(name)) for name in seen]
-    block = DataBlock([TransformBlock] * len(seen), getters=getters,
-                      splitter=lambda items: [p.tolist() for p in parts], n_inp=n_inp, dl_type=Loader,
-                      batch_tfms=[Augment(fields, augment, pixels.channels, vocab, contrast, gamma)])
+    block = DataBlock(
+        [TransformBlock] * len(seen),
+        getters=getters,
+        splitter=lambda items: [p.tolist() for p in parts],
+        n_inp=n_inp,
+        dl_type=Loader,
+        batch_tfms=[Augment(fields, augment, pixels.channels, vocab, contrast, gamma)],
+    )
     each = [{"order": order} for order in orders]
     scaling = pixels.use(parts[0])
-    dls = block.dataloaders(list(range(len(pixels))), bs=bs, pixels=pixels, fields=fields, vocab=vocab,
-                            seed=seed, num_workers=num_workers, device=device, dl_kwargs=each)
-    dls.fields, dls.vocab, dls.channels, dls.scaling = tuple(fields), list(vocab), pixels.channels, scaling
+    dls = block.dataloaders(
+        list(range(len(pixels))),
+        bs=bs,
+        pixels=pixels,
+        fields=fields,
+        vocab=vocab,
+        seed=seed,
+        num_workers=num_workers,
+        device=device,
+        dl_kwargs=each,
+    )
+    dls.fields, dls.vocab, dls.channels, dls.scaling = (
+        tuple(fields),
+        list(vocab),
+        pixels.channels,
+        scaling,
+    )
     dls.seed, dls.augment = seed, tuple(augment)
     dls.pixel_size = pixels.pixel_size and tuple(map(float, pixels.pixel_size))
     dls.has_wall = "wall" in pixels.names
@@ -62,29 +100,38 @@ def _vocab(listed, parts, classes=None):
     labels = pd.Categorical(listed["label"], names).codes.astype(np.int64)
     counts = np.bincount(labels[parts[0]][labels[parts[0]] >= 0], minlength=len(names))
     if 0 in counts:
-        raise InputError(f"The class {names[int(counts.argmin())]!r} has no image to train on: add images, "
-                         "leave the class out, or change the split.")
+        raise InputError(
+            f"The class {names[int(counts.argmin())]!r} has no image to train on: add images, "
+            "leave the class out, or change the split."
+        )
     return names, labels
 
 
 def _chosen(augment, vocab, known, properties=()):
     "Names of the operations that are meant"
-    if isinstance(augment, str) and augment != "auto": augment = (augment,)
+    if isinstance(augment, str) and augment != "auto":
+        augment = (augment,)
     ops = (allowed(vocab) if known else ()) if isinstance(augment, str) else tuple(augment or ())
     if directed := [p for p in properties if p in DIRECTED]:
-        if isinstance(augment, str): return ()
+        if isinstance(augment, str):
+            return ()
         if ops:
-            raise InputError(f"The property {directed[0]!r} has a direction, which {ops[0]} would change: "
-                             "leave out one of the two.")
+            raise InputError(
+                f"The property {directed[0]!r} has a direction, which {ops[0]} would change: "
+                "leave out one of the two."
+            )
     return ops
 
 
 def _only(listed, classes):
     "Rows of these classes"
-    if not classes: return listed
+    if not classes:
+        return listed
     if unknown := [c for c in classes if c not in set(listed["label"])]:
-        raise InputError(f"The class {unknown[0]!r} has no image: there are "
-                         f"{', '.join(sorted(set(listed['label'])))}.")
+        raise InputError(
+            f"The class {unknown[0]!r} has no image: there are "
+            f"{', '.join(sorted(set(listed['label'])))}."
+        )
     return listed[listed["label"].isin(classes)].reset_index(drop=True)
 
 
@@ -93,11 +140,15 @@ def _properties(listed, names, rows):
     for name in names:
         if name not in listed or not pd.api.types.is_numeric_dtype(listed[name]):
             numeric = [c for c in listed if pd.api.types.is_numeric_dtype(listed[c])]
-            raise InputError(f"{name!r} is no number of the metadata: choose among "
-                             f"{', '.join(numeric) or 'none'}.")
+            raise InputError(
+                f"{name!r} is no number of the metadata: choose among "
+                f"{', '.join(numeric) or 'none'}."
+            )
         if (bad := ~np.isfinite(listed[name].to_numpy(float))).any():
-            raise InputError(f"{name!r} is missing or infinite for {int(bad.sum())} images: choose classes "
-                             "that have it, or another property.")
+            raise InputError(
+                f"{name!r} is missing or infinite for {int(bad.sum())} images: choose classes "
+                "that have it, or another property."
+            )
     values = listed[list(names)].to_numpy(float)
     mean, std = values[rows].mean(0), values[rows].std(0)
     std[std == 0] = 1
@@ -106,32 +157,34 @@ def _properties(listed, names, rows):
 
 # %% ../../nbs/41d_data.load.ipynb #719665b9
 def paired_dls(
-    folder, # dataset folder of `microgen simulate`
-    bs: int = 16, # images in a batch
-    size=None, # height and width of random crops, pixels; None is whole images
-    channels: tuple = CHANNELS, # condition channels, see `microgen.data.condition`
-    classes=None, # names of classes to use; None is all
-    properties: tuple = (), # numeric columns of metadata.csv: adds `props` after `label`
-    augment="auto", # names of operations, "auto" for those that the classes allow, () for none
-    scaling: str = "image", # limits of grey levels: of each "image", or of the "dataset"
-    percentiles: tuple = (0.01, 99.99), # of grey levels that become -1 and 1
-    group=None, # what stays together where metadata.csv has no column split, see `list_images`
-    valid: float = 0.2, # share held back there
-    seed: int = 0, # of split, order, crops and augmentation
-    memory_gb: float = 4.0, # images are kept in memory if they need less
-    num_workers: int | None = None, # processes that read; default: none when images are in memory
-    device=None, # default: the GPU where there is one
-    contrast: float = 0.0, # contrast of training images varies by factors exp(±contrast)
-    gamma: float = 0.0, # gamma of training images varies by factors exp(±gamma)
-    progress: bool = False, # show progress while reading
-) -> DataLoaders: # batches (maps, label, wall, image); also .fields .vocab .channels .pixel_size .scaling .has_wall
+    folder,  # dataset folder of `microgen simulate`
+    bs: int = 16,  # images in a batch
+    size=None,  # height and width of random crops, pixels; None is whole images
+    channels: tuple = CHANNELS,  # condition channels, see `microgen.data.condition`
+    classes=None,  # names of classes to use; None is all
+    properties: tuple = (),  # numeric columns of metadata.csv: adds `props` after `label`
+    augment="auto",  # names of operations, "auto" for those that the classes allow, () for none
+    scaling: str = "image",  # limits of grey levels: of each "image", or of the "dataset"
+    percentiles: tuple = (0.01, 99.99),  # of grey levels that become -1 and 1
+    group=None,  # what stays together where metadata.csv has no column split, see `list_images`
+    valid: float = 0.2,  # share held back there
+    seed: int = 0,  # of split, order, crops and augmentation
+    memory_gb: float = 4.0,  # images are kept in memory if they need less
+    num_workers: int | None = None,  # processes that read; default: none when images are in memory
+    device=None,  # default: the GPU where there is one
+    contrast: float = 0.0,  # contrast of training images varies by factors exp(±contrast)
+    gamma: float = 0.0,  # gamma of training images varies by factors exp(±gamma)
+    progress: bool = False,  # show progress while reading
+) -> DataLoaders:  # batches (maps, label, wall, image); also .fields .vocab .channels .pixel_size .scaling .has_wall
     """Load images with their truth, to learn the way from the one to the other.
     Raises: InputError, one sentence each, for what is wrong with the folder or the arguments."""
     check_positive("bs", bs)
     listed = _only(list_images(folder, group), classes)
     if listed["maps"].isna().any():
-        raise InputError(f"{folder} holds no truth maps: make a dataset with microgen simulate, or load "
-                         "images alone with image_dls.")
+        raise InputError(
+            f"{folder} holds no truth maps: make a dataset with microgen simulate, or load "
+            "images alone with image_dls."
+        )
     parts = split_images(listed, valid, seed)
     vocab, labels = _vocab(listed, parts, classes)
     props, numbers = _properties(listed, properties, parts[0])
@@ -139,33 +192,46 @@ def paired_dls(
     ops = _chosen(augment, vocab, True, properties)
     pixels = Pixels(listed, size, channels, None, scaling, percentiles, memory_gb, progress)
     values = {"label": labels, "props": props}
-    dls = _loaders(pixels, parts, fields, vocab, ops, bs, seed, values, len(fields) - 2,
-                   num_workers=num_workers, device=device, contrast=contrast, gamma=gamma)
+    dls = _loaders(
+        pixels,
+        parts,
+        fields,
+        vocab,
+        ops,
+        bs,
+        seed,
+        values,
+        len(fields) - 2,
+        num_workers=num_workers,
+        device=device,
+        contrast=contrast,
+        gamma=gamma,
+    )
     dls.properties = numbers
     return dls
 
 # %% ../../nbs/41d_data.load.ipynb #f9efb5a9
 def image_dls(
-    folder, # dataset folder, or a tree CLASS/Images/*.png, CLASS/*.png, *.png
-    bs: int = 16, # images in a batch
-    size=None, # height and width of random crops, pixels; None is whole images
-    label: bool = False, # the class is a condition
-    properties: tuple = (), # numeric columns of metadata.csv that are a condition too
-    pixel_size=None, # nm per pixel, for files that do not say or say it wrongly
-    classes=None, # names of classes to use; None is all
-    augment="auto", # names of operations; "auto" takes those that known walls allow, for other classes none
-    scaling: str = "image", # limits of grey levels: of each "image", or of the "dataset"
-    percentiles: tuple = (0.01, 99.99), # of grey levels that become -1 and 1
-    group=None, # what stays together, see `list_images`
-    valid: float = 0.2, # share held back where the metadata do not say
-    seed: int = 0, # of split, order, crops and augmentation
-    memory_gb: float = 4.0, # images are kept in memory if they need less
-    num_workers: int | None = None, # processes that read; default: none when images are in memory
-    device=None, # default: the GPU where there is one
-    contrast: float = 0.0, # contrast of training images varies by factors exp(±contrast)
-    gamma: float = 0.0, # gamma of training images varies by factors exp(±gamma)
-    progress: bool = False, # show progress while reading
-) -> DataLoaders: # batches (image,), (label, image), (props, image) or (label, props, image)
+    folder,  # dataset folder, or a tree CLASS/Images/*.png, CLASS/*.png, *.png
+    bs: int = 16,  # images in a batch
+    size=None,  # height and width of random crops, pixels; None is whole images
+    label: bool = False,  # the class is a condition
+    properties: tuple = (),  # numeric columns of metadata.csv that are a condition too
+    pixel_size=None,  # nm per pixel, for files that do not say or say it wrongly
+    classes=None,  # names of classes to use; None is all
+    augment="auto",  # names of operations; "auto" takes those that known walls allow, for other classes none
+    scaling: str = "image",  # limits of grey levels: of each "image", or of the "dataset"
+    percentiles: tuple = (0.01, 99.99),  # of grey levels that become -1 and 1
+    group=None,  # what stays together, see `list_images`
+    valid: float = 0.2,  # share held back where the metadata do not say
+    seed: int = 0,  # of split, order, crops and augmentation
+    memory_gb: float = 4.0,  # images are kept in memory if they need less
+    num_workers: int | None = None,  # processes that read; default: none when images are in memory
+    device=None,  # default: the GPU where there is one
+    contrast: float = 0.0,  # contrast of training images varies by factors exp(±contrast)
+    gamma: float = 0.0,  # gamma of training images varies by factors exp(±gamma)
+    progress: bool = False,  # show progress while reading
+) -> DataLoaders:  # batches (image,), (label, image), (props, image) or (label, props, image)
     """Load images, with their classes and properties where asked for.
     Raises: InputError, one sentence each, for what is wrong with the folder or the arguments."""
     check_positive("bs", bs)
@@ -177,8 +243,21 @@ def image_dls(
     ops = _chosen(augment, vocab, True, properties)
     pixels = Pixels(listed, size, CHANNELS, None, scaling, percentiles, memory_gb, progress)
     values = {"label": labels, "props": props}
-    dls = _loaders(pixels, parts, fields, vocab, ops, bs, seed, values, max(1, len(fields) - 1),
-                   num_workers=num_workers, device=device, contrast=contrast, gamma=gamma)
+    dls = _loaders(
+        pixels,
+        parts,
+        fields,
+        vocab,
+        ops,
+        bs,
+        seed,
+        values,
+        max(1, len(fields) - 1),
+        num_workers=num_workers,
+        device=device,
+        contrast=contrast,
+        gamma=gamma,
+    )
     dls.properties = numbers
     return dls
 
@@ -190,23 +269,23 @@ def _imageless(listed, pixel_size):
 
 # %% ../../nbs/41d_data.load.ipynb #4e4bbc95
 def unpaired_dls(
-    a, # folder of the first domain
-    b, # folder of the second domain
-    bs: int = 4, # pairs in a batch
-    size=None, # height and width of random crops, pixels
-    pixel_size_a=None, # nm per pixel, for files that do not say
-    pixel_size_b=None, # nm per pixel, for files that do not say
-    augment=(), # names of operations that both domains allow
-    scaling: str = "image", # limits of grey levels: of each "image", or of each domain ("dataset")
-    percentiles: tuple = (0.01, 99.99), # of grey levels that become -1 and 1
-    group=None, # what stays together, see `list_images`
-    valid: float = 0.2, # share held back where the metadata do not say
-    seed: int = 0, # of split, order, pairs, crops and augmentation
-    memory_gb: float = 4.0, # images are kept in memory if they need less
-    num_workers: int | None = None, # processes that read; default: none when images are in memory
-    device=None, # default: the GPU where there is one
-    progress: bool = False, # show progress while reading
-) -> DataLoaders: # batches (image_a, image_b)
+    a,  # folder of the first domain
+    b,  # folder of the second domain
+    bs: int = 4,  # pairs in a batch
+    size=None,  # height and width of random crops, pixels
+    pixel_size_a=None,  # nm per pixel, for files that do not say
+    pixel_size_b=None,  # nm per pixel, for files that do not say
+    augment=(),  # names of operations that both domains allow
+    scaling: str = "image",  # limits of grey levels: of each "image", or of each domain ("dataset")
+    percentiles: tuple = (0.01, 99.99),  # of grey levels that become -1 and 1
+    group=None,  # what stays together, see `list_images`
+    valid: float = 0.2,  # share held back where the metadata do not say
+    seed: int = 0,  # of split, order, pairs, crops and augmentation
+    memory_gb: float = 4.0,  # images are kept in memory if they need less
+    num_workers: int | None = None,  # processes that read; default: none when images are in memory
+    device=None,  # default: the GPU where there is one
+    progress: bool = False,  # show progress while reading
+) -> DataLoaders:  # batches (image_a, image_b)
     """Load two sets of images that do not correspond, paired anew in each epoch.
     Raises: InputError, one sentence each, for what is wrong with the folders or the arguments."""
     check_positive("bs", bs)
@@ -215,20 +294,36 @@ def unpaired_dls(
     pixels = Pixels(listed, size, CHANNELS, None, scaling, percentiles, memory_gb, progress)
     sides = [[np.flatnonzero(listed["domain"].to_numpy()[p] == d) for d in (0, 1)] for p in parts]
     orders = [partial(_pairs, a=one, b=two) for one, two in sides]
-    return _loaders(pixels, parts, ("image_a", "image_b"), (), tuple(augment), bs, seed, None, 1, orders,
-                    num_workers, device)
+    return _loaders(
+        pixels,
+        parts,
+        ("image_a", "image_b"),
+        (),
+        tuple(augment),
+        bs,
+        seed,
+        None,
+        1,
+        orders,
+        num_workers,
+        device,
+    )
 
 
 def _join(lists, valid, seed):
     "Two tables as one with a column domain, each split by itself"
     each = [split_images(one, valid, seed) for one in lists]
     parts = [np.concatenate([p, len(lists[0]) + q]) for p, q in zip(*each)]
-    return pd.concat([one.assign(domain=d) for d, one in enumerate(lists)], ignore_index=True), parts
+    return pd.concat(
+        [one.assign(domain=d) for d, one in enumerate(lists)], ignore_index=True
+    ), parts
 
 
 def _cycle(rng, members, n):
     "n of the members, each as often as any other to within one, shuffled where there is a generator"
-    rounds = [members if rng is None else rng.permutation(members) for _ in range(-(-n // len(members)))]
+    rounds = [
+        members if rng is None else rng.permutation(members) for _ in range(-(-n // len(members)))
+    ]
     return np.concatenate(rounds)[:n]
 
 
@@ -240,66 +335,96 @@ def _pairs(rng, a, b):
 
 # %% ../../nbs/41d_data.load.ipynb #848238d7
 def mixed_dls(
-    sim, # dataset folder of `microgen simulate`
-    real, # folder of real images
-    ratio: float = 0.25, # share of real images in a batch
-    bs: int = 16, # images in a batch
-    size=None, # height and width of random crops, pixels
-    channels: tuple = CHANNELS, # condition channels, see `microgen.data.condition`
-    classes=None, # names of simulated classes to use; None is all
-    real_pixel_size=None, # nm per pixel of real images whose files do not say
-    augment="auto", # names of operations, "auto" for those that the classes allow, () for none
-    scaling: str = "image", # limits of grey levels: of each "image", or of each domain ("dataset")
-    percentiles: tuple = (0.01, 99.99), # of grey levels that become -1 and 1
-    valid: float = 0.2, # share of `sim` held back where its metadata.csv has no column split
-    seed: int = 0, # of split, order, crops and augmentation
-    memory_gb: float = 4.0, # images are kept in memory if they need less
-    num_workers: int | None = None, # processes that read; default: none when images are in memory
-    device=None, # default: the GPU where there is one
-    contrast: float = 0.0, # contrast of training images varies by factors exp(±contrast)
-    gamma: float = 0.0, # gamma of training images varies by factors exp(±gamma)
-    progress: bool = False, # show progress while reading
-) -> DataLoaders: # batches (maps, label, wall, domain, image), in validation simulated ones only
+    sim,  # dataset folder of `microgen simulate`
+    real,  # folder of real images
+    ratio: float = 0.25,  # share of real images in a batch
+    bs: int = 16,  # images in a batch
+    size=None,  # height and width of random crops, pixels
+    channels: tuple = CHANNELS,  # condition channels, see `microgen.data.condition`
+    classes=None,  # names of simulated classes to use; None is all
+    real_pixel_size=None,  # nm per pixel of real images whose files do not say
+    augment="auto",  # names of operations, "auto" for those that the classes allow, () for none
+    scaling: str = "image",  # limits of grey levels: of each "image", or of each domain ("dataset")
+    percentiles: tuple = (0.01, 99.99),  # of grey levels that become -1 and 1
+    valid: float = 0.2,  # share of `sim` held back where its metadata.csv has no column split
+    seed: int = 0,  # of split, order, crops and augmentation
+    memory_gb: float = 4.0,  # images are kept in memory if they need less
+    num_workers: int | None = None,  # processes that read; default: none when images are in memory
+    device=None,  # default: the GPU where there is one
+    contrast: float = 0.0,  # contrast of training images varies by factors exp(±contrast)
+    gamma: float = 0.0,  # gamma of training images varies by factors exp(±gamma)
+    progress: bool = False,  # show progress while reading
+) -> DataLoaders:  # batches (maps, label, wall, domain, image), in validation simulated ones only
     """Load simulated images with their truth and real ones without, in one batch.
     Raises: InputError, one sentence each, for what is wrong with the folders or the arguments."""
     n_real = int(round(ratio * bs))
     if not 0 < n_real < bs:
-        raise InputError(f"ratio={ratio} of a batch of {bs} is {n_real} real images: choose a ratio and bs "
-                         "that give at least one of each kind.")
-    simulated, others = _only(list_images(sim), classes), _training(_imageless(list_images(real), real_pixel_size), real)
+        raise InputError(
+            f"ratio={ratio} of a batch of {bs} is {n_real} real images: choose a ratio and bs "
+            "that give at least one of each kind."
+        )
+    simulated, others = (
+        _only(list_images(sim), classes),
+        _training(_imageless(list_images(real), real_pixel_size), real),
+    )
     if simulated["maps"].isna().any():
         raise InputError(f"{sim} holds no truth maps: make it with microgen simulate.")
     listed = pd.concat([simulated.assign(domain=0), others.assign(domain=1)], ignore_index=True)
     domain = listed["domain"].to_numpy()
     train, *held = split_images(simulated, valid, seed)
     parts = [np.concatenate([train, np.flatnonzero(domain)]), *held]
-    vocab, labels = _vocab(listed, parts, classes and [*classes, *sorted(set(others["label"]) - set(classes))])
+    vocab, labels = _vocab(
+        listed, parts, classes and [*classes, *sorted(set(others["label"]) - set(classes))]
+    )
     ops = _chosen(augment, sorted(set(simulated["label"])), True)
     pixels = Pixels(listed, size, channels, None, scaling, percentiles, memory_gb, progress)
     one, two = (np.flatnonzero(domain[parts[0]] == d) for d in (0, 1))
     n = len(one) // (bs - n_real) * bs
     if not n:
-        raise InputError(f"{len(one)} simulated training images do not fill a batch of {bs}: simulate "
-                         "more, or give a smaller bs.")
+        raise InputError(
+            f"{len(one)} simulated training images do not fill a batch of {bs}: simulate "
+            "more, or give a smaller bs."
+        )
     mixture = partial(_mixture, sim=one, real=two, bs=bs, n_real=n_real)
-    dls = _loaders(pixels, parts, ("maps", "label", "wall", "domain", "image"), vocab, ops, bs, seed,
-                   {"label": labels, "domain": domain}, 2, [mixture], num_workers, device, contrast, gamma)
+    dls = _loaders(
+        pixels,
+        parts,
+        ("maps", "label", "wall", "domain", "image"),
+        vocab,
+        ops,
+        bs,
+        seed,
+        {"label": labels, "domain": domain},
+        2,
+        [mixture],
+        num_workers,
+        device,
+        contrast,
+        gamma,
+    )
     dls.paired = True, False
     return dls
 
 
 def _training(listed, folder):
     "Rows that may train, each with a class"
-    used = listed[listed["split"] == "train"].reset_index(drop=True) if "split" in listed else listed
+    used = (
+        listed[listed["split"] == "train"].reset_index(drop=True) if "split" in listed else listed
+    )
     if not len(used):
-        raise InputError(f"No image in {folder} has split 'train' in metadata.csv: give some of the {len(listed)} "
-                         "that split, or remove the column.")
+        raise InputError(
+            f"No image in {folder} has split 'train' in metadata.csv: give some of the {len(listed)} "
+            "that split, or remove the column."
+        )
     return used.assign(label=used["label"].replace("", "real"))
 
 
 def _mixture(rng, sim, real, bs, n_real):
     "Order of an epoch: in each batch the same share of real images; unshuffled, each image once"
-    if rng is None: return list(range(len(sim) + len(real)))
+    if rng is None:
+        return list(range(len(sim) + len(real)))
     n = len(sim) // (bs - n_real)
-    sims, reals = (_cycle(rng, m, n * k).reshape(n, k) for m, k in ((sim, bs - n_real), (real, n_real)))
+    sims, reals = (
+        _cycle(rng, m, n * k).reshape(n, k) for m, k in ((sim, bs - n_real), (real, n_real))
+    )
     return rng.permuted(np.hstack([sims, reals]), axis=1).ravel().tolist()

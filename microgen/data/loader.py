@@ -23,48 +23,61 @@ from ..plot import show as show_image
 class Loader(TfmdDL):
     "A fastai loader whose order, crops and augmentation follow from (seed, epoch, step) alone."
 
-    def __init__(self,
-        dataset, # fastai's, of tuples of tensors
-        pixels=None, # where crops are cut, `microgen.data.files.Pixels`
-        fields: tuple = (), # names of what is in a batch
-        vocab=(), # class names
-        order=None, # function of a generator (None: unshuffled) that lists an epoch's items; None is each once
-        seed: int = 0, # of order, crops and augmentation
-        **kw, # as fastai's TfmdDL
+    def __init__(
+        self,
+        dataset,  # fastai's, of tuples of tensors
+        pixels=None,  # where crops are cut, `microgen.data.files.Pixels`
+        fields: tuple = (),  # names of what is in a batch
+        vocab=(),  # class names
+        order=None,  # function of a generator (None: unshuffled) that lists an epoch's items; None is each once
+        seed: int = 0,  # of order, crops and augmentation
+        **kw,  # as fastai's TfmdDL
     ):
         self.pixels, self.fields, self.vocab = pixels, tuple(fields), list(vocab)
         self.order, self.seed = order, int(seed)
         self.epoch, self.step, self._next = -1, 0, None
-        if order: kw["n"] = len(order(np.random.default_rng(0) if kw.get("shuffle") else None))
+        if order:
+            kw["n"] = len(order(np.random.default_rng(0) if kw.get("shuffle") else None))
         super().__init__(dataset, **kw)
-        self.fake_l.generator = torch.Generator()  # torch would draw its workers' seed from the global one
+        self.fake_l.generator = (
+            torch.Generator()
+        )  # torch would draw its workers' seed from the global one
 
     def new(self, dataset=None, cls=None, **kw):
         mine = {name: getattr(self, name) for name in ("pixels", "fields", "vocab", "seed")}
-        if dataset is None or dataset is self.dataset: mine["order"] = self.order
+        if dataset is None or dataset is self.dataset:
+            mine["order"] = self.order
         return super().new(dataset, cls, **{**mine, **kw})
 
-    def set_epoch(self,
-        epoch: int, # the epoch that the next iteration runs, from 0
-        step: int = 0, # its first batch; those before are not read
+    def set_epoch(
+        self,
+        epoch: int,  # the epoch that the next iteration runs, from 0
+        step: int = 0,  # its first batch; those before are not read
     ):
         "Say which epoch comes next."
         self._next = int(epoch), int(step)
 
-    def rng_state(self) -> dict: # seed, epoch, step: the batch that comes next
+    def rng_state(self) -> dict:  # seed, epoch, step: the batch that comes next
         "Where the loader stands."
         epoch, step = self._next or (self.epoch, self.step)
         whole = self._next is None and (epoch < 0 or step >= len(self))
-        return {"seed": self.seed, "epoch": epoch + 1 if whole else epoch, "step": 0 if whole else step}
+        return {
+            "seed": self.seed,
+            "epoch": epoch + 1 if whole else epoch,
+            "step": 0 if whole else step,
+        }
 
-    def load_rng_state(self,
-        state: dict, # what `rng_state` gave
+    def load_rng_state(
+        self,
+        state: dict,  # what `rng_state` gave
     ):
         """Go on where another loader stood.
         Raises: InputError when that loader had another seed."""
         if state["seed"] != self.seed:
-            raise InputError(f"The state is of seed {state['seed']}, these loaders have seed {self.seed}: "
-                             f"make them with seed={state['seed']}.")
+            raise InputError(
+                f"The state is of seed {state['seed']}, these loaders have seed {self.seed}: "
+                f"make them with seed={state['seed']}."
+            )
         self.set_epoch(state["epoch"], state["step"])
 
     def randomize(self):
@@ -74,16 +87,21 @@ class Loader(TfmdDL):
 
     def before_iter(self):
         super().before_iter()
-        if not self.shuffle: self.after_batch.split_idx = 1  # nothing random, whichever part it reads
-        for t in self._augmentation(): t.at = self.seed, self.epoch, self.step
+        if not self.shuffle:
+            self.after_batch.split_idx = 1  # nothing random, whichever part it reads
+        for t in self._augmentation():
+            t.at = self.seed, self.epoch, self.step
 
-    def _augmentation(self): return [t for t in getattr(self.after_batch, "fs", ()) if isinstance(t, Augment)]
+    def _augmentation(self):
+        return [t for t in getattr(self.after_batch, "fs", ()) if isinstance(t, Augment)]
 
     def get_idxs(self):
         rng = np.random.default_rng([self.seed, max(self.epoch, 0), 0]) if self.shuffle else None
-        if self.order: idxs = self.order(rng)
-        else: idxs = rng.permutation(self.n).tolist() if self.shuffle else list(range(self.n))
-        return idxs[self.step * self.bs:]  # plain numbers: fastai sorts predictions by them
+        if self.order:
+            idxs = self.order(rng)
+        else:
+            idxs = rng.permutation(self.n).tolist() if self.shuffle else list(range(self.n))
+        return idxs[self.step * self.bs :]  # plain numbers: fastai sorts predictions by them
 
     def create_batches(self, samps):
         "Batches of these items, each item with its place in the epoch."
@@ -93,11 +111,18 @@ class Loader(TfmdDL):
 
     def create_item(self, s):
         i, place = s or (self.order(None)[0] if self.order else 0, 0)
-        rng = np.random.default_rng([self.seed, max(self.epoch, 0), 1, place]) if self.shuffle else None
+        rng = (
+            np.random.default_rng([self.seed, max(self.epoch, 0), 1, place])
+            if self.shuffle
+            else None
+        )
+
         def one(j):
             self.pixels.corner = rng.random(2) if rng else (0.5, 0.5)
             return self.dataset[j]
-        if "image_b" not in self.fields: return one(i)
+
+        if "image_b" not in self.fields:
+            return one(i)
         return tuple(one(j)[0] for j in divmod(i, len(self.dataset)))  # a pair is one number
 
     def __iter__(self):
@@ -111,9 +136,11 @@ class Loader(TfmdDL):
         places += [(t, "at") for t in self._augmentation()]
         kept = [(o, name, getattr(o, name)) for o, name in places]
         self._next = self.rng_state()["epoch"], 0
-        try: return super().one_batch()
+        try:
+            return super().one_batch()
         finally:
-            for o, name, value in kept: setattr(o, name, value)
+            for o, name, value in kept:
+                setattr(o, name, value)
 
     def show_batch(self, b=None, max_n=4, show=True, **kw):
         "Draw images with their classes and conditions, with scale bars."
@@ -124,24 +151,38 @@ class Loader(TfmdDL):
         return draw_batch(self, b, out, max_n=max_n, **kw)
 
 # %% ../../nbs/41c_data.loader.ipynb #3e16d8ed
-DIRECTED = ("phi_left", "phi_right", "normal_deg", "mean_normal_deg", "step_nm", "rotation_deg",
-            "mistilt_deg", "inclination_deg")
+DIRECTED = (
+    "phi_left",
+    "phi_right",
+    "normal_deg",
+    "mean_normal_deg",
+    "step_nm",
+    "rotation_deg",
+    "mistilt_deg",
+    "inclination_deg",
+)
 
 
 class Augment(ItemTransform):
     "Mirror, turn and change the contrast of the images of a training batch."
+
     split_idx = 0
 
-    def __init__(self,
-        fields: tuple, # names of what is in a batch: maps, label, wall, image*; others stay as they are
-        ops: tuple = (), # names of operations
-        channels: tuple = CHANNELS, # condition channels of maps
-        vocab=(), # class names
-        contrast: float = 0.0, # contrast varies by factors exp(±contrast)
-        gamma: float = 0.0, # gamma varies by factors exp(±gamma)
+    def __init__(
+        self,
+        fields: tuple,  # names of what is in a batch: maps, label, wall, image*; others stay as they are
+        ops: tuple = (),  # names of operations
+        channels: tuple = CHANNELS,  # condition channels of maps
+        vocab=(),  # class names
+        contrast: float = 0.0,  # contrast varies by factors exp(±contrast)
+        gamma: float = 0.0,  # gamma varies by factors exp(±gamma)
     ):
         super().__init__()
-        self.fields, self.ops, self.channels = tuple(fields), [symmetry(o) for o in ops], tuple(channels)
+        self.fields, self.ops, self.channels = (
+            tuple(fields),
+            [symmetry(o) for o in ops],
+            tuple(channels),
+        )
         self.contrast, self.gamma = contrast, gamma
         self.labels = [torch.tensor(move_labels(o, vocab)).reshape(-1, 2) for o in self.ops]
         self.at = 0, 0, 0
@@ -156,57 +197,76 @@ class Augment(ItemTransform):
         for k, op in enumerate(self.ops):
             self._apply(op, self.labels[k], new, torch.nonzero(which == k + 1)[:, 0])
         for name in self.fields:
-            if name.startswith("image"): new[name] = self._grey(new[name], rng)
+            if name.startswith("image"):
+                new[name] = self._grey(new[name], rng)
         return tuple(new.values())
 
     def _apply(self, op, labels, new, at):
-        if not len(at): return
+        if not len(at):
+            return
         at = at.to(new[self.fields[-1]].device)
         labels = labels.to(at.device)
         gauge = labels[new["label"][at], 1] if "label" in new and len(labels) else 0
         for name, x in new.items():
-            if name not in ("maps", "wall", "label") and not name.startswith("image"): continue
-            if name != "label": moved = move(op, x[at], self.channels if name == "maps" else None, gauge)
-            else: moved = labels[x[at], 0] if len(labels) else x[at]
+            if name not in ("maps", "wall", "label") and not name.startswith("image"):
+                continue
+            if name != "label":
+                moved = move(op, x[at], self.channels if name == "maps" else None, gauge)
+            else:
+                moved = labels[x[at], 0] if len(labels) else x[at]
             new[name] = x.index_copy(0, at, moved)
 
     def _grey(self, x, rng):
-        if not (self.contrast or self.gamma): return x
+        if not (self.contrast or self.gamma):
+            return x
         from kornia.enhance import adjust_contrast_with_mean_subtraction, adjust_gamma
-        contrast, gamma = (torch.exp(s * (2 * torch.rand(len(x), generator=rng) - 1)).to(x)
-                           for s in (self.contrast, self.gamma))
+
+        contrast, gamma = (
+            torch.exp(s * (2 * torch.rand(len(x), generator=rng) - 1)).to(x)
+            for s in (self.contrast, self.gamma)
+        )
         grey = adjust_contrast_with_mean_subtraction(adjust_gamma((x + 1) / 2, gamma), contrast)
         return grey * 2 - 1
 
 # %% ../../nbs/41c_data.loader.ipynb #afabfc24
 def draw_batch(
-    dl, # loader with .fields .vocab .pixels
-    batch, # tuple of tensors
-    out=None, # what a network made: (B, 1, H, W), or a list whose first is that
-    max_n: int = 4, # rows
-    channels: tuple = ("disp", "sites"), # condition channels to draw, where there are maps
-    size: float = 1.8, # width of a panel, inches
-) -> plt.Figure: # one row per image: image, generated image, conditions
+    dl,  # loader with .fields .vocab .pixels
+    batch,  # tuple of tensors
+    out=None,  # what a network made: (B, 1, H, W), or a list whose first is that
+    max_n: int = 4,  # rows
+    channels: tuple = ("disp", "sites"),  # condition channels to draw, where there are maps
+    size: float = 1.8,  # width of a panel, inches
+) -> plt.Figure:  # one row per image: image, generated image, conditions
     "Draw the images of a batch with their classes and conditions, with scale bars."
     batch = dict(zip(dl.fields, (x.detach().float().cpu().numpy() for x in batch)))
     out = out[0] if isinstance(out, (list, tuple)) else out
-    panels = {name.replace("_", " "): x[:, 0] for name, x in batch.items() if name.startswith("image")}
-    if out is not None: panels["generated"] = torch.as_tensor(out).detach().float().cpu().numpy()[:, 0]
+    panels = {
+        name.replace("_", " "): x[:, 0] for name, x in batch.items() if name.startswith("image")
+    }
+    if out is not None:
+        panels["generated"] = torch.as_tensor(out).detach().float().cpu().numpy()[:, 0]
     for k, name in enumerate(dl.pixels.channels):
-        if "maps" in batch and name in channels: panels[name] = batch["maps"][:, k]
+        if "maps" in batch and name in channels:
+            panels[name] = batch["maps"][:, k]
     n = min(max_n, *(len(x) for x in panels.values()))
     figsize = size * len(panels), (size + 0.25) * n
-    fig, axes = plt.subplots(n, len(panels), figsize=figsize, dpi=72, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        n, len(panels), figsize=figsize, dpi=72, squeeze=False, layout="constrained"
+    )
     for i, row in enumerate(axes):
         for ax, (name, x) in zip(row, panels.items()):
             style = {} if name.startswith(("image", "generated")) else {"vmin": -1, "vmax": 1}
-            if style and name != "sites": style["cmap"] = "RdBu_r"
-            show_image(x[i], dl.pixels.pixel_size, ax=ax, title=_title(name, i, batch, dl.vocab), **style)
+            if style and name != "sites":
+                style["cmap"] = "RdBu_r"
+            show_image(
+                x[i], dl.pixels.pixel_size, ax=ax, title=_title(name, i, batch, dl.vocab), **style
+            )
     return fig
 
 
 def _title(name, i, batch, vocab):
     "Name of a panel; the image has the name of its class"
-    if name != "image": return name
+    if name != "image":
+        return name
     of = vocab[int(batch["label"][i])] if "label" in batch and len(vocab) else name
     return of + (", real" if "domain" in batch and batch["domain"][i] and of != "real" else "")

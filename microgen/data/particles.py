@@ -21,48 +21,55 @@ from ..sem.scene import simulate_scene
 @dataclass(frozen=True)
 class ParticleRecipe(DatasetRecipe):
     "What to simulate: micrographs of nanoparticles, by presets and settings of the scene, and how many."
-    presets: tuple = ("gold_on_carbon",)    # names, see `microgen.sem.preset.PRESETS`
-    n: int = 1000                           # images
-    size: int = 512                         # pixels along each side
-    pixel_size: float | tuple | None = None # nm, or a range; None is that of each preset
-    seed: int = 0                           # root seed
-    shares: tuple | None = None             # share of each preset, same order; None is equal shares
-    splits: tuple = (0.8, 0.1, 0.1)         # shares of train, valid and test
-    settings: tuple | dict = ()             # of the scene, over those of the presets: {"gsd": (1.2, 1.6)}
+
+    presets: tuple = ("gold_on_carbon",)  # names, see `microgen.sem.preset.PRESETS`
+    n: int = 1000  # images
+    size: int = 512  # pixels along each side
+    pixel_size: float | tuple | None = None  # nm, or a range; None is that of each preset
+    seed: int = 0  # root seed
+    shares: tuple | None = None  # share of each preset, same order; None is equal shares
+    splits: tuple = (0.8, 0.1, 0.1)  # shares of train, valid and test
+    settings: tuple | dict = ()  # of the scene, over those of the presets: {"gsd": (1.2, 1.6)}
     kind = "particles"
 
-    def __post_init__(self): _check(self)
+    def __post_init__(self):
+        _check(self)
 
     @property
-    def classes(self) -> tuple: # names
+    def classes(self) -> tuple:  # names
         "The presets: the labels."
         return self.presets
 
-    def scene(self,
-        preset, # one of `presets`
-    ) -> Scene: # ranges and numbers
+    def scene(
+        self,
+        preset,  # one of `presets`
+    ) -> Scene:  # ranges and numbers
         "The scene of one preset, with the settings of this recipe on top."
         over = dict(self.settings) | {"size": self.size}
-        if self.pixel_size is not None: over["pixel_size"] = self.pixel_size
+        if self.pixel_size is not None:
+            over["pixel_size"] = self.pixel_size
         return scene_preset(preset, **over)
 
     def rehearse(self) -> None:
         "Simulate the first image of each preset, before anything is written."
         labels = [self.plan(index)[0] for index in range(self.n)]
-        for preset in set(labels): simulate_particles(self, labels.index(preset))
+        for preset in set(labels):
+            simulate_particles(self, labels.index(preset))
 
-    def make(self,
-        out,        # dataset folder
-        index: int, # which image
-    ) -> int: # the index
+    def make(
+        self,
+        out,  # dataset folder
+        index: int,  # which image
+    ) -> int:  # the index
         "Simulate and write one item; grey levels are 16-bit."
         one = simulate_particles(self, index)
         return write_item(out, index, one, 16 if one.image.metadata["unit"] == "grey level" else 32)
 
-    def row(self,
-        out,        # dataset folder, in which the item lies
-        index: int, # which image
-    ) -> dict: # split, label and parameters
+    def row(
+        self,
+        out,  # dataset folder, in which the item lies
+        index: int,  # which image
+    ) -> dict:  # split, label and parameters
         "Describe one item: its row of the metadata, as its image file holds it."
         held = read(paths(out, index)[0]).metadata
         return {name: np.nan if held[name] is None else held[name] for name in ABOUT}
@@ -71,42 +78,85 @@ class ParticleRecipe(DatasetRecipe):
 def _check(r):
     "Every setting as it should be, or one sentence."
     put = lambda name, value: object.__setattr__(r, name, value)
-    names = (r.presets,) if isinstance(r.presets, str) else r.presets if isinstance(r.presets, (tuple, list)) else ()
+    names = (
+        (r.presets,)
+        if isinstance(r.presets, str)
+        else r.presets
+        if isinstance(r.presets, (tuple, list))
+        else ()
+    )
     put("presets", tuple(names))
-    if not r.presets: raise InputError("The recipe names no preset: give one at least, such as 'spheres'.")
-    try: settings = dict(r.settings)
+    if not r.presets:
+        raise InputError("The recipe names no preset: give one at least, such as 'spheres'.")
+    try:
+        settings = dict(r.settings)
     except (TypeError, ValueError):
-        raise InputError(f"settings are {r.settings!r}: give a dict, such as {{'gsd': (1.2, 1.6)}}.") from None
+        raise InputError(
+            f"settings are {r.settings!r}: give a dict, such as {{'gsd': (1.2, 1.6)}}."
+        ) from None
     for name in ("size", "pixel_size"):
-        if name in settings: raise InputError(f"Give {name} to the recipe itself, not among its settings.")
+        if name in settings:
+            raise InputError(f"Give {name} to the recipe itself, not among its settings.")
     put("settings", tuple(sorted(settings.items())))
-    for name in ("n", "size", "seed"): put(name, check_number(name, getattr(r, name), whole=True))
+    for name in ("n", "size", "seed"):
+        put(name, check_number(name, getattr(r, name), whole=True))
     for name in ("shares", "splits"):
-        if getattr(r, name) is not None or name == "splits": put(name, check_numbers(name, getattr(r, name)))
-    if isinstance(r.pixel_size, (tuple, list)): put("pixel_size", check_range("pixel_size", r.pixel_size, 0, above=True))
-    elif r.pixel_size is not None: put("pixel_size", check_number("pixel_size", r.pixel_size, 0, above=True))
+        if getattr(r, name) is not None or name == "splits":
+            put(name, check_numbers(name, getattr(r, name)))
+    if isinstance(r.pixel_size, (tuple, list)):
+        put("pixel_size", check_range("pixel_size", r.pixel_size, 0, above=True))
+    elif r.pixel_size is not None:
+        put("pixel_size", check_number("pixel_size", r.pixel_size, 0, above=True))
     r.check()
-    try: list(map(r.scene, r.presets))
-    except InputError: raise
+    try:
+        list(map(r.scene, r.presets))
+    except InputError:
+        raise
     except (TypeError, ValueError) as error:
-        raise InputError(f"The settings {settings} do not suit a scene ({error}): see help(Scene).") from None
+        raise InputError(
+            f"The settings {settings} do not suit a scene ({error}): see help(Scene)."
+        ) from None
 
 # %% ../../nbs/39b_data.particles.ipynb #ebe79702
-ABOUT = ("split", "label", "particles", "in_mask", "visible", "law", "median_nm", "gsd", "second_share",
-         "density_um2", "mode", "pixel_size_nm", "probe_nm", "electrons", "preset", "seed")
-ROSE = 5. # signal-to-noise ratio from which a particle is visible
+ABOUT = (
+    "split",
+    "label",
+    "particles",
+    "in_mask",
+    "visible",
+    "law",
+    "median_nm",
+    "gsd",
+    "second_share",
+    "density_um2",
+    "mode",
+    "pixel_size_nm",
+    "probe_nm",
+    "electrons",
+    "preset",
+    "seed",
+)
+ROSE = 5.0  # signal-to-noise ratio from which a particle is visible
 
 
 def simulate_particles(
-    recipe: ParticleRecipe, # what to simulate
-    index: int = 0,         # which image, from 0
-) -> Simulated: # image, maps {"particle": (H, W) int32}, table and row of the metadata
+    recipe: ParticleRecipe,  # what to simulate
+    index: int = 0,  # which image, from 0
+) -> Simulated:  # image, maps {"particle": (H, W) int32}, table and row of the metadata
     "Simulate one image of a recipe of particles."
     label, split = recipe.plan(index)
     made = simulate_scene(recipe.scene(label), np.random.default_rng([recipe.seed, index]))
-    about = {"label": label, "split": split, **_about(made), "preset": label, "seed": recipe.seed,
-             "index": index}
-    image = Micrograph(made.image.data, made.image.pixel_size, {**made.image.metadata, **about}, "microgen")
+    about = {
+        "label": label,
+        "split": split,
+        **_about(made),
+        "preset": label,
+        "seed": recipe.seed,
+        "index": index,
+    }
+    image = Micrograph(
+        made.image.data, made.image.pixel_size, {**made.image.metadata, **about}, "microgen"
+    )
     return Simulated(image, {"particle": made.labels}, made.table, about)
 
 
@@ -116,7 +166,17 @@ def _about(made):
     shown = table.area_px > 0
     seen = shown & (table.snr >= ROSE)
     density = s.density_um2 if s.n is None else s.n / (np.prod(s.frame) * s.pixel_size**2 * 1e-6)
-    return {"particles": len(table), "in_mask": int(shown.sum()), "visible": int(seen.sum()), "law": s.law,
-            "median_nm": s.median_nm, "gsd": s.gsd, "second_share": s.second_share,
-            "density_um2": float(density), "mode": s.mode, "pixel_size_nm": s.pixel_size,
-            "probe_nm": s.probe_nm, "electrons": np.nan if s.electrons is None else s.electrons}
+    return {
+        "particles": len(table),
+        "in_mask": int(shown.sum()),
+        "visible": int(seen.sum()),
+        "law": s.law,
+        "median_nm": s.median_nm,
+        "gsd": s.gsd,
+        "second_share": s.second_share,
+        "density_um2": float(density),
+        "mode": s.mode,
+        "pixel_size_nm": s.pixel_size,
+        "probe_nm": s.probe_nm,
+        "electrons": np.nan if s.electrons is None else s.electrons,
+    }

@@ -27,147 +27,193 @@ from ..stem.wall import displace, label, truth_maps, wall
 @dataclass(frozen=True)
 class Recipe(DatasetRecipe):
     "What to simulate: walls in STEM images, by structure, optics and scan, and how many."
-    structure: str = "YMnO3"                 # shipped name, or path of a CIF
-    walls: tuple = ("UP", "DN", "typeC")     # wall names, see `microgen.stem.wall.resolve`
-    n: int = 3000                            # images
-    size: int = 256                          # pixels along each side
-    pixel_size: float = 0.015                # nm
-    preset: str = "typical"                  # scan preset: ideal, good, typical or poor
-    seed: int = 0                            # root seed
-    shares: tuple | None = None              # share of each wall, same order as `walls`; None is equal shares
-    splits: tuple = (0.8, 0.1, 0.1)          # shares of train, valid and test
-    thickness_nm: tuple = (5.0, 10.0)        # range of specimen thickness
-    rotation_deg: tuple = (-1.0, 1.0)        # range of the lattice's rotation in the image
-    defocus_nm: tuple = (-2.0, 2.0)          # range of defocus
-    roughness_nm: tuple = (0.0, 0.1)         # range of wall roughness (standard deviation)
-    voltage_kV: float = 200.0                # acceleration voltage
-    semiangle_mrad: float = 22.0             # convergence semi-angle
-    partial: bool = False                    # accept partly occupied sites: 0.75 of a site is 0.75 of an atom
-    cif: tuple = field(default=(), repr=False) # the structure's file and its text, read when not given
+
+    structure: str = "YMnO3"  # shipped name, or path of a CIF
+    walls: tuple = ("UP", "DN", "typeC")  # wall names, see `microgen.stem.wall.resolve`
+    n: int = 3000  # images
+    size: int = 256  # pixels along each side
+    pixel_size: float = 0.015  # nm
+    preset: str = "typical"  # scan preset: ideal, good, typical or poor
+    seed: int = 0  # root seed
+    shares: tuple | None = None  # share of each wall, same order as `walls`; None is equal shares
+    splits: tuple = (0.8, 0.1, 0.1)  # shares of train, valid and test
+    thickness_nm: tuple = (5.0, 10.0)  # range of specimen thickness
+    rotation_deg: tuple = (-1.0, 1.0)  # range of the lattice's rotation in the image
+    defocus_nm: tuple = (-2.0, 2.0)  # range of defocus
+    roughness_nm: tuple = (0.0, 0.1)  # range of wall roughness (standard deviation)
+    voltage_kV: float = 200.0  # acceleration voltage
+    semiangle_mrad: float = 22.0  # convergence semi-angle
+    partial: bool = False  # accept partly occupied sites: 0.75 of a site is 0.75 of an atom
+    cif: tuple = field(
+        default=(), repr=False
+    )  # the structure's file and its text, read when not given
 
     kind = "walls"
 
-    def __post_init__(self): _check(self)
+    def __post_init__(self):
+        _check(self)
 
     @property
-    def classes(self) -> tuple: # names
+    def classes(self) -> tuple:  # names
         "The walls: the labels."
         return self.walls
 
     @property
-    def crystal(self) -> Structure: # pymatgen structure
+    def crystal(self) -> Structure:  # pymatgen structure
         "The crystal that the images show."
         return _crystal(self.structure, self.cif)
 
     def rehearse(self) -> None:
         "Meet the errors of a structure, a thickness, a wall or a pixel size before anything is written."
         if not self.partial and (parts := partial_sites(self.crystal)):
-            raise InputError(f"{self.structure} has partly occupied sites ({'; '.join(parts[:4])}): give a CIF with whole "
-                             "atoms, or accept parts of an atom by partial=True (--partial).")
-        for thickness in self.thickness_nm: view = columns(self.crystal, (2, 2), thickness)
-        for name in self.walls: displace(view, wall(name, (2, 2)))
+            raise InputError(
+                f"{self.structure} has partly occupied sites ({'; '.join(parts[:4])}): give a CIF with whole "
+                "atoms, or accept parts of an atom by partial=True (--partial)."
+            )
+        for thickness in self.thickness_nm:
+            view = columns(self.crystal, (2, 2), thickness)
+        for name in self.walls:
+            displace(view, wall(name, (2, 2)))
         side = self.size + 2 * rim_px(self.preset, (self.size, self.size), self.pixel_size)
         apart = check_pixel(view, self.pixel_size, (side, side))
         if self.size * self.pixel_size < apart:
-            raise InputError(f"A pixel of {self.pixel_size:g} nm is too fine: {self.size} of them show less than the "
-                             f"{apart:.3f} nm between two columns; use at least {apart / self.size:.2g} nm.")
+            raise InputError(
+                f"A pixel of {self.pixel_size:g} nm is too fine: {self.size} of them show less than the "
+                f"{apart:.3f} nm between two columns; use at least {apart / self.size:.2g} nm."
+            )
 
-    def make(self,
-        out,        # dataset folder
-        index: int, # which image
-    ) -> int: # the index
+    def make(
+        self,
+        out,  # dataset folder
+        index: int,  # which image
+    ) -> int:  # the index
         "Simulate and write one item, on one thread: the bytes do not depend on how many cores there are."
         import torch
 
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        try: return write_item(out, index, simulate(self, index))
-        finally: torch.set_num_threads(threads)
+        try:
+            return write_item(out, index, simulate(self, index))
+        finally:
+            torch.set_num_threads(threads)
 
-    def row(self,
-        out,        # dataset folder, in which the item lies
-        index: int, # which image
-    ) -> dict: # split, label and parameters
+    def row(
+        self,
+        out,  # dataset folder, in which the item lies
+        index: int,  # which image
+    ) -> dict:  # split, label and parameters
         "Describe one item: its row of the metadata, made from its draw."
         d = draw(self, index)
-        return {"split": d.split, "label": d.label, **_about(self, d, _thickness(self, d.thickness))}
+        return {
+            "split": d.split,
+            "label": d.label,
+            **_about(self, d, _thickness(self, d.thickness)),
+        }
 
 
-_RANGES = {"thickness_nm": (0, 1000), "rotation_deg": (-360, 360), "defocus_nm": (-1000, 1000), "roughness_nm": (0, 100)}
+_RANGES = {
+    "thickness_nm": (0, 1000),
+    "rotation_deg": (-360, 360),
+    "defocus_nm": (-1000, 1000),
+    "roughness_nm": (0, 100),
+}
 
 
 def _check(r):
     "Every setting as it should be, or one sentence."
     put = lambda name, value: object.__setattr__(r, name, value)
-    put("walls", (r.walls,) if isinstance(r.walls, str) else tuple(r.walls) if isinstance(r.walls, (tuple, list)) else ())
-    if not r.walls: raise InputError("The recipe names no wall: give at least one, such as walls=('UP',).")
-    for name in r.walls: wall(name)
+    put(
+        "walls",
+        (r.walls,)
+        if isinstance(r.walls, str)
+        else tuple(r.walls)
+        if isinstance(r.walls, (tuple, list))
+        else (),
+    )
+    if not r.walls:
+        raise InputError("The recipe names no wall: give at least one, such as walls=('UP',).")
+    for name in r.walls:
+        wall(name)
     preset(r.preset)
-    for name in ("n", "size", "seed"): put(name, check_number(name, getattr(r, name), whole=True))
+    for name in ("n", "size", "seed"):
+        put(name, check_number(name, getattr(r, name), whole=True))
     for name in ("shares", "splits"):
-        if getattr(r, name) is not None or name == "splits": put(name, check_numbers(name, getattr(r, name)))
+        if getattr(r, name) is not None or name == "splits":
+            put(name, check_numbers(name, getattr(r, name)))
     r.check()
-    for name in ("pixel_size", "voltage_kV", "semiangle_mrad"): put(name, check_number(name, getattr(r, name), 0, above=True))
+    for name in ("pixel_size", "voltage_kV", "semiangle_mrad"):
+        put(name, check_number(name, getattr(r, name), 0, above=True))
     for name, (low, high) in _RANGES.items():
         put(name, check_range(name, getattr(r, name), low, high, above=name == "thickness_nm"))
     Probe(r.voltage_kV, r.semiangle_mrad)
     put("structure", str(r.structure))
     put("partial", bool(r.partial))
-    if r.cif[:1] != (r.structure,): put("cif", _held(r.structure))
+    if r.cif[:1] != (r.structure,):
+        put("cif", _held(r.structure))
 
 
 def _held(structure, max_bytes=2**24):
     "The file of a structure and its text; nothing for a shipped one, and for a file that is none or too large for one."
     file = Path(structure)
-    if structure in _shipped() or not file.is_file() or file.stat().st_size > max_bytes: return ()
+    if structure in _shipped() or not file.is_file() or file.stat().st_size > max_bytes:
+        return ()
     return structure, file.read_text(encoding="utf-8", errors="replace")
 
 
 @lru_cache(maxsize=8)
-def _crystal(structure, cif): return structure_of(cif[1], Path(structure).name) if cif else load_structure(structure)
+def _crystal(structure, cif):
+    return structure_of(cif[1], Path(structure).name) if cif else load_structure(structure)
 
 # %% ../../nbs/39_data.walls.ipynb #730e0e2d
 class Draw(NamedTuple):
     "What is random about one image."
-    label: str        # name of the wall
-    split: str        # train, valid or test
-    fov: tuple        # height and width that are simulated: the image and its rim, nm
-    rim: int          # pixels around the image that the scan may reach
-    field: object     # order-parameter field (`microgen.stem.wall`)
+
+    label: str  # name of the wall
+    split: str  # train, valid or test
+    fov: tuple  # height and width that are simulated: the image and its rim, nm
+    rim: int  # pixels around the image that the scan may reach
+    field: object  # order-parameter field (`microgen.stem.wall`)
     thickness: float  # thickness asked for, nm
-    rotation: float   # of the lattice, degrees
-    origin: tuple     # (y, x) of the crystal's origin, nm
-    probe: Probe      # optics
-    scan: object      # settings of its scan (`microgen.scan.Scan`)
-    rng: object       # generator that the scan continues with
+    rotation: float  # of the lattice, degrees
+    origin: tuple  # (y, x) of the crystal's origin, nm
+    probe: Probe  # optics
+    scan: object  # settings of its scan (`microgen.scan.Scan`)
+    rng: object  # generator that the scan continues with
 
 
 def draw(
-    recipe: Recipe, # what to simulate
-    index: int,     # which image, from 0
-) -> Draw: # its random values
+    recipe: Recipe,  # what to simulate
+    index: int,  # which image, from 0
+) -> Draw:  # its random values
     "Draw the random values of one image from the root seed and its index."
     label, split = recipe.plan(index)
     rng = np.random.default_rng([recipe.seed, index])
     rim = rim_px(recipe.preset, (recipe.size, recipe.size), recipe.pixel_size)
     side = (recipe.size + 2 * rim) * recipe.pixel_size
-    thickness, rotation, defocus, roughness = (rng.uniform(*r) for r in (
-        recipe.thickness_nm, recipe.rotation_deg, recipe.defocus_nm, recipe.roughness_nm))
+    thickness, rotation, defocus, roughness = (
+        rng.uniform(*r)
+        for r in (recipe.thickness_nm, recipe.rotation_deg, recipe.defocus_nm, recipe.roughness_nm)
+    )
     origin = tuple(rng.uniform(0, 2, 2))
     field = wall(label, (side, side), center=tuple(side * rng.uniform(0.35, 0.65, 2)), rng=rng)
-    if hasattr(field, "roughness_nm"): field = replace(field, roughness_nm=roughness)
-    probe = Probe(voltage_kV=recipe.voltage_kV, semiangle_mrad=recipe.semiangle_mrad, defocus_nm=defocus)
+    if hasattr(field, "roughness_nm"):
+        field = replace(field, roughness_nm=roughness)
+    probe = Probe(
+        voltage_kV=recipe.voltage_kV, semiangle_mrad=recipe.semiangle_mrad, defocus_nm=defocus
+    )
     scan = preset(recipe.preset).draw(rng)
-    return Draw(label, split, (side, side), rim, field, thickness, rotation, origin, probe, scan, rng)
+    return Draw(
+        label, split, (side, side), rim, field, thickness, rotation, origin, probe, scan, rng
+    )
 
 # %% ../../nbs/39_data.walls.ipynb #0339fa7e
 TABLE = ["y_nm", "x_nm", "element", "site", "disp_pm", "domain"]
 
 
 def simulate(
-    recipe: Recipe, # what to simulate
-    index: int = 0, # which image, from 0
-) -> Simulated: # image, maps, table and label
+    recipe: Recipe,  # what to simulate
+    index: int = 0,  # which image, from 0
+) -> Simulated:  # image, maps, table and label
     "Simulate one image of a recipe."
     d, px = draw(recipe, index), recipe.pixel_size
     shape = (recipe.size + 2 * d.rim,) * 2
@@ -175,26 +221,58 @@ def simulate(
     bent = displace(crystal, d.field)
     tilted = mistilt(bent, d.scan.mistilt_mrad, d.scan.mistilt_deg)
     ideal = haadf(tilted, px, d.probe, shape)
-    seen = acquire(ideal, d.scan, d.rng, truth_maps(crystal, d.field, shape, px), tilted.table, rim=d.rim)
+    seen = acquire(
+        ideal, d.scan, d.rng, truth_maps(crystal, d.field, shape, px), tilted.table, rim=d.rim
+    )
     table = seen.table[TABLE]
-    inside = table.y_nm.between(0, (recipe.size - 1) * px) & table.x_nm.between(0, (recipe.size - 1) * px)
-    about = {"label": d.label, "split": d.split, **_about(recipe, d, crystal.thickness_nm), "index": index}
-    image = Micrograph(seen.image.data, seen.image.pixel_size, {**seen.image.metadata, **about}, "microgen")
+    inside = table.y_nm.between(0, (recipe.size - 1) * px) & table.x_nm.between(
+        0, (recipe.size - 1) * px
+    )
+    about = {
+        "label": d.label,
+        "split": d.split,
+        **_about(recipe, d, crystal.thickness_nm),
+        "index": index,
+    }
+    image = Micrograph(
+        seen.image.data, seen.image.pixel_size, {**seen.image.metadata, **about}, "microgen"
+    )
     return Simulated(image, seen.maps, table[inside].reset_index(drop=True), about)
 
 
 def _about(recipe, d, thickness):
     "Parameters of one image as plain numbers: its row of the metadata."
     wall, scan = label(d.field), d.scan
-    named = ("phi_left", "phi_right", "normal_deg", "width_nm", "mean_normal_deg", "mean_width_nm", "step_nm")
+    named = (
+        "phi_left",
+        "phi_right",
+        "normal_deg",
+        "width_nm",
+        "mean_normal_deg",
+        "mean_width_nm",
+        "step_nm",
+    )
     numbers = {key: wall[key] for key in named} | {
-        "thickness_nm": thickness, "dose": scan.dose_e_A2 or np.inf, "pixel_size_nm": recipe.pixel_size,
-        "rotation_deg": d.rotation, "defocus_nm": d.probe.defocus_nm, "roughness_nm": wall["roughness_nm"],
-        "mistilt_mrad": scan.mistilt_mrad, "mistilt_deg": scan.mistilt_deg}
+        "thickness_nm": thickness,
+        "dose": scan.dose_e_A2 or np.inf,
+        "pixel_size_nm": recipe.pixel_size,
+        "rotation_deg": d.rotation,
+        "defocus_nm": d.probe.defocus_nm,
+        "roughness_nm": wall["roughness_nm"],
+        "mistilt_mrad": scan.mistilt_mrad,
+        "mistilt_deg": scan.mistilt_deg,
+    }
     numbers = {key: np.nan if value is None else float(value) for key, value in numbers.items()}
     place = {f"center_{k}_nm": wall[f"center_{k}_nm"] for k in "yx"}
-    place = {k: np.nan if v is None else float(v - d.rim * recipe.pixel_size) for k, v in place.items()}
-    return numbers | {"charge": wall["charge"], "preset": recipe.preset, "seed": recipe.seed, **place}
+    place = {
+        k: np.nan if v is None else float(v - d.rim * recipe.pixel_size) for k, v in place.items()
+    }
+    return numbers | {
+        "charge": wall["charge"],
+        "preset": recipe.preset,
+        "seed": recipe.seed,
+        **place,
+    }
 
 
 def _thickness(recipe, thickness):
@@ -204,4 +282,5 @@ def _thickness(recipe, thickness):
 
 
 @lru_cache(maxsize=8)
-def _repeat(structure, cif): return columns(_crystal(structure, cif), fov=(1, 1), thickness=0.1).repeat_nm
+def _repeat(structure, cif):
+    return columns(_crystal(structure, cif), fov=(1, 1), thickness=0.1).repeat_nm

@@ -28,22 +28,29 @@ from ..stem.crystal import trimer
 
 # %% ../../nbs/71b_gan.judge.ipynb #e86dc25a
 def truth_of(
-    row, # of `microgen.data.files.list_images`, an image with truth
-) -> tuple: # (maps, table): name to (H, W), and the true columns
+    row,  # of `microgen.data.files.list_images`, an image with truth
+) -> tuple:  # (maps, table): name to (H, W), and the true columns
     "Read the truth of one image of a dataset folder."
     stack = read(row["maps"])
-    return dict(zip(stack.metadata["channels"], np.asarray(stack.data))), pd.read_parquet(row["table"])
+    return dict(zip(stack.metadata["channels"], np.asarray(stack.data))), pd.read_parquet(
+        row["table"]
+    )
 
 
 def cut_truth(
-    maps: dict,          # name to (H, W)
-    table: pd.DataFrame, # true columns: y_nm, x_nm, ...
-    shape: tuple,        # height and width that stay, pixels, from the first pixel on
-    pixel_size: tuple,   # nm, (py, px)
-) -> tuple: # (maps, table) of that part
+    maps: dict,  # name to (H, W)
+    table: pd.DataFrame,  # true columns: y_nm, x_nm, ...
+    shape: tuple,  # height and width that stay, pixels, from the first pixel on
+    pixel_size: tuple,  # nm, (py, px)
+) -> tuple:  # (maps, table) of that part
     "The truth of the upper left part of an image."
-    inside = [table[name].between(0, (n - 1) * p) for name, n, p in zip(("y_nm", "x_nm"), shape, pixel_size)]
-    return {k: v[:shape[0], :shape[1]] for k, v in maps.items()}, table[inside[0] & inside[1]].reset_index(drop=True)
+    inside = [
+        table[name].between(0, (n - 1) * p)
+        for name, n, p in zip(("y_nm", "x_nm"), shape, pixel_size)
+    ]
+    return {k: v[: shape[0], : shape[1]] for k, v in maps.items()}, table[
+        inside[0] & inside[1]
+    ].reset_index(drop=True)
 
 
 def _shape(full, trained):
@@ -57,8 +64,10 @@ _LATTICE = 1.5  # nm: in less of an image no lattice is found, hence no polarity
 
 def _columns(image, table):
     "Share of the columns that is found, and their error, pm; an image that is grey all over has none."
-    try: errors = column_errors(image, table)
-    except InputError: return 0.0, np.nan
+    try:
+        errors = column_errors(image, table)
+    except InputError:
+        return 0.0, np.nan
     return float(errors.found.mean()), rms_pm(errors)
 
 
@@ -68,25 +77,41 @@ def _judge_one(model, row, limits, structure, seed):
     px, full = tuple(about["pixel_size"]), next(iter(maps.values())).shape
     shape = _shape(full, about["size"])
     maps, table = cut_truth(maps, table, shape, px)
-    true = read(row["image"], px).data[:shape[0], :shape[1]]
+    true = read(row["image"], px).data[: shape[0], : shape[1]]
     cond = torch.from_numpy(condition(maps, table, shape, px, tuple(about["channels"])))
     known = about["vocab"].index(row["label"]) if row["label"] in about["vocab"] else -1
     props = {name: row[name] for name in about.get("properties") or {} if name in row}
     asked = {"props": props} if props else {}
-    drawn, still = (model.sample(1, (cond, known), seed, noise, **asked)[0, 0].numpy() for noise in (True, False))
+    drawn, still = (
+        model.sample(1, (cond, known), seed, noise, **asked)[0, 0].numpy()
+        for noise in (True, False)
+    )
     wanted = scale(true.astype(np.float32), *limits)
     (found, error), (_, best) = (_columns(Micrograph(x, px), table) for x in (drawn, true))
-    out = {"ssim_still": float(ssim(wanted, still, L=2)[0]), "ssim": float(ssim(wanted, drawn, L=2)[0]),
-           "found": found, "rms_pm": error, "rms_true_pm": best}
-    if structure is None or min(n * p for n, p in zip(shape, px)) < _LATTICE: return out
+    out = {
+        "ssim_still": float(ssim(wanted, still, L=2)[0]),
+        "ssim": float(ssim(wanted, drawn, L=2)[0]),
+        "found": found,
+        "rms_pm": error,
+        "rms_true_pm": best,
+    }
+    if structure is None or min(n * p for n, p in zip(shape, px)) < _LATTICE:
+        return out
     own = structure_errors(Micrograph(true, px), table, maps, structure)
-    if not own["polarity_right"] > 0.5: return out  # too small a part of the lattice to say
-    return out | {"polarity": structure_errors(Micrograph(drawn, px), table, maps, structure)["polarity_right"]}
+    if not own["polarity_right"] > 0.5:
+        return out  # too small a part of the lattice to say
+    return out | {
+        "polarity": structure_errors(Micrograph(drawn, px), table, maps, structure)[
+            "polarity_right"
+        ]
+    }
 
 # %% ../../nbs/71b_gan.judge.ipynb #c9ed6d2d
 NAMES = {
-    "ssim_still": "SSIM, drawn without noise", "ssim": "SSIM, drawn with noise",
-    "found": "columns found, share of those asked for", "rms_pm": "column error of drawn images, pm rms per axis",
+    "ssim_still": "SSIM, drawn without noise",
+    "ssim": "SSIM, drawn with noise",
+    "found": "columns found, share of those asked for",
+    "rms_pm": "column error of drawn images, pm rms per axis",
     "rms_true_pm": "column error of the simulated scans, pm rms per axis",
     "polarity": "polarity right, share of rare-earth columns off the wall",
 }
@@ -94,27 +119,36 @@ NAMES = {
 
 @torch.no_grad()
 def judge(
-    model: nn.Module, # draws truth maps: `Pix2Pix` or a router
-    dls: DataLoaders, # of `paired_dls` or `mixed_dls`; its last part is judged
-    n: int = 16,      # scenes at most
-    minutes: float = 2.0, # no scene begins later than that
-    rng: int = 0,     # seed of the draws and the intervals
-    progress: bool = False, # show a bar with time left
-) -> list: # dicts with name, value, low, high (95 %) and n
+    model: nn.Module,  # draws truth maps: `Pix2Pix` or a router
+    dls: DataLoaders,  # of `paired_dls` or `mixed_dls`; its last part is judged
+    n: int = 16,  # scenes at most
+    minutes: float = 2.0,  # no scene begins later than that
+    rng: int = 0,  # seed of the draws and the intervals
+    progress: bool = False,  # show a bar with time left
+) -> list:  # dicts with name, value, low, high (95 %) and n
     """Draw held-out scenes, and say how near the drawings come to their images and to their truth.
     Raises: InputError when no held-out image has its truth."""
     loader, start, scores = dls.loaders[-1], time.monotonic(), []
     held = [int(i) for i in loader.dataset.items if loader.pixels.has_maps[i]][:n]
-    if not held: raise InputError("No held-out image has truth maps: judge with a dataset of microgen simulate.")
+    if not held:
+        raise InputError(
+            "No held-out image has truth maps: judge with a dataset of microgen simulate."
+        )
     structure = _trimer(model.about)
     training = model.training
     model.eval()
-    with progress_bar(len(held), "judging", progress, "images") as advance, warnings.catch_warnings():
+    with (
+        progress_bar(len(held), "judging", progress, "images") as advance,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # what a drawing lacks is in its numbers
         for i in held:
-            if time.monotonic() - start > 60 * minutes and len(scores) > 1: break
+            if time.monotonic() - start > 60 * minutes and len(scores) > 1:
+                break
             row, limits = loader.pixels.listed.iloc[i], loader.pixels.limits[i]
-            scores.append(_judge_one(model, row, limits, structure, np.random.SeedSequence([rng, i])))
+            scores.append(
+                _judge_one(model, row, limits, structure, np.random.SeedSequence([rng, i]))
+            )
             advance(1)
     model.train(training)
     return _rows(pd.DataFrame(scores), rng)

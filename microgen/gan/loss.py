@@ -19,24 +19,36 @@ from ..nets.unet import full_precision
 from ..train.adversarial import gan_losses, r1_penalty
 
 # %% ../../nbs/69_gan.loss.ipynb #dd4a5a14
-WEIGHTS = {"adv": 0.02, "l1": 1.0, "ssim": 1.0, "ms_ssim": 0.0, "edge": 0.5, "spectral": 0.1, "attention": 0.1,
-           "diversity": 0.0, "noise": 0.05, "keep": 1.0, "style": 0.5}
+WEIGHTS = {
+    "adv": 0.02,
+    "l1": 1.0,
+    "ssim": 1.0,
+    "ms_ssim": 0.0,
+    "edge": 0.5,
+    "spectral": 0.1,
+    "attention": 0.1,
+    "diversity": 0.0,
+    "noise": 0.05,
+    "keep": 1.0,
+    "style": 0.5,
+}
 
 
 def ambient(
-    device, # torch device
-) -> torch.Generator: # its default generator
+    device,  # torch device
+) -> torch.Generator:  # its default generator
     "The generator that the training core seeds for each epoch and stores in each checkpoint."
     device = torch.device(device)
-    if device.type != "cuda": return torch.default_generator
+    if device.type != "cuda":
+        return torch.default_generator
     return torch.cuda.default_generators[device.index or 0]
 
 
 def normal(
-    shape: tuple, # shape
-    like: torch.Tensor, # tensor whose device and type are taken
-    rng: torch.Generator | None = None, # None takes that of the training
-) -> torch.Tensor: # standard normal
+    shape: tuple,  # shape
+    like: torch.Tensor,  # tensor whose device and type are taken
+    rng: torch.Generator | None = None,  # None takes that of the training
+) -> torch.Tensor:  # standard normal
     "Standard normal numbers; the same on every device when a generator of the CPU is given."
     rng = rng or ambient(like.device)
     return torch.randn(shape, generator=rng, device=rng.device).to(like)
@@ -44,23 +56,25 @@ def normal(
 # %% ../../nbs/69_gan.loss.ipynb #d4b55a4a
 class Batch(NamedTuple):
     "What the loaders of `microgen.data.load` give, by name."
+
     maps: torch.Tensor  # (B, C, H, W), zero where there are none
-    label: torch.Tensor # (B,) int64
-    props: torch.Tensor | None # (B, P)
+    label: torch.Tensor  # (B,) int64
+    props: torch.Tensor | None  # (B, P)
     wall: torch.Tensor  # (B, 1, H, W)
-    domain: torch.Tensor | None # (B,) 0 simulated, 1 real
-    image: torch.Tensor # (B, 1, H, W) in [-1, 1]
+    domain: torch.Tensor | None  # (B,) 0 simulated, 1 real
+    image: torch.Tensor  # (B, 1, H, W) in [-1, 1]
 
     @property
-    def paired(self) -> torch.Tensor: # (B,) bool
+    def paired(self) -> torch.Tensor:  # (B,) bool
         "Which images have maps."
-        if self.domain is not None: return self.domain == 0
+        if self.domain is not None:
+            return self.domain == 0
         return torch.ones(len(self.maps), dtype=torch.bool, device=self.maps.device)
 
 
 def read_batch(
-    batch: tuple, # (maps, label, [props,] wall, [domain,] image)
-) -> Batch: # with names
+    batch: tuple,  # (maps, label, [props,] wall, [domain,] image)
+) -> Batch:  # with names
     "Name the parts of a batch; properties are known by their two axes, the domain by its one."
     maps, label, *rest, image = batch
     props = rest.pop(0) if rest[0].ndim == 2 else None
@@ -68,16 +82,22 @@ def read_batch(
 
 
 def generate(
-    model: nn.Module, # `Pix2Pix`
-    batch: tuple,     # (maps, label, [props,] wall, [domain,] image)
-) -> dict: # image, mean, sd; wall and z where the model has them; maps and donor: of which image they are
+    model: nn.Module,  # `Pix2Pix`
+    batch: tuple,  # (maps, label, [props,] wall, [domain,] image)
+) -> (
+    dict
+):  # image, mean, sd; wall and z where the model has them; maps and donor: of which image they are
     "Draw a batch for training: z is read from the true image of the maps, so that it means the same in both domains."
     b = read_batch(batch)
     donor = _donors(b.paired)
     maps, z = b.maps[donor], None
     out = {"maps": maps, "donor": donor}
     if model.g.z_dim:  # images without maps are taken otherwise, and do not count in its moments
-        out["z"] = z = model.g.style(b.image[donor]) if b.paired.any() else normal((len(maps), model.g.z_dim), b.image)
+        out["z"] = z = (
+            model.g.style(b.image[donor])
+            if b.paired.any()
+            else normal((len(maps), model.g.z_dim), b.image)
+        )
     props = None if b.props is None else b.props[donor]
     drawn = model.g.draw(maps, b.label[donor], z, normal(b.image.shape, b.image), b.domain, props)
     return out | {name: value for name, value in drawn._asdict().items() if value is not None}
@@ -86,7 +106,8 @@ def generate(
 def _donors(paired):
     "(B,) whose maps are drawn: an image's own, or for images without maps those of the others in turn."
     donors, at = torch.where(paired)[0], torch.arange(len(paired), device=paired.device)
-    if len(donors): at[~paired] = donors[torch.arange(int((~paired).sum()), device=paired.device) % len(donors)]
+    if len(donors):
+        at[~paired] = donors[torch.arange(int((~paired).sum()), device=paired.device) % len(donors)]
     return at
 
 # %% ../../nbs/69_gan.loss.ipynb #82c6f681
@@ -96,8 +117,8 @@ def _judged(model, image, maps, paired):
 
 
 def d_terms(
-    mode: str = "lsgan", # see `microgen.train.adversarial.gan_losses`
-) -> Callable: # (model, batch, fakes) -> dict of scalars
+    mode: str = "lsgan",  # see `microgen.train.adversarial.gan_losses`
+) -> Callable:  # (model, batch, fakes) -> dict of scalars
     "The loss of the discriminator."
     adversarial = gan_losses(mode)[0]
 
@@ -110,32 +131,41 @@ def d_terms(
 
 
 def r1_term(
-    model: nn.Module, # `Pix2Pix`
-    batch: tuple,     # a batch
-    fakes: dict,      # not used
-) -> dict: # {"r1": scalar}
+    model: nn.Module,  # `Pix2Pix`
+    batch: tuple,  # a batch
+    fakes: dict,  # not used
+) -> dict:  # {"r1": scalar}
     "Gradient penalty of the discriminator on true images."
     b = read_batch(batch)
     return {"r1": r1_penalty(lambda image: _judged(model, image, b.maps, b.paired), b.image)}
 
 
 def g_terms(
-    weights: dict,       # name to weight; terms of weight 0 are not computed
-    mode: str = "lsgan", # see `microgen.train.adversarial.gan_losses`
-    has_wall: bool = True, # whether the true wall masks are known
-) -> Callable: # (model, batch, fakes) -> dict of scalars
+    weights: dict,  # name to weight; terms of weight 0 are not computed
+    mode: str = "lsgan",  # see `microgen.train.adversarial.gan_losses`
+    has_wall: bool = True,  # whether the true wall masks are known
+) -> Callable:  # (model, batch, fakes) -> dict of scalars
     "The loss of the generator, term by term."
     adversarial = gan_losses(mode)[1]
 
     def g_loss(model, batch, fakes):
         b, terms = read_batch(batch), {}
         if weights.get("adv"):
-            real = _judged(model, b.image, b.maps, b.paired).detach() if mode == "relativistic" else None
-            terms["adv"] = adversarial(_judged(model, fakes["image"], fakes["maps"], b.paired), real)
-        if weights.get("diversity") and "z" in fakes: terms["diversity"] = _diversity(model, b, fakes)
+            real = (
+                _judged(model, b.image, b.maps, b.paired).detach()
+                if mode == "relativistic"
+                else None
+            )
+            terms["adv"] = adversarial(
+                _judged(model, fakes["image"], fakes["maps"], b.paired), real
+            )
+        if weights.get("diversity") and "z" in fakes:
+            terms["diversity"] = _diversity(model, b, fakes)
         with full_precision(b.image):
-            if b.paired.any(): terms |= _paired_terms(weights, b, fakes, has_wall)
-            if not b.paired.all(): terms |= _unpaired_terms(weights, b, fakes)
+            if b.paired.any():
+                terms |= _paired_terms(weights, b, fakes, has_wall)
+            if not b.paired.all():
+                terms |= _unpaired_terms(weights, b, fakes)
         return terms
 
     return g_loss
@@ -145,18 +175,24 @@ def _paired_terms(weights, b, fakes, has_wall):
     "What compares a drawing with the true image of the same maps."
     own, true = {k: v[b.paired] for k, v in fakes.items()}, b.image[b.paired]
     terms = pixel_terms(own["mean"], true, weights)
-    if weights.get("noise"): terms["noise"] = noise_nll((true - own["mean"]).detach(), own["sd"])
-    if weights.get("spectral"): terms["spectral"] = spectral_term(own["image"], true)
+    if weights.get("noise"):
+        terms["noise"] = noise_nll((true - own["mean"]).detach(), own["sd"])
+    if weights.get("spectral"):
+        terms["spectral"] = spectral_term(own["image"], true)
     if weights.get("attention") and "wall" in own and has_wall:
-        terms["attention"] = F.binary_cross_entropy_with_logits(own["wall"].float(), b.wall[b.paired])
+        terms["attention"] = F.binary_cross_entropy_with_logits(
+            own["wall"].float(), b.wall[b.paired]
+        )
     return terms
 
 
 def _unpaired_terms(weights, b, fakes):
     "What compares drawings in the real domain with real images, and with the simulated image of the same maps."
     drawn, terms = {k: v[~b.paired] for k, v in fakes.items()}, {}
-    if weights.get("style"): terms["style"] = style_term(drawn["image"], b.image[~b.paired])
-    if weights.get("keep"): terms["keep"] = _keep(drawn["mean"], b.image[drawn["donor"]])
+    if weights.get("style"):
+        terms["style"] = style_term(drawn["image"], b.image[~b.paired])
+    if weights.get("keep"):
+        terms["keep"] = _keep(drawn["mean"], b.image[drawn["donor"]])
     return terms
 
 
@@ -164,11 +200,16 @@ def _diversity(model, b, fakes):
     "Two draws of the same maps with two random z."
     donor, (z_a, z_b) = fakes["donor"], normal((2, *fakes["z"].shape), fakes["z"])
     props = None if b.props is None else b.props[donor]
-    a, b = (model.g.draw(fakes["maps"], b.label[donor], z, None, b.domain, props).mean for z in (z_a, z_b))
+    a, b = (
+        model.g.draw(fakes["maps"], b.label[donor], z, None, b.domain, props).mean
+        for z in (z_a, z_b)
+    )
     return diversity_term(a, b, z_a, z_b)
 
 
 def _keep(drawn, truth):
     "1 - correlation, which does not ask for level and contrast."
-    truth, drawn = (F.normalize((v - v.mean((1, 2, 3), keepdim=True)).flatten(1), dim=1) for v in (truth, drawn))
+    truth, drawn = (
+        F.normalize((v - v.mean((1, 2, 3), keepdim=True)).flatten(1), dim=1) for v in (truth, drawn)
+    )
     return 1 - (truth * drawn).sum(1).mean()

@@ -33,56 +33,67 @@ ARCHITECTURES = ("plain", "film", "attention")
 
 class Generator(nn.Module):
     "U-Net that draws images of truth maps, in a style that is read from images or drawn."
+
     nets = ("unet",)  # what begins with the U-Net of another run
 
-    def __init__(self,
-        in_ch: int = 4,       # channels of the maps
-        arch: str = "film",   # "plain": no class, no z; "film": both; "attention": and a gate at walls
-        base: int = 64,       # channels at full size
-        depth: int = 4,       # how often the size is halved
-        n_classes: int = 0,   # classes
-        z_dim: int = len(STYLE), # length of the latent variable; 0 for none
-        norm: str = "instance", # see `microgen.nets.blocks.NORMS`
-        seed: int = 0,        # seed of the weights
-        n_props: int = 0,     # properties, such as the dose
+    def __init__(
+        self,
+        in_ch: int = 4,  # channels of the maps
+        arch: str = "film",  # "plain": no class, no z; "film": both; "attention": and a gate at walls
+        base: int = 64,  # channels at full size
+        depth: int = 4,  # how often the size is halved
+        n_classes: int = 0,  # classes
+        z_dim: int = len(STYLE),  # length of the latent variable; 0 for none
+        norm: str = "instance",  # see `microgen.nets.blocks.NORMS`
+        seed: int = 0,  # seed of the weights
+        n_props: int = 0,  # properties, such as the dose
     ):
         super().__init__()
-        if arch not in ARCHITECTURES: raise InputError(f"arch={arch!r} is unknown: use one of {', '.join(ARCHITECTURES)}.")
-        if arch == "plain": n_classes = z_dim = n_props = 0
+        if arch not in ARCHITECTURES:
+            raise InputError(f"arch={arch!r} is unknown: use one of {', '.join(ARCHITECTURES)}.")
+        if arch == "plain":
+            n_classes = z_dim = n_props = 0
         self.z_dim, self.n_classes, self.in_ch = z_dim, n_classes, in_ch
-        self.unet = UNet(in_ch, 1, base, depth, n_classes, z_dim, norm, arch == "attention", seed, n_props)
+        self.unet = UNet(
+            in_ch, 1, base, depth, n_classes, z_dim, norm, arch == "attention", seed, n_props
+        )
         self.style = Style(z_dim) if z_dim else None
 
-    def forward(self, maps, label=None, props=None): return self.draw(maps, label, props=props).image
+    def forward(self, maps, label=None, props=None):
+        return self.draw(maps, label, props=props).image
 
-    def draw(self,
-        maps: torch.Tensor, # (B, in_ch, H, W)
-        label=None,         # (B,) int64
-        z=None,             # (B, z_dim)
-        noise=None,         # (B, 1, H, W)
-        domain=None,        # (B,) 0 simulated, 1 real
-        props=None,         # (B, n_props)
-    ) -> Drawn: # image, mean, standard deviation of the noise, logits of the wall
+    def draw(
+        self,
+        maps: torch.Tensor,  # (B, in_ch, H, W)
+        label=None,  # (B,) int64
+        z=None,  # (B, z_dim)
+        noise=None,  # (B, 1, H, W)
+        domain=None,  # (B,) 0 simulated, 1 real
+        props=None,  # (B, n_props)
+    ) -> Drawn:  # image, mean, standard deviation of the noise, logits of the wall
         "Draw images, with mean, noise and mask."
         return self.unet.draw(maps, label, z, noise, domain, props)
 
 # %% ../../nbs/70_gan.pix2pix.ipynb #8ff11b08
 class Pix2Pix(Parts, HubModel):
     "Generator and discriminator of maps to images."
-    def __init__(self,
-        in_ch: int = 4,       # channels of the maps
-        arch="film",          # see `Generator`
-        base: int = 64,       # channels of the generator at full size
-        depth: int = 4,       # how often it halves the size
-        n_classes: int = 0,   # classes
-        z_dim: int = len(STYLE), # length of the latent variable; 0 for none
-        n_layers: int = 3,    # layers of the discriminator that halve the size
+
+    def __init__(
+        self,
+        in_ch: int = 4,  # channels of the maps
+        arch="film",  # see `Generator`
+        base: int = 64,  # channels of the generator at full size
+        depth: int = 4,  # how often it halves the size
+        n_classes: int = 0,  # classes
+        z_dim: int = len(STYLE),  # length of the latent variable; 0 for none
+        n_layers: int = 3,  # layers of the discriminator that halve the size
         disc_base: int = 64,  # channels of its first layer
-        norm: str = "instance", # norm of both
-        spectral_norm: bool = True, # divide the discriminator's weights by their spectral norm
-        seed: int = 0,        # seed of all weights
-        about: dict | None = None, # of the data: vocab, channels, pixel_size, scaling, size, domains, properties
-        n_props: int = 0,     # properties, such as the dose
+        norm: str = "instance",  # norm of both
+        spectral_norm: bool = True,  # divide the discriminator's weights by their spectral norm
+        seed: int = 0,  # seed of all weights
+        about: dict
+        | None = None,  # of the data: vocab, channels, pixel_size, scaling, size, domains, properties
+        n_props: int = 0,  # properties, such as the dose
     ):
         g = self.generator(in_ch, arch, base, depth, n_classes, z_dim, norm, seed, n_props)
         super().__init__(g, PatchGAN(in_ch + 1, disc_base, n_layers, norm, spectral_norm, seed + 1))
@@ -90,22 +101,24 @@ class Pix2Pix(Parts, HubModel):
 
     @staticmethod
     def generator(
-        *settings, # of `Generator`, in order
-    ) -> nn.Module: # the generator
+        *settings,  # of `Generator`, in order
+    ) -> nn.Module:  # the generator
         "Make the generator; a model with another one replaces this."
         return Generator(*settings)
 
     @torch.no_grad()
-    def sample(self,
-        n: int,            # images
-        cond=None,         # (maps, label): (C, H, W) or (B, C, H, W), taken in turn; int, (B,) or None
-        rng=None,          # int, Generator, SeedSequence, torch.Generator, or None for fresh entropy
-        noise: bool = True,# draw the pixel noise
-        z=None,            # (n, z_dim) instead of a random one
-        bs: int = 16,      # images at once
-        domain: str = "simulated", # whose style: "simulated", or "real" after a training with real images
-        props: dict | None = None, # name to number or (n,) numbers, in the units of the metadata; missing ones are the mean
-    ) -> torch.Tensor: # (n, 1, H, W) in [-1, 1], on the CPU
+    def sample(
+        self,
+        n: int,  # images
+        cond=None,  # (maps, label): (C, H, W) or (B, C, H, W), taken in turn; int, (B,) or None
+        rng=None,  # int, Generator, SeedSequence, torch.Generator, or None for fresh entropy
+        noise: bool = True,  # draw the pixel noise
+        z=None,  # (n, z_dim) instead of a random one
+        bs: int = 16,  # images at once
+        domain: str = "simulated",  # whose style: "simulated", or "real" after a training with real images
+        props: dict
+        | None = None,  # name to number or (n,) numbers, in the units of the metadata; missing ones are the mean
+    ) -> torch.Tensor:  # (n, 1, H, W) in [-1, 1], on the CPU
         """Draw images of given maps, each with its own latent variable and noise.
         Raises: InputError without maps, or for maps, a domain or a property that the network does not know."""
         maps, label = _condition(n, cond)
@@ -120,20 +133,27 @@ class Pix2Pix(Parts, HubModel):
         out = []
         g.eval()
         for i in range(0, n, bs):
-            part = {name: None if v is None else v[i:i + bs].to(device) for name, v in told.items()}
-            out.append(g.draw(maps[i:i + bs].to(device), **part).image.cpu())
+            part = {
+                name: None if v is None else v[i : i + bs].to(device) for name, v in told.items()
+            }
+            out.append(g.draw(maps[i : i + bs].to(device), **part).image.cpu())
         g.train(training and g is self.g)
         return torch.cat(out)
 
     @torch.no_grad()
-    def style_of(self,
-        images, # (n, 1, H, W) in [-1, 1]
-    ) -> torch.Tensor: # (n, z_dim), on the CPU
+    def style_of(
+        self,
+        images,  # (n, 1, H, W) in [-1, 1]
+    ) -> torch.Tensor:  # (n, z_dim), on the CPU
         """Read the style of images, for `sample(z=...)`: other maps, drawn as those images were taken.
         Raises: InputError for a model without a latent variable, and for what are no images."""
-        if not self.g.z_dim: raise InputError('This model has no latent variable: make it with arch="film", "attention" or a router.')
+        if not self.g.z_dim:
+            raise InputError(
+                'This model has no latent variable: make it with arch="film", "attention" or a router.'
+            )
         images = torch.as_tensor(images).float()
-        if images.ndim != 4 or images.shape[1] != 1: raise InputError(f"The images have shape {tuple(images.shape)}: give (n, 1, H, W).")
+        if images.ndim != 4 or images.shape[1] != 1:
+            raise InputError(f"The images have shape {tuple(images.shape)}: give (n, 1, H, W).")
         style, training = self.best_g().style, self.training
         z = style.eval()(images.to(style.mean.device)).cpu()
         style.train(training and style is self.g.style)
@@ -145,9 +165,12 @@ DOMAINS = ("simulated", "real")
 
 def _domain(n, domain, about):
     "(n,) numbers of a domain that the model knows."
-    if domain not in DOMAINS: raise InputError(f"domain={domain!r} is unknown: use simulated or real.")
+    if domain not in DOMAINS:
+        raise InputError(f"domain={domain!r} is unknown: use simulated or real.")
     if domain not in about.get("domains", DOMAINS[:1]):
-        raise InputError("This model has seen no real images: train it with some (mixed_dls, or --real) to draw in their style.")
+        raise InputError(
+            "This model has seen no real images: train it with some (mixed_dls, or --real) to draw in their style."
+        )
     return torch.full((n,), DOMAINS.index(domain))
 
 
@@ -155,68 +178,122 @@ def _props(n, props, about):
     "(n, P) normalised properties, or None."
     known = about.get("properties") or {}
     if unknown := set(props or {}) - set(known):
-        raise InputError(f"The model knows no property {min(unknown)!r}: it was trained with {', '.join(known) or 'none'}.")
-    if not props: return None
-    columns = [(torch.as_tensor(props.get(name, mean)).float() - mean) / sd for name, (mean, sd) in known.items()]
+        raise InputError(
+            f"The model knows no property {min(unknown)!r}: it was trained with {', '.join(known) or 'none'}."
+        )
+    if not props:
+        return None
+    columns = [
+        (torch.as_tensor(props.get(name, mean)).float() - mean) / sd
+        for name, (mean, sd) in known.items()
+    ]
     return torch.stack([c.expand(n) for c in columns], 1)
 
 
 def _condition(n, cond):
     "Maps (n, C, H, W) and labels (n,) or None."
-    if n < 1: raise InputError(f"n is {n}: ask for at least one image.")
+    if n < 1:
+        raise InputError(f"n is {n}: ask for at least one image.")
     if cond is None:
-        raise InputError("This model draws images of maps: give cond=(maps, label), such as the first two of a batch.")
+        raise InputError(
+            "This model draws images of maps: give cond=(maps, label), such as the first two of a batch."
+        )
     maps, label = cond if isinstance(cond, (tuple, list)) else (cond, None)
     maps = torch.as_tensor(maps).float()
     maps = maps[None] if maps.ndim == 3 else maps
-    if maps.ndim != 4: raise InputError(f"The maps have shape {tuple(maps.shape)}: give (C, H, W) or (B, C, H, W).")
+    if maps.ndim != 4:
+        raise InputError(
+            f"The maps have shape {tuple(maps.shape)}: give (C, H, W) or (B, C, H, W)."
+        )
     take = torch.arange(n) % len(maps)
-    if label is None: return maps[take], None
+    if label is None:
+        return maps[take], None
     label = torch.as_tensor(label).reshape(-1)
     if len(label) not in (1, len(maps)):
-        raise InputError(f"There are {len(maps)} maps and {len(label)} labels: give one label per map.")
+        raise InputError(
+            f"There are {len(maps)} maps and {len(label)} labels: give one label per map."
+        )
     return maps[take], label.expand(len(maps))[take] if len(label) == 1 else label[take]
 
 # %% ../../nbs/70_gan.pix2pix.ipynb #265e4b79
 CONFIGS = {
-    "small": dict(base=8, depth=3, n_layers=1, lr=5e-3, disc_base=8),    # 64 px, seconds on a laptop
-    "cpu": dict(base=16, depth=4, n_layers=2, lr=2e-3, disc_base=16),  # 128 px, an hour on two cores
-    "full": dict(base=64, depth=5, n_layers=3, lr=5e-4, disc_base=64),   # 256 px, a GPU
+    "small": dict(base=8, depth=3, n_layers=1, lr=5e-3, disc_base=8),  # 64 px, seconds on a laptop
+    "cpu": dict(
+        base=16, depth=4, n_layers=2, lr=2e-3, disc_base=16
+    ),  # 128 px, an hour on two cores
+    "full": dict(base=64, depth=5, n_layers=3, lr=5e-4, disc_base=64),  # 256 px, a GPU
 }
 
 
 def pix2pix_learner(
-    dls: DataLoaders,       # of `microgen.data.load.paired_dls` or `mixed_dls`
-    arch: str = "film",     # "plain", "film" or "attention"
-    config: str = "full",   # a size of `CONFIGS`
-    gan: str = "lsgan",     # "vanilla", "lsgan", "hinge" or "relativistic"
-    weights: dict | None = None, # loss term to weight; missing ones as in `WEIGHTS`
-    r1: float = 0.0,        # weight of the gradient penalty, applied every 16th step
-    norm: str = "instance", # norm of both networks
-    spectral_norm: bool = True, # divide the discriminator's weights by their spectral norm
-    seed: int = 0,          # seed of all weights
-    model_class: type = Pix2Pix, # a class with the same settings
-    about: dict | None = None, # what the saved model should say of its data, beside what `dls` knows
-    autocast: str | None = None, # "bf16" for mixed precision, on GPU and CPU
-    cbs=(),                 # more callbacks
-    **over,                 # base, depth, n_layers, lr, disc_base: instead of those of the config
-) -> Learner: # `.model.sample(n, cond)` draws; every loss term is in the history
+    dls: DataLoaders,  # of `microgen.data.load.paired_dls` or `mixed_dls`
+    arch: str = "film",  # "plain", "film" or "attention"
+    config: str = "full",  # a size of `CONFIGS`
+    gan: str = "lsgan",  # "vanilla", "lsgan", "hinge" or "relativistic"
+    weights: dict | None = None,  # loss term to weight; missing ones as in `WEIGHTS`
+    r1: float = 0.0,  # weight of the gradient penalty, applied every 16th step
+    norm: str = "instance",  # norm of both networks
+    spectral_norm: bool = True,  # divide the discriminator's weights by their spectral norm
+    seed: int = 0,  # seed of all weights
+    model_class: type = Pix2Pix,  # a class with the same settings
+    about: dict
+    | None = None,  # what the saved model should say of its data, beside what `dls` knows
+    autocast: str | None = None,  # "bf16" for mixed precision, on GPU and CPU
+    cbs=(),  # more callbacks
+    **over,  # base, depth, n_layers, lr, disc_base: instead of those of the config
+) -> Learner:  # `.model.sample(n, cond)` draws; every loss term is in the history
     """Make a fastai `Learner` that trains a generator from maps to images; `.weights` are those of the loss.
     Raises: InputError for an unknown name, for images that cannot be halved three times, and for real images with "plain"."""
-    if config not in CONFIGS: raise InputError(f"config={config!r} is unknown: use one of {', '.join(CONFIGS)}.")
+    if config not in CONFIGS:
+        raise InputError(f"config={config!r} is unknown: use one of {', '.join(CONFIGS)}.")
     s = CONFIGS[config] | over
-    if unknown := set(s) - set(CONFIGS["full"]): raise InputError(f"Unknown settings: {', '.join(sorted(unknown))}.")
+    if unknown := set(s) - set(CONFIGS["full"]):
+        raise InputError(f"Unknown settings: {', '.join(sorted(unknown))}.")
     weights, about = check_weights(WEIGHTS | (weights or {}), WEIGHTS), _about(dls) | (about or {})
     if arch == "plain" and len(about["domains"]) > 1:
-        raise InputError('A network with arch="plain" cannot be told that an image is real: use film, attention or a router.')
-    model = model_class(len(about["channels"]), arch, s["base"], _depth(s["depth"], about["size"]), len(about["vocab"]), len(STYLE),
-                        s["n_layers"], s["disc_base"], norm, spectral_norm, seed, about, len(about["properties"]))
+        raise InputError(
+            'A network with arch="plain" cannot be told that an image is real: use film, attention or a router.'
+        )
+    model = model_class(
+        len(about["channels"]),
+        arch,
+        s["base"],
+        _depth(s["depth"], about["size"]),
+        len(about["vocab"]),
+        len(STYLE),
+        s["n_layers"],
+        s["disc_base"],
+        norm,
+        spectral_norm,
+        seed,
+        about,
+        len(about["properties"]),
+    )
     has_wall = bool(getattr(dls, "has_wall", True))
     used = _used(weights, model.g, dls, has_wall) | ({"r1": float(r1)} if r1 else {})
-    model.facts = {"pixel_size": dls.pixel_size, "channels": about["channels"], "classes": about["vocab"], "loss_weights": used,
-                   "images": len(dls.train_ds), "example": _EXAMPLE.format(model_class.__name__, len(about["channels"]), *about["size"])}
-    learn = adversarial_learner(dls, model, generate, d_terms(gan), g_terms(weights, gan, has_wall), weights=used, lr=s["lr"],
-        betas=(0.5, 0.99), lr_d=min(s["lr"], 5e-4), d_reg=r1_term if r1 else None, autocast=autocast, metrics=[ssim], cbs=cbs)
+    model.facts = {
+        "pixel_size": dls.pixel_size,
+        "channels": about["channels"],
+        "classes": about["vocab"],
+        "loss_weights": used,
+        "images": len(dls.train_ds),
+        "example": _EXAMPLE.format(model_class.__name__, len(about["channels"]), *about["size"]),
+    }
+    learn = adversarial_learner(
+        dls,
+        model,
+        generate,
+        d_terms(gan),
+        g_terms(weights, gan, has_wall),
+        weights=used,
+        lr=s["lr"],
+        betas=(0.5, 0.99),
+        lr_d=min(s["lr"], 5e-4),
+        d_reg=r1_term if r1 else None,
+        autocast=autocast,
+        metrics=[ssim],
+        cbs=cbs,
+    )
     learn.weights = used
     return learn
 
@@ -228,83 +305,108 @@ images = model.sample(4, (maps, label), rng=0)      # (4, 1, H, W) in [-1, 1]"""
 
 def _about(dls):
     "What a model must know of its data."
-    return {"vocab": list(dls.vocab), "channels": list(dls.channels), "pixel_size": list(dls.pixel_size), "scaling": dls.scaling,
-            "size": list(dls.one_batch()[-1].shape[-2:]), "domains": list(DOMAINS if hasattr(dls, "paired") else DOMAINS[:1]),
-            "properties": {name: list(numbers) for name, numbers in (getattr(dls, "properties", None) or {}).items()}}
+    return {
+        "vocab": list(dls.vocab),
+        "channels": list(dls.channels),
+        "pixel_size": list(dls.pixel_size),
+        "scaling": dls.scaling,
+        "size": list(dls.one_batch()[-1].shape[-2:]),
+        "domains": list(DOMAINS if hasattr(dls, "paired") else DOMAINS[:1]),
+        "properties": {
+            name: list(numbers)
+            for name, numbers in (getattr(dls, "properties", None) or {}).items()
+        },
+    }
 
 
 def _used(weights, g, dls, has_wall):
     "The weights of the terms that this model and these data have."
     gated = any(isinstance(m, WallAttention) for m in g.modules())
     absent = set() if gated and has_wall else {"attention"}
-    if not g.z_dim: absent.add("diversity")
-    if not hasattr(dls, "paired"): absent |= {"keep", "style"}
+    if not g.z_dim:
+        absent.add("diversity")
+    if not hasattr(dls, "paired"):
+        absent |= {"keep", "style"}
     return {name: value for name, value in weights.items() if value and name not in absent}
 
 
 def _depth(depth, size):
     "The depth asked for, or as often as the image can be halved down to 4 pixels; at least 3 of it."
     fits = depth
-    while fits > 0 and any(n % 2**fits or n < 4 * 2**fits for n in size): fits -= 1
-    if fits >= min(depth, 3): return fits
-    step = 2**min(depth, 3)
+    while fits > 0 and any(n % 2**fits or n < 4 * 2**fits for n in size):
+        fits -= 1
+    if fits >= min(depth, 3):
+        return fits
+    step = 2 ** min(depth, 3)
     good = " x ".join(str(max(4 * step, round(n / step) * step)) for n in size)
-    raise InputError(f"Images of {size[0]} x {size[1]} pixels can be halved {fits} times, too few for a network that sees "
-                     f"more than a column: use sides divisible by {step}, such as {good}.")
+    raise InputError(
+        f"Images of {size[0]} x {size[1]} pixels can be halved {fits} times, too few for a network that sees "
+        f"more than a column: use sides divisible by {step}, such as {good}."
+    )
 
 # %% ../../nbs/70_gan.pix2pix.ipynb #98c6abbd
 def begin_with(
-    model: Pix2Pix,        # new model; changed in place
-    weights: dict,         # name to tensor, of `microgen.train.run.run_weights`
-    about: dict,           # `.about` of the model they come from
-    source="the run",      # where they come from, for messages
-) -> list: # names of the parts of g that start fresh
+    model: Pix2Pix,  # new model; changed in place
+    weights: dict,  # name to tensor, of `microgen.train.run.run_weights`
+    about: dict,  # `.about` of the model they come from
+    source="the run",  # where they come from, for messages
+) -> list:  # names of the parts of g that start fresh
     """Give a model the weights of another; a class that is new begins as the mean of those there were.
     Raises: InputError for weights that have no place in the model."""
-    if "domains" in about: weights = {name: _moved(name, w, about, model.about) for name, w in weights.items()}
+    if "domains" in about:
+        weights = {name: _moved(name, w, about, model.about) for name, w in weights.items()}
     body = {k: w for k, w in weights.items() if not k.startswith("g.unet.")}
     unet = {k[6:]: w for k, w in weights.items() if k.startswith("g.unet.")}
     weights = body | {f"g.{net}{k}": w for net in model.g.nets for k, w in unet.items()}
-    missing = {k: v for k, v in model.state_dict().items() if k not in weights and k.startswith("g.")}
+    missing = {
+        k: v for k, v in model.state_dict().items() if k not in weights and k.startswith("g.")
+    }
     fit_weights(model, weights | missing, source)
     fresh = sorted({_part(name, weights) for name in missing})
-    if fresh: warnings.warn(f"{source} has no {', '.join(fresh)}: there the new model starts fresh.")
+    if fresh:
+        warnings.warn(f"{source} has no {', '.join(fresh)}: there the new model starts fresh.")
     return fresh
 
 
 def _moved(name, w, old, new):
     "Weights of the code, or of the router, for other classes and properties."
     at = [old["vocab"].index(c) if c in old["vocab"] else None for c in new["vocab"]]
-    if name.endswith("route"): return torch.stack([w[0 if k is None else k] for k in at])
-    if not name.endswith((".linear.weight", ".told.weight")): return w  # the layers that read the code
+    if name.endswith("route"):
+        return torch.stack([w[0 if k is None else k] for k in at])
+    if not name.endswith((".linear.weight", ".told.weight")):
+        return w  # the layers that read the code
     n, p = len(old["vocab"]), len(old["properties"])
     classes, domain, props, z = w.split([n, 1, p, w.shape[1] - n - 1 - p], 1)
     columns = [classes.mean(1) if k is None else classes[:, k] for k in at]
-    if list(old["properties"]) != list(new["properties"]): props = w.new_zeros(len(w), len(new["properties"]))
+    if list(old["properties"]) != list(new["properties"]):
+        props = w.new_zeros(len(w), len(new["properties"]))
     return torch.cat([torch.stack(columns, 1), domain, props, z], 1)
 
 
 def _part(name, known):
     "The outermost module of a parameter that holds nothing known."
     words = name.split(".")
-    heads = [".".join(words[:k + 1]) for k in range(len(words))]
+    heads = [".".join(words[: k + 1]) for k in range(len(words))]
     return next(h for h in heads if not any(k.startswith(h + ".") for k in known))
 
 # %% ../../nbs/70_gan.pix2pix.ipynb #e2cbf1ca
 @torch.no_grad()
 def show_attention(
-    model: Pix2Pix,    # with attention, or a router
-    maps: torch.Tensor,# (B, C, H, W)
-    label=None,        # (B,) int64
-    images=None,       # (B, 1, H, W) to lay the masks over; None draws them
-    n: int = 4,        # how many
-) -> plt.Figure: # images with the wall masks in colour, opaque where the mask is 1
+    model: Pix2Pix,  # with attention, or a router
+    maps: torch.Tensor,  # (B, C, H, W)
+    label=None,  # (B,) int64
+    images=None,  # (B, 1, H, W) to lay the masks over; None draws them
+    n: int = 4,  # how many
+) -> plt.Figure:  # images with the wall masks in colour, opaque where the mask is 1
     """Lay the attention mask over images.
     Raises: InputError for a model without attention."""
     drawn = model.best_g().draw(maps[:n], None if label is None else label[:n])
-    if drawn.mask is None: raise InputError("This model has no attention: make it with arch='attention', or a router.")
+    if drawn.mask is None:
+        raise InputError("This model has no attention: make it with arch='attention', or a router.")
     images = drawn.image if images is None else images[:n]
-    fig, axes = plt.subplots(1, len(images), figsize=(2.4 * len(images), 2.4), dpi=72, squeeze=False)
+    fig, axes = plt.subplots(
+        1, len(images), figsize=(2.4 * len(images), 2.4), dpi=72, squeeze=False
+    )
     colour = np.array([1.0, 0.69, 0.0])
     for ax, image, mask in zip(axes[0], images.cpu().numpy()[:, 0], drawn.mask.cpu().numpy()[:, 0]):
         ax.imshow(image, cmap="gray")
@@ -314,8 +416,8 @@ def show_attention(
 
 # %% ../../nbs/70_gan.pix2pix.ipynb #1d055bef
 def spread(
-    images, # (n, 1, H, W) or (n, H, W): draws or scans of one scene
-) -> pd.DataFrame: # one row per image: the numbers of `STYLE`
+    images,  # (n, 1, H, W) or (n, H, W): draws or scans of one scene
+) -> pd.DataFrame:  # one row per image: the numbers of `STYLE`
     "Measure the style of each image, see `microgen.nets.style.statistics`."
     x = torch.as_tensor(images).float().reshape(-1, 1, *np.shape(images)[-2:])
     return pd.DataFrame(statistics(x).numpy(), columns=list(STYLE))

@@ -26,112 +26,154 @@ EXPERTS = ("film", "attention")
 
 class Router(nn.Module):
     "Two generators, and for each class the one that draws it."
+
     nets = tuple(f"experts.{name}" for name in EXPERTS)  # what begins with the U-Net of another run
 
-    def __init__(self,
-        in_ch: int,          # channels of the maps
-        experts,             # for each class a name of `EXPERTS`
-        base: int = 64,      # channels at full size
-        depth: int = 4,      # how often the size is halved
+    def __init__(
+        self,
+        in_ch: int,  # channels of the maps
+        experts,  # for each class a name of `EXPERTS`
+        base: int = 64,  # channels at full size
+        depth: int = 4,  # how often the size is halved
         n_classes: int = 0,  # classes
-        z_dim: int = 4,      # length of the latent variable; 0 for none
-        norm: str = "instance", # see `microgen.nets.blocks.NORMS`
-        seed: int = 0,       # seed of the weights
-        n_props: int = 0,    # properties, such as the dose
+        z_dim: int = 4,  # length of the latent variable; 0 for none
+        norm: str = "instance",  # see `microgen.nets.blocks.NORMS`
+        seed: int = 0,  # seed of the weights
+        n_props: int = 0,  # properties, such as the dose
     ):
         super().__init__()
         if unknown := set(experts) - set(EXPERTS):
             raise InputError(f"There is no expert {min(unknown)!r}: use film or attention.")
         if len(experts) != n_classes:
-            raise InputError(f"{len(experts)} experts are named for {n_classes} classes: name one per class.")
+            raise InputError(
+                f"{len(experts)} experts are named for {n_classes} classes: name one per class."
+            )
         self.in_ch, self.z_dim, self.n_classes, self.explore = in_ch, z_dim, n_classes, 0.0
-        self.experts = nn.ModuleDict({
-            name: UNet(in_ch, 1, base, depth, n_classes, z_dim, norm, name == "attention", seed + k, n_props)
-            for k, name in enumerate(EXPERTS)})
+        self.experts = nn.ModuleDict(
+            {
+                name: UNet(
+                    in_ch,
+                    1,
+                    base,
+                    depth,
+                    n_classes,
+                    z_dim,
+                    norm,
+                    name == "attention",
+                    seed + k,
+                    n_props,
+                )
+                for k, name in enumerate(EXPERTS)
+            }
+        )
         self.style = Style(z_dim) if z_dim else None
         self.register_buffer("route", torch.tensor([EXPERTS.index(name) for name in experts]))
 
-    def forward(self, maps, label=None, props=None): return self.draw(maps, label, props=props).image
+    def forward(self, maps, label=None, props=None):
+        return self.draw(maps, label, props=props).image
 
-    def draw(self,
-        maps: torch.Tensor, # (B, in_ch, H, W)
-        label=None,         # (B,) int64; without a class the first expert draws
-        z=None,             # (B, z_dim)
-        noise=None,         # (B, 1, H, W)
-        domain=None,        # (B,) 0 simulated, 1 real
-        props=None,         # (B, n_props)
-        expert: str | None = None, # this one for all images
-    ) -> Drawn: # as of `UNet.draw`; the wall is what the expert with attention finds, for all images
+    def draw(
+        self,
+        maps: torch.Tensor,  # (B, in_ch, H, W)
+        label=None,  # (B,) int64; without a class the first expert draws
+        z=None,  # (B, z_dim)
+        noise=None,  # (B, 1, H, W)
+        domain=None,  # (B,) 0 simulated, 1 real
+        props=None,  # (B, n_props)
+        expert: str | None = None,  # this one for all images
+    ) -> (
+        Drawn
+    ):  # as of `UNet.draw`; the wall is what the expert with attention finds, for all images
         "Send each image to its expert."
         told, wall = (label, z, noise, domain, props), self.experts["attention"].attention(maps)
-        if expert is not None: return self.experts[expert].draw(maps, *told)._replace(wall=wall)
+        if expert is not None:
+            return self.experts[expert].draw(maps, *told)._replace(wall=wall)
         which, parts, order = self.assign(label, len(maps), maps.device), [], []
         for k, name in enumerate(EXPERTS):
             rows = torch.where(which == k)[0]
-            if not len(rows): continue
-            parts.append(self.experts[name].draw(maps[rows], *(None if v is None else v[rows] for v in told))[:3])
+            if not len(rows):
+                continue
+            parts.append(
+                self.experts[name].draw(
+                    maps[rows], *(None if v is None else v[rows] for v in told)
+                )[:3]
+            )
             order.append(rows)
         back = torch.argsort(torch.cat(order))
         return Drawn(*(torch.cat(p)[back] for p in zip(*parts)), wall)
 
-    def assign(self,
+    def assign(
+        self,
         label,  # (B,) int64, or None
-        n: int, # images
-        device="cpu", # where
-    ) -> torch.Tensor: # (B,) number of the expert
+        n: int,  # images
+        device="cpu",  # where
+    ) -> torch.Tensor:  # (B,) number of the expert
         "The expert of each image; in training sometimes the other one."
-        if label is None: return torch.zeros(n, dtype=torch.long, device=device)
+        if label is None:
+            return torch.zeros(n, dtype=torch.long, device=device)
         which = torch.where(label >= 0, self.route[label.clamp_min(0)], 0)
-        if not (self.training and self.explore): return which
+        if not (self.training and self.explore):
+            return which
         other = torch.rand(n, generator=ambient(device), device=device) < self.explore
         return torch.where(other, 1 - which, which)
 
 
 class RouterPix2Pix(Pix2Pix):
     "pix2pix whose generator is a router; `arch` names an expert for each class."
+
     @staticmethod
     def generator(
-        *settings, # of `Router`, in order
-    ) -> nn.Module: # the router
+        *settings,  # of `Router`, in order
+    ) -> nn.Module:  # the router
         "Make the router."
         return Router(*settings)
 
 # %% ../../nbs/71_gan.router.ipynb #978a6bcb
 def router_learner(
-    dls: DataLoaders,     # of `microgen.data.load.paired_dls` or `mixed_dls`
-    experts: dict | None = None, # class to "film" or "attention"; None: film for single domains
-    explore: float = 0.2, # share of the images that the other expert draws in training
-    **kwargs,             # of `microgen.gan.pix2pix.pix2pix_learner`
-) -> Learner: # its model is a `RouterPix2Pix`
+    dls: DataLoaders,  # of `microgen.data.load.paired_dls` or `mixed_dls`
+    experts: dict | None = None,  # class to "film" or "attention"; None: film for single domains
+    explore: float = 0.2,  # share of the images that the other expert draws in training
+    **kwargs,  # of `microgen.gan.pix2pix.pix2pix_learner`
+) -> Learner:  # its model is a `RouterPix2Pix`
     """Make a fastai `Learner` of the router.
     Raises: InputError for a class that the data do not have, or a share that is none."""
-    if not 0 <= explore < 1: raise InputError(f"explore is {explore!r}: give a share from 0 up to 1.")
+    if not 0 <= explore < 1:
+        raise InputError(f"explore is {explore!r}: give a share from 0 up to 1.")
     chosen = {name: "film" if name in ("UP", "DN") else "attention" for name in dls.vocab}
     if unknown := set(experts or {}) - set(chosen):
         raise InputError(f"The data have no class {min(unknown)!r}: there are {', '.join(chosen)}.")
     chosen |= experts or {}
-    learn = pix2pix_learner(dls, tuple(chosen[name] for name in dls.vocab), model_class=RouterPix2Pix, **kwargs)
+    learn = pix2pix_learner(
+        dls, tuple(chosen[name] for name in dls.vocab), model_class=RouterPix2Pix, **kwargs
+    )
     learn.model.g.explore = explore
     return learn
 
 
 @torch.no_grad()
 def expert_table(
-    model: Pix2Pix,   # a `RouterPix2Pix`
-    batches,          # batches of `microgen.data.load`, such as `dls.valid`; images without maps are left out
-    vocab,            # class names
-) -> pd.DataFrame: # per class: n, SSIM of each, their difference and its error, winner, who draws now
+    model: Pix2Pix,  # a `RouterPix2Pix`
+    batches,  # batches of `microgen.data.load`, such as `dls.valid`; images without maps are left out
+    vocab,  # class names
+) -> (
+    pd.DataFrame
+):  # per class: n, SSIM of each, their difference and its error, winner, who draws now
     """Let both experts draw every image, and compare them class by class.
     Raises: InputError when the model is no router."""
     g = model.best_g()
-    if not isinstance(g, Router): raise InputError("This model has no experts: make it with router_learner.")
+    if not isinstance(g, Router):
+        raise InputError("This model has no experts: make it with router_learner.")
     training, rows = model.training, []
     model.eval()
     for batch in batches:
         b = read_batch(tuple(t.as_subclass(torch.Tensor) for t in batch))
-        drawn = {name: g.draw(b.maps, b.label, props=b.props, expert=name).image for name in EXPERTS}
+        drawn = {
+            name: g.draw(b.maps, b.label, props=b.props, expert=name).image for name in EXPERTS
+        }
         for i in torch.where(b.paired)[0].tolist():
-            scores = {name: float(ssim(d[i:i + 1], b.image[i:i + 1])) for name, d in drawn.items()}
+            scores = {
+                name: float(ssim(d[i : i + 1], b.image[i : i + 1])) for name, d in drawn.items()
+            }
             rows.append({"label": vocab[b.label[i]], **scores})
     model.train(training)
     return _compare(pd.DataFrame(rows), [EXPERTS[k] for k in g.route], vocab)
@@ -142,23 +184,34 @@ def _compare(scores, route, vocab):
     out = []
     for name, part in scores.groupby("label", sort=False):
         gain = part.attention - part.film
-        se = gain.std() / len(part)**0.5 if len(part) > 1 else np.nan
-        out.append({"label": name, "n": len(part), "film": part.film.mean(), "attention": part.attention.mean(),
-                    "gain": gain.mean(), "gain_se": se, "winner": EXPERTS[int(gain.mean() > 0)],
-                    "clear": bool(abs(gain.mean()) > 2 * se),
-                    "draws": route[list(vocab).index(name)]})
+        se = gain.std() / len(part) ** 0.5 if len(part) > 1 else np.nan
+        out.append(
+            {
+                "label": name,
+                "n": len(part),
+                "film": part.film.mean(),
+                "attention": part.attention.mean(),
+                "gain": gain.mean(),
+                "gain_se": se,
+                "winner": EXPERTS[int(gain.mean() > 0)],
+                "clear": bool(abs(gain.mean()) > 2 * se),
+                "draws": route[list(vocab).index(name)],
+            }
+        )
     return pd.DataFrame(out).set_index("label")
 
 
 def reroute(
-    model: Pix2Pix,      # a `RouterPix2Pix`; changed in place
-    table: pd.DataFrame, # of `expert_table`
-    vocab,               # class names
-    only_clear: bool = True, # leave classes whose difference is within two standard errors
-) -> dict: # class to expert
+    model: Pix2Pix,  # a `RouterPix2Pix`; changed in place
+    table: pd.DataFrame,  # of `expert_table`
+    vocab,  # class names
+    only_clear: bool = True,  # leave classes whose difference is within two standard errors
+) -> dict:  # class to expert
     "Give each class to the expert that draws it better."
     for label, row in table.iterrows():
-        if only_clear and not row["clear"]: continue
+        if only_clear and not row["clear"]:
+            continue
         for g in (model.g, model.ema):
-            if g is not None: g.route[list(vocab).index(label)] = EXPERTS.index(row["winner"])
+            if g is not None:
+                g.route[list(vocab).index(label)] = EXPERTS.index(row["winner"])
     return {name: EXPERTS[k] for name, k in zip(vocab, model.g.route.tolist())}

@@ -38,14 +38,19 @@ from ..train.run import run_weights, save_model, train
 # %% ../../nbs/72_gan.run.ipynb #7eccec42
 class Progress(Callback):
     "A bar with rate and time left over all steps of a training."
+
     order = 95
-    def __init__(self,
-        shown: bool = True, # False shows nothing
-    ): self.shown, self.bar, self.advance = shown, None, None
+
+    def __init__(
+        self,
+        shown: bool = True,  # False shows nothing
+    ):
+        self.shown, self.bar, self.advance = shown, None, None
 
     def before_train(self):
         "Open the bar at the first step."
-        if self.bar is not None: return
+        if self.bar is not None:
+            return
         total = self.learn.n_epoch * len(self.learn.dls.train)
         self.bar = progress_bar(total, "training", self.shown, "steps")
         self.advance = self.bar.__enter__()
@@ -53,11 +58,13 @@ class Progress(Callback):
 
     def after_batch(self):
         "One step more."
-        if self.learn.training: self.advance(1)
+        if self.learn.training:
+            self.advance(1)
 
     def after_fit(self):
         "Close the bar."
-        if self.bar is not None: self.bar.__exit__(None, None, None)
+        if self.bar is not None:
+            self.bar.__exit__(None, None, None)
         self.bar = None
 
 # %% ../../nbs/72_gan.run.ipynb #66cd6817
@@ -65,101 +72,159 @@ MODELS = ("film", "attention", "router", "plain")
 
 
 def config_for(
-    size: tuple, # height and width, pixels
-    cuda: bool | None = None, # whether there is a GPU; None looks
-) -> str: # a name of `microgen.gan.pix2pix.CONFIGS`
+    size: tuple,  # height and width, pixels
+    cuda: bool | None = None,  # whether there is a GPU; None looks
+) -> str:  # a name of `microgen.gan.pix2pix.CONFIGS`
     "The size of network that fits images and machine."
     cuda = torch.cuda.is_available() if cuda is None else cuda
-    if max(size) <= 64: return "small"
+    if max(size) <= 64:
+        return "small"
     return "full" if cuda else "cpu"
 
 
 def train_pix2pix(
-    data,                  # dataset folder of `microgen simulate`
-    out,                   # run folder; an existing run continues
-    real=None,             # folder of real images that join without maps
-    model: str = "film",   # "film", "attention", "router" or "plain"
-    epochs: int = 100,     # passes over the training images, earlier ones included
-    size: int | None = None, # side of random crops, pixels; None is whole images
-    bs: int = 8,           # images in a batch
-    config: str | None = None, # size of the networks; None chooses by image size and machine
-    gan: str = "lsgan",    # adversarial loss: "vanilla", "lsgan", "hinge" or "relativistic"
-    weights: dict | None = None, # loss term to weight, see `microgen.gan.loss.WEIGHTS`
-    lr: float | None = None, # learning rate of the generator; None is that of the config
-    ratio: float = 0.25,   # share of real images in a batch
-    real_pixel_size: float | None = None, # nm per pixel of real images whose files do not say
-    seed: int = 0,         # of weights, split, order and noise
-    max_hours: float | None = None, # stop cleanly after so many hours; the same line continues
-    init=None,             # run whose weights to start from; its classes may be others
-    freeze: tuple = (),    # parts that stay as they are, such as ("g.unet.down",)
-    best_by: str | None = "auto", # metric of the valid scenes whose best epoch is the result: "ssim" or "valid_loss"; None: the last;
-                           # "auto": ssim, and the last with real images, whose style no valid scene shows
-    patience: int | None = None, # stop after so many epochs without a better one
-    preview_every: int | None = None, # steps between previews; None: twenty in all
-    autocast: str | None = None, # "bf16" for mixed precision: faster and smaller on a GPU
-    group: str | None = None, # column of metadata.csv, or pattern of paths, that says what stays together: a specimen
-    properties: tuple = (), # columns of metadata.csv that are conditions too, such as ("dose",)
-    contrast: float = 0.0, # contrast of training images varies by factors exp(±contrast)
-    gamma: float = 0.0,    # gamma of training images varies by factors exp(±gamma)
-    judged: int = 16,      # held-out scenes whose drawings are measured for the model card; 0 for none
-    progress: bool = True, # show a bar with time left and, in a notebook, the previews
-) -> Learner: # trained; `.stopped` says why it ended early
+    data,  # dataset folder of `microgen simulate`
+    out,  # run folder; an existing run continues
+    real=None,  # folder of real images that join without maps
+    model: str = "film",  # "film", "attention", "router" or "plain"
+    epochs: int = 100,  # passes over the training images, earlier ones included
+    size: int | None = None,  # side of random crops, pixels; None is whole images
+    bs: int = 8,  # images in a batch
+    config: str | None = None,  # size of the networks; None chooses by image size and machine
+    gan: str = "lsgan",  # adversarial loss: "vanilla", "lsgan", "hinge" or "relativistic"
+    weights: dict | None = None,  # loss term to weight, see `microgen.gan.loss.WEIGHTS`
+    lr: float | None = None,  # learning rate of the generator; None is that of the config
+    ratio: float = 0.25,  # share of real images in a batch
+    real_pixel_size: float | None = None,  # nm per pixel of real images whose files do not say
+    seed: int = 0,  # of weights, split, order and noise
+    max_hours: float | None = None,  # stop cleanly after so many hours; the same line continues
+    init=None,  # run whose weights to start from; its classes may be others
+    freeze: tuple = (),  # parts that stay as they are, such as ("g.unet.down",)
+    best_by: str
+    | None = "auto",  # metric of the valid scenes whose best epoch is the result: "ssim" or "valid_loss"; None: the last;
+    # "auto": ssim, and the last with real images, whose style no valid scene shows
+    patience: int | None = None,  # stop after so many epochs without a better one
+    preview_every: int | None = None,  # steps between previews; None: twenty in all
+    autocast: str | None = None,  # "bf16" for mixed precision: faster and smaller on a GPU
+    group: str
+    | None = None,  # column of metadata.csv, or pattern of paths, that says what stays together: a specimen
+    properties: tuple = (),  # columns of metadata.csv that are conditions too, such as ("dose",)
+    contrast: float = 0.0,  # contrast of training images varies by factors exp(±contrast)
+    gamma: float = 0.0,  # gamma of training images varies by factors exp(±gamma)
+    judged: int = 16,  # held-out scenes whose drawings are measured for the model card; 0 for none
+    progress: bool = True,  # show a bar with time left and, in a notebook, the previews
+) -> Learner:  # trained; `.stopped` says why it ended early
     """Train a generator of images from truth maps, into a run folder, and judge it by held-out scenes.
     Raises: InputError for what is wrong with data or settings, one sentence each."""
-    if model not in MODELS: raise InputError(f"model={model!r} is unknown: use one of {', '.join(MODELS)}.")
-    if epochs < 1: raise InputError(f"epochs is {epochs}: give at least 1.")
-    if best_by == "auto": best_by = None if real else "ssim"
+    if model not in MODELS:
+        raise InputError(f"model={model!r} is unknown: use one of {', '.join(MODELS)}.")
+    if epochs < 1:
+        raise InputError(f"epochs is {epochs}: give at least 1.")
+    if best_by == "auto":
+        best_by = None if real else "ssim"
     look = {"size": size, "seed": seed, "contrast": contrast, "gamma": gamma, "progress": progress}
-    dls = _data(data, bs, look, {"group": group, "properties": tuple(properties)}, real, ratio, real_pixel_size)
+    dls = _data(
+        data,
+        bs,
+        look,
+        {"group": group, "properties": tuple(properties)},
+        real,
+        ratio,
+        real_pixel_size,
+    )
     config = config or config_for(dls.one_batch()[-1].shape[-2:])
-    own = {"config": config, "gan": gan, "weights": weights, "seed": seed, "autocast": autocast} | ({"lr": lr} if lr else {})
+    own = {"config": config, "gan": gan, "weights": weights, "seed": seed, "autocast": autocast} | (
+        {"lr": lr} if lr else {}
+    )
     own |= {"about": {"recipe": _recipe(data)}}
     learn = router_learner(dls, **own) if model == "router" else pix2pix_learner(dls, model, **own)
     learn.model.facts |= _known(data, real)
-    if init and not any((Path(out) / "checkpoints").glob("step_*")): _begin(learn.model, init)
-    settings = look | {"data": str(data), "real": real and str(real), "model": model, "bs": bs, "config": config, "gan": gan,
-                       "lr": lr, "weights": learn.weights, "autocast": autocast, "ratio": ratio if real else None,
-                       "real_pixel_size": real_pixel_size, "group": group, "properties": list(properties),
-                       "begun_from": init and str(init)}
+    if init and not any((Path(out) / "checkpoints").glob("step_*")):
+        _begin(learn.model, init)
+    settings = look | {
+        "data": str(data),
+        "real": real and str(real),
+        "model": model,
+        "bs": bs,
+        "config": config,
+        "gan": gan,
+        "lr": lr,
+        "weights": learn.weights,
+        "autocast": autocast,
+        "ratio": ratio if real else None,
+        "real_pixel_size": real_pixel_size,
+        "group": group,
+        "properties": list(properties),
+        "begun_from": init and str(init),
+    }
     del settings["progress"]
     every = preview_every or max(50, len(dls.train) * epochs // 20)
     with learn.no_logging():
-        learn = train(learn, epochs, out, settings, seed=seed, freeze=freeze, max_hours=max_hours, ema=500 * bs, fade=0.5,
-                      best_by=best_by, largest=best_by not in (None, "valid_loss"), patience=patience,
-                      preview_every=every, shown=progress, cbs=[Progress(progress)])
-    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()): _complete(learn, Path(out), epochs, judged, progress)
+        learn = train(
+            learn,
+            epochs,
+            out,
+            settings,
+            seed=seed,
+            freeze=freeze,
+            max_hours=max_hours,
+            ema=500 * bs,
+            fade=0.5,
+            best_by=best_by,
+            largest=best_by not in (None, "valid_loss"),
+            patience=patience,
+            preview_every=every,
+            shown=progress,
+            cbs=[Progress(progress)],
+        )
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        _complete(learn, Path(out), epochs, judged, progress)
     return learn
 
 
 def _begin(model, init):
     "Give a model the weights of a run, whose classes may be others."
-    try: about = load_model(init).about
-    except (ReadError, AttributeError, InputError): about = {}
+    try:
+        about = load_model(init).about
+    except (ReadError, AttributeError, InputError):
+        about = {}
     begin_with(model, run_weights(init), about, init)
 
 
 def _data(data, bs, look, paired, real, ratio, real_pixel_size):
     "The loaders; what only pairs can be asked for is refused with real images."
-    if real is None: return paired_dls(data, bs, **look, **paired)
+    if real is None:
+        return paired_dls(data, bs, **look, **paired)
     if asked := [name for name, value in paired.items() if value]:
-        raise InputError(f"{asked[0]} is not known of real images: leave it out, or train without them.")
+        raise InputError(
+            f"{asked[0]} is not known of real images: leave it out, or train without them."
+        )
     return mixed_dls(data, real, ratio, bs, real_pixel_size=real_pixel_size, **look)
 
 
 def _known(data, real):
     "What the model card says of the data."
     recipe, facts = _recipe(data), {"data": " and ".join(Path(f).name for f in (data, real) if f)}
-    if recipe is None: return facts
-    of = {"Structure": recipe["structure"], "Walls": ", ".join(recipe["walls"]), "Scan preset": recipe["preset"], "Seed": recipe["seed"]}
+    if recipe is None:
+        return facts
+    of = {
+        "Structure": recipe["structure"],
+        "Walls": ", ".join(recipe["walls"]),
+        "Scan preset": recipe["preset"],
+        "Seed": recipe["seed"],
+    }
     dose = list_images(data).get("dose")
-    if dose is not None: of["Dose"] = f"{dose.min():.3g} to {dose.max():.3g} e/Å²"
+    if dose is not None:
+        of["Dose"] = f"{dose.min():.3g} to {dose.max():.3g} e/Å²"
     return facts | {"simulation": of}
 
 
 def _recipe(data):
     "The recipe behind a dataset as a dict, or None."
-    try: recipe = read_recipe(data)
-    except InputError: return None
+    try:
+        recipe = read_recipe(data)
+    except InputError:
+        return None
     return recipe.to_dict() if isinstance(recipe, Recipe) else None
 
 
@@ -167,14 +232,21 @@ def _complete(learn, out, epochs, judged, progress):
     "The table of experts, and the model card; what was judged before is not judged again."
     model = learn.model
     if learn.stopped:
-        model.facts |= {"epochs": f"{learn.epoch} of {epochs}, then stopped: {learn.stopped}"} | _picture(out)
+        model.facts |= {
+            "epochs": f"{learn.epoch} of {epochs}, then stopped: {learn.stopped}"
+        } | _picture(out)
     else:
         if isinstance(model, RouterPix2Pix):
-            write_csv(out / "experts.csv", expert_table(model, learn.dls.valid, learn.dls.vocab).reset_index())
+            write_csv(
+                out / "experts.csv",
+                expert_table(model, learn.dls.valid, learn.dls.vocab).reset_index(),
+            )
         model.facts = load_model(out).facts
-        if "judged" in model.facts: return
+        if "judged" in model.facts:
+            return
         model.facts |= {"epochs": _epochs(out, epochs), "judged": judged} | _picture(out)
-        if judged: model.facts["metrics"] = judge(model, learn.dls, judged, progress=progress)
+        if judged:
+            model.facts["metrics"] = judge(model, learn.dls, judged, progress=progress)
     save_model(model.eval(), out / "model")
 
 
@@ -187,30 +259,42 @@ def _picture(out):
 def _epochs(out, epochs):
     "How many, and which was taken."
     best = json.loads((out / "result.json").read_text(encoding="utf-8")).get("best")
-    if not best: return epochs
+    if not best:
+        return epochs
     return f"{epochs}, of which number {best['epoch'] + 1} is this one: the best by {best['metric']} of the valid images"
 
 # %% ../../nbs/72_gan.run.ipynb #702e6d4a
 def new_truth(
-    recipe: Recipe, # what walls, in which structure, size and pixel size
-    index: int,     # which image
-) -> tuple: # (label, maps, table): name to (H, W) float32, columns inside the image
+    recipe: Recipe,  # what walls, in which structure, size and pixel size
+    index: int,  # which image
+) -> tuple:  # (label, maps, table): name to (H, W) float32, columns inside the image
     "The truth of a new wall, from geometry alone."
     d, shape, px = draw(recipe, index), (recipe.size,) * 2, recipe.pixel_size
     crystal = columns(recipe.crystal, d.fov, d.thickness, origin=d.origin, rotation_deg=d.rotation)
     moved = displace(crystal, d.field).table
-    inside = moved.y_nm.between(0, (recipe.size - 1) * px) & moved.x_nm.between(0, (recipe.size - 1) * px)
-    return d.label, truth_maps(crystal, d.field, shape, px), moved.loc[inside, TABLE].reset_index(drop=True)
+    inside = moved.y_nm.between(0, (recipe.size - 1) * px) & moved.x_nm.between(
+        0, (recipe.size - 1) * px
+    )
+    return (
+        d.label,
+        truth_maps(crystal, d.field, shape, px),
+        moved.loc[inside, TABLE].reset_index(drop=True),
+    )
 
 
 def _wanted(about, walls, n, size, seed):
     "Yield (label, maps, table, properties, where from) of new walls."
     held = about.get("recipe")
     if held is None:
-        raise InputError("This run was not trained on simulated walls: give maps, a dataset folder with truth maps.")
+        raise InputError(
+            "This run was not trained on simulated walls: give maps, a dataset folder with truth maps."
+        )
     names = (walls,) if isinstance(walls, str) else tuple(walls)
-    recipe = replace(Recipe.from_dict(held), walls=names, shares=None, n=n, seed=seed, preset="ideal", size=size)
-    for i in range(n): yield *new_truth(recipe, i), {}, {"seed": seed}
+    recipe = replace(
+        Recipe.from_dict(held), walls=names, shares=None, n=n, seed=seed, preset="ideal", size=size
+    )
+    for i in range(n):
+        yield *new_truth(recipe, i), {}, {"seed": seed}
 
 
 def _given(about, folder, n):
@@ -222,44 +306,61 @@ def _given(about, folder, n):
         row = listed.iloc[i % len(listed)]
         image = read(row["maps"])
         if not np.allclose(image.pixel_size, about["pixel_size"], rtol=0.01):
-            raise InputError(f"The maps have pixels of {image.pixel_size[0]:.4g} nm, the run was trained at "
-                             f"{about['pixel_size'][0]:.4g} nm: build maps of that pixel size.")
+            raise InputError(
+                f"The maps have pixels of {image.pixel_size[0]:.4g} nm, the run was trained at "
+                f"{about['pixel_size'][0]:.4g} nm: build maps of that pixel size."
+            )
         props = {name: row[name] for name in about.get("properties") or {} if name in row}
         yield row["label"], *truth_of(row), props, {"of": row["file_name"]}
 
 
 def sample_run(
-    run,              # run folder, or a folder that `save_pretrained` wrote
-    maps=None,        # dataset folder whose truth maps to draw
-    walls=None,       # instead: name, or names, of new walls, such as "typeC"
-    n: int = 16,      # images
-    out="samples",    # dataset folder to write
-    seed: int = 0,    # of walls, latent variables and noise
-    size: int | None = None, # side of new walls, pixels; None is that of the training
-    noise: bool = True, # draw the pixel noise
-    domain: str = "simulated", # whose style: "simulated", or "real" after a training with real images
-    props: dict | None = None, # property to number, in the units of metadata.csv, for a run trained with `properties`
-    progress: bool = True, # show a bar with time left
-) -> Path: # the dataset folder
+    run,  # run folder, or a folder that `save_pretrained` wrote
+    maps=None,  # dataset folder whose truth maps to draw
+    walls=None,  # instead: name, or names, of new walls, such as "typeC"
+    n: int = 16,  # images
+    out="samples",  # dataset folder to write
+    seed: int = 0,  # of walls, latent variables and noise
+    size: int | None = None,  # side of new walls, pixels; None is that of the training
+    noise: bool = True,  # draw the pixel noise
+    domain: str = "simulated",  # whose style: "simulated", or "real" after a training with real images
+    props: dict
+    | None = None,  # property to number, in the units of metadata.csv, for a run trained with `properties`
+    progress: bool = True,  # show a bar with time left
+) -> Path:  # the dataset folder
     """Draw images of new walls or of given maps, and write them as a dataset folder with their truth.
     Raises: InputError unless one of maps and walls is given, for a folder in use, or an unknown wall."""
     if (maps is None) == (walls is None):
         raise InputError("Give either maps (a dataset folder) or walls (names such as typeC).")
-    if n < 1: raise InputError(f"n is {n}: ask for at least one image.")
+    if n < 1:
+        raise InputError(f"n is {n}: ask for at least one image.")
     model, out = load_model(run), Path(out)
     about = getattr(model, "about", None)
-    if not about: raise InputError(f"{run} holds a {type(model).__name__}, which does not draw truth maps.")
+    if not about:
+        raise InputError(f"{run} holds a {type(model).__name__}, which does not draw truth maps.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is in use: give the name of a new folder.")
-    truths = _given(about, maps, n) if walls is None else _wanted(about, walls, n, size or about["size"][0], seed)
+    truths = (
+        _given(about, maps, n)
+        if walls is None
+        else _wanted(about, walls, n, size or about["size"][0], seed)
+    )
     rows = []
     with progress_bar(n, "drawing", progress, "images") as advance:
         for i, truth in enumerate(truths):
             rows.append(_draw_one(model, out, i, truth, seed, noise, domain, props or {}))
             advance(1)
     write_csv(out / "metadata.csv", pd.DataFrame(rows))
-    made = {"run": str(run), "maps": maps and str(maps), "walls": walls, "n": n, "seed": seed, "noise": noise,
-            "domain": domain, "props": props}
+    made = {
+        "run": str(run),
+        "maps": maps and str(maps),
+        "walls": walls,
+        "n": n,
+        "seed": seed,
+        "noise": noise,
+        "domain": domain,
+        "props": props,
+    }
     write_json(out / "recipe.json", {"kind": "generated", "recipe": made, **provenance(seed)})
     return out
 
@@ -271,10 +372,22 @@ def _draw_one(model, out, i, truth, seed, noise, domain, props):
     cond = torch.from_numpy(condition(maps, table, shape, pixel_size, tuple(about["channels"])))
     known = about["vocab"].index(label) if label in about["vocab"] else -1
     props = own | props
-    drawn = model.sample(1, (cond, known), np.random.default_rng([seed, i]), noise, domain=domain, props=props)[0, 0].numpy()
-    facts = {"label": label, "split": "test", "class_known": known >= 0, "domain": domain, "pixel_size_nm": pixel_size[0],
-             "index": i, **props, **origin}
-    image = Micrograph(unscale(drawn, about["scaling"]), pixel_size, {"generated": True, **facts}, "microgen")
+    drawn = model.sample(
+        1, (cond, known), np.random.default_rng([seed, i]), noise, domain=domain, props=props
+    )[0, 0].numpy()
+    facts = {
+        "label": label,
+        "split": "test",
+        "class_known": known >= 0,
+        "domain": domain,
+        "pixel_size_nm": pixel_size[0],
+        "index": i,
+        **props,
+        **origin,
+    }
+    image = Micrograph(
+        unscale(drawn, about["scaling"]), pixel_size, {"generated": True, **facts}, "microgen"
+    )
     write_item(out, i, Simulated(image, maps, table, facts))
     file = paths(out, i)[0]
     sha = hashlib.sha256(file.read_bytes()).hexdigest()

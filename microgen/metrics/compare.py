@@ -17,8 +17,17 @@ from scipy.stats import entropy
 from ..core import InputError, Micrograph, MicrogenError, MissingExtra, as_rng
 from ..io import write_csv
 from .features import MissingWeights, inception_extractor, random_extractor
-from .image import (SSIM_NAME, image_table, mean_estimate, ms_ssim, ms_ssim_levels,
-                                    radial_spectrum, show_spectra, show_values, ssim)
+from microgen.metrics.image import (
+    SSIM_NAME,
+    image_table,
+    mean_estimate,
+    ms_ssim,
+    ms_ssim_levels,
+    radial_spectrum,
+    show_spectra,
+    show_values,
+    ssim,
+)
 from .gather import Loaded, load_set, match_sets
 from .physics import bragg_transfer, physics_table
 from .sets import copy_test, feature_pair, half_samples, nearest, set_table
@@ -28,31 +37,48 @@ from ..report import Report, Section
 
 # %% ../../nbs/96a_metrics.compare.ipynb #4cf11966
 _BINS, _FINE = 128, 32  # bins of KL and JS; parts of each, for the Wasserstein distance
-_NAMES = ["kl_real_fake", "kl_fake_real", "js", "wasserstein", "wasserstein_rel", "spectrum (rms log10 ratio)"]
+_NAMES = [
+    "kl_real_fake",
+    "kl_fake_real",
+    "js",
+    "wasserstein",
+    "wasserstein_rel",
+    "spectrum (rms log10 ratio)",
+]
 
 
 def global_table(
     real,  # ImageSet
     fake,  # ImageSet with as many images of the same size
-    rng=0, # seed of the halvings
-) -> pd.DataFrame: # metric, value, low, high, n (images of each half), floor (two real halves), floor_low, floor_high
+    rng=0,  # seed of the halvings
+) -> pd.DataFrame:  # metric, value, low, high, n (images of each half), floor (two real halves), floor_low, floor_high
     "Intensities and spectra of two sets as wholes, with 95 % intervals; below four images only values."
     low, high = min(real.data.min(), fake.data.min()), max(real.data.max(), fake.data.max())
-    x, y = (_summary(s, (low, high), real.pixel_size or fake.pixel_size or (1, 1)) for s in (real, fake))
+    x, y = (
+        _summary(s, (low, high), real.pixel_size or fake.pixel_size or (1, 1)) for s in (real, fake)
+    )
     apart, n = lambda a, b: _distances(a, b, (high - low) / (_BINS * _FINE)), len(x)
-    if n < 4: return pd.DataFrame({"metric": _NAMES, "value": apart(x, y).values(), "n": n})
+    if n < 4:
+        return pd.DataFrame({"metric": _NAMES, "value": apart(x, y).values(), "n": n})
     values, floors = half_samples(x, y, apart, rng=rng)
-    table = {"value": values.mean(), "low": values.quantile(0.025), "high": values.quantile(0.975), "n": n // 2,
-             "floor": floors.mean(), "floor_low": floors.quantile(0.025), "floor_high": floors.quantile(0.975)}
+    table = {
+        "value": values.mean(),
+        "low": values.quantile(0.025),
+        "high": values.quantile(0.975),
+        "n": n // 2,
+        "floor": floors.mean(),
+        "floor_low": floors.quantile(0.025),
+        "floor_high": floors.quantile(0.975),
+    }
     return pd.DataFrame(table).rename_axis("metric").reset_index()
 
 
-def _summary(s, limits, scale): # -> (N, bins + rings): histogram and spectrum of each image
+def _summary(s, limits, scale):  # -> (N, bins + rings): histogram and spectrum of each image
     counts = [np.histogram(a, _BINS * _FINE, limits)[0] for a in s.data]
     return np.hstack([counts, radial_spectrum(s.data, scale).power])
 
 
-def _distances(x, y, width): # two arrays of `_summary`, width of a fine bin -> name -> distance
+def _distances(x, y, width):  # two arrays of `_summary`, width of a fine bin -> name -> distance
     n = _BINS * _FINE
     p, q = x[:, :n].sum(0), y[:, :n].sum(0)
     a, b = (v.reshape(_BINS, _FINE).sum(1) + 1 for v in (p, q))
@@ -60,92 +86,145 @@ def _distances(x, y, width): # two arrays of `_summary`, width of a fine bin -> 
     w = float(np.abs(np.cumsum(p - q)).sum() * width)
     ratio = np.log10(np.maximum(y[:, n:].mean(0), 1e-300) / np.maximum(x[:, n:].mean(0), 1e-300))
     std = np.sqrt(max(p @ at**2 - (p @ at) ** 2, 1e-60))
-    return dict(zip(_NAMES, (entropy(a, b), entropy(b, a), jensenshannon(a, b) ** 2, w, w / std, np.sqrt(np.mean(ratio**2)))))
+    return dict(
+        zip(
+            _NAMES,
+            (
+                entropy(a, b),
+                entropy(b, a),
+                jensenshannon(a, b) ** 2,
+                w,
+                w / std,
+                np.sqrt(np.mean(ratio**2)),
+            ),
+        )
+    )
 
 
 def pair_table(
-    real,         # ImageSet
-    fake,         # ImageSet, the i-th belongs to the i-th real one
-    ceiling=None, # ImageSet: second real scans of the same scenes
-    rng=0,        # seed of the bootstrap
-) -> pd.DataFrame: # metric, value, low, high, n, floor (two real scans)
+    real,  # ImageSet
+    fake,  # ImageSet, the i-th belongs to the i-th real one
+    ceiling=None,  # ImageSet: second real scans of the same scenes
+    rng=0,  # seed of the bootstrap
+) -> pd.DataFrame:  # metric, value, low, high, n, floor (two real scans)
     "Means over pairs with bootstrap intervals, and what two real scans reach."
     values = image_table(real, fake)
     names = {"ssim": SSIM_NAME}
     if levels := ms_ssim_levels(real.data.shape[1:]):
         names["ms_ssim"] = f"MS-SSIM (torchmetrics, {levels} levels)"
-        try: values["ms_ssim"] = ms_ssim(real, fake, levels=levels)
-        except MissingExtra: levels = 0
+        try:
+            values["ms_ssim"] = ms_ssim(real, fake, levels=levels)
+        except MissingExtra:
+            levels = 0
     best = image_table(real, ceiling).mean().to_dict() if ceiling is not None else {}
-    if levels and ceiling is not None: best["ms_ssim"] = ms_ssim(real, ceiling, levels=levels).mean()
-    rows = [mean_estimate(values[c], names.get(c, c), rng).row() | {"floor": best.get(c, np.nan)}
-            for c in values if np.isfinite(values[c]).any()]
+    if levels and ceiling is not None:
+        best["ms_ssim"] = ms_ssim(real, ceiling, levels=levels).mean()
+    rows = [
+        mean_estimate(values[c], names.get(c, c), rng).row() | {"floor": best.get(c, np.nan)}
+        for c in values
+        if np.isfinite(values[c]).any()
+    ]
     return pd.DataFrame(rows).rename(columns={"name": "metric", "floor": "two real scans"})
 
 # %% ../../nbs/96a_metrics.compare.ipynb #fe4a9894
 @dataclass
 class Comparison:
     "What a comparison found: tables by name, sentences, and the report."
-    tables: dict                # "intensity_and_spectrum", "sets", "nearest", "pairs", "physics", "bragg", ...
-    notes: list                 # sentences
-    report: Report              # all of it, as a page
-    out: Path | None = None     # folder with report.html and a CSV file per table
+
+    tables: dict  # "intensity_and_spectrum", "sets", "nearest", "pairs", "physics", "bragg", ...
+    notes: list  # sentences
+    report: Report  # all of it, as a page
+    out: Path | None = None  # folder with report.html and a CSV file per table
 
     def __repr__(self):
         return f"Comparison({', '.join(self.tables)}{f'; {self.out.name}' if self.out else ''})"
 
 
 def compare(
-    real,            # real images: folder, array (N, H, W), list of Micrographs
-    fake,            # generated images, likewise
-    out=None,        # folder for report.html and the CSV tables
-    train=None,      # images that the generator was trained on: tests for copying, with `real` as unseen ones
-    ceiling=None,    # second real scans of the scenes of `real`, in the same order
-    paired=None,     # does the i-th image of both show the same scene? None: yes when their true columns agree
+    real,  # real images: folder, array (N, H, W), list of Micrographs
+    fake,  # generated images, likewise
+    out=None,  # folder for report.html and the CSV tables
+    train=None,  # images that the generator was trained on: tests for copying, with `real` as unseen ones
+    ceiling=None,  # second real scans of the scenes of `real`, in the same order
+    paired=None,  # does the i-th image of both show the same scene? None: yes when their true columns agree
     structure=None,  # name or CIF of an h-RMnO3: order parameter, walls, Bragg reflections; None: that of the recipes
-    extractors=None, # list of `Extractor`s; None: the random network, and Inception where its weights lie ready
-    pixel_size=None, # nm per pixel of all images; wins over what files say
-    standardise=False, # bring every image to mean 0 and standard deviation 1: contrast is not compared
-    most=1000,       # images of each set at most
-    most_physics=16, # images that are fitted column by column at most
-    rng=0,           # seed of everything that is drawn
+    extractors=None,  # list of `Extractor`s; None: the random network, and Inception where its weights lie ready
+    pixel_size=None,  # nm per pixel of all images; wins over what files say
+    standardise=False,  # bring every image to mean 0 and standard deviation 1: contrast is not compared
+    most=1000,  # images of each set at most
+    most_physics=16,  # images that are fitted column by column at most
+    rng=0,  # seed of everything that is drawn
     progress=False,  # show a bar
-) -> Comparison: # tables, sentences and the report
+) -> Comparison:  # tables, sentences and the report
     """Compare two sets of images in every way that applies.
     Raises: InputError when they cannot be compared: one image, other sizes, other pixel sizes, NaN, no files."""
     draw = np.random.default_rng(as_rng(rng).integers(2**63))
     seed = int(draw.integers(2**31))
-    load = lambda s, name: None if s is None else load_set(s, pixel_size, most, seed, name, standardise)
-    real, fake, seconds = load(real, "real images"), load(fake, "generated images"), load(ceiling, "second scans")
+    load = lambda s, name: (
+        None if s is None else load_set(s, pixel_size, most, seed, name, standardise)
+    )
+    real, fake, seconds = (
+        load(real, "real images"),
+        load(fake, "generated images"),
+        load(ceiling, "second scans"),
+    )
     notes = real.notes + fake.notes
-    if standardise: notes.append("Every image was brought to mean 0 and standard deviation 1: contrast is not compared.")
+    if standardise:
+        notes.append(
+            "Every image was brought to mean 0 and standard deviation 1: contrast is not compared."
+        )
     real, fake, seconds, paired = match_sets(real, fake, seconds, paired, draw, notes)
-    job = _Job(real, fake, load(train, "training images"), seconds, paired, structure or _one_structure(real, fake, notes),
-               extractors or _extractors(notes), most_physics, seed)
+    job = _Job(
+        real,
+        fake,
+        load(train, "training images"),
+        seconds,
+        paired,
+        structure or _one_structure(real, fake, notes),
+        extractors or _extractors(notes),
+        most_physics,
+        seed,
+    )
     steps, tables, sections = (_overview, _sets, _pairs, _physics, _bragg), {}, []
     with progress_bar(len(steps), "comparing", progress, "parts") as advance:
         for step in steps:
             section = step(job, tables, notes)
-            if section is not None: sections.append(section)
+            if section is not None:
+                sections.append(section)
             advance()
-    for note in notes: sections[0].text(note)
-    report = Report("Real against generated", f"{len(real.names)} images of each; floors are real against real.", sections)
-    if out is not None: _write(Path(out), tables, report, rng)
+    for note in notes:
+        sections[0].text(note)
+    report = Report(
+        "Real against generated",
+        f"{len(real.names)} images of each; floors are real against real.",
+        sections,
+    )
+    if out is not None:
+        _write(Path(out), tables, report, rng)
     return Comparison(tables, notes, report, Path(out) if out is not None else None)
 
 
-def _one_structure(real, fake, notes): # -> the crystal that the recipes name, None where they differ
+def _one_structure(
+    real, fake, notes
+):  # -> the crystal that the recipes name, None where they differ
     known = [s.structure for s in (fake, real) if s.structure is not None]
     if len(known) == 2 and known[0] != known[1]:
-        notes.append("The recipes of the two sets are of different crystals: give structure= to measure them by one.")
+        notes.append(
+            "The recipes of the two sets are of different crystals: give structure= to measure them by one."
+        )
         return None
     return known[0] if known else None
 
 
-def _extractors(notes): # -> the random network, and Inception where its weights lie ready: nothing is downloaded
-    try: return [random_extractor(), inception_extractor()]
-    except MissingWeights: pass
-    except MicrogenError as why: notes.append(f"Inception is left out: {why}")
+def _extractors(
+    notes,
+):  # -> the random network, and Inception where its weights lie ready: nothing is downloaded
+    try:
+        return [random_extractor(), inception_extractor()]
+    except MissingWeights:
+        pass
+    except MicrogenError as why:
+        notes.append(f"Inception is left out: {why}")
     return [random_extractor()]
 
 
@@ -168,55 +247,81 @@ def _overview(job, tables, notes):
     scale = a.pixel_size or b.pixel_size
     tables["intensity_and_spectrum"] = table = global_table(a, b, job.seed)
     some = np.random.default_rng(job.seed).permutation(len(a.data))[:4]
-    if scale is None: notes.append("No pixel size is known: frequencies are in 1/px, and physics is left out.")
+    if scale is None:
+        notes.append("No pixel size is known: frequencies are in 1/px, and physics is left out.")
     titles = ["real"] * len(some) + ["generated"] * len(some)
     grid = show_grid([*a.data[some], *b.data[some]], scale, titles, ncols=len(some), size=1.9)
-    return (Section("Pictures, intensities, spectra").figure(grid, "Real above, generated below; drawn at random")
-        .figure(show_spectra({"real": a, "generated": b}, scale or 1).figure, "Mean power spectra, band: 16 to 84 % of the images")
-        .table(table, "Each at N = n: generated half against real half; floor: real half against real half; 95 % intervals "
-               "over random halvings. KL and JS in nats"))
+    return (
+        Section("Pictures, intensities, spectra")
+        .figure(grid, "Real above, generated below; drawn at random")
+        .figure(
+            show_spectra({"real": a, "generated": b}, scale or 1).figure,
+            "Mean power spectra, band: 16 to 84 % of the images",
+        )
+        .table(
+            table,
+            "Each at N = n: generated half against real half; floor: real half against real half; 95 % intervals "
+            "over random halvings. KL and JS in nats",
+        )
+    )
 
 
 def _sets(job, tables, notes):
     "FID and its relatives, copies."
     part = Section("Alike as sets?")
     if len(job.real.names) < 12:
-        return part.text(f"{len(job.real.names)} images of each are too few for set metrics: at least 12 are needed.")
-    tables["sets"] = pd.concat([set_table(job.real.images, job.fake.images, e, rng=job.seed) for e in job.extractors])
-    part.table(tables["sets"], "Each at N = n: generated half against real half; floor: real half against real half; "
-               "95 % intervals over random halvings. FD(random) is no FID. Fréchet distances below about ten times the "
-               "number of features are mostly bias: lead with KD, density, coverage.")
+        return part.text(
+            f"{len(job.real.names)} images of each are too few for set metrics: at least 12 are needed."
+        )
+    tables["sets"] = pd.concat(
+        [set_table(job.real.images, job.fake.images, e, rng=job.seed) for e in job.extractors]
+    )
+    part.table(
+        tables["sets"],
+        "Each at N = n: generated half against real half; floor: real half against real half; "
+        "95 % intervals over random halvings. FD(random) is no FID. Fréchet distances below about ten times the "
+        "number of features are mostly bias: lead with KD, density, coverage.",
+    )
     source, name = (job.train, "training") if job.train else (job.real, "real")
     x, y = feature_pair(source.images, job.fake.images, job.extractors[0])
     tables["nearest"] = near = nearest(x, y)
     top = near.head(4)
     pictures = [*job.fake.images.data[top.fake], *source.images.data[top.real]]
     titles = [f"ratio {r:.2f}" for r in top.ratio] + [f"nearest {name}"] * len(top)
-    part.figure(show_grid(pictures, titles=titles, ncols=len(top), size=1.9),
-                f"Generated images that are closest to a {name} image; a ratio far below 1 is a copy")
+    part.figure(
+        show_grid(pictures, titles=titles, ncols=len(top), size=1.9),
+        f"Generated images that are closest to a {name} image; a ratio far below 1 is a copy",
+    )
     if job.train is not None:
         unseen = feature_pair(source.images, job.real.images, job.extractors[0])[1]
         e, z = copy_test(x, unseen, y, job.seed)
         tables["copying"] = pd.DataFrame([e.row() | {"z": z}])
-        part.table(tables["copying"], "Chance that a generated image is further from the training set than an unseen one; "
-                   "z below -3: copies")
+        part.table(
+            tables["copying"],
+            "Chance that a generated image is further from the training set than an unseen one; "
+            "z below -3: copies",
+        )
     return part
 
 
 def _pairs(job, tables, notes):
     "SSIM and its relatives."
-    if not job.paired: return None
+    if not job.paired:
+        return None
     a, b, c = job.real.images, job.fake.images, job.ceiling.images if job.ceiling else None
     tables["pairs"] = pair_table(a, b, c, job.seed)
     values = {"generated": ssim(a, b)} | ({"two real scans": ssim(a, c)} if c else {})
     part = Section("Alike pair by pair?").figure(show_values(values).figure, SSIM_NAME)
-    return part.table(tables["pairs"], "Means over pairs, 95 % bootstrap intervals; range: that of the real set")
+    return part.table(
+        tables["pairs"], "Means over pairs, 95 % bootstrap intervals; range: that of the real set"
+    )
 
 
 def _physics(job, tables, notes):
     "Columns, order parameter, walls."
     known = job.fake if job.fake.tables is not None else job.real if job.paired else None
-    if known is None or known.tables is None or job.fake.images.pixel_size is None: return None
+    if known is None or known.tables is None or job.fake.images.pixel_size is None:
+        return None
     n = min(job.most_physics, len(job.fake.names))
     pictures = lambda s: [Micrograph(a, s.images.pixel_size) for a in s.images.data[:n]]
     reference = pictures(job.real) if job.paired else None
@@ -227,14 +332,20 @@ def _physics(job, tables, notes):
     if job.paired:
         tables["physics_real"] = own = physics_table(reference, *truth, job.structure)
         tables["physics_real_means"] = _means(own, job.seed)
-        part.table(tables["physics_real_means"], "The real images, measured the same way: what can be reached")
+        part.table(
+            tables["physics_real_means"],
+            "The real images, measured the same way: what can be reached",
+        )
     tables["physics_means"] = _means(table, job.seed)
-    part.table(tables["physics_means"], "Means over generated images with 95 % bootstrap intervals; n: images that have a value; "
-               "pm per axis; bound: Cramér–Rao")
+    part.table(
+        tables["physics_means"],
+        "Means over generated images with 95 % bootstrap intervals; n: images that have a value; "
+        "pm per axis; bound: Cramér–Rao",
+    )
     return part.table(tables["physics"], "Image by image")
 
 
-def _means(table, rng): # one row per image -> one row per measure: metric, value, low, high, n
+def _means(table, rng):  # one row per image -> one row per measure: metric, value, low, high, n
     numbers = table.select_dtypes("number").dropna(axis=1, how="all")
     rows = [mean_estimate(values, name, rng).row() for name, values in numbers.items()]
     return pd.DataFrame(rows).rename(columns={"name": "metric"}).drop(columns="floor")
@@ -242,19 +353,25 @@ def _means(table, rng): # one row per image -> one row per measure: metric, valu
 
 def _bragg(job, tables, notes):
     "Spectral transfer per reflection."
-    if job.structure is None or not (job.real.images.pixel_size and job.fake.images.pixel_size): return None
+    if job.structure is None or not (job.real.images.pixel_size and job.fake.images.pixel_size):
+        return None
     n = min(job.most_physics, len(job.fake.names))
     first = lambda s: s.images._replace(data=s.images.data[:n])
-    try: table = bragg_transfer(first(job.real), first(job.fake), job.structure, paired=job.paired)
+    try:
+        table = bragg_transfer(first(job.real), first(job.fake), job.structure, paired=job.paired)
     except InputError as why:
         notes.append(f"Bragg reflections are left out: {why}")
         return None
     tables["bragg"] = table
-    return Section("Bragg reflections").table(table, "Amplitude ratio and rms phase, generated against real")
+    return Section("Bragg reflections").table(
+        table, "Amplitude ratio and rms phase, generated against real"
+    )
 
 
 def _write(out, tables, report, seed):
-    if out.exists() and not out.is_dir(): raise InputError(f"{out} is a file: choose a folder for the report.")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: choose a folder for the report.")
     out.mkdir(parents=True, exist_ok=True)
-    for name, table in tables.items(): write_csv(out / f"{name}.csv", table)
+    for name, table in tables.items():
+        write_csv(out / f"{name}.csv", table)
     report.save(out / "report.html", seed if isinstance(seed, int) else None)

@@ -25,15 +25,17 @@ from .image import as_images
 @dataclass(frozen=True)
 class Extractor:
     "A network that turns images into features, and what its Fréchet distance may be called."
-    name: str         # for tables: "random (seed 0)", "Inception", ...
-    distance: str     # name of the Fréchet distance: "FID" for Inception only
-    network: Callable # (B, 1, H, W) float32 tensor, real images spanning [0, 1] -> (B, D) tensor
 
-    def __call__(self,
-        images,       # N images, as `as_images` takes them
-        window,       # (low, high) intensities that become 0 and 1: those of the real images, for both sets
-        batch=32,     # images at a time
-    ) -> np.ndarray: # (N, D) float64
+    name: str  # for tables: "random (seed 0)", "Inception", ...
+    distance: str  # name of the Fréchet distance: "FID" for Inception only
+    network: Callable  # (B, 1, H, W) float32 tensor, real images spanning [0, 1] -> (B, D) tensor
+
+    def __call__(
+        self,
+        images,  # N images, as `as_images` takes them
+        window,  # (low, high) intensities that become 0 and 1: those of the real images, for both sets
+        batch=32,  # images at a time
+    ) -> np.ndarray:  # (N, D) float64
         """Features of each image.
         Raises: InputError when the network cannot take images of this size or gives NaN."""
         data = as_images(images).data
@@ -46,29 +48,36 @@ class Extractor:
         return _finite(self, np.concatenate(out))
 
 
-def _run(extractor, x): # (B, 1, H, W) -> (B, D) array
-    try: f = extractor.network(x)
+def _run(extractor, x):  # (B, 1, H, W) -> (B, D) array
+    try:
+        f = extractor.network(x)
     except RuntimeError as why:
         shape = tuple(x.shape[1:])
-        raise InputError(f"the network {extractor.name} cannot take images of shape {shape}: {str(why).splitlines()[0]}") from why
+        raise InputError(
+            f"the network {extractor.name} cannot take images of shape {shape}: {str(why).splitlines()[0]}"
+        ) from why
     f = f[0] if isinstance(f, (tuple, list)) else f
     f = f.mean((-2, -1)) if f.ndim == 4 else f  # a feature map: its mean over the image
     return f.flatten(1).cpu().numpy().astype(float)
 
 
 def _finite(extractor, f):
-    if np.isfinite(f).all(): return f
-    raise InputError(f"the network {extractor.name} gives NaN or infinity: is it loaded right, and in evaluation mode?")
+    if np.isfinite(f).all():
+        return f
+    raise InputError(
+        f"the network {extractor.name} gives NaN or infinity: is it loaded right, and in evaluation mode?"
+    )
 
 
 def intensity_window(
-    images,       # the real images
+    images,  # the real images
     percent=0.1,  # share left out at each end, %
-) -> tuple: # (low, high), the intensities that become 0 and 1 for both sets
+) -> tuple:  # (low, high), the intensities that become 0 and 1 for both sets
     """Range of intensities of a real set, blind to a few hot pixels.
     Raises: InputError for images without contrast."""
     low, high = np.percentile(as_images(images).data, (percent, 100 - percent))
-    if not high > low: raise InputError("the real images have no contrast, so features of them mean nothing.")
+    if not high > low:
+        raise InputError("the real images have no contrast, so features of them mean nothing.")
     return float(low), float(high)
 
 # %% ../../nbs/51_metrics.features.ipynb #c4e02b34
@@ -94,51 +103,64 @@ class _RandomNet(nn.Module):
 
 def random_extractor(
     seed=0,  # seed of the weights
-    dim=256, # number of features, even
-) -> Extractor: # FD(random), never FID
+    dim=256,  # number of features, even
+) -> Extractor:  # FD(random), never FID
     """A convolutional network with random weights: no download, the same numbers everywhere.
     Raises: InputError for an odd or too small number of features."""
-    if dim < 2 or dim % 2: raise InputError(f"dim is {dim}: give an even number of features, such as 256.")
-    return Extractor(f"random network (seed {seed}, {dim} features)", "FD(random)", _RandomNet(seed, dim).eval())
+    if dim < 2 or dim % 2:
+        raise InputError(f"dim is {dim}: give an even number of features, such as 256.")
+    return Extractor(
+        f"random network (seed {seed}, {dim} features)", "FD(random)", _RandomNet(seed, dim).eval()
+    )
 
 # %% ../../nbs/51_metrics.features.ipynb #db672919
 def module_extractor(
-    module,           # nn.Module or function: (B, C, H, W) in [-1, 1] -> (B, D) or a feature map (B, D, h, w)
-    name="encoder",   # for tables; the distance is then called FD(name)
-    channels=1,       # channels it takes: grey images are repeated
-) -> Extractor: # FD(name)
+    module,  # nn.Module or function: (B, C, H, W) in [-1, 1] -> (B, D) or a feature map (B, D, h, w)
+    name="encoder",  # for tables; the distance is then called FD(name)
+    channels=1,  # channels it takes: grey images are repeated
+) -> Extractor:  # FD(name)
     "Features from a network of yours, such as the encoder of a trained model; set to evaluation mode."
     module = module.eval() if isinstance(module, nn.Module) else module
-    place = next((p.device for p in module.parameters()), None) if isinstance(module, nn.Module) else None
+    place = (
+        next((p.device for p in module.parameters()), None)
+        if isinstance(module, nn.Module)
+        else None
+    )
     network = lambda x: module((2 * x - 1).to(place).repeat(1, channels, 1, 1))
     return Extractor(name, f"FD({name})", network)
 
 # %% ../../nbs/51_metrics.features.ipynb #899dce72
 def run_extractor(
-    model,      # model of a run, with its discriminator `.d`, or such a discriminator: layers in a row, the last one its verdict
-    name="run", # for tables; the distance is then called FD(name), never FID
-) -> Extractor: # FD(name), the mean of each feature over the image
+    model,  # model of a run, with its discriminator `.d`, or such a discriminator: layers in a row, the last one its verdict
+    name="run",  # for tables; the distance is then called FD(name), never FID
+) -> Extractor:  # FD(name), the mean of each feature over the image
     """Features from the discriminator of a trained run.
     Raises: InputError for a model without such a discriminator."""
     disc = getattr(model, "d", model)
     if not hasattr(disc, "layers") or not hasattr(disc, "in_ch"):
-        raise InputError(f"A {type(disc).__name__} is no discriminator of layers in a row: give the model of a pix2pix run, "
-                         "or use module_extractor.")
+        raise InputError(
+            f"A {type(disc).__name__} is no discriminator of layers in a row: give the model of a pix2pix run, "
+            "or use module_extractor."
+        )
     layers, no_maps = disc.layers[:-1], disc.in_ch - 1
     return module_extractor(_WithoutMaps(layers, no_maps), name)
 
 
 class _WithoutMaps(nn.Module):
     "Layers that take maps and image together, shown maps of zeros."
+
     def __init__(self, layers, no_maps):
         super().__init__()
         self.layers, self.no_maps = layers, no_maps
 
-    def forward(self, image): return self.layers(F.pad(image, (0, 0, 0, 0, self.no_maps, 0)))
+    def forward(self, image):
+        return self.layers(F.pad(image, (0, 0, 0, 0, self.no_maps, 0)))
 
 # %% ../../nbs/51_metrics.features.ipynb #71cc98b2
-INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-                 "weights-inception-2015-12-05-6726825d.pth")
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
 _INCEPTION_SHA = "6726825d"
 
 
@@ -146,48 +168,61 @@ class MissingWeights(MicrogenError, FileNotFoundError):
     "Weights of a network are not on this machine."
 
 
-def inception_path() -> Path: # where torch keeps downloaded weights: $TORCH_HOME/hub/checkpoints
+def inception_path() -> Path:  # where torch keeps downloaded weights: $TORCH_HOME/hub/checkpoints
     "Where the Inception weights are looked for."
-    home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch"
+    home = (
+        os.environ.get("TORCH_HOME")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch"
+    )
     return Path(home) / "hub" / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
 
 
 def download_inception(
-    path=None, # file to write; None: `inception_path()`
-) -> Path: # the file
+    path=None,  # file to write; None: `inception_path()`
+) -> Path:  # the file
     "Download the Inception weights (91 MB) and check them."
     from torch.hub import download_url_to_file
+
     path = Path(path or inception_path())
     path.parent.mkdir(parents=True, exist_ok=True)
     download_url_to_file(INCEPTION_URL, str(path), hash_prefix=_INCEPTION_SHA, progress=False)
     return path
 
 
-def _checked(path): # the file, when it is the right one
+def _checked(path):  # the file, when it is the right one
     if not path.is_file():
-        raise MissingWeights(f"the Inception weights are not at {path}: download {INCEPTION_URL} (SHA-256 begins with "
-                             f"{_INCEPTION_SHA}) to that path, or call download_inception(), or use random_extractor().")
-    with path.open("rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
+        raise MissingWeights(
+            f"the Inception weights are not at {path}: download {INCEPTION_URL} (SHA-256 begins with "
+            f"{_INCEPTION_SHA}) to that path, or call download_inception(), or use random_extractor()."
+        )
+    with path.open("rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
     if not found.startswith(_INCEPTION_SHA):
-        raise InputError(f"{path} is not the Inception file: its SHA-256 begins with {found[:8]}, "
-                         f"not {_INCEPTION_SHA}; download {INCEPTION_URL} again.")
+        raise InputError(
+            f"{path} is not the Inception file: its SHA-256 begins with {found[:8]}, "
+            f"not {_INCEPTION_SHA}; download {INCEPTION_URL} again."
+        )
     return path
 
 
 def inception_extractor(
-    weights=None, # file of the weights; None: `inception_path()`
-) -> Extractor: # FID, 2048 features
+    weights=None,  # file of the weights; None: `inception_path()`
+) -> Extractor:  # FID, 2048 features
     """The Inception network of the FID, on grey images repeated to three 8-bit channels.
     Raises: MissingWeights naming URL, hash and path; InputError for another file; MissingExtra.
     Source: 10.48550/arXiv.1706.08500"""
     path = _checked(Path(weights or inception_path()))
-    inception = require("torch_fidelity.feature_extractor_inceptionv3", "metrics").FeatureExtractorInceptionV3
-    net = inception("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)).eval()
+    inception = require(
+        "torch_fidelity.feature_extractor_inceptionv3", "metrics"
+    ).FeatureExtractorInceptionV3
+    net = inception(
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+    ).eval()
     return Extractor("Inception (torch-fidelity)", "FID", lambda x: net(as_rgb8(x))[0])
 
 
 def as_rgb8(
-    x, # (B, 1, H, W) tensor, 0 to 1
-) -> torch.Tensor: # (B, 3, H, W) uint8; what lies outside is clipped
+    x,  # (B, 1, H, W) tensor, 0 to 1
+) -> torch.Tensor:  # (B, 3, H, W) uint8; what lies outside is clipped
     "Grey images as Inception wants them."
     return (x.clamp(0, 1) * 255).round().to(torch.uint8).repeat(1, 3, 1, 1)

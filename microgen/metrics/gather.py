@@ -11,7 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import InputError, Micrograph, MicrogenError, ReadError, UncalibratedError, as_rng
+from microgen.core import (
+    InputError,
+    Micrograph,
+    MicrogenError,
+    ReadError,
+    UncalibratedError,
+    as_rng,
+)
 from ..data.build import read_recipe
 from ..data.condition import read_table
 from ..data.files import list_images
@@ -23,23 +30,24 @@ from ..stem.crystal import trimer
 @dataclass
 class Loaded:
     "A set of images with what is known of them."
-    images: object                             # ImageSet
-    names: list                                # file names, or numbers
-    tables: list | None = None                 # true columns of each image
-    maps: list | None = None                   # truth maps of each image
+
+    images: object  # ImageSet
+    names: list  # file names, or numbers
+    tables: list | None = None  # true columns of each image
+    maps: list | None = None  # truth maps of each image
     notes: list = field(default_factory=list)  # sentences for the report
-    labels: list | None = None                 # class of each image
-    structure: object = None                   # crystal of the recipe, where it is an h-RMnO3
+    labels: list | None = None  # class of each image
+    structure: object = None  # crystal of the recipe, where it is an h-RMnO3
 
 
 def load_set(
-    source,          # folder, ImageSet, array or tensor (N, H, W), list of Micrographs
-    pixel_size=None, # nm per pixel; wins over what files say
-    most=1000,       # images at most; more are drawn at random
-    rng=0,           # seed of the draw
-    name="images",   # what they are called, for messages
-    standardise=False, # bring every image to mean 0 and standard deviation 1
-) -> Loaded: # images, and the truth where the folder holds it
+    source,  # folder, ImageSet, array or tensor (N, H, W), list of Micrographs
+    pixel_size=None,  # nm per pixel; wins over what files say
+    most=1000,  # images at most; more are drawn at random
+    rng=0,  # seed of the draw
+    name="images",  # what they are called, for messages
+    standardise=False,  # bring every image to mean 0 and standard deviation 1
+) -> Loaded:  # images, and the truth where the folder holds it
     """Read a set of images from a folder, or take it as it is.
     Raises: InputError for a folder without readable images, or images that make no set; ReadError for a bad table."""
     if not isinstance(source, (str, Path)):
@@ -48,111 +56,167 @@ def load_set(
     listed, notes = list_images(source), []
     if len(listed) > most:
         notes.append(f"{most} of {len(listed)} {name} were drawn at random.")
-        listed = listed.iloc[np.sort(as_rng(rng).permutation(len(listed))[:most])].reset_index(drop=True)
+        listed = listed.iloc[np.sort(as_rng(rng).permutation(len(listed))[:most])].reset_index(
+            drop=True
+        )
     found = []
     for path in listed.image:
-        try: found.append(_read(path, pixel_size))
-        except ReadError: found.append(None)
+        try:
+            found.append(_read(path, pixel_size))
+        except ReadError:
+            found.append(None)
     good = np.array([m is not None for m in found])
-    if not good.any(): raise InputError(f"none of the {len(found)} files in {source} can be read as an image.")
-    if bad := (~good).sum(): notes.append(f"{bad} of {len(found)} {name} cannot be read and are left out.")
+    if not good.any():
+        raise InputError(f"none of the {len(found)} files in {source} can be read as an image.")
+    if bad := (~good).sum():
+        notes.append(f"{bad} of {len(found)} {name} cannot be read and are left out.")
     kept, listed = [m for m in found if m is not None], listed[good].reset_index(drop=True)
     known = all(m.metadata.get("pixel size") != "unknown" for m in kept)
     data = as_images(kept if known else [m.data for m in kept], pixel_size, f"{name} in {source}")
-    truth = lambda column, load: [load(p) for p in listed[column]] if listed[column].notna().all() else None
+    truth = lambda column, load: (
+        [load(p) for p in listed[column]] if listed[column].notna().all() else None
+    )
     labels = listed.label.tolist() if (listed.label != "").all() else None
     names, data = [p.name for p in listed.image], _standard(data, standardise)
-    return Loaded(data, names, truth("table", read_table), truth("maps", _read_maps), notes, labels, _structure(source))
+    return Loaded(
+        data,
+        names,
+        truth("table", read_table),
+        truth("maps", _read_maps),
+        notes,
+        labels,
+        _structure(source),
+    )
 
 
-def _standard(images, wanted): # ImageSet, bool -> ImageSet, each image with mean 0 and standard deviation 1
-    if not wanted: return images
+def _standard(
+    images, wanted
+):  # ImageSet, bool -> ImageSet, each image with mean 0 and standard deviation 1
+    if not wanted:
+        return images
     data = images.data - images.data.mean((1, 2), keepdims=True)
     return images._replace(data=data / np.maximum(data.std((1, 2), keepdims=True), 1e-30))
 
 
-def _structure(folder): # -> the crystal of its recipe, None where there is none or no h-RMnO3
-    try: crystal = read_recipe(folder).crystal
-    except (MicrogenError, AttributeError): return None
+def _structure(folder):  # -> the crystal of its recipe, None where there is none or no h-RMnO3
+    try:
+        crystal = read_recipe(folder).crystal
+    except (MicrogenError, AttributeError):
+        return None
     return crystal if trimer(crystal) is not None else None
 
 
-def _read(path, pixel_size): # -> Micrograph (H, W); without a known scale 1 nm, and a remark in the metadata
-    try: return read(path, pixel_size)
+def _read(
+    path, pixel_size
+):  # -> Micrograph (H, W); without a known scale 1 nm, and a remark in the metadata
+    try:
+        return read(path, pixel_size)
     except UncalibratedError:
         m = read(path, 1.0)
         return Micrograph(m.data, m.pixel_size, m.metadata | {"pixel size": "unknown"}, m.source)
 
 
-def _read_maps(path): # -> name -> (H, W)
+def _read_maps(path):  # -> name -> (H, W)
     m = read(path, 1.0)
     return dict(zip(m.metadata["channels"], m.data))
 
 # %% ../../nbs/53_metrics.gather.ipynb #69324e72
 def match_sets(
-    real: Loaded,        # real images
-    fake: Loaded,        # generated images
-    seconds=None,        # Loaded: second scans of the scenes of `real`
-    paired=None,         # does the i-th image of both show the same scene? None: yes when their true columns agree
-    rng=0,               # draws the images that stay
-    notes: list | None = None, # sentences on what was left out are added here
-) -> tuple: # (real, fake, seconds, paired): the same classes, and as many of each
+    real: Loaded,  # real images
+    fake: Loaded,  # generated images
+    seconds=None,  # Loaded: second scans of the scenes of `real`
+    paired=None,  # does the i-th image of both show the same scene? None: yes when their true columns agree
+    rng=0,  # draws the images that stay
+    notes: list | None = None,  # sentences on what was left out are added here
+) -> tuple:  # (real, fake, seconds, paired): the same classes, and as many of each
     """Bring two sets to what can be compared.
     Raises: InputError for one image, images or pixels of other sizes, and pairs that are none."""
     notes, rng = [] if notes is None else notes, as_rng(rng)
-    if not paired: real, fake, seconds = _same_classes(real, fake, seconds, notes)
+    if not paired:
+        real, fake, seconds = _same_classes(real, fake, seconds, notes)
     _check_pair(real, fake)
     paired = _same_scenes(real, fake) if paired is None else paired
     if paired and len(real.names) != len(fake.names):
-        raise InputError(f"{len(real.names)} real and {len(fake.names)} generated images make no pairs: give as many of each, "
-                         "or paired=False.")
+        raise InputError(
+            f"{len(real.names)} real and {len(fake.names)} generated images make no pairs: give as many of each, "
+            "or paired=False."
+        )
     real, fake = _equal(real, fake, rng, notes)
     return real, fake, seconds, paired
 
 
-def _same_classes(real, fake, seconds, notes): # -> the same sets, of the classes that both have
-    if real.labels is None or fake.labels is None or set(real.labels) == set(fake.labels): return real, fake, seconds
+def _same_classes(real, fake, seconds, notes):  # -> the same sets, of the classes that both have
+    if real.labels is None or fake.labels is None or set(real.labels) == set(fake.labels):
+        return real, fake, seconds
     shared = set(real.labels) & set(fake.labels)
     names = lambda found: ", ".join(sorted(found)) or "none"
     if not shared:
-        notes.append(f"No class is in both sets (real: {names(set(real.labels))}; generated: {names(set(fake.labels))}): "
-                     "all images are compared, whatever their class.")
+        notes.append(
+            f"No class is in both sets (real: {names(set(real.labels))}; generated: {names(set(fake.labels))}): "
+            "all images are compared, whatever their class."
+        )
         return real, fake, seconds
-    notes.append(f"Compared are the classes that both sets have: {names(shared)}. Left out, real: "
-                 f"{names(set(real.labels) - shared)}; generated: {names(set(fake.labels) - shared)}.")
+    notes.append(
+        f"Compared are the classes that both sets have: {names(shared)}. Left out, real: "
+        f"{names(set(real.labels) - shared)}; generated: {names(set(fake.labels) - shared)}."
+    )
     rows = [[i for i, label in enumerate(s.labels) if label in shared] for s in (real, fake)]
     belong = seconds is not None and len(seconds.names) == len(real.names)
-    return _take(real, rows[0]), _take(fake, rows[1]), _take(seconds, rows[0]) if belong else seconds
+    return (
+        _take(real, rows[0]),
+        _take(fake, rows[1]),
+        _take(seconds, rows[0]) if belong else seconds,
+    )
 
 
 def _check_pair(real, fake):
     a, b = real.images, fake.images
     if a.data.shape[1:] != b.data.shape[1:]:
-        raise InputError(f"real images have {a.data.shape[1:]} pixels, generated ones {b.data.shape[1:]}: "
-                         "crop or tile them to one size.")
+        raise InputError(
+            f"real images have {a.data.shape[1:]} pixels, generated ones {b.data.shape[1:]}: "
+            "crop or tile them to one size."
+        )
     if a.pixel_size and b.pixel_size and not np.allclose(a.pixel_size, b.pixel_size, rtol=5e-3):
-        raise InputError(f"real images have pixels of {a.pixel_size} nm, generated ones of {b.pixel_size} nm: "
-                         "resample them to one, or give pixel_size=.")
+        raise InputError(
+            f"real images have pixels of {a.pixel_size} nm, generated ones of {b.pixel_size} nm: "
+            "resample them to one, or give pixel_size=."
+        )
     if min(len(a.data), len(b.data)) < 2:
-        raise InputError(f"{len(a.data)} real and {len(b.data)} generated images: a set has at least two; "
-                         "for two single images use microgen.metrics.image.")
+        raise InputError(
+            f"{len(a.data)} real and {len(b.data)} generated images: a set has at least two; "
+            "for two single images use microgen.metrics.image."
+        )
 
 
-def _same_scenes(real, fake): # both know their columns, and they are the same
-    if real.tables is None or fake.tables is None or len(real.names) != len(fake.names): return False
-    same = lambda a, b: len(a) == len(b) and np.allclose(a[["y_nm", "x_nm"]], b[["y_nm", "x_nm"]], atol=0.05)
+def _same_scenes(real, fake):  # both know their columns, and they are the same
+    if real.tables is None or fake.tables is None or len(real.names) != len(fake.names):
+        return False
+    same = lambda a, b: (
+        len(a) == len(b) and np.allclose(a[["y_nm", "x_nm"]], b[["y_nm", "x_nm"]], atol=0.05)
+    )
     return all(same(a, b) for a, b in zip(real.tables, fake.tables))
 
 
-def _equal(real, fake, rng, notes): # -> the two sets with as many images each
+def _equal(real, fake, rng, notes):  # -> the two sets with as many images each
     n = min(len(real.names), len(fake.names))
     for s, name in ((real, "real"), (fake, "generated")):
         if len(s.names) > n:
-            notes.append(f"{n} of {len(s.names)} {name} images were drawn at random: set metrics need equal numbers.")
-    return [s if len(s.names) == n else _take(s, np.sort(rng.permutation(len(s.names))[:n])) for s in (real, fake)]
+            notes.append(
+                f"{n} of {len(s.names)} {name} images were drawn at random: set metrics need equal numbers."
+            )
+    return [
+        s if len(s.names) == n else _take(s, np.sort(rng.permutation(len(s.names))[:n]))
+        for s in (real, fake)
+    ]
 
 
 def _take(s, rows):
     some = lambda v: None if v is None else [v[i] for i in rows]
-    return replace(s, images=s.images._replace(data=s.images.data[rows]), names=some(s.names), tables=some(s.tables),
-                   maps=some(s.maps), labels=some(s.labels))
+    return replace(
+        s,
+        images=s.images._replace(data=s.images.data[rows]),
+        names=some(s.names),
+        tables=some(s.tables),
+        maps=some(s.maps),
+        labels=some(s.labels),
+    )

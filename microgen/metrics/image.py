@@ -23,62 +23,78 @@ from ..core import InputError, Micrograph, as_rng, check_finite, require
 # %% ../../nbs/50_metrics.image.ipynb #d03c3045
 class ImageSet(NamedTuple):
     "Images of one size and one scale."
-    data: np.ndarray         # (N, H, W) float32
-    pixel_size: tuple | None # (py, px), nm; None where nobody said
+
+    data: np.ndarray  # (N, H, W) float32
+    pixel_size: tuple | None  # (py, px), nm; None where nobody said
 
 
 def as_images(
-    images,           # (N, H, W), (N, 1, H, W) or (H, W) array or tensor, a Micrograph, or a list of images (H, W)
+    images,  # (N, H, W), (N, 1, H, W) or (H, W) array or tensor, a Micrograph, or a list of images (H, W)
     pixel_size=None,  # nm per pixel, one number or (py, px); wins over what the images say
-    name="images",    # what they are called, for the message
-) -> ImageSet: # the images as one array, and their pixel size
+    name="images",  # what they are called, for the message
+) -> ImageSet:  # the images as one array, and their pixel size
     """Take a set of images from wherever it is.
     Raises: InputError for no image, colour, NaN, differing sizes or pixel sizes."""
-    if isinstance(images, ImageSet): return images._replace(pixel_size=_pair(pixel_size) or images.pixel_size)
-    if isinstance(images, Micrograph): images = [images]
-    if isinstance(images, (list, tuple)): data, own = _stack(images, name)
-    else: data, own = _plain(images), None
-    if data.ndim == 2: data = data[None]
-    if data.ndim == 4 and data.shape[1] == 1: data = data[:, 0]
+    if isinstance(images, ImageSet):
+        return images._replace(pixel_size=_pair(pixel_size) or images.pixel_size)
+    if isinstance(images, Micrograph):
+        images = [images]
+    if isinstance(images, (list, tuple)):
+        data, own = _stack(images, name)
+    else:
+        data, own = _plain(images), None
+    if data.ndim == 2:
+        data = data[None]
+    if data.ndim == 4 and data.shape[1] == 1:
+        data = data[:, 0]
     if data.ndim != 3 or (data.shape[-1] in (3, 4) and data.shape[1] > 4):
-        raise InputError(f"{name} have the shape {data.shape}; these metrics take grey images (N, H, W): "
-                         "convert colour to one channel first.")
-    if not data.size: raise InputError(f"{name} hold no image; give at least one.")
+        raise InputError(
+            f"{name} have the shape {data.shape}; these metrics take grey images (N, H, W): "
+            "convert colour to one channel first."
+        )
+    if not data.size:
+        raise InputError(f"{name} hold no image; give at least one.")
     return ImageSet(check_finite(name, data), _pair(pixel_size) or own)
 
 
-def _plain(image): # array, tensor or Micrograph -> float32 array
+def _plain(image):  # array, tensor or Micrograph -> float32 array
     image = image.detach().cpu() if hasattr(image, "detach") else image
     return np.asarray(image, np.float32)
 
 
-def _pair(pixel_size): # None, a number or a pair -> None or a pair
+def _pair(pixel_size):  # None, a number or a pair -> None or a pair
     return None if pixel_size is None else tuple(float(p) for p in np.broadcast_to(pixel_size, 2))
 
 
-def _stack(images, name): # list of images -> (N, H, W), pixel size or None
+def _stack(images, name):  # list of images -> (N, H, W), pixel size or None
     scales = {tuple(m.pixel_size) for m in images if isinstance(m, Micrograph)}
     shapes = {tuple(np.shape(m.data if isinstance(m, Micrograph) else m)) for m in images}
-    if not shapes: raise InputError(f"{name} hold no image; give at least one.")
+    if not shapes:
+        raise InputError(f"{name} hold no image; give at least one.")
     if len(shapes) > 1:
-        raise InputError(f"{name} have {len(shapes)} sizes, such as {sorted(shapes)[:2]}: crop or tile them to one size.")
+        raise InputError(
+            f"{name} have {len(shapes)} sizes, such as {sorted(shapes)[:2]}: crop or tile them to one size."
+        )
     first = next(iter(scales), None)
     if any(not np.allclose(s, first, rtol=1e-3) for s in scales):
-        raise InputError(f"{name} have pixel sizes from {min(scales)} to {max(scales)} nm: resample them to one.")
+        raise InputError(
+            f"{name} have pixel sizes from {min(scales)} to {max(scales)} nm: resample them to one."
+        )
     return np.stack([_plain(m) for m in images]), first
 
 # %% ../../nbs/50_metrics.image.ipynb #22f0fdd8
 @dataclass(frozen=True)
 class Estimate:
     "A number with its interval, the number of images behind it and, where there is one, its floor."
-    name: str             # what it is, with the convention
-    value: float          # the number
-    low: float            # lower end of its 95 % interval
-    high: float           # upper end
-    n: int                # images (of each side)
-    floor: float = np.nan # the same number for real against real, same n
 
-    def row(self) -> dict: # name, value, low, high, n, floor
+    name: str  # what it is, with the convention
+    value: float  # the number
+    low: float  # lower end of its 95 % interval
+    high: float  # upper end
+    n: int  # images (of each side)
+    floor: float = np.nan  # the same number for real against real, same n
+
+    def row(self) -> dict:  # name, value, low, high, n, floor
         "The estimate as one row of a table."
         return asdict(self)
 
@@ -88,19 +104,22 @@ class Estimate:
 
 
 def mean_estimate(
-    values,       # (N,) one number per image
+    values,  # (N,) one number per image
     name="mean",  # what it is
-    rng=0,        # seed of the bootstrap
-    n_boot=999,   # resamples
-) -> Estimate: # mean and 95 % bootstrap interval (percentile); no interval for a single image
+    rng=0,  # seed of the bootstrap
+    n_boot=999,  # resamples
+) -> Estimate:  # mean and 95 % bootstrap interval (percentile); no interval for a single image
     """Summarise one number per image.
     Raises: InputError when there is none that is finite."""
     values = np.asarray(values, float)
     values = values[np.isfinite(values)]
-    if not len(values): raise InputError(f"{name}: there is no finite value to average.")
+    if not len(values):
+        raise InputError(f"{name}: there is no finite value to average.")
     low, high = np.nan, np.nan
     if len(values) > 1:
-        found = bootstrap((values,), np.mean, n_resamples=n_boot, method="percentile", random_state=as_rng(rng))
+        found = bootstrap(
+            (values,), np.mean, n_resamples=n_boot, method="percentile", random_state=as_rng(rng)
+        )
         low, high = found.confidence_interval
     return Estimate(name, float(values.mean()), float(low), float(high), len(values))
 
@@ -109,28 +128,34 @@ SSIM_NAME = "SSIM (scikit-image, Gaussian window 1.5 px, border left out)"
 
 
 def data_range(
-    images, # set of real images
-) -> float: # maximum minus minimum over the whole set
+    images,  # set of real images
+) -> float:  # maximum minus minimum over the whole set
     """Range of intensities that SSIM and PSNR refer to.
     Raises: InputError for images without contrast."""
     spread = float(np.ptp(as_images(images).data))
-    if not spread > 0: raise InputError("the images have no contrast, so there is no range to compare by.")
+    if not spread > 0:
+        raise InputError("the images have no contrast, so there is no range to compare by.")
     return spread
 
 
-def _paired(real, fake, L): # -> two ImageSets of one shape, the range
-    real, fake = as_images(real, name="the real images"), as_images(fake, name="the generated images")
+def _paired(real, fake, L):  # -> two ImageSets of one shape, the range
+    real, fake = (
+        as_images(real, name="the real images"),
+        as_images(fake, name="the generated images"),
+    )
     if real.data.shape != fake.data.shape:
-        raise InputError(f"{real.data.shape} real and {fake.data.shape} generated images make no pairs: "
-                         "give the same number of the same size, in the same order.")
+        raise InputError(
+            f"{real.data.shape} real and {fake.data.shape} generated images make no pairs: "
+            "give the same number of the same size, in the same order."
+        )
     return real, fake, data_range(real) if L is None else L
 
 
 def ssim(
-    real,    # N images
-    fake,    # N images, the i-th belongs to the i-th real one
+    real,  # N images
+    fake,  # N images, the i-th belongs to the i-th real one
     L=None,  # range of intensities; None: that of the real set
-) -> np.ndarray: # (N,) SSIM of each pair, 1 for equal images
+) -> np.ndarray:  # (N,) SSIM of each pair, 1 for equal images
     """Structural similarity of pairs of images, with the settings of the paper.
     Raises: InputError when the images do not pair up or are smaller than 11 pixels.
     Source: 10.1109/TIP.2003.819861"""
@@ -142,109 +167,136 @@ def ssim(
 
 
 def psnr(
-    real,    # N images
-    fake,    # N images, the i-th belongs to the i-th real one
+    real,  # N images
+    fake,  # N images, the i-th belongs to the i-th real one
     L=None,  # range of intensities; None: that of the real set
-) -> np.ndarray: # (N,) peak signal-to-noise ratio of each pair, dB; infinite for equal images
+) -> np.ndarray:  # (N,) peak signal-to-noise ratio of each pair, dB; infinite for equal images
     "Peak signal-to-noise ratio, 10 log10(L² / mean squared difference)."
     real, fake, L = _paired(real, fake, L)
     mse = np.mean((real.data.astype(float) - fake.data) ** 2, axis=(1, 2))
-    with np.errstate(divide="ignore"): return 10 * np.log10(L**2 / mse)
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(L**2 / mse)
 
 # %% ../../nbs/50_metrics.image.ipynb #c1a23212
 _BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 def ms_ssim_levels(
-    shape, # (H, W), pixels
-) -> int: # levels that fit, at most five, 0 when none does
+    shape,  # (H, W), pixels
+) -> int:  # levels that fit, at most five, 0 when none does
     "Levels of MS-SSIM that an image is large enough for."
     return max([k for k in range(1, 6) if min(shape) > 10 * 2 ** (k - 1)], default=0)
 
 
 def ms_ssim(
-    real,        # N images
-    fake,        # N images, the i-th belongs to the i-th real one
-    L=None,      # range of intensities; None: that of the real set
-    levels=None, # halvings plus one, with the first weights of the paper scaled to sum 1; None: the paper's five
-) -> np.ndarray: # (N,) multi-scale SSIM of each pair (torchmetrics)
+    real,  # N images
+    fake,  # N images, the i-th belongs to the i-th real one
+    L=None,  # range of intensities; None: that of the real set
+    levels=None,  # halvings plus one, with the first weights of the paper scaled to sum 1; None: the paper's five
+) -> np.ndarray:  # (N,) multi-scale SSIM of each pair (torchmetrics)
     """Multi-scale structural similarity of pairs of images.
     Raises: InputError when the images are too small for the levels; MissingExtra.
     Source: 10.1109/ACSSC.2003.1292216"""
     import torch
+
     real, fake, L = _paired(real, fake, L)
     levels, fit = levels or 5, ms_ssim_levels(real.data.shape[1:])
     if not 1 <= levels <= fit:
-        raise InputError(f"images of {real.data.shape[1:]} pixels are too small for MS-SSIM of {levels} levels; "
-                         + (f"levels={fit} fits, and is to be named with the number." if fit else "none fits."))
-    multi = require("torchmetrics.functional.image", "metrics").multiscale_structural_similarity_index_measure
+        raise InputError(
+            f"images of {real.data.shape[1:]} pixels are too small for MS-SSIM of {levels} levels; "
+            + (f"levels={fit} fits, and is to be named with the number." if fit else "none fits.")
+        )
+    multi = require(
+        "torchmetrics.functional.image", "metrics"
+    ).multiscale_structural_similarity_index_measure
     betas = tuple(np.array(_BETAS[:levels]) / sum(_BETAS[:levels]))
-    pairs = zip(torch.from_numpy(real.data)[:, None, None], torch.from_numpy(fake.data)[:, None, None])
+    pairs = zip(
+        torch.from_numpy(real.data)[:, None, None], torch.from_numpy(fake.data)[:, None, None]
+    )
     return np.array([float(multi(b, a, data_range=float(L), betas=betas)) for a, b in pairs])
 
 # %% ../../nbs/50_metrics.image.ipynb #076ae2ef
 def intensity_distance(
-    real,            # images
-    fake,            # images; number and size may differ
-    bins=128,        # shared bins, from the lowest to the highest intensity of both sets
+    real,  # images
+    fake,  # images; number and size may differ
+    bins=128,  # shared bins, from the lowest to the highest intensity of both sets
     pseudo_count=1,  # pixels added to every bin
-) -> dict: # kl_real_fake, kl_fake_real, js (nats), wasserstein (unit of the images), wasserstein_rel (per real std)
+) -> dict:  # kl_real_fake, kl_fake_real, js (nats), wasserstein (unit of the images), wasserstein_rel (per real std)
     "Distances between the distributions of intensities of two sets."
     x, y = (as_images(s).data.ravel().astype(float) for s in (real, fake))
     edges = np.histogram_bin_edges([min(x.min(), y.min()), max(x.max(), y.max())], bins)
     p, q = (np.histogram(v, edges)[0] + pseudo_count for v in (x, y))
     w = wasserstein_distance(x, y)
-    return {"kl_real_fake": float(entropy(p, q)), "kl_fake_real": float(entropy(q, p)),
-            "js": float(jensenshannon(p, q) ** 2), "wasserstein": w, "wasserstein_rel": w / max(x.std(), 1e-30)}
+    return {
+        "kl_real_fake": float(entropy(p, q)),
+        "kl_fake_real": float(entropy(q, p)),
+        "js": float(jensenshannon(p, q) ** 2),
+        "wasserstein": w,
+        "wasserstein_rel": w / max(x.std(), 1e-30),
+    }
 
 # %% ../../nbs/50_metrics.image.ipynb #96a1cd32
 class Spectrum(NamedTuple):
     "Radial power spectra of a set of images."
-    q: np.ndarray      # (K,) spatial frequency of each ring, 1/nm
+
+    q: np.ndarray  # (K,) spatial frequency of each ring, 1/nm
     power: np.ndarray  # (N, K) spectral density, intensity² nm²
     modes: np.ndarray  # (K,) Fourier pixels in each ring
 
 
 @lru_cache(maxsize=8)
-def _rings(shape, pixel_size): # -> ring of each rfft pixel, weights (a half plane stands for two), q of the rings
+def _rings(
+    shape, pixel_size
+):  # -> ring of each rfft pixel, weights (a half plane stands for two), q of the rings
     qy, qx = np.fft.fftfreq(shape[0], pixel_size[0]), np.fft.rfftfreq(shape[1], pixel_size[1])
     step = max(1 / (n * p) for n, p in zip(shape, pixel_size))
     ring = np.rint(np.hypot(qy[:, None], qx) / step).astype(int)
-    weight = np.broadcast_to(np.where((qx == 0) | np.isclose(qx, 0.5 / pixel_size[1]), 1.0, 2.0), ring.shape)
+    weight = np.broadcast_to(
+        np.where((qx == 0) | np.isclose(qx, 0.5 / pixel_size[1]), 1.0, 2.0), ring.shape
+    )
     return ring.ravel(), weight.ravel(), step * np.arange(1, int(0.5 / max(pixel_size) / step) + 1)
 
 
-def _transform(image): # (H, W) -> rfft of the windowed image without its mean, unit: square root of the density in px²
+def _transform(
+    image,
+):  # (H, W) -> rfft of the windowed image without its mean, unit: square root of the density in px²
     window = np.outer(*(np.hanning(n + 1)[:-1] for n in image.shape))
     image = image - np.sum(image * window) / window.sum()
     return np.fft.rfft2(image * window) / np.sqrt((window**2).sum())
 
 
-def _over_rings(values, shape, pixel_size): # (H, W//2+1) -> (K,) mean over each ring below Nyquist
+def _over_rings(values, shape, pixel_size):  # (H, W//2+1) -> (K,) mean over each ring below Nyquist
     ring, weight, q = _rings(shape, pixel_size)
     total = np.bincount(ring, weight * values.ravel(), len(q) + 2)
     return (total / np.maximum(np.bincount(ring, weight, len(q) + 2), 1))[1 : len(q) + 1]
 
 
 def radial_spectrum(
-    images,          # images
-    pixel_size=None, # nm per pixel; wins over what the images say
-) -> Spectrum: # q in 1/nm, power of each image, modes of each ring
+    images,  # images
+    pixel_size=None,  # nm per pixel; wins over what the images say
+) -> Spectrum:  # q in 1/nm, power of each image, modes of each ring
     """Radial power spectrum of each image, up to the Nyquist frequency.
     Raises: InputError without a pixel size."""
     s = as_images(images, pixel_size)
-    if s.pixel_size is None: raise InputError("a spectrum in 1/nm needs the pixel size: give pixel_size= in nm.")
+    if s.pixel_size is None:
+        raise InputError("a spectrum in 1/nm needs the pixel size: give pixel_size= in nm.")
     shape = s.data.shape[1:]
-    power = [_over_rings(np.abs(_transform(a.astype(float))) ** 2, shape, s.pixel_size) for a in s.data]
+    power = [
+        _over_rings(np.abs(_transform(a.astype(float))) ** 2, shape, s.pixel_size) for a in s.data
+    ]
     ring, weight, q = _rings(shape, s.pixel_size)
-    return Spectrum(q, np.array(power) * np.prod(s.pixel_size), np.bincount(ring, weight, len(q) + 2)[1 : len(q) + 1])
+    return Spectrum(
+        q,
+        np.array(power) * np.prod(s.pixel_size),
+        np.bincount(ring, weight, len(q) + 2)[1 : len(q) + 1],
+    )
 
 
 def spectrum_distance(
-    real,            # images
-    fake,            # images of the same size; numbers may differ
-    pixel_size=None, # nm per pixel; wins over what the images say
-) -> float: # rms over rings of log10 (mean fake power / mean real power): 0.3 is a factor of two
+    real,  # images
+    fake,  # images of the same size; numbers may differ
+    pixel_size=None,  # nm per pixel; wins over what the images say
+) -> float:  # rms over rings of log10 (mean fake power / mean real power): 0.3 is a factor of two
     """Distance of the mean spectra of two sets, up to the Nyquist frequency.
     Raises: InputError when sizes or pixel sizes differ, so that rings do not match."""
     a, b = (radial_spectrum(as_images(s, pixel_size)) for s in (real, fake))
@@ -255,11 +307,11 @@ def spectrum_distance(
 
 # %% ../../nbs/50_metrics.image.ipynb #6867de9b
 def information_limit(
-    images,          # images
-    pixel_size=None, # nm per pixel; wins over what the images say
-    chance=0.01,     # probability that an image of noise alone is given a limit
-    top=0.15,        # share of the highest frequencies that hold only noise
-) -> np.ndarray: # (N,) highest frequency that stands out, 1/nm; NaN where none does
+    images,  # images
+    pixel_size=None,  # nm per pixel; wins over what the images say
+    chance=0.01,  # probability that an image of noise alone is given a limit
+    top=0.15,  # share of the highest frequencies that hold only noise
+) -> np.ndarray:  # (N,) highest frequency that stands out, 1/nm; NaN where none does
     """Where the spectrum of each image meets its noise floor.
     Raises: InputError without a pixel size."""
     s = radial_spectrum(images, pixel_size)
@@ -273,22 +325,24 @@ def information_limit(
 # %% ../../nbs/50_metrics.image.ipynb #30be36b9
 class RingCorrelation(NamedTuple):
     "Fourier ring correlations of pairs of images."
-    q: np.ndarray           # (K,) spatial frequency of each ring, 1/nm
-    correlation: np.ndarray # (N, K) from -1 to 1
-    modes: np.ndarray       # (K,) Fourier pixels in each ring
+
+    q: np.ndarray  # (K,) spatial frequency of each ring, 1/nm
+    correlation: np.ndarray  # (N, K) from -1 to 1
+    modes: np.ndarray  # (K,) Fourier pixels in each ring
 
 
 def ring_correlation(
-    a,               # N images
-    b,               # N images of the same scenes
-    pixel_size=None, # nm per pixel; wins over what the images say
-) -> RingCorrelation: # q in 1/nm, correlation of each pair, modes of each ring
+    a,  # N images
+    b,  # N images of the same scenes
+    pixel_size=None,  # nm per pixel; wins over what the images say
+) -> RingCorrelation:  # q in 1/nm, correlation of each pair, modes of each ring
     """Fourier ring correlation of pairs of images.
     Raises: InputError when the images do not pair up, or without a pixel size.
     Source: 10.1016/j.jsb.2005.05.009"""
     a, b, _ = _paired(as_images(a, pixel_size), as_images(b, pixel_size), 1)
     scale = a.pixel_size or b.pixel_size
-    if scale is None: raise InputError("a correlation in 1/nm needs the pixel size: give pixel_size= in nm.")
+    if scale is None:
+        raise InputError("a correlation in 1/nm needs the pixel size: give pixel_size= in nm.")
     mean = lambda v: _over_rings(v, a.data.shape[1:], scale)
     out = []
     for x, y in zip(a.data.astype(float), b.data.astype(float)):
@@ -300,45 +354,60 @@ def ring_correlation(
 
 
 def ring_limit(
-    frc,             # what `ring_correlation` gives
-    threshold=1 / 7, # correlation that still counts as signal
-    z=4.0,           # standard errors that it must exceed, too
-) -> np.ndarray: # (N,) last frequency above both, 1/nm; NaN where none is
+    frc,  # what `ring_correlation` gives
+    threshold=1 / 7,  # correlation that still counts as signal
+    z=4.0,  # standard errors that it must exceed, too
+) -> np.ndarray:  # (N,) last frequency above both, 1/nm; NaN where none is
     "Resolution by ring correlation: the last ring above a fixed threshold and above chance."
     above = frc.correlation > np.maximum(threshold, z * np.sqrt(2 * 1.8 / frc.modes))
     return np.where(above.any(1), frc.q[above.shape[1] - 1 - above[:, ::-1].argmax(1)], np.nan)
 
 # %% ../../nbs/50_metrics.image.ipynb #209fd207
 def image_table(
-    real,            # N images
-    fake,            # N images, the i-th belongs to the i-th real one
-    pixel_size=None, # nm per pixel; without one (and none in the images) frequencies are left out
-    L=None,          # range of intensities; None: that of the real set
-) -> pd.DataFrame: # one row per pair: ssim, psnr_dB, js, spectrum_distance, and limits in 1/nm
+    real,  # N images
+    fake,  # N images, the i-th belongs to the i-th real one
+    pixel_size=None,  # nm per pixel; without one (and none in the images) frequencies are left out
+    L=None,  # range of intensities; None: that of the real set
+) -> pd.DataFrame:  # one row per pair: ssim, psnr_dB, js, spectrum_distance, and limits in 1/nm
     "Everything that can be said of pairs of images, one row a pair."
     real, fake, L = _paired(as_images(real, pixel_size), as_images(fake, pixel_size), L)
-    rows = {"ssim": ssim(real, fake, L), "psnr_dB": psnr(real, fake, L),
-            "js": [intensity_distance(a, b)["js"] for a, b in zip(real.data, fake.data)]}
+    rows = {
+        "ssim": ssim(real, fake, L),
+        "psnr_dB": psnr(real, fake, L),
+        "js": [intensity_distance(a, b)["js"] for a, b in zip(real.data, fake.data)],
+    }
     scale = real.pixel_size or fake.pixel_size
     if scale is not None:
-        rows["spectrum_distance"] = [spectrum_distance(a, b, scale) for a, b in zip(real.data, fake.data)]
-        rows["limit_real_1_nm"], rows["limit_fake_1_nm"] = (information_limit(s.data, scale) for s in (real, fake))
+        rows["spectrum_distance"] = [
+            spectrum_distance(a, b, scale) for a, b in zip(real.data, fake.data)
+        ]
+        rows["limit_real_1_nm"], rows["limit_fake_1_nm"] = (
+            information_limit(s.data, scale) for s in (real, fake)
+        )
         rows["ring_limit_1_nm"] = ring_limit(ring_correlation(real.data, fake.data, scale))
     return pd.DataFrame(rows)
 
 
 def show_values(
-    values,          # name -> (N,) values: one distribution each, such as {"generated": ssim(...), "two scans": ssim(...)}
-    xlabel="SSIM",   # what the values are
-    ax=None,         # matplotlib Axes; default: a new small figure
-) -> object: # matplotlib Axes
+    values,  # name -> (N,) values: one distribution each, such as {"generated": ssim(...), "two scans": ssim(...)}
+    xlabel="SSIM",  # what the values are
+    ax=None,  # matplotlib Axes; default: a new small figure
+) -> object:  # matplotlib Axes
     "Histograms of one number over several sets, with shared bins and means as lines."
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(4, 2.8), layout="constrained")[1]
     finite = {name: np.asarray(v, float)[np.isfinite(v)] for name, v in values.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(finite.values())), 24)
     for i, (name, v) in enumerate(finite.items()):
-        ax.hist(v, edges, histtype="stepfilled", alpha=0.45, color=f"C{i}", label=f"{name}, {v.mean():.3f}")
+        ax.hist(
+            v,
+            edges,
+            histtype="stepfilled",
+            alpha=0.45,
+            color=f"C{i}",
+            label=f"{name}, {v.mean():.3f}",
+        )
         ax.axvline(v.mean(), color=f"C{i}", lw=1)
     ax.set(xlabel=xlabel, ylabel="images")
     ax.legend(fontsize=8)
@@ -346,17 +415,20 @@ def show_values(
 
 
 def show_spectra(
-    sets,            # name -> images
-    pixel_size=None, # nm per pixel; wins over what the images say
-    ax=None,         # matplotlib Axes; default: a new small figure
-) -> object: # matplotlib Axes
+    sets,  # name -> images
+    pixel_size=None,  # nm per pixel; wins over what the images say
+    ax=None,  # matplotlib Axes; default: a new small figure
+) -> object:  # matplotlib Axes
     "Mean power spectra of several sets; the band is from the 16th to the 84th percentile of the images."
     import matplotlib.pyplot as plt
+
     ax = ax or plt.subplots(figsize=(4, 2.8), layout="constrained")[1]
     for i, (name, images) in enumerate(sets.items()):
         s = radial_spectrum(images, pixel_size)
         ax.semilogy(s.q, s.power.mean(0), lw=1.2, color=f"C{i}", label=name)
-        ax.fill_between(s.q, *np.percentile(s.power, (16, 84), axis=0), color=f"C{i}", alpha=0.2, lw=0)
+        ax.fill_between(
+            s.q, *np.percentile(s.power, (16, 84), axis=0), color=f"C{i}", alpha=0.2, lw=0
+        )
     ax.set(xlabel="spatial frequency, 1/nm", ylabel="power, intensity² nm²")
     ax.legend(fontsize=8)
     return ax

@@ -21,26 +21,37 @@ from ..stem.measure import _add_order, measure
 
 # %% ../../nbs/52_metrics.physics.ipynb #898ac2cc
 def start_columns(
-    table,     # condition: y_nm, x_nm, element; optional site, disp_pm (along up)
-    edge=None, # (y, x) of the last pixel, nm: the lattice is continued beyond it, to 0.2 nm
-) -> pd.DataFrame: # y_nm, x_nm without displacement, y_true_nm, x_true_nm, element, site, disp_pm, fixed
+    table,  # condition: y_nm, x_nm, element; optional site, disp_pm (along up)
+    edge=None,  # (y, x) of the last pixel, nm: the lattice is continued beyond it, to 0.2 nm
+) -> (
+    pd.DataFrame
+):  # y_nm, x_nm without displacement, y_true_nm, x_true_nm, element, site, disp_pm, fixed
     """Where a fit of the asked-for columns starts.
     Raises: InputError when the table lacks positions or elements."""
     missing = {"y_nm", "x_nm", "element"} - set(getattr(table, "columns", ()))
-    if missing: raise InputError(f"the table of true columns lacks {sorted(missing)}: give one row per column, in nm.")
+    if missing:
+        raise InputError(
+            f"the table of true columns lacks {sorted(missing)}: give one row per column, in nm."
+        )
     t = table.assign(y_true_nm=table.y_nm, x_true_nm=table.x_nm)
     for name, value in (("disp_pm", 0.0), ("site", "")):
-        if name not in t: t[name] = value
+        if name not in t:
+            t[name] = value
     t["y_nm"] = t.y_nm + 1e-3 * t.disp_pm.fillna(0)
     weight = {e: Element(e).Z ** 1.7 for e in t.element.unique()}
-    t = t.assign(weight=t.element.map(weight)).sort_values("weight", ascending=False, ignore_index=True)
+    t = t.assign(weight=t.element.map(weight)).sort_values(
+        "weight", ascending=False, ignore_index=True
+    )
     close = cKDTree(t[["y_nm", "x_nm"]]).query_pairs(0.05, output_type="ndarray")
-    if len(close): t = t.drop(index=np.unique(close.max(1))).reset_index(drop=True)
+    if len(close):
+        t = t.drop(index=np.unique(close.max(1))).reset_index(drop=True)
     t = t.assign(fixed=t.weight < 0.15 * t.weight.max()).drop(columns="weight")
     return t if edge is None else pd.concat([t, _beyond(t, np.array(edge))], ignore_index=True)
 
 
-def _beyond(t, edge, far=0.2, reach=0.75): # start columns, last pixel nm -> the lattice just outside the image
+def _beyond(
+    t, edge, far=0.2, reach=0.75
+):  # start columns, last pixel nm -> the lattice just outside the image
     "Columns beyond the edge: each is the mirror image of a column through a like neighbour."
     ghosts = []
     for (element, site, fixed), part in t.groupby(["element", "site", "fixed"]):
@@ -49,21 +60,28 @@ def _beyond(t, edge, far=0.2, reach=0.75): # start columns, last pixel nm -> the
         new = np.concatenate([2 * p[i] - p[j], 2 * p[j] - p[i]])
         out = np.maximum(-new, new - edge).max(1)
         new = new[(out > 0) & (out < far)]
-        pairs = cKDTree(new).query_pairs(0.06, output_type="ndarray") if len(new) else np.zeros((0, 2), int)
+        pairs = (
+            cKDTree(new).query_pairs(0.06, output_type="ndarray")
+            if len(new)
+            else np.zeros((0, 2), int)
+        )
         new = np.delete(new, np.unique(pairs.max(1)), 0) if len(pairs) else new
         new = new[cKDTree(p).query(new)[0] > 0.08] if len(new) else new
         same = {"element": element, "site": site, "fixed": fixed}
-        if "n_atoms" in part: same["n_atoms"] = part.n_atoms.median()
+        if "n_atoms" in part:
+            same["n_atoms"] = part.n_atoms.median()
         ghosts.append(pd.DataFrame({"y_nm": new[:, 0], "x_nm": new[:, 1], **same}))
     return pd.concat(ghosts, ignore_index=True)
 
 # %% ../../nbs/52_metrics.physics.ipynb #87942f7a
 def column_errors(
-    image,         # Micrograph: generated or real
-    table,         # its condition: true columns, as `start_columns` takes them
-    reach_nm=0.06, # further away a column is another one, nm
-    rim_nm=0.25,   # width of the rim that is not scored, nm
-) -> pd.DataFrame: # one row per strong column asked for: place, element, site, disp_pm, found, dy_pm, dx_pm, se_pm
+    image,  # Micrograph: generated or real
+    table,  # its condition: true columns, as `start_columns` takes them
+    reach_nm=0.06,  # further away a column is another one, nm
+    rim_nm=0.25,  # width of the rim that is not scored, nm
+) -> (
+    pd.DataFrame
+):  # one row per strong column asked for: place, element, site, disp_pm, found, dy_pm, dx_pm, se_pm
     """Find the asked-for columns again, and measure how far they are from where they should be.
     Raises: InputError when image and table do not belong together."""
     m = as_micrograph(image)
@@ -74,53 +92,76 @@ def column_errors(
     error = 1e3 * (fit[["y_nm", "x_nm"]].to_numpy() - fit[["y_true_nm", "x_true_nm"]].to_numpy())
     found = strong & (np.hypot(*error.T) < 1e3 * reach_nm) & _alone(fit)
     error[~found] = np.nan
-    out = pd.DataFrame({"y_nm": fit.y_true_nm, "x_nm": fit.x_true_nm, "element": fit.element, "site": fit.site,
-                        "disp_pm": fit.disp_pm, "found": found, "dy_pm": error[:, 0], "dx_pm": error[:, 1],
-                        "se_pm": 1e3 * np.sqrt((fit.y_se_nm**2 + fit.x_se_nm**2) / 2)})
+    out = pd.DataFrame(
+        {
+            "y_nm": fit.y_true_nm,
+            "x_nm": fit.x_true_nm,
+            "element": fit.element,
+            "site": fit.site,
+            "disp_pm": fit.disp_pm,
+            "found": found,
+            "dy_pm": error[:, 0],
+            "dx_pm": error[:, 1],
+            "se_pm": 1e3 * np.sqrt((fit.y_se_nm**2 + fit.x_se_nm**2) / 2),
+        }
+    )
     return out[_inner(out, m, rim_nm)].reset_index(drop=True)
 
 
-def _alone(fit): # fitted columns -> bool: no higher column within 0.05 nm
+def _alone(fit):  # fitted columns -> bool: no higher column within 0.05 nm
     pairs = cKDTree(fit[["y_nm", "x_nm"]]).query_pairs(0.05, output_type="ndarray")
-    lower = np.where(fit.amplitude.to_numpy()[pairs].argmin(1), pairs[:, 1], pairs[:, 0]) if len(pairs) else []
+    lower = (
+        np.where(fit.amplitude.to_numpy()[pairs].argmin(1), pairs[:, 1], pairs[:, 0])
+        if len(pairs)
+        else []
+    )
     return ~np.isin(np.arange(len(fit)), lower)
 
 
-def _inner(t, m, rim): # table, Micrograph, nm -> bool: away from the edge
+def _inner(t, m, rim):  # table, Micrograph, nm -> bool: away from the edge
     edge = [(n - 1) * p - rim for n, p in zip(m.shape, m.pixel_size)]
     inside = t.y_nm.between(rim, edge[0]) & t.x_nm.between(rim, edge[1])
-    if not inside.any(): raise InputError("no column of the table lies inside the image: is it the right table, in nm?")
+    if not inside.any():
+        raise InputError(
+            "no column of the table lies inside the image: is it the right table, in nm?"
+        )
     return inside
 
 
 def rms_pm(
-    errors, # what `column_errors` gives
-) -> float: # root mean square of dy and dx over the found columns, pm per axis
+    errors,  # what `column_errors` gives
+) -> float:  # root mean square of dy and dx over the found columns, pm per axis
     "Error of position, one number per image, per axis as the bound is."
-    return float(np.sqrt(np.nanmean(errors[["dy_pm", "dx_pm"]].to_numpy() ** 2))) if errors.found.any() else np.nan
+    return (
+        float(np.sqrt(np.nanmean(errors[["dy_pm", "dx_pm"]].to_numpy() ** 2)))
+        if errors.found.any()
+        else np.nan
+    )
 
 
 def extra_columns(
-    image,         # Micrograph
-    table,         # its condition
-    reach_nm=0.09, # a peak further than this from every true column is extra, nm
-    rim_nm=0.25,   # rim that is not scored, nm
-) -> int: # bright spots that nobody asked for
+    image,  # Micrograph
+    table,  # its condition
+    reach_nm=0.09,  # a peak further than this from every true column is extra, nm
+    rim_nm=0.25,  # rim that is not scored, nm
+) -> int:  # bright spots that nobody asked for
     "Count bright spots where the condition has no column."
     m = as_micrograph(image)
     peaks = find_columns(m)
     far = cKDTree(table[["y_nm", "x_nm"]]).query(peaks[["y_nm", "x_nm"]])[0] > reach_nm
     edge = [(n - 1) * p - rim_nm for n, p in zip(m.shape, m.pixel_size)]
-    return int((far & peaks.y_nm.between(rim_nm, edge[0]) & peaks.x_nm.between(rim_nm, edge[1])).sum())
+    return int(
+        (far & peaks.y_nm.between(rim_nm, edge[0]) & peaks.x_nm.between(rim_nm, edge[1])).sum()
+    )
 
 # %% ../../nbs/52_metrics.physics.ipynb #43576264
 def position_bound(
-    image,       # Micrograph: a real scan of the scene; with dose: its ideal image, fraction of the beam
-    table,       # its true columns
-    dose=None,   # e/Å²: counts the ideal image at this dose first
-    rng=0,       # seed of the counting
-    rim_nm=0.25, # rim that is not scored, nm
-) -> float: # smallest possible rms error of position, pm per axis
+    image,  # Micrograph: a real scan of the scene; with dose: its ideal image, fraction of the beam
+    table,  # its true columns
+    dose=None,  # e/Å²: counts the ideal image at this dose first
+    rng=0,  # seed of the counting
+    rim_nm=0.25,  # rim that is not scored, nm
+) -> float:  # smallest possible rms error of position, pm per axis
     "Cramér–Rao bound of the columns of an image at its dose, rms over the columns."
     m = as_micrograph(image)
     if dose is not None:
@@ -131,24 +172,31 @@ def position_bound(
 
 # %% ../../nbs/52_metrics.physics.ipynb #5a534d7f
 def pair_columns(
-    found,         # measured columns: y_nm, x_nm, site, disp_pm, ...
-    truth,         # true columns: y_nm, x_nm, site, disp_pm
-    reach_nm=0.06, # a measured column further away than this is another one, nm
-) -> pd.DataFrame: # one row per true R column that was found; columns end in _true or _found
+    found,  # measured columns: y_nm, x_nm, site, disp_pm, ...
+    truth,  # true columns: y_nm, x_nm, site, disp_pm
+    reach_nm=0.06,  # a measured column further away than this is another one, nm
+) -> pd.DataFrame:  # one row per true R column that was found; columns end in _true or _found
     "Pair measured rare-earth columns with the true ones by position."
     real, seen = (t[t.site == "R"].reset_index(drop=True) for t in (truth, found))
     distance, nearest = cKDTree(seen[["y_nm", "x_nm"]]).query(real[["y_nm", "x_nm"]])
     met = distance < reach_nm
-    pairs = real[met].reset_index(drop=True).add_suffix("_true").assign(distance_pm=1e3 * distance[met])
+    pairs = (
+        real[met].reset_index(drop=True).add_suffix("_true").assign(distance_pm=1e3 * distance[met])
+    )
     return pairs.join(seen.iloc[nearest[met]].reset_index(drop=True).add_suffix("_found"))
 
 
-def _at(values, table, pixel_size): # (H, W) map, columns with y_nm, x_nm -> value at each column
-    at = [(table[f"{k}_nm"] / p).round().astype(int).clip(0, n - 1) for k, p, n in zip("yx", pixel_size, values.shape)]
+def _at(values, table, pixel_size):  # (H, W) map, columns with y_nm, x_nm -> value at each column
+    at = [
+        (table[f"{k}_nm"] / p).round().astype(int).clip(0, n - 1)
+        for k, p, n in zip("yx", pixel_size, values.shape)
+    ]
     return values[tuple(at)]
 
 # %% ../../nbs/52_metrics.physics.ipynb #f3ae4299
-def _true_walls(found, pairs, constants): # Measurement, pairs, trimer constants -> walls, rows of the true displacements
+def _true_walls(
+    found, pairs, constants
+):  # Measurement, pairs, trimer constants -> walls, rows of the true displacements
     t = found.columns.rename(columns={"y_crystal_nm": "yc_nm", "x_crystal_nm": "xc_nm"})
     where = cKDTree(t[["y_nm", "x_nm"]]).query(pairs[["y_nm_found", "x_nm_found"]])[1]
     keep = np.flatnonzero(t.trimer < 0).tolist() + where.tolist()
@@ -158,88 +206,134 @@ def _true_walls(found, pairs, constants): # Measurement, pairs, trimer constants
 
 
 def wall_errors(
-    found,     # `Measurement` of the image
-    table,     # true columns
-    structure, # name, CIF or Structure of an h-RMnO3
-) -> dict: # walls (true), walls_found, wall_error_nm (median over rows), width_error_nm; NaN without a wall
+    found,  # `Measurement` of the image
+    table,  # true columns
+    structure,  # name, CIF or Structure of an h-RMnO3
+) -> dict:  # walls (true), walls_found, wall_error_nm (median over rows), width_error_nm; NaN without a wall
     "Position and width of the wall, measured against the same measurement of the true displacements."
-    walls, rows = _true_walls(found, pair_columns(found.columns, table), trimer(load_structure(structure)))
-    out = {"walls": len(walls), "walls_found": len(found.walls), "wall_error_nm": np.nan, "width_error_nm": np.nan}
-    if not len(walls) or not len(found.walls): return out
+    walls, rows = _true_walls(
+        found, pair_columns(found.columns, table), trimer(load_structure(structure))
+    )
+    out = {
+        "walls": len(walls),
+        "walls_found": len(found.walls),
+        "wall_error_nm": np.nan,
+        "width_error_nm": np.nan,
+    }
+    if not len(walls) or not len(found.walls):
+        return out
     true = walls.iloc[walls.n_columns.astype(int).argmax()]
-    seen = found.walls.iloc[np.hypot(found.walls.y_nm - true.y_nm, found.walls.x_nm - true.x_nm).argmin()]
+    seen = found.walls.iloc[
+        np.hypot(found.walls.y_nm - true.y_nm, found.walls.x_nm - true.x_nm).argmin()
+    ]
     turn = np.radians(true.normal_deg)
     across = abs((seen.x_nm - true.x_nm) * np.sin(turn) - (seen.y_nm - true.y_nm) * np.cos(turn))
     if len(rows) and len(found.wall_rows):
         j = cKDTree(rows[["y_nm"]]).query(found.wall_rows[["y_nm"]])[1]
-        across = np.median(np.abs(found.wall_rows.x_nm.to_numpy(float) - rows.x_nm.to_numpy(float)[j]))
-    return out | {"wall_error_nm": float(across), "width_error_nm": float(seen.width_nm - true.width_nm)}
+        across = np.median(
+            np.abs(found.wall_rows.x_nm.to_numpy(float) - rows.x_nm.to_numpy(float)[j])
+        )
+    return out | {
+        "wall_error_nm": float(across),
+        "width_error_nm": float(seen.width_nm - true.width_nm),
+    }
 
 
 def structure_errors(
-    image,             # Micrograph
-    table,             # true columns: y_nm, x_nm, site, disp_pm
-    maps=None,         # truth maps with phi and wall, (H, W) each
-    structure="YMnO3", # name, CIF or Structure of an h-RMnO3
-) -> dict: # disp_rms_pm, phi_error_deg, polarity_right, walls and their errors; NaN where the lattice is not in the image
+    image,  # Micrograph
+    table,  # true columns: y_nm, x_nm, site, disp_pm
+    maps=None,  # truth maps with phi and wall, (H, W) each
+    structure="YMnO3",  # name, CIF or Structure of an h-RMnO3
+) -> dict:  # disp_rms_pm, phi_error_deg, polarity_right, walls and their errors; NaN where the lattice is not in the image
     """Displacements, order parameter, polarity and walls of an image against its condition.
     Raises: InputError when the structure is no h-RMnO3."""
     if trimer(load_structure(structure)) is None:
-        raise InputError(f"{structure} has no trimer distortion: order parameter and polarity are those of h-RMnO3.")
-    try: found = measure(as_micrograph(image), structure)
-    except InputError as why: return {"disp_rms_pm": np.nan, "polarity_right": 0.0, "note": str(why)}
+        raise InputError(
+            f"{structure} has no trimer distortion: order parameter and polarity are those of h-RMnO3."
+        )
+    try:
+        found = measure(as_micrograph(image), structure)
+    except InputError as why:
+        return {"disp_rms_pm": np.nan, "polarity_right": 0.0, "note": str(why)}
     pairs = pair_columns(found.columns, table)
     error = pairs.disp_pm_found - pairs.disp_pm_true
     out = {"disp_rms_pm": float(np.sqrt(np.nanmean(error**2))) if len(pairs) else np.nan}
-    if maps is not None: out |= _phase_errors(pairs, table, maps, as_micrograph(image).pixel_size)
+    if maps is not None:
+        out |= _phase_errors(pairs, table, maps, as_micrograph(image).pixel_size)
     return out | (wall_errors(found, table, structure) if len(pairs) > 12 else {})
 
 
-def _phase_errors(pairs, table, maps, pixel_size): # -> phi_error_deg, polarity_right
+def _phase_errors(pairs, table, maps, pixel_size):  # -> phi_error_deg, polarity_right
     "Median error of phi, and the share of all true R columns off the wall whose polarity is right: lost ones count as wrong."
     r = table[table.site == "R"]
     sign = lambda phi: np.sign(-np.cos(3 * phi))
     true = pairs[["y_nm_true", "x_nm_true"]].rename(columns=lambda c: c.removesuffix("_true"))
     phi = _at(maps["phi"], true, pixel_size)
-    off = lambda t: _at(maps["wall"], t, pixel_size) < 0.5 if "wall" in maps else np.ones(len(t), bool)
+    off = lambda t: (
+        _at(maps["wall"], t, pixel_size) < 0.5 if "wall" in maps else np.ones(len(t), bool)
+    )
     turn = np.angle(np.exp(3j * (pairs.phi_found - phi))) / 3
     judged = np.isfinite(pairs.phi_found)
     right = (sign(pairs.phi_found) == sign(phi)) & off(true) & judged
     wanted = off(r).sum() - (~judged & off(true)).sum()  # columns of the rim belong to no triple
-    return {"phi_error_deg": float(np.degrees(np.nanmedian(np.abs(turn)))), "polarity_right": float(right.sum() / max(wanted, 1))}
+    return {
+        "phi_error_deg": float(np.degrees(np.nanmedian(np.abs(turn)))),
+        "polarity_right": float(right.sum() / max(wanted, 1)),
+    }
 
 # %% ../../nbs/52_metrics.physics.ipynb #10d5d64b
 def bragg_transfer(
-    real,            # N images
-    fake,            # N images of the same scenes; with paired=False any number, lattices found one by one
-    structure,       # name, CIF or Structure
-    pixel_size=None, # nm per pixel; wins over what the images say
-    paired=True,     # the i-th images show the same scene
-) -> pd.DataFrame: # h, k, q_1_nm, kind, snr_real, transfer (amplitude ratio), phase_deg (rms; NaN when not paired)
+    real,  # N images
+    fake,  # N images of the same scenes; with paired=False any number, lattices found one by one
+    structure,  # name, CIF or Structure
+    pixel_size=None,  # nm per pixel; wins over what the images say
+    paired=True,  # the i-th images show the same scene
+) -> (
+    pd.DataFrame
+):  # h, k, q_1_nm, kind, snr_real, transfer (amplitude ratio), phase_deg (rms; NaN when not paired)
     """Amplitude and phase of every visible Bragg reflection, generated against real.
     Raises: InputError when sets do not pair up, or the lattice is not in the real images."""
     real, fake = as_images(real, pixel_size), as_images(fake, pixel_size)
     scale = real.pixel_size or fake.pixel_size
-    if scale is None: raise InputError("Bragg reflections need the pixel size: give pixel_size= in nm.")
+    if scale is None:
+        raise InputError("Bragg reflections need the pixel size: give pixel_size= in nm.")
     if paired and len(real.data) != len(fake.data):
-        raise InputError(f"{len(real.data)} real and {len(fake.data)} generated images make no pairs.")
-    hk, g, kind = _reflections(structure, tuple(n * p for n, p in zip(real.data.shape[1:], scale)), 0.45 / max(scale))
+        raise InputError(
+            f"{len(real.data)} real and {len(fake.data)} generated images make no pairs."
+        )
+    hk, g, kind = _reflections(
+        structure, tuple(n * p for n, p in zip(real.data.shape[1:], scale)), 0.45 / max(scale)
+    )
     lattices = [_lattice(a, scale, structure) for a in real.data]
     R = np.array([_coefficients(a, scale, g, T) for a, T in zip(real.data, lattices)])
-    if not paired: lattices = [_lattice(a, scale, structure) for a in fake.data]
+    if not paired:
+        lattices = [_lattice(a, scale, structure) for a in fake.data]
     G = np.array([_coefficients(a, scale, g, T) for a, T in zip(fake.data, lattices)])
     noise_r, noise_f = (_white(s.data, scale) for s in (real, fake))
     power_r, power_f = (np.mean(np.abs(v) ** 2, 0) - n for v, n in ((R, noise_r), (G, noise_f)))
     seen = power_r > 8 * noise_r + 1e-4 * power_r.max()
     turn = np.sqrt(np.mean(np.angle(G * R.conj()) ** 2, 0)) if paired else np.full(len(g), np.nan)
-    table = pd.DataFrame({"h": hk[:, 0], "k": hk[:, 1], "q_1_nm": np.hypot(*g.T), "kind": kind, "snr_real": power_r / noise_r,
-                          "transfer": np.sqrt(np.maximum(power_f, 0) / np.maximum(power_r, 1e-300)), "phase_deg": np.degrees(turn)})
+    table = pd.DataFrame(
+        {
+            "h": hk[:, 0],
+            "k": hk[:, 1],
+            "q_1_nm": np.hypot(*g.T),
+            "kind": kind,
+            "snr_real": power_r / noise_r,
+            "transfer": np.sqrt(np.maximum(power_f, 0) / np.maximum(power_r, 1e-300)),
+            "phase_deg": np.degrees(turn),
+        }
+    )
     return table[seen].sort_values("q_1_nm", ignore_index=True)
 
 
-def _reflections(structure, fov, q_max): # -> (G, 2) indices, (G, 2) 1/nm in the crystal frame, main or superlattice
+def _reflections(
+    structure, fov, q_max
+):  # -> (G, 2) indices, (G, 2) 1/nm in the crystal frame, main or superlattice
     motif, net = _motif(structure, fov, (1, 0, 0), (0, 0, 1))
-    hk = np.stack(np.meshgrid(np.arange(-15, 16), np.arange(-15, 16), indexing="ij"), -1).reshape(-1, 2)
+    hk = np.stack(np.meshgrid(np.arange(-15, 16), np.arange(-15, 16), indexing="ij"), -1).reshape(
+        -1, 2
+    )
     g = hk @ net
     half = (g[:, 0] > 1e-6) | ((np.abs(g[:, 0]) < 1e-6) & (g[:, 1] > 1e-6))
     keep = half & (np.hypot(*g.T) < q_max)
@@ -248,39 +342,55 @@ def _reflections(structure, fov, q_max): # -> (G, 2) indices, (G, 2) 1/nm in the
     return hk[keep], g[keep], np.where(is_main, "main", "superlattice")
 
 
-def _lattice(image, scale, structure): # -> (2, 2): image vector = T @ crystal vector
+def _lattice(image, scale, structure):  # -> (2, 2): image vector = T @ crystal vector
     return np.array(reference_columns(Micrograph(image, scale), structure).attrs["T"])
 
 
-def _coefficients(image, scale, g, T): # -> (G,) Fourier coefficients; white noise of variance s² has |F|² = s²
+def _coefficients(
+    image, scale, g, T
+):  # -> (G,) Fourier coefficients; white noise of variance s² has |F|² = s²
     w = _taper(image.shape)
-    return _fourier((image - image.mean()) * w, np.array(scale), g @ np.linalg.inv(T)) / np.sqrt((w**2).sum())
+    return _fourier((image - image.mean()) * w, np.array(scale), g @ np.linalg.inv(T)) / np.sqrt(
+        (w**2).sum()
+    )
 
 
-def _white(data, scale): # (N, H, W) -> variance of the white part, from the highest frequencies
+def _white(data, scale):  # (N, H, W) -> variance of the white part, from the highest frequencies
     s = radial_spectrum(data, scale)
     return max(float(s.power[:, s.q > 0.85 * s.q[-1]].mean() / np.prod(scale)), 1e-30)
 
 # %% ../../nbs/52_metrics.physics.ipynb #00fd9e2f
 def physics_table(
-    images,           # N Micrographs
-    tables,           # N tables of true columns
-    maps=None,        # N dicts of truth maps
-    structure=None,   # name, CIF or Structure of an h-RMnO3; None: positions only
-    reference=None,   # N real scans of the same scenes: the bound is theirs
-) -> pd.DataFrame: # one row per image: found_share, extra, rms_pm, bound_pm, ratio, and with structure what `structure_errors` gives
+    images,  # N Micrographs
+    tables,  # N tables of true columns
+    maps=None,  # N dicts of truth maps
+    structure=None,  # name, CIF or Structure of an h-RMnO3; None: positions only
+    reference=None,  # N real scans of the same scenes: the bound is theirs
+) -> pd.DataFrame:  # one row per image: found_share, extra, rms_pm, bound_pm, ratio, and with structure what `structure_errors` gives
     """Compare generated images with their conditions, one row an image.
     Raises: InputError when numbers of images and tables differ."""
     maps, reference = maps or [None] * len(images), reference or [None] * len(images)
     if not len(images) == len(tables) == len(maps) == len(reference):
-        raise InputError(f"{len(images)} images, {len(tables)} tables, {len(maps)} maps and {len(reference)} references "
-                         "do not belong together: give one of each.")
+        raise InputError(
+            f"{len(images)} images, {len(tables)} tables, {len(maps)} maps and {len(reference)} references "
+            "do not belong together: give one of each."
+        )
     return pd.DataFrame([_row(*item, structure) for item in zip(images, tables, maps, reference)])
 
 
 def _row(image, table, maps, reference, structure):
     e = column_errors(image, table)
-    bound = position_bound(reference, table) if reference is not None else float(np.sqrt((e.se_pm**2).mean()))
-    row = {"columns": len(e), "found_share": float(e.found.mean()), "extra": extra_columns(image, table),
-           "rms_pm": rms_pm(e), "bound_pm": bound, "ratio": rms_pm(e) / bound}
+    bound = (
+        position_bound(reference, table)
+        if reference is not None
+        else float(np.sqrt((e.se_pm**2).mean()))
+    )
+    row = {
+        "columns": len(e),
+        "found_share": float(e.found.mean()),
+        "extra": extra_columns(image, table),
+        "rms_pm": rms_pm(e),
+        "bound_pm": bound,
+        "ratio": rms_pm(e) / bound,
+    }
     return row | (structure_errors(image, table, maps, structure) if structure is not None else {})

@@ -17,24 +17,27 @@ from .features import Extractor, intensity_window, random_extractor
 from .image import Estimate, as_images
 
 # %% ../../nbs/51b_metrics.sets.ipynb #7569e420
-def _features(x, y): # -> two (N, D) float64 arrays of equal N
+def _features(x, y):  # -> two (N, D) float64 arrays of equal N
     x, y = (check_finite("features", np.asarray(v, float)) for v in (x, y))
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise InputError(f"features have the shapes {x.shape} and {y.shape}; give (N, D) twice.")
     if len(x) != len(y):
-        raise InputError(f"{len(x)} and {len(y)} images: set metrics depend on N, so take as many of each.")
-    if len(x) < 2: raise InputError("one image is no distribution: give at least two of each.")
+        raise InputError(
+            f"{len(x)} and {len(y)} images: set metrics depend on N, so take as many of each."
+        )
+    if len(x) < 2:
+        raise InputError("one image is no distribution: give at least two of each.")
     return x, y
 
 
-def _root(x): # centred (N, D) -> a factor R with R.T @ R = x.T @ x and the fewest rows
+def _root(x):  # centred (N, D) -> a factor R with R.T @ R = x.T @ x and the fewest rows
     return np.linalg.qr(x, mode="r") if len(x) > x.shape[1] else x
 
 
 def frechet_distance(
-    x, # (N, D) features of real images
-    y, # (N, D) features of the others
-) -> float: # squared Fréchet distance of two normal distributions with the moments of x and y
+    x,  # (N, D) features of real images
+    y,  # (N, D) features of the others
+) -> float:  # squared Fréchet distance of two normal distributions with the moments of x and y
     """Fréchet distance of two clouds of points; with Inception features this is the FID.
     Raises: InputError when numbers of images or features differ, or there is only one image.
     Source: 10.48550/arXiv.1706.08500"""
@@ -46,16 +49,17 @@ def frechet_distance(
 
 # %% ../../nbs/51b_metrics.sets.ipynb #600a8b75
 def frechet_infinity(
-    x,         # (N, D) features of real images
-    y,         # (N, D) features of the others
-    rng=0,     # seed of the subsets
-    sizes=None, # numbers of images to draw the line through; None: six, even in 1/N, from N/4 to N
-) -> float: # distance extrapolated to 1/N = 0; may be a little negative
+    x,  # (N, D) features of real images
+    y,  # (N, D) features of the others
+    rng=0,  # seed of the subsets
+    sizes=None,  # numbers of images to draw the line through; None: six, even in 1/N, from N/4 to N
+) -> float:  # distance extrapolated to 1/N = 0; may be a little negative
     """Fréchet distance extrapolated to infinitely many images.
     Raises: InputError for fewer than eight images.
     Source: 10.48550/arXiv.1911.07023"""
     x, y = _features(x, y)
-    if len(x) < 8: raise InputError(f"{len(x)} images are too few to extrapolate from: give at least eight.")
+    if len(x) < 8:
+        raise InputError(f"{len(x)} images are too few to extrapolate from: give at least eight.")
     rng, inverse = as_rng(rng), np.linspace(4 / len(x), 1 / len(x), 6)
     sizes = np.rint(1 / inverse).astype(int) if sizes is None else np.asarray(sizes)
     some = lambda v, n: v[rng.permutation(len(v))[:n]]
@@ -64,10 +68,10 @@ def frechet_infinity(
 
 # %% ../../nbs/51b_metrics.sets.ipynb #04b9e097
 def kernel_distance(
-    x,        # (N, D) features of real images
-    y,        # (N, D) features of the others
-    degree=3, # of the polynomial kernel
-) -> float: # unbiased squared maximum mean discrepancy; with Inception features this is the KID
+    x,  # (N, D) features of real images
+    y,  # (N, D) features of the others
+    degree=3,  # of the polynomial kernel
+) -> float:  # unbiased squared maximum mean discrepancy; with Inception features this is the KID
     """Kernel distance of two clouds of points.
     Raises: InputError when numbers of images or features differ.
     Source: 10.48550/arXiv.1801.01401"""
@@ -78,78 +82,110 @@ def kernel_distance(
 
 # %% ../../nbs/51b_metrics.sets.ipynb #6141ec2f
 def neighbour_metrics(
-    x,   # (N, D) features of real images
-    y,   # (N, D) features of the others
-    k=5, # neighbours that a ball reaches to
-) -> dict: # precision, recall, coverage (0 to 1), density (about 1 for equal distributions), authenticity (0 to 1)
+    x,  # (N, D) features of real images
+    y,  # (N, D) features of the others
+    k=5,  # neighbours that a ball reaches to
+) -> dict:  # precision, recall, coverage (0 to 1), density (about 1 for equal distributions), authenticity (0 to 1)
     """Precision, recall, density, coverage and authenticity from nearest neighbours.
     Raises: InputError when there are not more than k images.
     Source: 10.48550/arXiv.2002.09797; authenticity 10.48550/arXiv.2102.08921"""
     x, y = _features(x, y)
-    if len(x) <= k: raise InputError(f"{len(x)} images have no {k} neighbours each: give more images or a smaller k.")
+    if len(x) <= k:
+        raise InputError(
+            f"{len(x)} images have no {k} neighbours each: give more images or a smaller k."
+        )
     xx, yy, xy = np.sort(cdist(x, x), 1), np.sort(cdist(y, y), 1), cdist(x, y)
     in_real, in_fake = xy < xx[:, k, None], xy < yy[:, k]
     first = xy.argmin(0)
-    return {"precision": float(in_real.any(0).mean()), "recall": float(in_fake.any(1).mean()),
-            "density": float(in_real.sum(0).mean() / k), "coverage": float(in_real.any(1).mean()),
-            "authenticity": float((xy.min(0) > xx[first, 1]).mean())}
+    return {
+        "precision": float(in_real.any(0).mean()),
+        "recall": float(in_fake.any(1).mean()),
+        "density": float(in_real.sum(0).mean() / k),
+        "coverage": float(in_real.any(1).mean()),
+        "authenticity": float((xy.min(0) > xx[first, 1]).mean()),
+    }
 
 # %% ../../nbs/51b_metrics.sets.ipynb #33d087de
 def copy_test(
     train,  # (M, D) features of the training images
-    unseen, # (K, D) features of real images that were not trained on
-    fake,   # (N, D) features of generated images
+    unseen,  # (K, D) features of real images that were not trained on
+    fake,  # (N, D) features of generated images
     rng=0,  # seed of the bootstrap
-) -> tuple: # Estimate (0.5: as far from the training set as unseen images; 0: copies), z score (below -3: copying)
+) -> tuple:  # Estimate (0.5: as far from the training set as unseen images; 0: copies), z score (below -3: copying)
     """Chance that a generated image is further from the training set than an unseen one.
     Raises: InputError for fewer than two images in a set.
     Source: C_T without cells, 10.48550/arXiv.2004.05675"""
     sets = [check_finite("features", np.asarray(v, float)) for v in (train, unseen, fake)]
-    if min(map(len, sets)) < 2: raise InputError("the copy test needs two images or more in each of the three sets.")
+    if min(map(len, sets)) < 2:
+        raise InputError("the copy test needs two images or more in each of the three sets.")
     a, b = (cdist(v, sets[0]).min(1) for v in (sets[2], sets[1]))
     area = lambda a, b: mannwhitneyu(a, b).statistic / (len(a) * len(b))
     n, m = len(a), len(b)
     z = (area(a, b) - 0.5) * np.sqrt(12 * n * m / (n + m + 1))
-    interval = bootstrap((a, b), area, n_resamples=499, method="percentile", vectorized=False, random_state=as_rng(rng))
-    return Estimate("copying: 0.5 is none", area(a, b), *map(float, interval.confidence_interval), n), float(z)
+    interval = bootstrap(
+        (a, b),
+        area,
+        n_resamples=499,
+        method="percentile",
+        vectorized=False,
+        random_state=as_rng(rng),
+    )
+    return Estimate(
+        "copying: 0.5 is none", area(a, b), *map(float, interval.confidence_interval), n
+    ), float(z)
 
 
 def nearest(
-    x, # (M, D) features of the training (or real) images
-    y, # (N, D) features of generated images
-) -> pd.DataFrame: # index of each generated image, of its nearest real one, distance, ratio; closest first
+    x,  # (M, D) features of the training (or real) images
+    y,  # (N, D) features of generated images
+) -> (
+    pd.DataFrame
+):  # index of each generated image, of its nearest real one, distance, ratio; closest first
     "Nearest real image of each generated one; the ratio is to the distance between that one and its own nearest."
     near, own = cdist(y, x), np.sort(cdist(x, x), 1)[:, 1]
     i, d = near.argmin(1), near.min(1)
-    table = pd.DataFrame({"fake": np.arange(len(y)), "real": i, "distance": d, "ratio": d / np.maximum(own[i], 1e-30)})
+    table = pd.DataFrame(
+        {
+            "fake": np.arange(len(y)),
+            "real": i,
+            "distance": d,
+            "ratio": d / np.maximum(own[i], 1e-30),
+        }
+    )
     return table.sort_values("ratio", ignore_index=True)
 
 # %% ../../nbs/51b_metrics.sets.ipynb #578fb818
 def set_statistics(
-    x,        # (N, D) features of real images
-    y,        # (N, D) features of the others
-    distance="FD", # name of the Fréchet distance: "FID" for Inception features only
-    k=5,      # neighbours of precision to authenticity
-    rng=0,    # seed of the extrapolation's subsets
-) -> dict: # name -> value
+    x,  # (N, D) features of real images
+    y,  # (N, D) features of the others
+    distance="FD",  # name of the Fréchet distance: "FID" for Inception features only
+    k=5,  # neighbours of precision to authenticity
+    rng=0,  # seed of the extrapolation's subsets
+) -> dict:  # name -> value
     "Every statistic of two sets of features."
     out = {distance: frechet_distance(x, y)}
-    if len(x) >= 8: out[distance + ", N → ∞"] = frechet_infinity(x, y, rng)
+    if len(x) >= 8:
+        out[distance + ", N → ∞"] = frechet_infinity(x, y, rng)
     out[distance.replace("FID", "KID").replace("FD", "KD")] = kernel_distance(x, y)
-    return out | ({f"{name} (k = {k})": v for name, v in neighbour_metrics(x, y, k).items()} if len(x) > k else {})
+    return out | (
+        {f"{name} (k = {k})": v for name, v in neighbour_metrics(x, y, k).items()}
+        if len(x) > k
+        else {}
+    )
 
 
 def half_samples(
-    x,          # (N, D) features of real images
-    y,          # (N, D) features of the others
+    x,  # (N, D) features of real images
+    y,  # (N, D) features of the others
     statistic,  # function of two (N // 2, D) arrays -> dict of numbers
-    repeats=40, # random halvings
-    rng=0,      # seed
-) -> tuple: # DataFrames (repeats, statistics): real half against generated half, real half against the other real half
+    repeats=40,  # random halvings
+    rng=0,  # seed
+) -> tuple:  # DataFrames (repeats, statistics): real half against generated half, real half against the other real half
     """Statistics of random halves, for values, intervals and floors.
     Raises: InputError when N differs or is below four."""
     x, y = _features(x, y)
-    if len(x) < 4: raise InputError(f"{len(x)} images cannot be halved into sets: give at least four of each.")
+    if len(x) < 4:
+        raise InputError(f"{len(x)} images cannot be halved into sets: give at least four of each.")
     rng, n, values, floors = as_rng(rng), len(x) // 2, [], []
     for _ in range(repeats):
         i, j = rng.permutation(len(x)), rng.permutation(len(y))
@@ -159,32 +195,48 @@ def half_samples(
 
 
 def set_table(
-    real,           # N images
-    fake,           # N images
-    extractor=None, # `Extractor`; None: the random network
-    repeats=40,     # random halvings
-    k=5,            # neighbours
-    rng=0,          # seed
-) -> pd.DataFrame: # one row per metric: metric, value, low, high, n, floor, floor_low, floor_high, features
+    real,  # N images
+    fake,  # N images
+    extractor=None,  # `Extractor`; None: the random network
+    repeats=40,  # random halvings
+    k=5,  # neighbours
+    rng=0,  # seed
+) -> (
+    pd.DataFrame
+):  # one row per metric: metric, value, low, high, n, floor, floor_low, floor_high, features
     """Set metrics of two sets of images, each with n, its 95 % interval and its real-against-real floor.
     Raises: InputError when N differs, or images are no images."""
     extractor = extractor or random_extractor()
     x, y = feature_pair(real, fake, extractor)
-    values, floors = half_samples(x, y, lambda a, b: set_statistics(a, b, extractor.distance, k), repeats, rng)
+    values, floors = half_samples(
+        x, y, lambda a, b: set_statistics(a, b, extractor.distance, k), repeats, rng
+    )
     low, high = values.quantile(0.025), values.quantile(0.975)
-    table = {"value": values.mean(), "low": low, "high": high, "n": len(x) // 2, "floor": floors.mean(),
-             "floor_low": floors.quantile(0.025), "floor_high": floors.quantile(0.975), "features": extractor.name}
+    table = {
+        "value": values.mean(),
+        "low": low,
+        "high": high,
+        "n": len(x) // 2,
+        "floor": floors.mean(),
+        "floor_low": floors.quantile(0.025),
+        "floor_high": floors.quantile(0.975),
+        "features": extractor.name,
+    }
     return pd.DataFrame(table).rename_axis("metric").reset_index()
 
 
 def feature_pair(
-    real,      # images
-    fake,      # images
-    extractor, # `Extractor`
-) -> tuple: # (N, D) and (M, D) features; other than Inception's centred and scaled to unit mean variance of the real ones
+    real,  # images
+    fake,  # images
+    extractor,  # `Extractor`
+) -> tuple:  # (N, D) and (M, D) features; other than Inception's centred and scaled to unit mean variance of the real ones
     "Features of two sets through one window of intensity."
     window = intensity_window(real)
-    x, y = extractor(as_images(real, name="the real images"), window), extractor(as_images(fake, name="the generated images"), window)
-    if extractor.distance == "FID": return x, y
+    x, y = (
+        extractor(as_images(real, name="the real images"), window),
+        extractor(as_images(fake, name="the generated images"), window),
+    )
+    if extractor.distance == "FID":
+        return x, y
     centre, unit = x.mean(0), max(np.sqrt(x.var(0).mean()), 1e-30)
     return (x - centre) / unit, (y - centre) / unit

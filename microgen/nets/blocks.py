@@ -19,49 +19,58 @@ NORMS = ("instance", "group", "batch", "none")
 
 
 def norm_layer(
-    name: str,    # one of `NORMS`
-    channels: int,# channels of the features
-) -> nn.Module: # the layer; `nn.Identity` for "none"
+    name: str,  # one of `NORMS`
+    channels: int,  # channels of the features
+) -> nn.Module:  # the layer; `nn.Identity` for "none"
     """Make a normalisation layer by name.
     Raises: InputError for an unknown name."""
-    if name == "instance": return nn.InstanceNorm2d(channels, affine=True)
-    if name == "group": return nn.GroupNorm(_groups(channels), channels)
-    if name == "batch": return nn.BatchNorm2d(channels)
-    if name in ("none", None): return nn.Identity()
+    if name == "instance":
+        return nn.InstanceNorm2d(channels, affine=True)
+    if name == "group":
+        return nn.GroupNorm(_groups(channels), channels)
+    if name == "batch":
+        return nn.BatchNorm2d(channels)
+    if name in ("none", None):
+        return nn.Identity()
     raise InputError(f"norm={name!r} is unknown: use one of {', '.join(NORMS)}.")
 
 
-def _groups(channels): return next(g for g in (8, 4, 2, 1) if channels % g == 0)
+def _groups(channels):
+    return next(g for g in (8, 4, 2, 1) if channels % g == 0)
 
 # %% ../../nbs/65_nets.blocks.ipynb #2bed21e8
 def zeroed(
-    layer: nn.Module, # a layer with weight and bias
-) -> nn.Module: # the same layer
+    layer: nn.Module,  # a layer with weight and bias
+) -> nn.Module:  # the same layer
     "Set weight and bias to zero, also after `initialise`."
-    for p in layer.parameters(): nn.init.zeros_(p)
+    for p in layer.parameters():
+        nn.init.zeros_(p)
     layer.starts_at_zero = True
     return layer
 
 
 def initialise(
-    net: nn.Module, # network; changed in place
+    net: nn.Module,  # network; changed in place
     seed: int = 0,  # seed of the weights
-) -> nn.Module: # the same network
+) -> nn.Module:  # the same network
     "Draw the weights of all convolutions and linear layers from a seed (variance 2 / fan-in; biases 0)."
     rng = torch.Generator().manual_seed(seed)
     for layer in net.modules():
-        if not isinstance(layer, (nn.Conv2d, nn.Linear)) or getattr(layer, "starts_at_zero", False): continue
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)) or getattr(layer, "starts_at_zero", False):
+            continue
         spectral = parametrized(layer)
         weight = layer.parametrizations.weight.original if spectral else layer.weight
         nn.init.kaiming_normal_(weight, generator=rng)
-        if layer.bias is not None: nn.init.zeros_(layer.bias)
-        if spectral: _restart(layer.parametrizations.weight[0], weight, rng)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+        if spectral:
+            _restart(layer.parametrizations.weight[0], weight, rng)
     return net
 
 
 def parametrized(
-    layer: nn.Module, # any layer
-) -> bool: # True for a layer of `spectral`
+    layer: nn.Module,  # any layer
+) -> bool:  # True for a layer of `spectral`
     "Does the layer divide its weight by its spectral norm?"
     return hasattr(layer, "parametrizations") and "weight" in layer.parametrizations
 
@@ -79,60 +88,69 @@ def _restart(norm, weight, rng):
 
 
 def spectral(
-    layer: nn.Module, # convolution or linear layer
-) -> nn.Module: # the same layer, its weight divided by its largest singular value
+    layer: nn.Module,  # convolution or linear layer
+) -> nn.Module:  # the same layer, its weight divided by its largest singular value
     """Give a layer spectral norm 1, so that a discriminator cannot grow arbitrarily steep.
     Source: Miyato et al. 2018, arXiv 1802.05957."""
     return parametrizations.spectral_norm(layer)
 
 # %% ../../nbs/65_nets.blocks.ipynb #0f18b6d4
 def code_length(
-    n_classes: int,   # classes the network knows; 0 for none
-    z_dim: int,       # length of z; 0 for none
-    n_props: int = 0, # properties
-) -> int: # length of the vector of `code`; 0 for a network that is told nothing
+    n_classes: int,  # classes the network knows; 0 for none
+    z_dim: int,  # length of z; 0 for none
+    n_props: int = 0,  # properties
+) -> int:  # length of the vector of `code`; 0 for a network that is told nothing
     "One slot per class, one for the domain, then the properties, then z."
     told = n_classes + n_props + z_dim
     return told + 1 if told else 0
 
 
 def code(
-    label,          # (B,) int64 class, -1 where it is unknown; or None
-    z,              # (B, z_dim) latent variable, or None for its most likely value 0
-    n_classes: int, # classes the network knows; 0 for none
-    z_dim: int,     # length of z; 0 for none
-    like: torch.Tensor, # (B, ...) tensor whose batch size, dtype and device are taken
-    domain=None,    # (B,) 0 simulated, 1 real; None is simulated
-    props=None,     # (B, n_props) of mean 0 and standard deviation 1; None is the mean
-    n_props: int = 0, # properties the network knows
-) -> torch.Tensor: # (B, `code_length`)
+    label,  # (B,) int64 class, -1 where it is unknown; or None
+    z,  # (B, z_dim) latent variable, or None for its most likely value 0
+    n_classes: int,  # classes the network knows; 0 for none
+    z_dim: int,  # length of z; 0 for none
+    like: torch.Tensor,  # (B, ...) tensor whose batch size, dtype and device are taken
+    domain=None,  # (B,) 0 simulated, 1 real; None is simulated
+    props=None,  # (B, n_props) of mean 0 and standard deviation 1; None is the mean
+    n_props: int = 0,  # properties the network knows
+) -> torch.Tensor:  # (B, `code_length`)
     """Write class, domain, properties and latent variable as one vector, in this order; zeros for what is not given.
     Raises: InputError for a class, properties or a z that the network does not know."""
     n = like.shape[0]
     out = like.new_zeros(n, code_length(n_classes, z_dim, n_props))
-    if not out.shape[1]: return out
+    if not out.shape[1]:
+        return out
     if label is not None and n_classes:
         label = torch.as_tensor(label, device=like.device).reshape(-1).expand(n)
         if int(label.max()) >= n_classes:
-            raise InputError(f"Class {int(label.max())} is unknown: the network knows 0 to {n_classes - 1}.")
+            raise InputError(
+                f"Class {int(label.max())} is unknown: the network knows 0 to {n_classes - 1}."
+            )
         known = label >= 0
         out[known, label[known]] = 1
-    if domain is not None: out[:, n_classes] = torch.as_tensor(domain).to(out)
-    if props is not None and n_props: out[:, n_classes + 1:n_classes + 1 + n_props] = _fitting(props, "props", (n, n_props))
-    if z is not None and z_dim: out[:, -z_dim:] = _fitting(z, "z", (n, z_dim))
+    if domain is not None:
+        out[:, n_classes] = torch.as_tensor(domain).to(out)
+    if props is not None and n_props:
+        out[:, n_classes + 1 : n_classes + 1 + n_props] = _fitting(props, "props", (n, n_props))
+    if z is not None and z_dim:
+        out[:, -z_dim:] = _fitting(z, "z", (n, z_dim))
     return out
 
 
 def _fitting(value, name, shape):
-    if tuple(value.shape) == shape: return value
+    if tuple(value.shape) == shape:
+        return value
     raise InputError(f"{name} has shape {tuple(value.shape)}: it must be {shape}.")
 
 # %% ../../nbs/65_nets.blocks.ipynb #075b2c6c
 class FiLM(nn.Module):
     "Scale and shift each channel by what `code` says; the identity until it is trained."
-    def __init__(self,
-        channels: int, # channels of the features
-        n_code: int,   # length of the vector of `code`
+
+    def __init__(
+        self,
+        channels: int,  # channels of the features
+        n_code: int,  # length of the vector of `code`
     ):
         super().__init__()
         self.linear = zeroed(nn.Linear(n_code, 2 * channels))
@@ -143,18 +161,18 @@ class FiLM(nn.Module):
 
 # %% ../../nbs/65_nets.blocks.ipynb #b92a31fe
 def shrink(
-    h: torch.Tensor, # (B, C, H, W), H and W even
-) -> torch.Tensor: # (B, C, H/2, W/2)
+    h: torch.Tensor,  # (B, C, H, W), H and W even
+) -> torch.Tensor:  # (B, C, H/2, W/2)
     """Halve the size: binomial filter (1, 3, 3, 1), then every second pixel.
     Source: Zhang 2019, arXiv 1904.11486."""
-    kernel = h.new_tensor([1., 3, 3, 1]) / 8
+    kernel = h.new_tensor([1.0, 3, 3, 1]) / 8
     kernel = (kernel[:, None] * kernel).expand(h.shape[1], 1, 4, 4)
     return F.conv2d(F.pad(h, (1, 1, 1, 1), mode="replicate"), kernel, stride=2, groups=h.shape[1])
 
 
 def grow(
-    h: torch.Tensor, # (B, C, H, W)
-) -> torch.Tensor: # (B, C, 2H, 2W)
+    h: torch.Tensor,  # (B, C, H, W)
+) -> torch.Tensor:  # (B, C, 2H, 2W)
     """Double the size by bilinear interpolation; a convolution after it leaves no checkerboard.
     Source: Odena et al. 2016, doi 10.23915/distill.00003."""
     return F.interpolate(h, scale_factor=2, mode="bilinear", align_corners=False)
@@ -162,15 +180,19 @@ def grow(
 # %% ../../nbs/65_nets.blocks.ipynb #4467d40d
 class Block(nn.Module):
     "Two convolutions with norm and FiLM, and a short cut around them."
-    def __init__(self,
-        n_in: int,              # channels in
-        n_out: int,             # channels out
-        n_code: int = 0,        # length of the vector of `code`; 0 for no FiLM
-        norm: str = "instance", # one of `NORMS`
+
+    def __init__(
+        self,
+        n_in: int,  # channels in
+        n_out: int,  # channels out
+        n_code: int = 0,  # length of the vector of `code`; 0 for no FiLM
+        norm: str = "instance",  # one of `NORMS`
     ):
         super().__init__()
         bias = norm in ("none", None)  # a norm takes the mean, and with it a bias, away
-        self.convs = nn.ModuleList([nn.Conv2d(n, n_out, 3, padding=1, bias=bias) for n in (n_in, n_out)])
+        self.convs = nn.ModuleList(
+            [nn.Conv2d(n, n_out, 3, padding=1, bias=bias) for n in (n_in, n_out)]
+        )
         self.norms = nn.ModuleList([norm_layer(norm, n_out), norm_layer(norm, n_out)])
         self.films = nn.ModuleList([FiLM(n_out, n_code) for _ in range(2)] if n_code else [])
         self.short = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
@@ -179,40 +201,55 @@ class Block(nn.Module):
         out = h
         for k in range(2):
             out = self.norms[k](self.convs[k](out))
-            if self.films: out = self.films[k](out, code)
+            if self.films:
+                out = self.films[k](out, code)
             out = F.silu(out)
         return (out + self.short(h)) / 2**0.5
 
 # %% ../../nbs/65_nets.blocks.ipynb #5a99e93c
 class WallAttention(nn.Module):
     "Where the wall is, in logits, from the condition; and features that pass only where that opens."
-    def __init__(self,
-        n_in: int,         # channels of the condition
-        channels: int,     # channels of the features that it gates
+
+    def __init__(
+        self,
+        n_in: int,  # channels of the condition
+        channels: int,  # channels of the features that it gates
         hidden: int = 16,  # channels of the mask's convolutions
     ):
         super().__init__()
-        self.find = nn.Sequential(nn.Conv2d(n_in, hidden, 5, padding=2), nn.SiLU(),
-                                  nn.Conv2d(hidden, hidden, 5, padding=2), nn.SiLU(), nn.Conv2d(hidden, 1, 1))
-        self.branch = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.SiLU(),
-                                    zeroed(nn.Conv2d(channels, channels, 3, padding=1)))
+        self.find = nn.Sequential(
+            nn.Conv2d(n_in, hidden, 5, padding=2),
+            nn.SiLU(),
+            nn.Conv2d(hidden, hidden, 5, padding=2),
+            nn.SiLU(),
+            nn.Conv2d(hidden, 1, 1),
+        )
+        self.branch = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.SiLU(),
+            zeroed(nn.Conv2d(channels, channels, 3, padding=1)),
+        )
 
-    def forward(self, maps): return self.find(maps)
+    def forward(self, maps):
+        return self.find(maps)
 
-    def gate(self,
-        h: torch.Tensor,      # (B, channels, H, W) features
-        logits: torch.Tensor, # (B, 1, H, W), as `forward` gives them; their sigmoid is the mask
-    ) -> torch.Tensor: # (B, channels, H, W)
+    def gate(
+        self,
+        h: torch.Tensor,  # (B, channels, H, W) features
+        logits: torch.Tensor,  # (B, 1, H, W), as `forward` gives them; their sigmoid is the mask
+    ) -> torch.Tensor:  # (B, channels, H, W)
         "Add the branch where the mask is open."
         return h + torch.sigmoid(logits) * self.branch(h)
 
 # %% ../../nbs/65_nets.blocks.ipynb #1c07a62a
 class PixelNoise(nn.Module):
     "Give the standard deviation of white noise, read from the features, pixel by pixel, and from the code, for the whole image."
-    def __init__(self,
-        channels: int,       # channels of the features
-        n_code: int = 0,     # length of the vector of `code`; 0 for none
-        start: float = 0.05, # standard deviation before training
+
+    def __init__(
+        self,
+        channels: int,  # channels of the features
+        n_code: int = 0,  # length of the vector of `code`; 0 for none
+        start: float = 0.05,  # standard deviation before training
     ):
         super().__init__()
         self.head = zeroed(nn.Conv2d(channels, 1, 1))
@@ -221,13 +258,14 @@ class PixelNoise(nn.Module):
 
     def forward(self, h, code=None):
         log_sd = self.head(h)
-        if self.told is not None: log_sd = log_sd + self.told(code)[:, :, None, None]
+        if self.told is not None:
+            log_sd = log_sd + self.told(code)[:, :, None, None]
         return self.start * torch.exp(log_sd.clamp(-6, 4))
 
 # %% ../../nbs/65_nets.blocks.ipynb #f8060c1f
 def noise_nll(
-    residual: torch.Tensor, # (B, 1, H, W) true image minus mean image
-    sd: torch.Tensor,       # (B, 1, H, W) standard deviation
-) -> torch.Tensor: # scalar, nats per pixel, up to a constant
+    residual: torch.Tensor,  # (B, 1, H, W) true image minus mean image
+    sd: torch.Tensor,  # (B, 1, H, W) standard deviation
+) -> torch.Tensor:  # scalar, nats per pixel, up to a constant
     "Negative log-likelihood of normal noise."
     return (torch.log(sd) + residual.square() / (2 * sd.square())).mean()

@@ -21,25 +21,25 @@ from .style import statistics
 # %% ../../nbs/67_nets.loss.ipynb #b6fa1b7e
 def ssim_term(
     image: torch.Tensor,  # (B, 1, H, W) in [-1, 1]
-    target: torch.Tensor, # (B, 1, H, W) in [-1, 1]
-    window: int = 11,     # pixels
-) -> torch.Tensor: # scalar, 0 for equal images
+    target: torch.Tensor,  # (B, 1, H, W) in [-1, 1]
+    window: int = 11,  # pixels
+) -> torch.Tensor:  # scalar, 0 for equal images
     "1 - SSIM, the mean over the batch."
     return 2 * ssim_loss(image, target, window, max_val=2.0)
 
 
 def ssim(
-    pred,     # (B, 1, H, W) in [-1, 1]
-    *targets, # the last is the true image, same shape
-) -> torch.Tensor: # scalar, 1 for equal images
+    pred,  # (B, 1, H, W) in [-1, 1]
+    *targets,  # the last is the true image, same shape
+) -> torch.Tensor:  # scalar, 1 for equal images
     "SSIM as a metric that fastai can show (kornia, window 11, range 2)."
     return 1 - ssim_term(pred, targets[-1])
 
 
 def ms_ssim_term(
     image: torch.Tensor,  # (B, 1, H, W) in [-1, 1]
-    target: torch.Tensor, # (B, 1, H, W) in [-1, 1]
-) -> torch.Tensor: # scalar, 0 for equal images
+    target: torch.Tensor,  # (B, 1, H, W) in [-1, 1]
+) -> torch.Tensor:  # scalar, 0 for equal images
     """Structure over five scales and smoothed L1, 84 to 16.
     Source: Zhao et al. 2017, doi 10.1109/TCI.2016.2644865."""
     loss = MS_SSIMLoss(data_range=2.0, alpha=0.84, compensation=1.0).to(image)
@@ -48,8 +48,8 @@ def ms_ssim_term(
 
 def edge_term(
     image: torch.Tensor,  # (B, 1, H, W)
-    target: torch.Tensor, # (B, 1, H, W)
-) -> torch.Tensor: # scalar
+    target: torch.Tensor,  # (B, 1, H, W)
+) -> torch.Tensor:  # scalar
     "Mean absolute difference of Sobel gradients: where the flanks of the columns are."
     return F.l1_loss(spatial_gradient(image), spatial_gradient(target))
 
@@ -63,44 +63,56 @@ def _rings(h, w):
 
 
 def log_spectrum(
-    image: torch.Tensor, # (B, 1, H, W)
-) -> torch.Tensor: # (B, R) log10 of the mean power in rings from 0 to Nyquist, Hann window
+    image: torch.Tensor,  # (B, 1, H, W)
+) -> torch.Tensor:  # (B, R) log10 of the mean power in rings from 0 to Nyquist, Hann window
     "Radial power spectrum, differentiable."
     h, w = image.shape[-2:]
     ring, count = (t.to(image.device) for t in _rings(h, w))
-    window = torch.hann_window(h, device=image.device)[:, None] * torch.hann_window(w, device=image.device)
+    window = torch.hann_window(h, device=image.device)[:, None] * torch.hann_window(
+        w, device=image.device
+    )
     image = image.float() - image.float().mean((-2, -1), keepdim=True)
     power = torch.fft.rfft2(image * window, norm="ortho").abs().square().flatten(1)
-    mean = torch.zeros(len(power), len(count), device=power.device).index_add(1, ring.flatten(), power) / count
+    mean = (
+        torch.zeros(len(power), len(count), device=power.device).index_add(1, ring.flatten(), power)
+        / count
+    )
     return torch.log10(mean + 1e-8)
 
 
 def spectral_term(
     image: torch.Tensor,  # (B, 1, H, W)
-    target: torch.Tensor, # (B, 1, H, W)
-) -> torch.Tensor: # scalar, decades
+    target: torch.Tensor,  # (B, 1, H, W)
+) -> torch.Tensor:  # scalar, decades
     "Mean absolute difference of the logarithmic spectra of two batches."
     return (log_spectrum(image).mean(0) - log_spectrum(target).mean(0)).abs().mean()
 
 # %% ../../nbs/67_nets.loss.ipynb #0afa9802
 def style_term(
     image: torch.Tensor,  # (B, 1, H, W) drawn, with its noise
-    target: torch.Tensor, # (N, 1, H, W) real images of other scenes
-) -> torch.Tensor: # scalar: grey levels + logarithm of contrast + decades of power
+    target: torch.Tensor,  # (N, 1, H, W) real images of other scenes
+) -> torch.Tensor:  # scalar: grey levels + logarithm of contrast + decades of power
     "Match what needs no pair: mean level, mean contrast, and the spectrum's upper half, where images are noise."
-    (level_a, signal_a, *_), (level_b, signal_b, *_) = statistics(image).mean(0), statistics(target).mean(0)
+    (level_a, signal_a, *_), (level_b, signal_b, *_) = (
+        statistics(image).mean(0),
+        statistics(target).mean(0),
+    )
     spectra = [log_spectrum(v).mean(0) for v in (image, target)]
     top = len(spectra[0]) // 2
-    return (level_a - level_b).abs() + (signal_a / signal_b).log().abs() + (spectra[0] - spectra[1])[top:].abs().mean()
+    return (
+        (level_a - level_b).abs()
+        + (signal_a / signal_b).log().abs()
+        + (spectra[0] - spectra[1])[top:].abs().mean()
+    )
 
 # %% ../../nbs/67_nets.loss.ipynb #af16caf1
 def diversity_term(
-    a: torch.Tensor,   # (B, 1, H, W) drawn with z_a
-    b: torch.Tensor,   # (B, 1, H, W) drawn with z_b
-    z_a: torch.Tensor, # (B, z_dim)
-    z_b: torch.Tensor, # (B, z_dim)
-    wanted: float = 0.1, # mean absolute difference of the images per difference of z that is enough
-) -> torch.Tensor: # scalar, 1 for equal images, 0 for images that differ enough
+    a: torch.Tensor,  # (B, 1, H, W) drawn with z_a
+    b: torch.Tensor,  # (B, 1, H, W) drawn with z_b
+    z_a: torch.Tensor,  # (B, z_dim)
+    z_b: torch.Tensor,  # (B, z_dim)
+    wanted: float = 0.1,  # mean absolute difference of the images per difference of z that is enough
+) -> torch.Tensor:  # scalar, 1 for equal images, 0 for images that differ enough
     """Push images of different latent variables apart.
     Source: Mao et al. 2019, arXiv 1903.05628 (their ratio, bounded)."""
     ratio = (a - b).abs().mean((1, 2, 3)) / (z_a - z_b).abs().mean(1).clamp_min(1e-3)
@@ -111,22 +123,23 @@ PIXEL_TERMS = {"l1": F.l1_loss, "ssim": ssim_term, "ms_ssim": ms_ssim_term, "edg
 
 
 def pixel_terms(
-    mean: torch.Tensor,   # (B, 1, H, W) drawn without noise
-    target: torch.Tensor, # (B, 1, H, W) true image
-    weights: dict,        # name to weight; terms of weight 0 are not computed
-) -> dict: # name to scalar
+    mean: torch.Tensor,  # (B, 1, H, W) drawn without noise
+    target: torch.Tensor,  # (B, 1, H, W) true image
+    weights: dict,  # name to weight; terms of weight 0 are not computed
+) -> dict:  # name to scalar
     "All terms that compare the mean image with the true one, pixel by pixel."
     return {name: term(mean, target) for name, term in PIXEL_TERMS.items() if weights.get(name)}
 
 
 def check_weights(
-    weights: dict, # name to weight
-    known,         # names of the terms that there are
-) -> dict: # the same, as floats
+    weights: dict,  # name to weight
+    known,  # names of the terms that there are
+) -> dict:  # the same, as floats
     """Check the weights of a loss.
     Raises: InputError for an unknown term or a weight that is not a number from 0 up."""
     for name, value in weights.items():
-        if name not in known: raise InputError(f"There is no loss term {name!r}: choose among {', '.join(known)}.")
+        if name not in known:
+            raise InputError(f"There is no loss term {name!r}: choose among {', '.join(known)}.")
         if not (isinstance(value, (int, float)) and 0 <= value < np.inf):
             raise InputError(f"The weight of {name!r} is {value!r}: give a number from 0 up.")
     return {name: float(value) for name, value in weights.items()}

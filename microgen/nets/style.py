@@ -18,45 +18,60 @@ STYLE = ("level", "contrast", "noise", "sharpness")
 
 
 def statistics(
-    image: torch.Tensor, # (B, 1, H, W)
-) -> torch.Tensor: # (B, 4): mean, standard deviation of the signal, of a pixel's noise, rms spatial frequency of the signal in rad/px
+    image: torch.Tensor,  # (B, 1, H, W)
+) -> torch.Tensor:  # (B, 4): mean, standard deviation of the signal, of a pixel's noise, rms spatial frequency of the signal in rad/px
     """Measure the numbers of `STYLE` in each image, differentiably.
     Source: Immerkaer 1996, doi 10.1006/cviu.1996.0060 (the noise)."""
-    mask = image.new_tensor([[1., -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6  # of norm 1
+    mask = image.new_tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6  # of norm 1
     noise = F.conv2d(image, mask[None, None]).square().mean((1, 2, 3))
     signal = image.flatten(1).var(1) - noise
-    slopes = ((image[..., 2:, 1:-1] - image[..., :-2, 1:-1]) / 2, (image[..., 1:-1, 2:] - image[..., 1:-1, :-2]) / 2)
-    slope = sum(s.square().mean((1, 2, 3)) for s in slopes) - noise  # each of the two holds half of the noise's variance
+    slopes = (
+        (image[..., 2:, 1:-1] - image[..., :-2, 1:-1]) / 2,
+        (image[..., 1:-1, 2:] - image[..., 1:-1, :-2]) / 2,
+    )
+    slope = (
+        sum(s.square().mean((1, 2, 3)) for s in slopes) - noise
+    )  # each of the two holds half of the noise's variance
     contrast, noise, slope = (v.clamp_min(1e-8).sqrt() for v in (signal, noise, slope))
     return torch.stack([image.mean((1, 2, 3)), contrast, noise, slope / contrast], 1)
 
 # %% ../../nbs/66b_nets.style.ipynb #7d2ba25f
 class Style(nn.Module):
     "Read z from images: the first numbers of `STYLE`, with mean 0 and covariance 1 over those seen in training."
+
     START = 0.02, 0.03, 0.2, 0.02  # usual spreads, which count as one batch
 
-    def __init__(self,
-        z_dim: int = 4,     # how many of the numbers
-        memory: int = 1000, # batches that count
+    def __init__(
+        self,
+        z_dim: int = 4,  # how many of the numbers
+        memory: int = 1000,  # batches that count
     ):
         super().__init__()
         if not 1 <= z_dim <= len(STYLE):
-            raise InputError(f"z_dim is {z_dim}: z has 1 to {len(STYLE)} numbers, {', '.join(STYLE)} in this order; 0 for none.")
+            raise InputError(
+                f"z_dim is {z_dim}: z has 1 to {len(STYLE)} numbers, {', '.join(STYLE)} in this order; 0 for none."
+            )
         self.memory = memory
-        cov = torch.diag(torch.tensor(self.START[:z_dim])**2)
+        cov = torch.diag(torch.tensor(self.START[:z_dim]) ** 2)
         for name, value in (("seen", torch.zeros(())), ("mean", torch.zeros(z_dim)), ("cov", cov)):
             self.register_buffer(name, value)
 
     def forward(self, image):
         with torch.no_grad(), full_precision(image):
             v = statistics(image.float())
-            v = torch.cat([v[:, :1], v[:, 1:].log()], 1)[:, :len(self.mean)]
-            if self.training: self.observe(v)
-            floor = 1e-6 * torch.eye(len(self.cov), device=v.device)  # images that are all alike have a covariance of rank 0
-            return torch.linalg.solve_triangular(torch.linalg.cholesky(self.cov + floor), (v - self.mean).T, upper=False).T
+            v = torch.cat([v[:, :1], v[:, 1:].log()], 1)[:, : len(self.mean)]
+            if self.training:
+                self.observe(v)
+            floor = 1e-6 * torch.eye(
+                len(self.cov), device=v.device
+            )  # images that are all alike have a covariance of rank 0
+            return torch.linalg.solve_triangular(
+                torch.linalg.cholesky(self.cov + floor), (v - self.mean).T, upper=False
+            ).T
 
-    def observe(self,
-        v: torch.Tensor, # (B, z_dim)
+    def observe(
+        self,
+        v: torch.Tensor,  # (B, z_dim)
     ):
         "Let the moments follow a batch."
         before = self.seen.clamp_max(self.memory)

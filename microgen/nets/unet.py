@@ -13,43 +13,66 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import InputError
-from .blocks import (Block, PixelNoise, WallAttention, code, code_length, grow, initialise, norm_layer,
-                                   shrink, spectral)
+from microgen.nets.blocks import (
+    Block,
+    PixelNoise,
+    WallAttention,
+    code,
+    code_length,
+    grow,
+    initialise,
+    norm_layer,
+    shrink,
+    spectral,
+)
 
 # %% ../../nbs/66_nets.unet.ipynb #95ba64f7
 class Drawn(NamedTuple):
     "What a generator makes of a batch."
-    image: torch.Tensor       # (B, out_ch, H, W) in [-1, 1]: mean + sd * noise
-    mean: torch.Tensor        # (B, out_ch, H, W) before it is cut to [-1, 1], which has a gradient everywhere
-    sd: torch.Tensor          # (B, 1, H, W) standard deviation of the pixel noise
-    wall: torch.Tensor | None # (B, 1, H, W) logits of where the wall is; None without attention
+
+    image: torch.Tensor  # (B, out_ch, H, W) in [-1, 1]: mean + sd * noise
+    mean: (
+        torch.Tensor
+    )  # (B, out_ch, H, W) before it is cut to [-1, 1], which has a gradient everywhere
+    sd: torch.Tensor  # (B, 1, H, W) standard deviation of the pixel noise
+    wall: torch.Tensor | None  # (B, 1, H, W) logits of where the wall is; None without attention
 
     @property
-    def mask(self) -> torch.Tensor | None: # (B, 1, H, W) in (0, 1); None without attention
+    def mask(self) -> torch.Tensor | None:  # (B, 1, H, W) in (0, 1); None without attention
         "Where the gate at walls is open."
         return None if self.wall is None else torch.sigmoid(self.wall)
 
 
 class UNet(nn.Module):
     "U-Net from maps to an image, conditioned by class, domain, properties and latent variable."
-    def __init__(self,
-        in_ch: int,              # channels of the maps
-        out_ch: int = 1,         # channels of the image
-        base: int = 64,          # channels at full size; doubled at each level, at most 8 times
-        depth: int = 4,          # how often the size is halved
-        n_classes: int = 0,      # classes; 0 for none
-        z_dim: int = 0,          # length of the latent variable; 0 for none
+
+    def __init__(
+        self,
+        in_ch: int,  # channels of the maps
+        out_ch: int = 1,  # channels of the image
+        base: int = 64,  # channels at full size; doubled at each level, at most 8 times
+        depth: int = 4,  # how often the size is halved
+        n_classes: int = 0,  # classes; 0 for none
+        z_dim: int = 0,  # length of the latent variable; 0 for none
         norm: str = "instance",  # see `microgen.nets.blocks.NORMS`
-        attention: bool = False, # gate the last features at walls
-        seed: int = 0,           # seed of the weights
-        n_props: int = 0,        # properties, such as the dose
+        attention: bool = False,  # gate the last features at walls
+        seed: int = 0,  # seed of the weights
+        n_props: int = 0,  # properties, such as the dose
     ):
         super().__init__()
-        self.in_ch, self.depth, self.n_classes, self.z_dim, self.n_props = in_ch, depth, n_classes, z_dim, n_props
-        widths = [base * 2**min(level, 3) for level in range(depth + 1)]
+        self.in_ch, self.depth, self.n_classes, self.z_dim, self.n_props = (
+            in_ch,
+            depth,
+            n_classes,
+            z_dim,
+            n_props,
+        )
+        widths = [base * 2 ** min(level, 3) for level in range(depth + 1)]
         n_code = code_length(n_classes, z_dim, n_props)
         self.stem = nn.Conv2d(in_ch, base, 5, padding=2)
-        self.down = nn.ModuleList([Block(w, v, n_code, norm) for w, v in zip([base] + widths, widths[:-1])])
+        self.down = nn.ModuleList(
+            [Block(w, v, n_code, norm) for w, v in zip([base] + widths, widths[:-1])]
+        )
         self.bottom = Block(widths[-2] if depth else base, widths[-1], n_code, norm)
         rising = zip(widths[:0:-1], widths[-2::-1])
         self.up = nn.ModuleList([Block(w + v, v, n_code, norm) for w, v in rising])
@@ -59,16 +82,18 @@ class UNet(nn.Module):
         initialise(self, seed)
         self.head.weight.data.mul_(0.1)  # begin near a grey image
 
-    def forward(self, maps, label=None, z=None, noise=None): return self.draw(maps, label, z, noise).image
+    def forward(self, maps, label=None, z=None, noise=None):
+        return self.draw(maps, label, z, noise).image
 
-    def draw(self,
-        maps: torch.Tensor, # (B, in_ch, H, W) truth maps
-        label=None,         # (B,) int64 class
-        z=None,             # (B, z_dim); None is the most likely value 0
-        noise=None,         # (B, 1, H, W) standard normal; None draws the mean image
-        domain=None,        # (B,) 0 simulated, 1 real; None is simulated
-        props=None,         # (B, n_props) of mean 0 and standard deviation 1; None is the mean
-    ) -> Drawn: # image, mean, standard deviation, logits of the wall
+    def draw(
+        self,
+        maps: torch.Tensor,  # (B, in_ch, H, W) truth maps
+        label=None,  # (B,) int64 class
+        z=None,  # (B, z_dim); None is the most likely value 0
+        noise=None,  # (B, 1, H, W) standard normal; None draws the mean image
+        domain=None,  # (B,) 0 simulated, 1 real; None is simulated
+        props=None,  # (B, n_props) of mean 0 and standard deviation 1; None is the mean
+    ) -> Drawn:  # image, mean, standard deviation, logits of the wall
         "Draw images, and say what they are made of."
         _check(maps, self.in_ch, self.depth)
         c = code(label, z, self.n_classes, self.z_dim, maps, domain, props, self.n_props)
@@ -81,10 +106,11 @@ class UNet(nn.Module):
         image = mean if noise is None else mean + sd * noise
         return Drawn(image.clamp(-1, 1), mean, sd, wall)
 
-    def features(self,
-        maps: torch.Tensor, # (B, in_ch, H, W)
-        c: torch.Tensor,    # (B, n_code) vector of `code`
-    ) -> torch.Tensor: # (B, base, H, W)
+    def features(
+        self,
+        maps: torch.Tensor,  # (B, in_ch, H, W)
+        c: torch.Tensor,  # (B, n_code) vector of `code`
+    ) -> torch.Tensor:  # (B, base, H, W)
         "The features of which the image is made."
         h, skips = self.stem(maps), []
         for block in self.down:
@@ -92,66 +118,82 @@ class UNet(nn.Module):
             skips.append(h)
             h = shrink(h)
         h = self.bottom(h, c)
-        for block, skip in zip(self.up, reversed(skips)): h = block(torch.cat([grow(h), skip], 1), c)
+        for block, skip in zip(self.up, reversed(skips)):
+            h = block(torch.cat([grow(h), skip], 1), c)
         return h
 
 
 def full_precision(
-    like: torch.Tensor, # tensor whose device counts
-) -> torch.autocast: # context in which nothing is rounded to bfloat16
+    like: torch.Tensor,  # tensor whose device counts
+) -> torch.autocast:  # context in which nothing is rounded to bfloat16
     "Leave mixed precision: 8 bits of mantissa are too few for grey levels and for variances."
     return torch.autocast(like.device.type, enabled=False)
 
 
 def _check(maps, in_ch, depth):
     if maps.ndim != 4 or maps.shape[1] != in_ch:
-        raise InputError(f"The maps have shape {tuple(maps.shape)}: the network takes (B, {in_ch}, H, W).")
+        raise InputError(
+            f"The maps have shape {tuple(maps.shape)}: the network takes (B, {in_ch}, H, W)."
+        )
     step, (h, w) = 2**depth, maps.shape[-2:]
     if h % step or w % step or min(h, w) < 2 * step:
-        raise InputError(f"Maps of {h} x {w} pixels cannot be halved {depth} times: use sides "
-                         f"divisible by {step}, "
-                         f"at least {2 * step}, or a network of less depth.")
+        raise InputError(
+            f"Maps of {h} x {w} pixels cannot be halved {depth} times: use sides "
+            f"divisible by {step}, "
+            f"at least {2 * step}, or a network of less depth."
+        )
 
 # %% ../../nbs/66_nets.unet.ipynb #a657dc0a
 class PatchGAN(nn.Module):
     "Convolutions of which each output value judges one patch."
-    def __init__(self,
-        in_ch: int,             # channels of the maps and of the image together
-        base: int = 64,         # channels of the first layer; doubled in each next, at most 8 times
-        n_layers: int = 3,      # layers that halve the size: 1, 2, 3, 4 give fields of 16, 34, 70, 142 px
-        norm: str = "instance", # see `microgen.nets.blocks.NORMS`
-        spectral_norm: bool = False, # divide each weight by its spectral norm
-        seed: int = 0,          # seed of the weights
+
+    def __init__(
+        self,
+        in_ch: int,  # channels of the maps and of the image together
+        base: int = 64,  # channels of the first layer; doubled in each next, at most 8 times
+        n_layers: int = 3,  # layers that halve the size: 1, 2, 3, 4 give fields of 16, 34, 70, 142 px
+        norm: str = "instance",  # see `microgen.nets.blocks.NORMS`
+        spectral_norm: bool = False,  # divide each weight by its spectral norm
+        seed: int = 0,  # seed of the weights
     ):
         super().__init__()
         self.in_ch, self.n_layers = in_ch, n_layers
-        widths = [base * 2**min(n, 3) for n in range(n_layers + 1)]
+        widths = [base * 2 ** min(n, 3) for n in range(n_layers + 1)]
         layers = [nn.Conv2d(in_ch, base, 4, 2, 1), nn.LeakyReLU(0.2)]
         for n in range(1, n_layers + 1):
             stride = 2 if n < n_layers else 1
-            layers += [nn.Conv2d(widths[n - 1], widths[n], 4, stride, 1, bias=norm in ("none", None)),
-                       norm_layer(norm, widths[n]), nn.LeakyReLU(0.2)]
+            layers += [
+                nn.Conv2d(widths[n - 1], widths[n], 4, stride, 1, bias=norm in ("none", None)),
+                norm_layer(norm, widths[n]),
+                nn.LeakyReLU(0.2),
+            ]
         layers.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
-        if spectral_norm: layers = [spectral(x) if isinstance(x, nn.Conv2d) else x for x in layers]
+        if spectral_norm:
+            layers = [spectral(x) if isinstance(x, nn.Conv2d) else x for x in layers]
         self.layers = initialise(nn.Sequential(*layers), seed)
 
-    def forward(self,
-        image: torch.Tensor, # (B, 1, H, W)
-        maps=None,           # (B, in_ch - 1, H, W) condition; None for a discriminator of images alone
+    def forward(
+        self,
+        image: torch.Tensor,  # (B, 1, H, W)
+        maps=None,  # (B, in_ch - 1, H, W) condition; None for a discriminator of images alone
     ):
         pair = image if maps is None else torch.cat([maps, image], 1)
         if pair.shape[1] != self.in_ch:
-            raise InputError(f"The discriminator takes {self.in_ch} channels of maps and image together, "
-                             f"not {pair.shape[1]}.")
-        if min(pair.shape[-2:]) < 2**(self.n_layers + 2):
-            raise InputError(f"An image of {tuple(pair.shape[-2:])} pixels is too small for {self.n_layers} layers: "
-                             f"use at least {2**(self.n_layers + 2)} pixels, or fewer layers.")
+            raise InputError(
+                f"The discriminator takes {self.in_ch} channels of maps and image together, "
+                f"not {pair.shape[1]}."
+            )
+        if min(pair.shape[-2:]) < 2 ** (self.n_layers + 2):
+            raise InputError(
+                f"An image of {tuple(pair.shape[-2:])} pixels is too small for {self.n_layers} layers: "
+                f"use at least {2 ** (self.n_layers + 2)} pixels, or fewer layers."
+            )
         return self.layers(pair)
 
 # %% ../../nbs/66_nets.unet.ipynb #e4577354
 def receptive_field(
-    net: nn.Module, # network whose convolutions follow one another
-) -> int: # side of the square of input pixels that one output value depends on
+    net: nn.Module,  # network whose convolutions follow one another
+) -> int:  # side of the square of input pixels that one output value depends on
     "Side of the field of a chain of convolutions: from last to first, field = (field - 1) stride + kernel."
     field = 1
     for layer in reversed([m for m in net.modules() if isinstance(m, nn.Conv2d)]):

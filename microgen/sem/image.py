@@ -13,36 +13,39 @@ from ..core import InputError, as_rng
 
 # %% ../../nbs/31_sem.image.ipynb #4a6ad9d1
 def texture(
-    shape, # (H, W), px
-    length_px, # correlation length, px
-    slope=3., # exponent of the power spectrum beyond that length: 2 rough to 6 smooth; None: only periods near it
-    rng=None, # int, Generator or SeedSequence
-) -> np.ndarray: # (H, W) float32 of mean 0 and standard deviation 1
+    shape,  # (H, W), px
+    length_px,  # correlation length, px
+    slope=3.0,  # exponent of the power spectrum beyond that length: 2 rough to 6 smooth; None: only periods near it
+    rng=None,  # int, Generator or SeedSequence
+) -> np.ndarray:  # (H, W) float32 of mean 0 and standard deviation 1
     """Gaussian random surface with the power spectrum of a rough film.
     Source: P(q) = (1 + (2 pi q L)^2)^(-slope / 2)."""
     size = tuple(fft.next_fast_len(n, real=True) for n in shape)
     spectrum = fft.rfft2(as_rng(rng).standard_normal(size, dtype=np.float32))
-    q2 = (fft.fftfreq(size[0])**2)[:, None] + fft.rfftfreq(size[1])**2
-    if slope is None: spectrum *= np.exp(-(np.sqrt(q2) * length_px - 1)**2 / 0.35).astype(np.float32)
-    else: spectrum *= ((1 + (2 * np.pi * length_px)**2 * q2)**(-slope / 4)).astype(np.float32)
+    q2 = (fft.fftfreq(size[0]) ** 2)[:, None] + fft.rfftfreq(size[1]) ** 2
+    if slope is None:
+        spectrum *= np.exp(-((np.sqrt(q2) * length_px - 1) ** 2) / 0.35).astype(np.float32)
+    else:
+        spectrum *= ((1 + (2 * np.pi * length_px) ** 2 * q2) ** (-slope / 4)).astype(np.float32)
     spectrum[0, 0] = 0
-    out = fft.irfft2(spectrum, size)[:shape[0], :shape[1]]
+    out = fft.irfft2(spectrum, size)[: shape[0], : shape[1]]
     return (out - out.mean()) / max(float(out.std()), 1e-9)
 
 # %% ../../nbs/31_sem.image.ipynb #90eb448e
 def blur(
-    image, # (H, W)
-    sigma_px, # Gaussian sigma of the probe, px: geometric mean of its axes
-    astigmatism=1., # long over short axis of the probe
-    astig_deg=0., # direction of the long axis, degrees from +x towards +y
-) -> np.ndarray: # (H, W) float32, periodic
+    image,  # (H, W)
+    sigma_px,  # Gaussian sigma of the probe, px: geometric mean of its axes
+    astigmatism=1.0,  # long over short axis of the probe
+    astig_deg=0.0,  # direction of the long axis, degrees from +x towards +y
+) -> np.ndarray:  # (H, W) float32, periodic
     "Blur by an astigmatic Gaussian probe."
-    if not sigma_px: return np.asarray(image, np.float32)
+    if not sigma_px:
+        return np.asarray(image, np.float32)
     spectrum = fft.rfft2(np.asarray(image, np.float32))
     qy, qx = fft.fftfreq(image.shape[0])[:, None], fft.rfftfreq(image.shape[1])
     c, s = np.cos(np.radians(astig_deg)), np.sin(np.radians(astig_deg))
     along, across = sigma_px * np.sqrt(astigmatism), sigma_px / np.sqrt(astigmatism)
-    q2 = (along * (c * qx + s * qy))**2 + (across * (c * qy - s * qx))**2
+    q2 = (along * (c * qx + s * qy)) ** 2 + (across * (c * qy - s * qx)) ** 2
     spectrum *= np.exp(-2 * np.pi**2 * q2).astype(np.float32)
     return fft.irfft2(spectrum, image.shape)
 
@@ -50,7 +53,8 @@ def blur(
 def _smooth(image, sigma_px):
     "Gaussian blur; a wide one on a coarser grid."
     step = int(max(sigma_px // 4, 1))
-    if step == 1: return ndimage.gaussian_filter(image, sigma_px, mode="nearest")
+    if step == 1:
+        return ndimage.gaussian_filter(image, sigma_px, mode="nearest")
     h, w = image.shape
     padded = np.pad(image, ((0, -h % step), (0, -w % step)), mode="edge")
     coarse = padded.reshape(padded.shape[0] // step, step, -1, step).mean((1, 3))
@@ -63,14 +67,17 @@ def _smooth(image, sigma_px):
     t = (i - low).astype(np.float32)
     return along[:, low] * (1 - t) + along[:, np.minimum(low + 1, coarse.shape[1] - 1)] * t
 
+
 def secondary_electrons(
-    seen, # Seen (`microgen.sem.solid`): what each pixel sees of the particles
-    tone, # (n,) signal of a flat piece of each particle; 1 is white
-    support, # (H, W) signal of the bare support
-    surface, # (H, W) height of the support, nm
-    scene, # Scene with numbers only
-    pixel_nm, # nm per pixel
-) -> tuple: # (H, W) float32 signal before the probe; (m,) signal that each fragment adds over its support
+    seen,  # Seen (`microgen.sem.solid`): what each pixel sees of the particles
+    tone,  # (n,) signal of a flat piece of each particle; 1 is white
+    support,  # (H, W) signal of the bare support
+    surface,  # (H, W) height of the support, nm
+    scene,  # Scene with numbers only
+    pixel_nm,  # nm per pixel
+) -> (
+    tuple
+):  # (H, W) float32 signal before the probe; (m,) signal that each fragment adds over its support
     """Signal of secondary electrons.
     Source: tone (1 + edge (1/cos - 1)) (1 + shade n.u), thinner than the escape depth: mixed with the support, 1 - exp(-t/lambda)."""
     f, s, shape = seen.fragments, scene, support.shape
@@ -79,37 +86,43 @@ def secondary_electrons(
     own = tone[f.owner] * (1 + s.edge * (np.minimum(f.rim, 5) - 1)) * np.maximum(lit, 0.1)
     below = support.ravel()[f.pixel]
     more = (own - below) * -np.expm1(-f.thick / s.escape_nm)
-    sum_up = lambda o: np.bincount(f.pixel, seen.weight * o, support.size).reshape(shape).astype(np.float32)
+    sum_up = lambda o: (
+        np.bincount(f.pixel, seen.weight * o, support.size).reshape(shape).astype(np.float32)
+    )
     image = support + sum_up(more)
     if s.shadow:
         height = surface * seen.through.reshape(shape) + sum_up(f.top)
-        reach = max(s.shadow_nm / pixel_nm, 1.)
+        reach = max(s.shadow_nm / pixel_nm, 1.0)
         around = _smooth(height, reach)
         away = -reach * s.shade * np.array([np.sin(turn), np.cos(turn)])
-        if s.shade: around = ndimage.shift(around, away, order=1, mode="nearest")
+        if s.shade:
+            around = ndimage.shift(around, away, order=1, mode="nearest")
         image *= np.exp(-s.shadow * np.maximum(around - height / 2, 0) / s.shadow_nm)
-    if s.glow: image += s.glow * _smooth(image - support, max(s.glow_nm / pixel_nm, 1.))
+    if s.glow:
+        image += s.glow * _smooth(image - support, max(s.glow_nm / pixel_nm, 1.0))
     return image, more
 
+
 def charge(
-    image, # (H, W) signal
-    base, # signal of the support
-    amount, # height of a tail, share of what the object is brighter than the support; negative is dark
-    length_px, # distance along the scan in which it decays, px
-) -> np.ndarray: # (H, W) float32
+    image,  # (H, W) signal
+    base,  # signal of the support
+    amount,  # height of a tail, share of what the object is brighter than the support; negative is dark
+    length_px,  # distance along the scan in which it decays, px
+) -> np.ndarray:  # (H, W) float32
     "Add the exponential tails that bright, charging objects leave along the scan, from line to line."
-    if not amount: return image
+    if not amount:
+        return image
     bright, keep = np.maximum(image - base, 0).ravel(), np.exp(-1 / length_px)
     tail = signal.lfilter([0, 1 - keep], [1, -keep], bright).reshape(image.shape)
     return (image + amount * tail).astype(np.float32)
 
 # %% ../../nbs/31_sem.image.ipynb #6b3a447b
 def transmitted(
-    seen, # Seen: what each pixel holds of the particles
-    strength, # (n,) scattering of each particle, 1 is its nominal one
-    support_nm, # (H, W) thickness of the support, nm
-    scene, # Scene with numbers only
-) -> tuple: # (H, W) float32 signal before the probe; (m,) signal that each fragment adds
+    seen,  # Seen: what each pixel holds of the particles
+    strength,  # (n,) scattering of each particle, 1 is its nominal one
+    support_nm,  # (H, W) thickness of the support, nm
+    scene,  # Scene with numbers only
+) -> tuple:  # (H, W) float32 signal before the probe; (m,) signal that each fragment adds
     """Signal of bright field or HAADF.
     Source: bright field exp(-sum t/L); HAADF 1 - exp(-sum t/L), Rutherford: 1/L grows as density Z^1.7 / A.
     HAADF is set so that its brightest pixels have the level asked for."""
@@ -126,55 +139,68 @@ def transmitted(
 
 # %% ../../nbs/31_sem.image.ipynb #3bc239f9
 def count_electrons(
-    image, # (H, W) signal, 1 is white
-    electrons=None, # electrons per pixel where the signal is 1; None is infinite
-    detector=0., # standard deviation of the detector's noise, 1 is white
-    noise_px=0., # correlation of the noise by interpolation or averaging, Gaussian sigma, px
-    rng=None, # int, Generator or SeedSequence
-) -> np.ndarray: # (H, W) float32
+    image,  # (H, W) signal, 1 is white
+    electrons=None,  # electrons per pixel where the signal is 1; None is infinite
+    detector=0.0,  # standard deviation of the detector's noise, 1 is white
+    noise_px=0.0,  # correlation of the noise by interpolation or averaging, Gaussian sigma, px
+    rng=None,  # int, Generator or SeedSequence
+) -> np.ndarray:  # (H, W) float32
     "Count electrons, add the noise of the detector."
-    if electrons is None and not detector: return image
+    if electrons is None and not detector:
+        return image
     shot, readout = as_rng(rng).spawn(2)
     out = np.maximum(image, 0)
-    if electrons is not None: out = (shot.poisson(out * electrons) / electrons).astype(np.float32)
-    if detector: out = out + np.float32(detector) * readout.standard_normal(out.shape, dtype=np.float32)
-    if noise_px: out = image + ndimage.gaussian_filter(out - image, noise_px)
+    if electrons is not None:
+        out = (shot.poisson(out * electrons) / electrons).astype(np.float32)
+    if detector:
+        out = out + np.float32(detector) * readout.standard_normal(out.shape, dtype=np.float32)
+    if noise_px:
+        out = image + ndimage.gaussian_filter(out - image, noise_px)
     return out
 
+
 def grey_levels(
-    image, # (H, W) signal, 0 is black and 1 is white
-    gamma=1., # exponent of the display: below 1 brightens the dark
-    bits=8, # 8 or 16 clips to whole grey levels; None keeps the signal
-) -> np.ndarray: # (H, W) float32, 0 to 255 or 65535
+    image,  # (H, W) signal, 0 is black and 1 is white
+    gamma=1.0,  # exponent of the display: below 1 brightens the dark
+    bits=8,  # 8 or 16 clips to whole grey levels; None keeps the signal
+) -> np.ndarray:  # (H, W) float32, 0 to 255 or 65535
     "Turn a signal into grey levels as a microscope saves them."
-    if bits is None: return image.astype(np.float32)
-    return np.rint(np.clip(image, 0, 1)**np.float32(gamma) * (2**bits - 1)).astype(np.float32)
+    if bits is None:
+        return image.astype(np.float32)
+    return np.rint(np.clip(image, 0, 1) ** np.float32(gamma) * (2**bits - 1)).astype(np.float32)
 
 # %% ../../nbs/31_sem.image.ipynb #29ca3109
 BARS = ("none", "black", "white", "line", "ticks")
 
+
 def _font(size):
     from matplotlib import font_manager
     from PIL import ImageFont
+
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), max(int(size), 6))
+
 
 def _nice(length):
     "The largest of 1, 2, 5 times a power of ten that is no longer."
     power = 10.0 ** np.floor(np.log10(length))
     return float(max(m for m in (1, 2, 5) if m * power <= length * (1 + 1e-9)) * power)
 
-def _length(nm): return f"{nm / 1000:g} µm" if nm >= 1000 else f"{nm:g} nm"
+
+def _length(nm):
+    return f"{nm / 1000:g} µm" if nm >= 1000 else f"{nm:g} nm"
+
 
 def overlay(
-    shape, # (H, W), px
-    pixel_nm, # nm per pixel along x
-    bar="none", # information bar: one of BARS; "line" is a scale bar in the image, "ticks" a dotted one with a text
-    letter="", # letter of a figure in the upper left corner, such as "(a)"
-    rng=None, # int, Generator or SeedSequence
-) -> tuple: # (H, W) float32 in 0..1 what is drawn; (H, W) bool where
+    shape,  # (H, W), px
+    pixel_nm,  # nm per pixel along x
+    bar="none",  # information bar: one of BARS; "line" is a scale bar in the image, "ticks" a dotted one with a text
+    letter="",  # letter of a figure in the upper left corner, such as "(a)"
+    rng=None,  # int, Generator or SeedSequence
+) -> tuple:  # (H, W) float32 in 0..1 what is drawn; (H, W) bool where
     """Draw what software burns into micrographs: an information bar, a scale bar, a letter.
     Raises: InputError for an unknown bar."""
-    if bar not in BARS: raise InputError(f"There is no information bar {bar!r}; use one of {', '.join(BARS)}.")
+    if bar not in BARS:
+        raise InputError(f"There is no information bar {bar!r}; use one of {', '.join(BARS)}.")
     from PIL import Image, ImageDraw
 
     (h, w), rng = shape, as_rng(rng)
@@ -188,22 +214,35 @@ def overlay(
         back, front = (0, 235) if bar == "black" else (255, 0)
         pen.rectangle((0, h - high, w, h), fill=back)
         mark.rectangle((0, h - high, w, h), fill=255)
-        pen.text((0.02 * w, h - high / 2), _length(length), fill=front, font=_font(0.45 * high), anchor="lm")
+        pen.text(
+            (0.02 * w, h - high / 2),
+            _length(length),
+            fill=front,
+            font=_font(0.45 * high),
+            anchor="lm",
+        )
         left = 0.04 * w + pen.textlength(_length(length), font=_font(0.45 * high))
-        pen.line((left, h - high / 2, left + px, h - high / 2), fill=front, width=max(high // 12, 2))
+        pen.line(
+            (left, h - high / 2, left + px, h - high / 2), fill=front, width=max(high // 12, 2)
+        )
         for x in (left, left + px):
             pen.line((x, h - 0.7 * high, x, h - 0.3 * high), fill=front, width=max(high // 12, 2))
         if left + px < 0.5 * w:
-            pen.text((0.97 * w, h - high / 2), words, fill=front, font=_font(0.4 * high), anchor="rm")
-    elif bar != "none": _scale_bar(pen, mark, (h, w), px, _length(length), words, high, bar)
+            pen.text(
+                (0.97 * w, h - high / 2), words, fill=front, font=_font(0.4 * high), anchor="rm"
+            )
+    elif bar != "none":
+        _scale_bar(pen, mark, (h, w), px, _length(length), words, high, bar)
     if letter:
         size = 0.1 * h
         box = pen.textbbox((0.02 * w, 0.02 * h), letter, font=_font(size))
         fill = int(rng.choice([0, 255]))
-        if rng.random() < 0.5: pen.rectangle((0, 0, box[2] + 0.02 * w, box[3] + 0.02 * h), fill=255 - fill)
+        if rng.random() < 0.5:
+            pen.rectangle((0, 0, box[2] + 0.02 * w, box[3] + 0.02 * h), fill=255 - fill)
         mark.rectangle((0, 0, box[2] + 0.02 * w, box[3] + 0.02 * h), fill=255)
         pen.text((0.02 * w, 0.02 * h), letter, fill=fill, font=_font(size))
     return np.asarray(ink, np.float32) / 255, np.asarray(where) > 0
+
 
 def _scale_bar(pen, mark, shape, px, text, words, high, bar):
     "A scale bar inside the image, with its text above it; as a row of dots with a line of words."
@@ -218,8 +257,10 @@ def _scale_bar(pen, mark, shape, px, text, words, high, bar):
     else:
         dots = np.linspace(right - px, right, 11)
         parts = [(right - px - 2, base - 0.3 * high, right + 3, base - 0.05 * high)]
-        for x in dots: pen.rectangle((x - 1, base - 0.25 * high, x + 1, base - 0.1 * high), fill=255)
+        for x in dots:
+            pen.rectangle((x - 1, base - 0.25 * high, x + 1, base - 0.1 * high), fill=255)
         for at, what, anchor in (((right, base), text, "rt"), ((0.01 * w, base), words, "lt")):
             pen.text(at, what, fill=255, font=_font(0.5 * high), anchor=anchor)
             parts.append(pen.textbbox(at, what, font=_font(0.5 * high), anchor=anchor))
-    for box in parts: mark.rectangle(box, fill=255)
+    for box in parts:
+        mark.rectangle(box, fill=255)

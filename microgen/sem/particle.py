@@ -18,14 +18,16 @@ from .solid import Bodies, outlines
 # %% ../../nbs/30b_sem.particle.ipynb #42d920f5
 FAMILIES = ("lognormal", "weibull", "gamma")
 
+
 @lru_cache(maxsize=256)
 def _family(name, median_nm, gsd):
     "A frozen scipy distribution with this median and geometric standard deviation."
     s = np.log(gsd)
-    if name == "lognormal": return stats.lognorm(s, scale=median_nm)
+    if name == "lognormal":
+        return stats.lognorm(s, scale=median_nm)
     if name == "weibull":
         k = np.pi / np.sqrt(6) / s
-        return stats.weibull_min(k, scale=median_nm / np.log(2)**(1 / k))
+        return stats.weibull_min(k, scale=median_nm / np.log(2) ** (1 / k))
     a = optimize.brentq(lambda a: special.polygamma(1, a) - s**2, 1e-2, 1e8)
     return stats.gamma(a, scale=median_nm / stats.gamma(a).median())
 
@@ -34,90 +36,121 @@ def _family(name, median_nm, gsd):
 class SizeLaw:
     """How diameters are distributed: one family, or a mixture of several.
     Raises: InputError for an unknown family, or a width that is none."""
-    family: str = "lognormal" # lognormal, weibull or gamma
-    median_nm: float = 10. # median diameter, nm
-    gsd: float = 1.5 # geometric standard deviation, above 1
-    others: tuple = () # further components of a mixture: (share, SizeLaw) each; the first has the rest
+
+    family: str = "lognormal"  # lognormal, weibull or gamma
+    median_nm: float = 10.0  # median diameter, nm
+    gsd: float = 1.5  # geometric standard deviation, above 1
+    others: tuple = ()  # further components of a mixture: (share, SizeLaw) each; the first has the rest
 
     def __post_init__(self):
         if self.family not in FAMILIES:
-            raise InputError(f"There is no size law {self.family!r}; use one of {', '.join(FAMILIES)}.")
+            raise InputError(
+                f"There is no size law {self.family!r}; use one of {', '.join(FAMILIES)}."
+            )
         check_positive("median_nm", self.median_nm)
-        if not 1.005 <= self.gsd <= 5: raise InputError(f"gsd is {self.gsd}: a geometric standard deviation is from 1.005 to 5.")
-        if not 0 <= sum(share for share, _ in self.others) <= 1: raise InputError("The shares of a mixture add up to more than 1.")
+        if not 1.005 <= self.gsd <= 5:
+            raise InputError(
+                f"gsd is {self.gsd}: a geometric standard deviation is from 1.005 to 5."
+            )
+        if not 0 <= sum(share for share, _ in self.others) <= 1:
+            raise InputError("The shares of a mixture add up to more than 1.")
 
     @property
-    def parts(self) -> list: # (share, scipy distribution) of each component
+    def parts(self) -> list:  # (share, scipy distribution) of each component
         "Components of the law."
         first = 1 - sum(share for share, _ in self.others)
         own = (first, _family(self.family, float(self.median_nm), float(self.gsd)))
         return [own] + [(share * s, law) for share, other in self.others for s, law in other.parts]
 
-    def draw(self,
-        n, # how many
-        rng=None, # int, Generator or SeedSequence
-    ) -> np.ndarray: # (n,) diameters, nm
+    def draw(
+        self,
+        n,  # how many
+        rng=None,  # int, Generator or SeedSequence
+    ) -> np.ndarray:  # (n,) diameters, nm
         "Draw diameters."
         rng, parts = as_rng(rng), self.parts
-        which = np.searchsorted(np.cumsum([share for share, _ in parts])[:-1], rng.random(n), side="right")
+        which = np.searchsorted(
+            np.cumsum([share for share, _ in parts])[:-1], rng.random(n), side="right"
+        )
         u, out = rng.random(n), np.empty(n)
-        for i, (_, law) in enumerate(parts): out[which == i] = law.ppf(u[which == i])
+        for i, (_, law) in enumerate(parts):
+            out[which == i] = law.ppf(u[which == i])
         return out
 
-    def pdf(self,
-        d_nm, # diameters, nm, any shape
-    ) -> np.ndarray: # share per nm
+    def pdf(
+        self,
+        d_nm,  # diameters, nm, any shape
+    ) -> np.ndarray:  # share per nm
         "Number density."
         return sum(share * law.pdf(d_nm) for share, law in self.parts)
 
-    def cdf(self,
-        d_nm, # diameters, nm, any shape
-    ) -> np.ndarray: # share of smaller particles
+    def cdf(
+        self,
+        d_nm,  # diameters, nm, any shape
+    ) -> np.ndarray:  # share of smaller particles
         "Cumulative number."
         return sum(share * law.cdf(d_nm) for share, law in self.parts)
 
-    def moment(self,
-        q: int, # which moment: 2 for surface, 3 for mass
-    ) -> float: # mean of d^q, nm^q
+    def moment(
+        self,
+        q: int,  # which moment: 2 for surface, 3 for mass
+    ) -> float:  # mean of d^q, nm^q
         "Mean power of the diameter."
         return float(sum(share * law.moment(q) for share, law in self.parts))
 
 # %% ../../nbs/30b_sem.particle.ipynb #11501667
 def _rotations(n, rng, tilt_deg=None):
     "Rotation matrices (n, 3, 3): of any direction, or turned about the beam and tilted a little."
-    if tilt_deg is None: return spatial.transform.Rotation.from_quat(rng.standard_normal((n, 4))).as_matrix()
-    angles = np.stack([rng.uniform(0, 2 * np.pi, n), *np.radians(tilt_deg) * rng.standard_normal((2, n))], -1)
-    return spatial.transform.Rotation.from_euler("zyx", angles).as_matrix()  # axis z of the body is the beam
+    if tilt_deg is None:
+        return spatial.transform.Rotation.from_quat(rng.standard_normal((n, 4))).as_matrix()
+    angles = np.stack(
+        [rng.uniform(0, 2 * np.pi, n), *np.radians(tilt_deg) * rng.standard_normal((2, n))], -1
+    )
+    return spatial.transform.Rotation.from_euler(
+        "zyx", angles
+    ).as_matrix()  # axis z of the body is the beam
+
 
 def _spread(n, aspect, rng):
     "Semi-axes (n, 3) of bodies whose longest axis is 1 to `aspect` times their shortest."
     long = np.exp(np.log(aspect) * rng.random(n))
     return np.stack([np.ones(n), long, np.exp(np.log(long) * rng.random(n))], -1)
 
+
 def _ellipsoids(d_nm, aspect, tilt_deg, rng):
     n = len(d_nm)
     turn, semi = _rotations(n, rng, tilt_deg), _spread(n, aspect, rng)
     A = np.einsum("nij,nj,nkj->nik", turn, semi**-2, turn)
     S = A[:, :2, :2] - A[:, :2, 2:] * A[:, 2:, :2] / A[:, 2:, 2:]
-    unit = np.linalg.det(S)**-0.25  # radius of the circle of the silhouette's area
+    unit = np.linalg.det(S) ** -0.25  # radius of the circle of the silhouette's area
     scale = d_nm / 2 / unit
-    return [Bodies(np.arange(n), np.zeros((n, 3)), semi.max(1) * scale, (A / scale[:, None, None]**2,))]
+    return [
+        Bodies(
+            np.arange(n), np.zeros((n, 3)), semi.max(1) * scale, (A / scale[:, None, None] ** 2,)
+        )
+    ]
+
 
 def _faces(kind, n, rng):
     "Normals (n, f, 3) and distances (n, f) of unit solids."
     cube = np.concatenate([np.eye(3), -np.eye(3)])
     corner = np.stack(np.meshgrid([-1, 1], [-1, 1], [-1, 1]), -1).reshape(8, 3) / np.sqrt(3)
-    if kind == "cube": normals, h = cube, np.ones((n, 6))
+    if kind == "cube":
+        normals, h = cube, np.ones((n, 6))
     else:
         normals = np.concatenate([cube, corner])
         h = np.concatenate([np.ones((n, 6)), rng.uniform(0.85, 1.2, (n, 1)) * np.ones(8)], 1)
     return np.broadcast_to(normals, (n, *normals.shape)), h
 
+
 def _polyhedra(d_nm, kind, aspect, tilt_deg, rng):
     n = len(d_nm)
     normals, h = _faces(kind, n, rng)
     normals = normals / _spread(n, aspect, rng)[:, None]  # stretch along the edges
-    h, normals = h / np.linalg.norm(normals, axis=-1), normals / np.linalg.norm(normals, axis=-1, keepdims=True)
+    h, normals = (
+        h / np.linalg.norm(normals, axis=-1),
+        normals / np.linalg.norm(normals, axis=-1, keepdims=True),
+    )
     turn = _rotations(n, rng, tilt_deg if kind == "cube" else None)
     normals = np.einsum("nij,nfj->nfi", turn, normals)
     reach = np.sqrt(3) * aspect * np.ones(n)
@@ -139,64 +172,77 @@ def _agglomerates(d_nm, spheres, rng):
     low = np.where(real[..., None], at - radius[..., None], np.inf).min(1)
     high = np.where(real[..., None], at + radius[..., None], -np.inf).max(1)
     at = (at - (low + high)[:, None] / 2)[real]
-    A = np.eye(3) / radius[real][:, None, None]**2
+    A = np.eye(3) / radius[real][:, None, None] ** 2
     return _scaled(Bodies(np.nonzero(real)[0], at, radius[real], (A,)), d_nm)
+
 
 def _scaled(bodies, d_nm):
     "The same solids, enlarged until each silhouette has the area of a circle of diameter d."
     grow = d_nm / outlines([bodies], len(d_nm)).diameter
     own = grow[bodies.owner]
     solid = bodies.solid
-    if len(solid) == 1: solid = (solid[0] / own[:, None, None]**2,)
-    else: solid = (solid[0], solid[1] * own[:, None])
+    if len(solid) == 1:
+        solid = (solid[0] / own[:, None, None] ** 2,)
+    else:
+        solid = (solid[0], solid[1] * own[:, None])
     return [Bodies(bodies.owner, bodies.center * own[:, None], bodies.reach * own, solid)]
 
 # %% ../../nbs/30b_sem.particle.ipynb #0e6b09b9
 SHAPES = ("sphere", "ellipsoid", "cube", "faceted", "agglomerate")
 
+
 def make_bodies(
-    d_nm, # (n,) diameters, nm
-    shape="sphere", # one of SHAPES, or pairs ((name, share), ...)
-    aspect=1.3, # longest over shortest axis goes up to this
-    tilt_deg=5., # cubes and ellipsoids lie flat on the support within this standard deviation, degrees
-    spheres=8, # an agglomerate has half this number of spheres to all of it
-    rng=None, # int, Generator or SeedSequence
-) -> tuple: # list of Bodies; (n,) names of the shapes
+    d_nm,  # (n,) diameters, nm
+    shape="sphere",  # one of SHAPES, or pairs ((name, share), ...)
+    aspect=1.3,  # longest over shortest axis goes up to this
+    tilt_deg=5.0,  # cubes and ellipsoids lie flat on the support within this standard deviation, degrees
+    spheres=8,  # an agglomerate has half this number of spheres to all of it
+    rng=None,  # int, Generator or SeedSequence
+) -> tuple:  # list of Bodies; (n,) names of the shapes
     """Give every particle a body whose silhouette has the area of a circle of its diameter.
     Raises: InputError for an unknown shape."""
     d_nm, rng = np.asarray(d_nm, float), as_rng(rng)
-    mix = ((shape, 1.),) if isinstance(shape, str) else tuple(map(tuple, shape))
+    mix = ((shape, 1.0),) if isinstance(shape, str) else tuple(map(tuple, shape))
     for name, _ in mix:
-        if name not in SHAPES: raise InputError(f"There is no particle shape {name!r}; use one of {', '.join(SHAPES)}.")
+        if name not in SHAPES:
+            raise InputError(
+                f"There is no particle shape {name!r}; use one of {', '.join(SHAPES)}."
+            )
     share = np.array([s for _, s in mix], float)
     kinds = rng.choice(len(mix), len(d_nm), p=share / share.sum())
     out = []
     for i, (name, _) in enumerate(mix):
         mine = np.flatnonzero(kinds == i)
-        if not len(mine): continue
-        long = aspect if name in ("ellipsoid", "cube") else 1.
-        if name in ("sphere", "ellipsoid"): made = _ellipsoids(d_nm[mine], long, tilt_deg, rng)
-        elif name == "agglomerate": made = _agglomerates(d_nm[mine], spheres, rng)
-        else: made = _polyhedra(d_nm[mine], name, long, tilt_deg, rng)
+        if not len(mine):
+            continue
+        long = aspect if name in ("ellipsoid", "cube") else 1.0
+        if name in ("sphere", "ellipsoid"):
+            made = _ellipsoids(d_nm[mine], long, tilt_deg, rng)
+        elif name == "agglomerate":
+            made = _agglomerates(d_nm[mine], spheres, rng)
+        else:
+            made = _polyhedra(d_nm[mine], name, long, tilt_deg, rng)
         out += [b._replace(owner=mine[b.owner]) for b in made]
     return out, np.array([name for name, _ in mix], object)[kinds]
 
 # %% ../../nbs/30b_sem.particle.ipynb #8a443fcf
 def scatter(
-    d_nm, # (n,) diameters, nm
-    fov, # (height, width) of the field in which centres lie, nm
-    clustering=0., # share of particles that sit in clusters, 0 to 1
-    cluster_size=6., # mean number of particles in a cluster
-    packing=0., # probability that a new particle of a cluster touches two
-    overlap=0., # how far two silhouettes may run into each other: 0 none, 1 fully
-    allowed=None, # function of (n, 2) positions, nm: True where a particle may lie; default: anywhere
-    rng=None, # int, Generator or SeedSequence
-) -> np.ndarray: # (n, 2) y, x of centres, nm
+    d_nm,  # (n,) diameters, nm
+    fov,  # (height, width) of the field in which centres lie, nm
+    clustering=0.0,  # share of particles that sit in clusters, 0 to 1
+    cluster_size=6.0,  # mean number of particles in a cluster
+    packing=0.0,  # probability that a new particle of a cluster touches two
+    overlap=0.0,  # how far two silhouettes may run into each other: 0 none, 1 fully
+    allowed=None,  # function of (n, 2) positions, nm: True where a particle may lie; default: anywhere
+    rng=None,  # int, Generator or SeedSequence
+) -> np.ndarray:  # (n, 2) y, x of centres, nm
     "Scatter particles over a field, alone and in clusters; one without a free place lies over another."
     d_nm, rng, fov = np.asarray(d_nm, float), as_rng(rng), np.asarray(fov, float)
     n, r = len(d_nm), np.asarray(d_nm, float) / 2
     joins = np.flatnonzero(rng.random(n) < clustering)
-    nuclei, rest = np.split(joins, [min(len(joins), int(np.ceil(len(joins) / max(cluster_size, 1))))])
+    nuclei, rest = np.split(
+        joins, [min(len(joins), int(np.ceil(len(joins) / max(cluster_size, 1))))]
+    )
     alone = np.setdiff1d(np.arange(n), rest)
     at, placed = np.full((n, 2), np.nan), np.zeros(n, bool)
     anywhere = lambda of: rng.random((len(of), 2)) * fov
@@ -210,14 +256,17 @@ def scatter(
         members, block = np.concatenate([members, np.setdiff1d(new, left)]), 1 + len(members) // 2
     return at
 
+
 def _settle(of, propose, at, placed, r, overlap, fov, allowed, rounds=40):
     "Place particles `of`, in this order of precedence; those that found no free place keep their last one and are returned."
     pending = np.asarray(of, int)
     for _ in range(rounds):
-        if not len(pending): break
+        if not len(pending):
+            break
         at[pending] = propose(pending)
         good = ((at[pending] >= 0) & (at[pending] <= fov)).all(1)
-        if allowed is not None: good &= allowed(at[pending])
+        if allowed is not None:
+            good &= allowed(at[pending])
         rank = np.full(len(at), -1)  # placed particles come first
         rank[pending] = np.arange(len(pending))
         bad = np.zeros(len(at), bool)
@@ -229,16 +278,22 @@ def _settle(of, propose, at, placed, r, overlap, fov, allowed, rounds=40):
     placed[pending] = True
     return pending
 
+
 def _collisions(pending, placed, at, r, overlap):
     "Pairs of particles, one of them pending, that are nearer than allowed: two index arrays."
     of = np.concatenate([placed, pending])
-    if overlap >= 1 or len(of) < 2: return np.zeros((2, 0), int)
-    if len(pending) > len(of) / 8: i, j = _near_pairs(of, at, r, 1 - overlap)
+    if overlap >= 1 or len(of) < 2:
+        return np.zeros((2, 0), int)
+    if len(pending) > len(of) / 8:
+        i, j = _near_pairs(of, at, r, 1 - overlap)
     else:
-        near = spatial.cKDTree(at[of]).query_ball_point(at[pending], (1 - overlap) * (r[pending] + r[of].max()))
+        near = spatial.cKDTree(at[of]).query_ball_point(
+            at[pending], (1 - overlap) * (r[pending] + r[of].max())
+        )
         i, j = np.repeat(pending, [len(o) for o in near]), of[np.concatenate(near).astype(int)]
     close = (np.hypot(*(at[i] - at[j]).T) < (1 - overlap) * (r[i] + r[j]) - 1e-9) & (i != j)
     return i[close], j[close]
+
 
 def _near_pairs(of, at, r, share):
     "Pairs that may touch: those of one size class, a factor of two wide, with all that are no larger."
@@ -251,13 +306,15 @@ def _near_pairs(of, at, r, share):
         pairs.append(np.stack([big[found["i"]], all_[found["j"]]]))
     return np.concatenate(pairs, 1)
 
+
 def _touching(of, members, at, r, packing, overlap, rng):
     "Positions in contact with one or two particles of a cluster."
     parent = members[rng.integers(0, len(members), len(of))]
     reach = (1 - overlap * rng.random(len(of))) * (r[of] + r[parent])
     angle = rng.uniform(0, 2 * np.pi, len(of))
     free = at[parent] + reach[:, None] * np.stack([np.sin(angle), np.cos(angle)], -1)
-    if not packing or len(members) < 2: return free
+    if not packing or len(members) < 2:
+        return free
     distance, near = spatial.cKDTree(at[members]).query(at[parent], k=min(7, len(members)))
     pick = rng.integers(1, near.shape[1], len(of))
     second, gap = members[near[np.arange(len(of)), pick]], distance[np.arange(len(of)), pick]

@@ -19,127 +19,184 @@ from .particle import FAMILIES, SHAPES, SizeLaw
 class Scene:
     """Particles on a support and how they are imaged; each value a number or a range (low, high).
     Raises: InputError for a value out of its limits."""
-    size: int | tuple = 1024 # pixels along each side, or (H, W)
-    pixel_size: float = 2. # nm per pixel
-    mode: str = "se" # se (secondary electrons), bf (bright field) or haadf
+
+    size: int | tuple = 1024  # pixels along each side, or (H, W)
+    pixel_size: float = 2.0  # nm per pixel
+    mode: str = "se"  # se (secondary electrons), bf (bright field) or haadf
     # particles
-    law: str = "lognormal" # family of the size law: lognormal, weibull or gamma
-    median_nm: float = 20. # median diameter, nm
-    gsd: float = 1.4 # geometric standard deviation of the diameters
-    second_share: float = 0. # share of a second population of the same family
-    second_nm: float = 60. # its median diameter, nm
-    second_gsd: float = 1.3 # its geometric standard deviation
-    density_um2: float = 120. # particles per square micrometre
-    n: int | None = None # mean number of particles in the field of view, in place of the density
-    shape: str | tuple = "sphere" # sphere, ellipsoid, cube, faceted, agglomerate, or pairs ((name, share), ...)
-    aspect: float = 1.3 # longest over shortest axis of ellipsoids and cubes goes up to this
-    tilt_deg: float = 5. # how far ellipsoids and cubes tilt from lying flat, standard deviation, degrees
-    spheres: int = 8 # an agglomerate has half this number of spheres to all of it
-    clustering: float = 0. # share of particles in clusters
-    cluster_size: float = 6. # mean number of particles in a cluster
-    packing: float = 0. # probability that a particle of a cluster touches two others
-    overlap: float = 0. # how far silhouettes may run into each other: 0 none, 1 fully
-    buried: float = 0. # share of particles that sink into the support
-    burial: float = 1.2 # they sink by 0 to this fraction of their height
+    law: str = "lognormal"  # family of the size law: lognormal, weibull or gamma
+    median_nm: float = 20.0  # median diameter, nm
+    gsd: float = 1.4  # geometric standard deviation of the diameters
+    second_share: float = 0.0  # share of a second population of the same family
+    second_nm: float = 60.0  # its median diameter, nm
+    second_gsd: float = 1.3  # its geometric standard deviation
+    density_um2: float = 120.0  # particles per square micrometre
+    n: int | None = None  # mean number of particles in the field of view, in place of the density
+    shape: str | tuple = (
+        "sphere"  # sphere, ellipsoid, cube, faceted, agglomerate, or pairs ((name, share), ...)
+    )
+    aspect: float = 1.3  # longest over shortest axis of ellipsoids and cubes goes up to this
+    tilt_deg: float = (
+        5.0  # how far ellipsoids and cubes tilt from lying flat, standard deviation, degrees
+    )
+    spheres: int = 8  # an agglomerate has half this number of spheres to all of it
+    clustering: float = 0.0  # share of particles in clusters
+    cluster_size: float = 6.0  # mean number of particles in a cluster
+    packing: float = 0.0  # probability that a particle of a cluster touches two others
+    overlap: float = 0.0  # how far silhouettes may run into each other: 0 none, 1 fully
+    buried: float = 0.0  # share of particles that sink into the support
+    burial: float = 1.2  # they sink by 0 to this fraction of their height
     # support
-    support: str = "film" # film; carbon: clumps of spheres; cloud: a porous powder
-    support_nm: float = 60. # thickness of a film, diameter of the spheres of carbon, size of the lumps of a cloud, nm
-    support_cover: float = 0.6 # share of the field that a carbon or cloud support covers
-    texture: float = 0.05 # roughness of the support, standard deviation as a share of its signal
-    texture_nm: float = 30. # its correlation length, nm
-    texture_slope: float = 3. # exponent of its power spectrum
-    coating: float = 0. # fine grain of a sputtered coating over everything, share of the signal
-    coating_nm: float = 4. # size of the grain, nm
-    debris_um2: float = 0. # specks that are no particles, per square micrometre
-    ramp: float = 0. # change of brightness over the field, share of the mean
-    ramp_deg: float = 0. # direction of growing brightness, degrees from +x towards +y
+    support: str = "film"  # film; carbon: clumps of spheres; cloud: a porous powder
+    support_nm: float = 60.0  # thickness of a film, diameter of the spheres of carbon, size of the lumps of a cloud, nm
+    support_cover: float = 0.6  # share of the field that a carbon or cloud support covers
+    texture: float = 0.05  # roughness of the support, standard deviation as a share of its signal
+    texture_nm: float = 30.0  # its correlation length, nm
+    texture_slope: float = 3.0  # exponent of its power spectrum
+    coating: float = 0.0  # fine grain of a sputtered coating over everything, share of the signal
+    coating_nm: float = 4.0  # size of the grain, nm
+    debris_um2: float = 0.0  # specks that are no particles, per square micrometre
+    ramp: float = 0.0  # change of brightness over the field, share of the mean
+    ramp_deg: float = 0.0  # direction of growing brightness, degrees from +x towards +y
     # signal
-    support_level: float = 0.25 # signal of the support; 1 is white
-    particle_level: float = 0.6 # signal of a flat particle; of the empty field (bf) and of the brightest pixels (haadf)
-    tone_spread: float = 0.05 # spread of the signal from particle to particle, standard deviation of its logarithm
-    escape_nm: float = 2. # escape depth of secondary electrons, nm
-    edge: float = 0.5 # brightening of slopes and edges: 0 none, 1 that of 1/cos
-    shade: float = 0. # brighter towards the detector: relative amplitude
-    shade_deg: float = -90. # direction of the detector, degrees from +x towards +y
-    shadow: float = 0. # darkening of what lies deep beside higher things
-    shadow_nm: float = 20. # reach of the shadow, nm
-    glow: float = 0. # electrons that particles release from the support around them, share of theirs
-    glow_nm: float = 60. # their reach, nm
-    particle_mfp_nm: float = 12. # mean free path in particles, nm (bf, haadf)
-    support_mfp_nm: float = 160. # mean free path in the support, nm (bf, haadf)
-    speckle: float = 0. # phase contrast of an amorphous support, relative standard deviation (bf)
-    speckle_nm: float = 0.6 # period of the speckle, nm
+    support_level: float = 0.25  # signal of the support; 1 is white
+    particle_level: float = 0.6  # signal of a flat particle; of the empty field (bf) and of the brightest pixels (haadf)
+    tone_spread: float = (
+        0.05  # spread of the signal from particle to particle, standard deviation of its logarithm
+    )
+    escape_nm: float = 2.0  # escape depth of secondary electrons, nm
+    edge: float = 0.5  # brightening of slopes and edges: 0 none, 1 that of 1/cos
+    shade: float = 0.0  # brighter towards the detector: relative amplitude
+    shade_deg: float = -90.0  # direction of the detector, degrees from +x towards +y
+    shadow: float = 0.0  # darkening of what lies deep beside higher things
+    shadow_nm: float = 20.0  # reach of the shadow, nm
+    glow: float = (
+        0.0  # electrons that particles release from the support around them, share of theirs
+    )
+    glow_nm: float = 60.0  # their reach, nm
+    particle_mfp_nm: float = 12.0  # mean free path in particles, nm (bf, haadf)
+    support_mfp_nm: float = 160.0  # mean free path in the support, nm (bf, haadf)
+    speckle: float = 0.0  # phase contrast of an amorphous support, relative standard deviation (bf)
+    speckle_nm: float = 0.6  # period of the speckle, nm
     # probe and scan
-    probe_nm: float = 1.5 # Gaussian sigma of the probe, nm
-    astigmatism: float = 1. # long over short axis of the probe
-    astig_deg: float = 0. # direction of its long axis, degrees from +x towards +y
-    drift_nm: float = 0. # drift during the frame, nm
-    drift_deg: float = 0. # its direction, degrees from +x towards +y
-    jitter_nm: float = 0. # standard deviation of the shift of each line, nm
-    charging: float = 0. # tails after bright objects, share of their signal; negative is dark
-    charging_px: float = 60. # length of the tails, px
+    probe_nm: float = 1.5  # Gaussian sigma of the probe, nm
+    astigmatism: float = 1.0  # long over short axis of the probe
+    astig_deg: float = 0.0  # direction of its long axis, degrees from +x towards +y
+    drift_nm: float = 0.0  # drift during the frame, nm
+    drift_deg: float = 0.0  # its direction, degrees from +x towards +y
+    jitter_nm: float = 0.0  # standard deviation of the shift of each line, nm
+    charging: float = 0.0  # tails after bright objects, share of their signal; negative is dark
+    charging_px: float = 60.0  # length of the tails, px
     # detection
-    electrons: float | None = 60. # electrons per pixel where the signal is 1; None is infinite
-    detector: float = 0.01 # noise of the detector, 1 is white
-    noise_px: float = 0. # correlation of the noise, Gaussian sigma, px
-    gamma: float = 1. # exponent of the display
-    bits: int | None = 8 # 8 or 16: clipped grey levels; None: the signal itself
-    bar: str = "none" # burnt in: none, black, white, line, ticks, or random
-    letter: str = "" # letter in the corner, such as "(a)", or random
+    electrons: float | None = 60.0  # electrons per pixel where the signal is 1; None is infinite
+    detector: float = 0.01  # noise of the detector, 1 is white
+    noise_px: float = 0.0  # correlation of the noise, Gaussian sigma, px
+    gamma: float = 1.0  # exponent of the display
+    bits: int | None = 8  # 8 or 16: clipped grey levels; None: the signal itself
+    bar: str = "none"  # burnt in: none, black, white, line, ticks, or random
+    letter: str = ""  # letter in the corner, such as "(a)", or random
 
     def __post_init__(self):
-        for f in fields(self): object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name)))
+        for f in fields(self):
+            object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name)))
 
     @property
-    def frame(self) -> tuple: # (H, W), px
+    def frame(self) -> tuple:  # (H, W), px
         "Pixels of the image."
         return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
     @property
-    def sizes(self) -> SizeLaw: # numbers only
+    def sizes(self) -> SizeLaw:  # numbers only
         "The size law."
-        others = ((self.second_share, SizeLaw(self.law, self.second_nm, self.second_gsd)),) if self.second_share else ()
+        others = (
+            ((self.second_share, SizeLaw(self.law, self.second_nm, self.second_gsd)),)
+            if self.second_share
+            else ()
+        )
         return SizeLaw(self.law, self.median_nm, self.gsd, others)
 
-    def draw(self,
-        rng=None, # int, Generator or SeedSequence
-    ) -> "Scene": # numbers only
+    def draw(
+        self,
+        rng=None,  # int, Generator or SeedSequence
+    ) -> "Scene":  # numbers only
         "The values of one image: uniform in each range, or in the logarithm for sizes, densities and electrons."
         u = as_rng(rng).random(len(fields(self)))
-        return replace(self, **{f.name: _pick(f.name, getattr(self, f.name), v) for f, v in zip(fields(self), u)})
+        return replace(
+            self,
+            **{f.name: _pick(f.name, getattr(self, f.name), v) for f, v in zip(fields(self), u)},
+        )
 
-    def to_json(self) -> str: # one JSON object
+    def to_json(self) -> str:  # one JSON object
         "The settings as JSON."
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls,
-        text, # what `to_json` wrote, or the dict it stands for
-    ) -> "Scene": # the same settings
+    def from_json(
+        cls,
+        text,  # what `to_json` wrote, or the dict it stands for
+    ) -> "Scene":  # the same settings
         """Read settings from JSON.
         Raises: InputError for what is no JSON object, an unknown setting, or a value out of its limits."""
         return _scene(cls(), {k: _tuples(v) for k, v in _settings(text).items()})
 
-def _tuples(v): return tuple(map(_tuples, v)) if isinstance(v, list) else v
+
+def _tuples(v):
+    return tuple(map(_tuples, v)) if isinstance(v, list) else v
+
 
 def _settings(text):
     "JSON as a dict."
-    try: held = json.loads(text) if isinstance(text, (str, bytes)) else text
+    try:
+        held = json.loads(text) if isinstance(text, (str, bytes)) else text
     except ValueError as e:
-        raise InputError(f"These settings of a Scene are no JSON ({e}); give what Scene.to_json() wrote.") from None
+        raise InputError(
+            f"These settings of a Scene are no JSON ({e}); give what Scene.to_json() wrote."
+        ) from None
     if not isinstance(held, dict):
-        raise InputError(f"Settings of a Scene are a JSON object, not a {type(held).__name__}; give what Scene.to_json() wrote.")
+        raise InputError(
+            f"Settings of a Scene are a JSON object, not a {type(held).__name__}; give what Scene.to_json() wrote."
+        )
     return held
 
 # %% ../../nbs/32_sem.preset.ipynb #da01da79
-_WORDS = {"mode": ("se", "bf", "haadf"), "law": FAMILIES, "support": ("film", "carbon", "cloud"), "bar": (*BARS, "random")}
-_LOG = {"median_nm", "second_nm", "density_um2", "electrons", "pixel_size", "probe_nm", "particle_mfp_nm", "support_mfp_nm"}
-_ABOVE_0 = {"pixel_size", "median_nm", "second_nm", "escape_nm", "texture_nm", "coating_nm", "support_nm", "charging_px",
-            "particle_mfp_nm", "support_mfp_nm", "electrons", "gamma", "shadow_nm", "glow_nm", "speckle_nm"}
+_WORDS = {
+    "mode": ("se", "bf", "haadf"),
+    "law": FAMILIES,
+    "support": ("film", "carbon", "cloud"),
+    "bar": (*BARS, "random"),
+}
+_LOG = {
+    "median_nm",
+    "second_nm",
+    "density_um2",
+    "electrons",
+    "pixel_size",
+    "probe_nm",
+    "particle_mfp_nm",
+    "support_mfp_nm",
+}
+_ABOVE_0 = {
+    "pixel_size",
+    "median_nm",
+    "second_nm",
+    "escape_nm",
+    "texture_nm",
+    "coating_nm",
+    "support_nm",
+    "charging_px",
+    "particle_mfp_nm",
+    "support_mfp_nm",
+    "electrons",
+    "gamma",
+    "shadow_nm",
+    "glow_nm",
+    "speckle_nm",
+}
 _SIGNED = {"ramp_deg", "shade_deg", "astig_deg", "drift_deg", "charging", "glow"}
 _TO_ONE = {"second_share", "clustering", "packing", "overlap", "buried", "support_cover", "shade"}
 _FROM_ONE = {"aspect", "astigmatism", "cluster_size"}
 _WHOLE = {"n": 0, "spheres": 2}
+
 
 def _checked(name, v):
     "One setting, as it should be."
@@ -148,167 +205,406 @@ def _checked(name, v):
             raise InputError(f"Scene: {name} is {v!r}; use one of {', '.join(_WORDS[name])}.")
         return v
     if name == "letter":
-        if not isinstance(v, str): raise InputError(f"Scene: letter is {v!r}; give a text such as '(a)', or ''.")
+        if not isinstance(v, str):
+            raise InputError(f"Scene: letter is {v!r}; give a text such as '(a)', or ''.")
         return v
     if name == "bits":
         if v is not None and (not isinstance(v, int) or v not in (8, 16)):
             raise InputError(f"Scene: bits is {v!r}; give 8, 16 or None.")
         return v
-    if v is None and name in ("n", "electrons"): return None
+    if v is None and name in ("n", "electrons"):
+        return None
     return {"size": _pixels, "shape": _shapes}.get(name, lambda v: _number(name, v))(v)
+
 
 def _pixels(v):
     "Pixels along each side, or a pair."
     try:
         pair = tuple(int(o) for o in (v if isinstance(v, (tuple, list)) else [v]))
-        if len(pair) not in (1, 2) or min(pair) < 16: raise ValueError
+        if len(pair) not in (1, 2) or min(pair) < 16:
+            raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"Scene: size is {v!r}; give pixels, at least 16, or a pair (H, W).") from None
+        raise InputError(
+            f"Scene: size is {v!r}; give pixels, at least 16, or a pair (H, W)."
+        ) from None
     return pair if isinstance(v, (tuple, list)) else pair[0]
+
 
 def _shapes(v):
     "A shape, or shapes with their shares."
-    try: pairs = ((v, 1.),) if isinstance(v, str) else tuple((str(k), float(share)) for k, share in v)
-    except (TypeError, ValueError): pairs = ()
-    if not pairs or not all(0 <= share < float("inf") for _, share in pairs) or not sum(share for _, share in pairs):
-        raise InputError(f"Scene: shape is {v!r}; give one of {', '.join(SHAPES)}, "
-                         "or pairs such as (('sphere', 0.7), ('cube', 0.3)).")
+    try:
+        pairs = (
+            ((v, 1.0),) if isinstance(v, str) else tuple((str(k), float(share)) for k, share in v)
+        )
+    except (TypeError, ValueError):
+        pairs = ()
+    if (
+        not pairs
+        or not all(0 <= share < float("inf") for _, share in pairs)
+        or not sum(share for _, share in pairs)
+    ):
+        raise InputError(
+            f"Scene: shape is {v!r}; give one of {', '.join(SHAPES)}, "
+            "or pairs such as (('sphere', 0.7), ('cube', 0.3))."
+        )
     if bad := {k for k, _ in pairs} - set(SHAPES):
-        raise InputError(f"Scene: there is no particle shape {min(bad)!r}; use {', '.join(SHAPES)}.")
+        raise InputError(
+            f"Scene: there is no particle shape {min(bad)!r}; use {', '.join(SHAPES)}."
+        )
     return v if isinstance(v, str) else pairs
+
 
 def _number(name, v):
     "A number, or a range as a tuple."
-    try: numbers = [float(o) for o in (v if isinstance(v, (tuple, list)) else [v])]
-    except (TypeError, ValueError): raise InputError(f"Scene: {name} is {v!r}; give a number or a pair (low, high).") from None
-    low = -1e6 if name in _SIGNED else 1. if name in _FROM_ONE else 1.005 if "gsd" in name else _WHOLE.get(name, 0.)
-    top = 1. if name in _TO_ONE else 5. if "gsd" in name else 1e6
-    good = len(numbers) in (1, 2) and all(low <= o <= top for o in numbers) and numbers[0] <= numbers[-1]
+    try:
+        numbers = [float(o) for o in (v if isinstance(v, (tuple, list)) else [v])]
+    except (TypeError, ValueError):
+        raise InputError(f"Scene: {name} is {v!r}; give a number or a pair (low, high).") from None
+    low = (
+        -1e6
+        if name in _SIGNED
+        else 1.0
+        if name in _FROM_ONE
+        else 1.005
+        if "gsd" in name
+        else _WHOLE.get(name, 0.0)
+    )
+    top = 1.0 if name in _TO_ONE else 5.0 if "gsd" in name else 1e6
+    good = (
+        len(numbers) in (1, 2)
+        and all(low <= o <= top for o in numbers)
+        and numbers[0] <= numbers[-1]
+    )
     if not good or (name in _ABOVE_0 and numbers[0] <= 0):
         least = "more than 0" if name in _ABOVE_0 else f"at least {low:g}"
-        raise InputError(f"Scene: {name} is {v!r}; give a number or a pair (low, high), {least} and at most {top:g}.")
+        raise InputError(
+            f"Scene: {name} is {v!r}; give a number or a pair (low, high), {least} and at most {top:g}."
+        )
     numbers = [int(o) if name in _WHOLE else o for o in numbers]
     return tuple(numbers) if isinstance(v, (tuple, list)) else numbers[0]
 
+
 def _pick(name, v, u):
     "The value at the share `u` of a range."
-    if name == "bar" and v == "random": return BARS[int(u * len(BARS))]
-    if name == "letter" and v == "random": return ("", "", "a", "(b)", "c)")[int(5 * u)]
-    if not isinstance(v, tuple) or name in ("size", "shape"): return v
+    if name == "bar" and v == "random":
+        return BARS[int(u * len(BARS))]
+    if name == "letter" and v == "random":
+        return ("", "", "a", "(b)", "c)")[int(5 * u)]
+    if not isinstance(v, tuple) or name in ("size", "shape"):
+        return v
     low, high = v
-    if name in _LOG and low > 0: return float(low * (high / low)**u)
+    if name in _LOG and low > 0:
+        return float(low * (high / low) ** u)
     return int(low + u * (high + 1 - low)) if name in _WHOLE else float(low + u * (high - low))
+
 
 def _scene(base, over):
     "A Scene with some values replaced; an unknown name is an InputError."
     for name in set(over) - set(Scene.__dataclass_fields__):
         near = get_close_matches(str(name), Scene.__dataclass_fields__, 1)
-        raise InputError(f"Scene has no setting {name!r}; " + (f"did you mean {near[0]!r}?" if near else "see help(Scene)."))
+        raise InputError(
+            f"Scene has no setting {name!r}; "
+            + (f"did you mean {near[0]!r}?" if near else "see help(Scene).")
+        )
     return replace(base, **over)
 
 # %% ../../nbs/32_sem.preset.ipynb #c8cd23d1
-_ANY = (0., 360.)
+_ANY = (0.0, 360.0)
 PRESETS = {
     # gold islands on carbon, the classical resolution specimen: bright on dark, small against the field
     # Source: Cizmar et al., arXiv:1006.0171 (signal, radius, probe); other ranges chosen, no image fitted
     "gold_on_carbon": Scene(
-        pixel_size=(0.8, 2.5), median_nm=(12, 25), gsd=(1.25, 1.6), density_um2=(100, 300), shape=(("sphere",
-        0.6), ("ellipsoid", 0.4)), aspect=1.5, clustering=(0, 0.3), cluster_size=3, overlap=(0, 0.1),
-        texture=(0.02, 0.08), texture_nm=(10, 60), support_level=(0.1, 0.3), particle_level=(0.45, 0.7),
-        tone_spread=(0.03, 0.12), escape_nm=(1, 2), edge=(0.1, 0.5), shadow=(0, 0.3), probe_nm=(1, 2.5),
-        astigmatism=(1, 1.5), astig_deg=_ANY, jitter_nm=(0, 0.4), drift_nm=(0, 5), drift_deg=_ANY,
-        electrons=(30, 400), noise_px=(0, 0.6), ramp=(0, 0.15), ramp_deg=_ANY),
+        pixel_size=(0.8, 2.5),
+        median_nm=(12, 25),
+        gsd=(1.25, 1.6),
+        density_um2=(100, 300),
+        shape=(("sphere", 0.6), ("ellipsoid", 0.4)),
+        aspect=1.5,
+        clustering=(0, 0.3),
+        cluster_size=3,
+        overlap=(0, 0.1),
+        texture=(0.02, 0.08),
+        texture_nm=(10, 60),
+        support_level=(0.1, 0.3),
+        particle_level=(0.45, 0.7),
+        tone_spread=(0.03, 0.12),
+        escape_nm=(1, 2),
+        edge=(0.1, 0.5),
+        shadow=(0, 0.3),
+        probe_nm=(1, 2.5),
+        astigmatism=(1, 1.5),
+        astig_deg=_ANY,
+        jitter_nm=(0, 0.4),
+        drift_nm=(0, 5),
+        drift_deg=_ANY,
+        electrons=(30, 400),
+        noise_px=(0, 0.6),
+        ramp=(0, 0.15),
+        ramp_deg=_ANY,
+    ),
     # silica or latex nanospheres: a narrow law, bright rims, some in pairs and chains
     # Source: EMPS 8d7fc4c578, a figure of doi:10.1016/j.bios.2016.02.056
     "spheres": Scene(
-        pixel_size=(3, 6), median_nm=(60, 120), gsd=(1.05, 1.3), density_um2=(5, 25), clustering=(0.2, 0.6),
-        cluster_size=(2, 6), packing=0.2, texture=(0.03, 0.1), texture_nm=(5, 40), support_level=(0.05, 0.3),
-        particle_level=(0.35, 0.5), tone_spread=0.05, escape_nm=(3, 8), edge=(0.15, 0.5), shade=(0, 0.15),
-        shade_deg=_ANY, shadow=(0.1, 0.4), shadow_nm=(20, 50), glow=(0, 0.1), glow_nm=(100, 300), probe_nm=(2,
-        5), electrons=(60, 600), noise_px=(0, 0.8), debris_um2=(0, 3), ramp=(0, 0.2), ramp_deg=_ANY),
+        pixel_size=(3, 6),
+        median_nm=(60, 120),
+        gsd=(1.05, 1.3),
+        density_um2=(5, 25),
+        clustering=(0.2, 0.6),
+        cluster_size=(2, 6),
+        packing=0.2,
+        texture=(0.03, 0.1),
+        texture_nm=(5, 40),
+        support_level=(0.05, 0.3),
+        particle_level=(0.35, 0.5),
+        tone_spread=0.05,
+        escape_nm=(3, 8),
+        edge=(0.15, 0.5),
+        shade=(0, 0.15),
+        shade_deg=_ANY,
+        shadow=(0.1, 0.4),
+        shadow_nm=(20, 50),
+        glow=(0, 0.1),
+        glow_nm=(100, 300),
+        probe_nm=(2, 5),
+        electrons=(60, 600),
+        noise_px=(0, 0.8),
+        debris_um2=(0, 3),
+        ramp=(0, 0.2),
+        ramp_deg=_ANY,
+    ),
     # equal spheres in rafts, touching
     # Source: EMPS 6752c27137, a figure of doi:10.1016/j.powtec.2019.07.029
     "rafts": Scene(
-        pixel_size=(4, 6), median_nm=(130, 190), gsd=(1.01, 1.03), density_um2=(8, 22), clustering=(0.85,
-        0.98), cluster_size=(10, 60), packing=1., texture=(0.01, 0.03), texture_nm=(20, 200),
-        support_level=(0.42, 0.55), particle_level=(0.62, 0.72), tone_spread=0.03, escape_nm=(4, 8),
-        edge=(0.2, 0.4), shade=(0, 0.08), shade_deg=_ANY, shadow=(0.15, 0.4), shadow_nm=(40, 70), probe_nm=(4,
-        6), electrons=(500, 3000), noise_px=(0.5, 1), debris_um2=(0, 3), ramp=(0, 0.1), ramp_deg=_ANY),
+        pixel_size=(4, 6),
+        median_nm=(130, 190),
+        gsd=(1.01, 1.03),
+        density_um2=(8, 22),
+        clustering=(0.85, 0.98),
+        cluster_size=(10, 60),
+        packing=1.0,
+        texture=(0.01, 0.03),
+        texture_nm=(20, 200),
+        support_level=(0.42, 0.55),
+        particle_level=(0.62, 0.72),
+        tone_spread=0.03,
+        escape_nm=(4, 8),
+        edge=(0.2, 0.4),
+        shade=(0, 0.08),
+        shade_deg=_ANY,
+        shadow=(0.15, 0.4),
+        shadow_nm=(40, 70),
+        probe_nm=(4, 6),
+        electrons=(500, 3000),
+        noise_px=(0.5, 1),
+        debris_um2=(0, 3),
+        ramp=(0, 0.1),
+        ramp_deg=_ANY,
+    ),
     # faceted crystals lying flat
     # Source: EMPS f3b36fb2ab, a figure of doi:10.1016/j.micpath.2017.10.032
     "cubes": Scene(
-        pixel_size=(4, 8), median_nm=(90, 150), gsd=(1.25, 1.45), density_um2=(6, 25), shape=(("cube", 0.85),
-        ("faceted", 0.15)), aspect=(1.3, 1.7), tilt_deg=(4, 12), clustering=(0, 0.3), cluster_size=2,
-        texture=(0.02, 0.06), texture_nm=(20, 60), support_level=(0.2, 0.3), particle_level=(0.5, 0.6),
-        tone_spread=0.12, escape_nm=(5, 12), edge=(0.1, 0.3), shade=(0.1, 0.35), shade_deg=_ANY, shadow=(0.1,
-        0.3), shadow_nm=(30, 60), glow=(0, 0.1), glow_nm=(60, 200), probe_nm=(5, 9), electrons=(200, 2000),
-        noise_px=(0.4, 0.8)),
+        pixel_size=(4, 8),
+        median_nm=(90, 150),
+        gsd=(1.25, 1.45),
+        density_um2=(6, 25),
+        shape=(("cube", 0.85), ("faceted", 0.15)),
+        aspect=(1.3, 1.7),
+        tilt_deg=(4, 12),
+        clustering=(0, 0.3),
+        cluster_size=2,
+        texture=(0.02, 0.06),
+        texture_nm=(20, 60),
+        support_level=(0.2, 0.3),
+        particle_level=(0.5, 0.6),
+        tone_spread=0.12,
+        escape_nm=(5, 12),
+        edge=(0.1, 0.3),
+        shade=(0.1, 0.35),
+        shade_deg=_ANY,
+        shadow=(0.1, 0.3),
+        shadow_nm=(30, 60),
+        glow=(0, 0.1),
+        glow_nm=(60, 200),
+        probe_nm=(5, 9),
+        electrons=(200, 2000),
+        noise_px=(0.4, 0.8),
+    ),
     # aggregates of sintered primary particles
     # Source: EMPS 245e1a4826, a figure of doi:10.1016/j.apcatb.2016.08.033
     "agglomerates": Scene(
-        pixel_size=(6, 9), median_nm=(100, 140), gsd=(1.2, 1.35), density_um2=(4, 10), shape="agglomerate",
-        spheres=(8, 20), texture=(0.02, 0.06), texture_nm=(10, 40), support_level=(0.2, 0.28),
-        particle_level=(0.5, 0.6), tone_spread=0.1, escape_nm=(3, 8), edge=(0.2, 0.4), shade=(0.1, 0.3),
-        shade_deg=_ANY, shadow=(0.2, 0.4), shadow_nm=(20, 40), probe_nm=(4, 8), electrons=(150, 1500),
-        noise_px=(0.4, 0.8)),
+        pixel_size=(6, 9),
+        median_nm=(100, 140),
+        gsd=(1.2, 1.35),
+        density_um2=(4, 10),
+        shape="agglomerate",
+        spheres=(8, 20),
+        texture=(0.02, 0.06),
+        texture_nm=(10, 40),
+        support_level=(0.2, 0.28),
+        particle_level=(0.5, 0.6),
+        tone_spread=0.1,
+        escape_nm=(3, 8),
+        edge=(0.2, 0.4),
+        shade=(0.1, 0.3),
+        shade_deg=_ANY,
+        shadow=(0.2, 0.4),
+        shadow_nm=(20, 40),
+        probe_nm=(4, 8),
+        electrons=(150, 1500),
+        noise_px=(0.4, 0.8),
+    ),
     # hollow looking: bright rim, core as dark as the support
     # Source: EMPS 9c4905d020, a figure of doi:10.1016/j.colsurfb.2017.09.009
     "rings": Scene(
-        pixel_size=(4, 6), median_nm=(110, 160), gsd=(1.08, 1.2), density_um2=(8, 16), clustering=(0.5, 0.9),
-        cluster_size=(3, 6), packing=0.2, texture=(0.01, 0.03), texture_nm=(100, 400), support_level=(0.36,
-        0.45), particle_level=(0.32, 0.4), escape_nm=(8, 14), edge=(0.7, 1.2), shade=(0.05, 0.4),
-        shade_deg=_ANY, shadow=(0.1, 0.4), shadow_nm=(40, 80), glow=(0.1, 0.4), glow_nm=(100, 300),
-        charging=(-0.6, 0.1), charging_px=(100, 600), probe_nm=(14, 22), electrons=(300, 3000), noise_px=(0.5,
-        1.2)),
+        pixel_size=(4, 6),
+        median_nm=(110, 160),
+        gsd=(1.08, 1.2),
+        density_um2=(8, 16),
+        clustering=(0.5, 0.9),
+        cluster_size=(3, 6),
+        packing=0.2,
+        texture=(0.01, 0.03),
+        texture_nm=(100, 400),
+        support_level=(0.36, 0.45),
+        particle_level=(0.32, 0.4),
+        escape_nm=(8, 14),
+        edge=(0.7, 1.2),
+        shade=(0.05, 0.4),
+        shade_deg=_ANY,
+        shadow=(0.1, 0.4),
+        shadow_nm=(40, 80),
+        glow=(0.1, 0.4),
+        glow_nm=(100, 300),
+        charging=(-0.6, 0.1),
+        charging_px=(100, 600),
+        probe_nm=(14, 22),
+        electrons=(300, 3000),
+        noise_px=(0.5, 1.2),
+    ),
     # catalyst particles at the resolution limit: many are missed
     # Source: Boiko et al. 2022, doi:10.3390/nano12213914 (Pd of 1 to 5 nm on carbon); ranges chosen, no image fitted
     "small": Scene(
-        pixel_size=(0.5, 1.2), median_nm=(3, 6), gsd=(1.3, 1.8), density_um2=(1000, 4000), shape=(("sphere",
-        0.7), ("faceted", 0.3)), clustering=(0, 0.2), cluster_size=3, texture=(0.03, 0.1), texture_nm=(5, 40),
-        support_level=(0.2, 0.35), particle_level=(0.55, 0.8), escape_nm=(1, 2), edge=(0, 0.3), probe_nm=(0.8,
-        1.6), astigmatism=(1, 1.4), astig_deg=_ANY, electrons=(20, 200), detector=(0.01, 0.04), buried=(0,
-        0.2), jitter_nm=(0, 0.2), ramp=(0, 0.15), ramp_deg=_ANY),
+        pixel_size=(0.5, 1.2),
+        median_nm=(3, 6),
+        gsd=(1.3, 1.8),
+        density_um2=(1000, 4000),
+        shape=(("sphere", 0.7), ("faceted", 0.3)),
+        clustering=(0, 0.2),
+        cluster_size=3,
+        texture=(0.03, 0.1),
+        texture_nm=(5, 40),
+        support_level=(0.2, 0.35),
+        particle_level=(0.55, 0.8),
+        escape_nm=(1, 2),
+        edge=(0, 0.3),
+        probe_nm=(0.8, 1.6),
+        astigmatism=(1, 1.4),
+        astig_deg=_ANY,
+        electrons=(20, 200),
+        detector=(0.01, 0.04),
+        buried=(0, 0.2),
+        jitter_nm=(0, 0.2),
+        ramp=(0, 0.15),
+        ramp_deg=_ANY,
+    ),
     # metal on carbon black, secondary electrons
     # Source: as for `small`; ranges chosen, no image fitted
     "carbon_black": Scene(
-        pixel_size=(0.4, 0.8), median_nm=(3, 6), gsd=(1.3, 1.6), density_um2=(3000, 8000), support="carbon",
-        support_nm=(40, 80), support_cover=(0.6, 0.95), texture=(0.05, 0.12), texture_nm=(5, 20),
-        support_level=(0.2, 0.3), particle_level=(0.7, 1.), escape_nm=(1, 2), edge=(0.2, 0.5), shadow=(0.3,
-        0.8), shadow_nm=(20, 50), probe_nm=(0.7, 1.4), electrons=(30, 200), detector=0.02, buried=(0, 0.3)),
+        pixel_size=(0.4, 0.8),
+        median_nm=(3, 6),
+        gsd=(1.3, 1.6),
+        density_um2=(3000, 8000),
+        support="carbon",
+        support_nm=(40, 80),
+        support_cover=(0.6, 0.95),
+        texture=(0.05, 0.12),
+        texture_nm=(5, 20),
+        support_level=(0.2, 0.3),
+        particle_level=(0.7, 1.0),
+        escape_nm=(1, 2),
+        edge=(0.2, 0.5),
+        shadow=(0.3, 0.8),
+        shadow_nm=(20, 50),
+        probe_nm=(0.7, 1.4),
+        electrons=(30, 200),
+        detector=0.02,
+        buried=(0, 0.3),
+    ),
     # supported catalysts in transmission
     # Source: PtCo1 (bright field) and Ru1 (HAADF) of Genc et al. 2025, doi:10.1016/j.ultramic.2025.114116
     "bright_field": Scene(
-        mode="bf", pixel_size=(0.1, 0.25), median_nm=(2.5, 4.5), gsd=(1.3, 1.6), density_um2=(5000, 20000),
-        shape=(("faceted", 0.5), ("sphere", 0.3), ("ellipsoid", 0.2)), overlap=0.8, support="carbon",
-        support_nm=(25, 60), support_cover=(0.5, 0.9), texture=(0.05, 0.2), texture_nm=(5, 20),
-        support_level=0., particle_level=(0.55, 0.8), tone_spread=(0.3, 0.6), particle_mfp_nm=(5, 12),
-        support_mfp_nm=(150, 350), speckle=(0.03, 0.12), speckle_nm=(0.5, 0.9), probe_nm=(0.05, 0.15),
-        electrons=(200, 2000), detector=0.01, noise_px=(0.3, 0.7)),
+        mode="bf",
+        pixel_size=(0.1, 0.25),
+        median_nm=(2.5, 4.5),
+        gsd=(1.3, 1.6),
+        density_um2=(5000, 20000),
+        shape=(("faceted", 0.5), ("sphere", 0.3), ("ellipsoid", 0.2)),
+        overlap=0.8,
+        support="carbon",
+        support_nm=(25, 60),
+        support_cover=(0.5, 0.9),
+        texture=(0.05, 0.2),
+        texture_nm=(5, 20),
+        support_level=0.0,
+        particle_level=(0.55, 0.8),
+        tone_spread=(0.3, 0.6),
+        particle_mfp_nm=(5, 12),
+        support_mfp_nm=(150, 350),
+        speckle=(0.03, 0.12),
+        speckle_nm=(0.5, 0.9),
+        probe_nm=(0.05, 0.15),
+        electrons=(200, 2000),
+        detector=0.01,
+        noise_px=(0.3, 0.7),
+    ),
     "haadf": Scene(
-        mode="haadf", pixel_size=(0.1, 0.3), median_nm=(1.5, 3), gsd=(1.3, 1.6), density_um2=(5000, 20000),
-        shape=(("faceted", 0.6), ("sphere", 0.4)), overlap=0.8, support="cloud", support_nm=(10, 40),
-        support_cover=(0.5, 0.95), texture=(0.1, 0.4), texture_nm=(3, 10), support_level=(0., 0.03),
-        particle_level=(0.6, 1.), tone_spread=0.15, particle_mfp_nm=(20, 40), support_mfp_nm=(200, 500),
-        probe_nm=(0.15, 0.4), electrons=(40, 600), detector=0.01, noise_px=(0, 0.7)),
+        mode="haadf",
+        pixel_size=(0.1, 0.3),
+        median_nm=(1.5, 3),
+        gsd=(1.3, 1.6),
+        density_um2=(5000, 20000),
+        shape=(("faceted", 0.6), ("sphere", 0.4)),
+        overlap=0.8,
+        support="cloud",
+        support_nm=(10, 40),
+        support_cover=(0.5, 0.95),
+        texture=(0.1, 0.4),
+        texture_nm=(3, 10),
+        support_level=(0.0, 0.03),
+        particle_level=(0.6, 1.0),
+        tone_spread=0.15,
+        particle_mfp_nm=(20, 40),
+        support_mfp_nm=(200, 500),
+        probe_nm=(0.15, 0.4),
+        electrons=(40, 600),
+        detector=0.01,
+        noise_px=(0, 0.7),
+    ),
 }
 
 
 def scene_preset(
-    name, # one of PRESETS
-    **over, # settings that replace the preset's own, such as pixel_size=1.
-) -> Scene: # ranges and numbers
+    name,  # one of PRESETS
+    **over,  # settings that replace the preset's own, such as pixel_size=1.
+) -> Scene:  # ranges and numbers
     """A preset, with settings of your own on top.
     Raises: InputError for an unknown preset or setting."""
     if not isinstance(name, str) or name not in PRESETS:
         raise InputError(f"Unknown scene preset {name!r}; use one of {', '.join(PRESETS)}.")
     return _scene(PRESETS[name], over)
 
+
 def as_scene(
-    scene, # Scene, name of a preset, or dict of settings
-) -> Scene: # ranges and numbers
+    scene,  # Scene, name of a preset, or dict of settings
+) -> Scene:  # ranges and numbers
     """A Scene of any of the usual ways to say which.
     Raises: InputError for anything else, an unknown preset or setting."""
-    if isinstance(scene, Scene): return scene
-    if isinstance(scene, str): return scene_preset(scene)
-    if isinstance(scene, dict): return _scene(Scene(), scene)
-    raise InputError(f"scene is a {type(scene).__name__}; give a preset's name, a Scene, or a dict of settings.")
+    if isinstance(scene, Scene):
+        return scene
+    if isinstance(scene, str):
+        return scene_preset(scene)
+    if isinstance(scene, dict):
+        return _scene(Scene(), scene)
+    raise InputError(
+        f"scene is a {type(scene).__name__}; give a preset's name, a Scene, or a dict of settings."
+    )

@@ -13,8 +13,16 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError, Micrograph, as_rng
-from .image import (blur, charge, count_electrons, grey_levels, overlay, secondary_electrons, texture,
-                                transmitted)
+from microgen.sem.image import (
+    blur,
+    charge,
+    count_electrons,
+    grey_levels,
+    overlay,
+    secondary_electrons,
+    texture,
+    transmitted,
+)
 from .particle import make_bodies, scatter
 from .preset import PRESETS, Scene, as_scene, scene_preset
 from .solid import fragments, label_image, outlines, stack_up
@@ -23,16 +31,22 @@ from .solid import fragments, label_image, outlines, stack_up
 @dataclass(frozen=True)
 class SceneImage:
     "A simulated micrograph and its truth."
-    image: Micrograph # what is seen
-    labels: np.ndarray # (H, W) int32: 0 the support, k the particle with id k
-    table: pd.DataFrame # every particle, seen or not
-    scene: Scene # the values of this image
-    overlay: np.ndarray # (H, W) bool: burnt-in bars and letters
-    clean: np.ndarray # (H, W) float32: the signal without noise, 1 is white
+
+    image: Micrograph  # what is seen
+    labels: np.ndarray  # (H, W) int32: 0 the support, k the particle with id k
+    table: pd.DataFrame  # every particle, seen or not
+    scene: Scene  # the values of this image
+    overlay: np.ndarray  # (H, W) bool: burnt-in bars and letters
+    clean: np.ndarray  # (H, W) float32: the signal without noise, 1 is white
+
 
 def _streams(rng, n):
     "Independent generators, so that one effect never changes the random numbers of another."
-    return [np.random.default_rng(s) for s in np.random.SeedSequence(int(as_rng(rng).integers(2**63))).spawn(n)]
+    return [
+        np.random.default_rng(s)
+        for s in np.random.SeedSequence(int(as_rng(rng).integers(2**63))).spawn(n)
+    ]
+
 
 def _scan_lines(s, n, pad, rng):
     "How far the beam is off in each line, px: (n, 2) smooth drift, and drift with jitter."
@@ -41,6 +55,7 @@ def _scan_lines(s, n, pad, rng):
     drift = s.drift_nm / s.pixel_size * t[:, None] * (np.sin(turn), np.cos(turn))
     return drift, drift + s.jitter_nm / s.pixel_size * rng.standard_normal((n, 2))
 
+
 def _along_lines(image, lines):
     "The image with each line shifted along x."
     i = np.arange(image.shape[1]) + lines[:, 1, None]
@@ -48,15 +63,18 @@ def _along_lines(image, lines):
     t, row = np.clip(i - low, 0, 1).astype(np.float32), np.arange(len(image))[:, None]
     return image[row, low] * (1 - t) + image[row, low + 1] * t
 
+
 class _People(NamedTuple):
     "All particles that may touch the frame, arrays (n, ...)."
-    d: np.ndarray # diameters, nm
-    bodies: list # of Bodies
-    names: np.ndarray # shapes
-    outline: object # Outlines
-    at: np.ndarray # y, x px of the padded frame, where the specimen has them
-    z: np.ndarray # height of the centres, nm
-    depth: np.ndarray # how far they sank into the support, share of their height
+
+    d: np.ndarray  # diameters, nm
+    bodies: list  # of Bodies
+    names: np.ndarray  # shapes
+    outline: object  # Outlines
+    at: np.ndarray  # y, x px of the padded frame, where the specimen has them
+    z: np.ndarray  # height of the centres, nm
+    depth: np.ndarray  # how far they sank into the support, share of their height
+
 
 def _people(s, pad, surface, there, rng):
     "Draw particles and put them on the support; the field is wider than the frame, so that some reach in from outside."
@@ -66,14 +84,18 @@ def _people(s, pad, surface, there, rng):
     wide = field + 2 * margin
     expected = (s.n / field.prod() if s.n is not None else s.density_um2 * 1e-6) * wide.prod()
     if expected > 5e5:
-        raise InputError(f"Scene: {expected:.0f} particles are too many; lower density_um2 or the field.")
+        raise InputError(
+            f"Scene: {expected:.0f} particles are too many; lower density_um2 or the field."
+        )
     d = law.draw(int(round(expected)) if s.n is not None else int(number.poisson(expected)), sizes)
     bodies, names = make_bodies(d, s.shape, s.aspect, s.tilt_deg, s.spheres, make)
-    pixel = lambda at: tuple(np.clip(np.rint((at - margin) / px + pad).astype(int), 0, np.array(surface.shape) - 1).T)
+    pixel = lambda at: tuple(
+        np.clip(np.rint((at - margin) / px + pad).astype(int), 0, np.array(surface.shape) - 1).T
+    )
     allowed = (lambda at: there[pixel(at)]) if there is not None and there.any() else None
     at = scatter(d, wide, s.clustering, s.cluster_size, s.packing, s.overlap, allowed, lie)
     outline = outlines(bodies, len(d))
-    depth = np.where(sink.random(len(d)) < s.buried, sink.uniform(0, s.burial, len(d)), 0.)
+    depth = np.where(sink.random(len(d)) < s.buried, sink.uniform(0, s.burial, len(d)), 0.0)
     z = surface[pixel(at)] + (0.5 - depth) * outline.height
     return _People(d, bodies, names, outline, (at - margin) / px + pad, z, depth)
 
@@ -82,41 +104,64 @@ def _support(s, shape, rng):
     "Signal or thickness of the bare support, height of its surface (nm), where it is (bool)."
     rough, clumps, grain = rng.spawn(3)
     h, w = shape
-    waves = texture(shape, s.texture_nm / s.pixel_size, s.texture_slope, rough) if s.texture else np.zeros(shape, np.float32)
+    waves = (
+        texture(shape, s.texture_nm / s.pixel_size, s.texture_slope, rough)
+        if s.texture
+        else np.zeros(shape, np.float32)
+    )
     if s.support == "film":
-        thick, surface, there = np.full(shape, np.float32(s.support_nm)), np.zeros(shape, np.float32), None
+        thick, surface, there = (
+            np.full(shape, np.float32(s.support_nm)),
+            np.zeros(shape, np.float32),
+            None,
+        )
         signal = np.ones(shape, np.float32)
     else:
         thick, surface, signal = (_clumps if s.support == "carbon" else _cloud)(s, shape, clumps)
         there = thick > 0
     uneven = np.maximum(1 + s.texture * waves, 0.05)
-    if s.mode != "se": return thick * uneven, surface, there
+    if s.mode != "se":
+        return thick * uneven, surface, there
     base = s.support_level * signal * uneven
-    if s.debris_um2: base = base + _debris(s, shape, grain)
+    if s.debris_um2:
+        base = base + _debris(s, shape, grain)
     return base, surface, there
+
 
 def _clumps(s, shape, rng):
     "Carbon black: clusters of spheres; thickness, height and slope brightening."
     field = np.array(shape) * s.pixel_size
-    n = -2 * np.log(1 - min(s.support_cover, 0.98)) * field.prod() / s.support_nm**2  # twice a Boolean model's: they cluster
+    n = (
+        -2 * np.log(1 - min(s.support_cover, 0.98)) * field.prod() / s.support_nm**2
+    )  # twice a Boolean model's: they cluster
     if n > 5e4:
-        raise InputError(f"Scene: {n:.0f} spheres of carbon are too many; raise support_nm or lower the field.")
+        raise InputError(
+            f"Scene: {n:.0f} spheres of carbon are too many; raise support_nm or lower the field."
+        )
     d = s.support_nm * np.exp(0.35 * rng.standard_normal(max(int(n), 3)))
     at = scatter(d, field, 0.97, max(len(d) / 4, 3), 0.2, 0.5, None, rng)
     bodies, _ = make_bodies(d, "ellipsoid", 1.3, 90, rng=rng)
     z = s.support_nm * rng.uniform(0, 2, len(d))
-    parts = fragments(bodies, np.c_[at / s.pixel_size, z], shape, s.pixel_size, s.escape_nm, beams=1)
+    parts = fragments(
+        bodies, np.c_[at / s.pixel_size, z], shape, s.pixel_size, s.escape_nm, beams=1
+    )
     seen = stack_up(parts, shape[0] * shape[1], -1e9)
-    total = lambda o: np.bincount(seen.fragments.pixel, o, shape[0] * shape[1]).reshape(shape).astype(np.float32)
+    total = lambda o: (
+        np.bincount(seen.fragments.pixel, o, shape[0] * shape[1]).reshape(shape).astype(np.float32)
+    )
     f, through = seen.fragments, seen.through.reshape(shape)
     signal = total(seen.weight * (1 + 0.5 * s.edge * (f.rim - 1))) + 0.5 * through
     return total(f.cover * f.thick), total(seen.weight * f.top), signal
 
+
 def _cloud(s, shape, rng):
     "A porous powder: what a smooth random field has above a level."
     field = texture(shape, s.support_nm / s.pixel_size, 4, rng)
-    thick = s.support_nm * np.maximum(field - np.quantile(field, 1 - min(s.support_cover, 0.98)), 0)**np.float32(0.7)
+    thick = s.support_nm * np.maximum(
+        field - np.quantile(field, 1 - min(s.support_cover, 0.98)), 0
+    ) ** np.float32(0.7)
     return thick, thick, 0.5 + 0.5 * (thick > 0)
+
 
 def _debris(s, shape, rng):
     "Bright and dark specks."
@@ -128,9 +173,9 @@ def _debris(s, shape, rng):
 
 # %% ../../nbs/33_sem.scene.ipynb #027ffd03
 def simulate_scene(
-    scene="gold_on_carbon", # Scene, name of a preset, or dict of settings
-    rng=None, # int, Generator or SeedSequence
-) -> SceneImage: # image, labels, table, scene
+    scene="gold_on_carbon",  # Scene, name of a preset, or dict of settings
+    rng=None,  # int, Generator or SeedSequence
+) -> SceneImage:  # image, labels, table, scene
     """Simulate one micrograph of particles with its exact truth.
     Raises: InputError for settings that cannot be simulated."""
     drawing, scan, people, ground, tones, noise, ink = _streams(rng, 7)
@@ -140,42 +185,58 @@ def simulate_scene(
     base, surface, there = _support(s, (h + 2 * pad, w + 2 * pad), ground)
     p = _people(s, pad, surface, there, people)
     drift, lines = _scan_lines(s, len(base), pad, scan)
-    if lines.any(): base = _along_lines(base, lines)
+    if lines.any():
+        base = _along_lines(base, lines)
     parts = fragments(p.bodies, np.c_[p.at, p.z], base.shape, px, s.escape_nm, lines)
     seen = stack_up(parts, base.size, _ground(s, surface), s.escape_nm)
     signal, more = _signal(s, seen, base, surface, len(p.d), pad, tones)
     drawn, burnt = overlay((h, w), px, s.bar, s.letter, ink)
     grey = count_electrons(signal, s.electrons, s.detector, s.noise_px, noise)
     grey = grey_levels(np.where(burnt, _over(grey, drawn, s.bar), grey), s.gamma, s.bits)
-    labels = np.where(burnt, 0, label_image(seen, base.shape)[pad:pad + h, pad:pad + w])
-    at = p.at - drift[np.clip(np.rint(p.at[:, 0]).astype(int), 0, len(base) - 1)] - pad  # where they appear
-    labels, table = _numbered(labels, _truth(s, p, at, seen, more, signal, base.shape, pad, burnt, labels))
+    labels = np.where(burnt, 0, label_image(seen, base.shape)[pad : pad + h, pad : pad + w])
+    at = (
+        p.at - drift[np.clip(np.rint(p.at[:, 0]).astype(int), 0, len(base) - 1)] - pad
+    )  # where they appear
+    labels, table = _numbered(
+        labels, _truth(s, p, at, seen, more, signal, base.shape, pad, burnt, labels)
+    )
     about = {"unit": "grey level" if s.bits else "signal", "scene": asdict(s)}
     return SceneImage(Micrograph(grey, px, about, "microgen"), labels, table, s, burnt, signal)
+
 
 def _signal(s, seen, base, surface, n, pad, rng):
     "Signal of the frame behind the probe; what each fragment adds before it."
     tone, px = np.exp(s.tone_spread * rng.standard_normal(n)), s.pixel_size
-    if s.mode == "se": signal, more = secondary_electrons(seen, s.particle_level * tone, base, surface, s, px)
-    else: signal, more = transmitted(seen, tone, base, s)
+    if s.mode == "se":
+        signal, more = secondary_electrons(seen, s.particle_level * tone, base, surface, s, px)
+    else:
+        signal, more = transmitted(seen, tone, base, s)
     if s.speckle:  # phase contrast grows as the root of the number of atoms
         grain = texture(base.shape, s.speckle_nm / px, None, rng)
         signal = signal * (1 + s.speckle * np.sqrt(np.clip(base / s.support_nm, 0.2, 2)) * grain)
-    if s.coating: signal = signal * (1 + s.coating * texture(base.shape, s.coating_nm / px / 2, 6, rng))
+    if s.coating:
+        signal = signal * (1 + s.coating * texture(base.shape, s.coating_nm / px / 2, 6, rng))
     signal = blur(signal, s.probe_nm / px, s.astigmatism, s.astig_deg)
     signal = charge(signal, s.support_level, s.charging, s.charging_px)
-    signal = signal[pad:len(signal) - pad, pad:signal.shape[1] - pad]
+    signal = signal[pad : len(signal) - pad, pad : signal.shape[1] - pad]
     return signal * _ramp(s) if s.ramp else signal, more
+
 
 def _ground(s, surface):
     "What veils a particle: nothing in transmission."
-    return -np.inf if s.mode != "se" else surface.ravel() if s.support != "film" else 0.
+    return -np.inf if s.mode != "se" else surface.ravel() if s.support != "film" else 0.0
 
-def _over(grey, drawn, bar): return drawn if bar not in ("line", "ticks") else np.maximum(grey, drawn)
+
+def _over(grey, drawn, bar):
+    return drawn if bar not in ("line", "ticks") else np.maximum(grey, drawn)
+
 
 def _ramp(s):
     (h, w), turn = s.frame, np.radians(s.ramp_deg)
-    y, x = np.linspace(-0.5, 0.5, h, dtype=np.float32)[:, None], np.linspace(-0.5, 0.5, w, dtype=np.float32)
+    y, x = (
+        np.linspace(-0.5, 0.5, h, dtype=np.float32)[:, None],
+        np.linspace(-0.5, 0.5, w, dtype=np.float32),
+    )
     return 1 + np.float32(s.ramp) * (np.float32(np.sin(turn)) * y + np.float32(np.cos(turn)) * x)
 
 # %% ../../nbs/33_sem.scene.ipynb #d30a5e20
@@ -188,21 +249,39 @@ def _truth(s, p, at, seen, more, signal, shape, pad, burnt, labels):
     bare = within & ~burnt[np.clip(row, 0, h - 1), np.clip(column, 0, w - 1)]
     total = lambda o, where=bare: np.bincount(f.owner[where], o[where], n)
     area = np.pi / 4 * p.d**2 / px**2
-    counts = weight if s.mode == "se" else f.cover  # transmitted electrons pass through what lies above
-    table = pd.DataFrame({
-        "id": np.arange(1, n + 1), "y_nm": at[:, 0] * px, "x_nm": at[:, 1] * px, "diameter_nm": p.d,
-        "major_nm": out.major, "minor_nm": out.minor, "angle_deg": out.angle_deg, "height_nm": out.height,
-        "shape": p.names, "buried": p.depth, "inside": np.clip(total(f.cover, within) / area, 0, 1),
-        "visible": np.clip(total(weight) / area, 0, 1), "area_px": np.bincount(labels.ravel(), minlength=n + 1)[1:n + 1],
-        "contrast": total(counts * more) / np.maximum(total(counts), 1e-9),
-        "snr": _snr(s, total(counts * more**2), out.major * out.minor / 16, at, signal)})
+    counts = (
+        weight if s.mode == "se" else f.cover
+    )  # transmitted electrons pass through what lies above
+    table = pd.DataFrame(
+        {
+            "id": np.arange(1, n + 1),
+            "y_nm": at[:, 0] * px,
+            "x_nm": at[:, 1] * px,
+            "diameter_nm": p.d,
+            "major_nm": out.major,
+            "minor_nm": out.minor,
+            "angle_deg": out.angle_deg,
+            "height_nm": out.height,
+            "shape": p.names,
+            "buried": p.depth,
+            "inside": np.clip(total(f.cover, within) / area, 0, 1),
+            "visible": np.clip(total(weight) / area, 0, 1),
+            "area_px": np.bincount(labels.ravel(), minlength=n + 1)[1 : n + 1],
+            "contrast": total(counts * more) / np.maximum(total(counts), 1e-9),
+            "snr": _snr(s, total(counts * more**2), out.major * out.minor / 16, at, signal),
+        }
+    )
     return table[np.bincount(f.owner[within], minlength=n) > 0]
+
 
 def _snr(s, energy, spread_nm2, at, signal):
     "Signal-to-noise ratio of a matched filter behind the probe."
-    noise = (np.maximum(signal, 0) / s.electrons if s.electrons else 0 * signal) + s.detector**2 + 1e-12
+    noise = (
+        (np.maximum(signal, 0) / s.electrons if s.electrons else 0 * signal) + s.detector**2 + 1e-12
+    )
     here = tuple(np.clip(np.rint(at).astype(int), 0, np.array(signal.shape) - 1).T)
     return np.sqrt(energy * spread_nm2 / (spread_nm2 + s.probe_nm**2) / noise[here])
+
 
 def _numbered(labels, table):
     "Ids from 1 without gaps, in the table and in the labels."

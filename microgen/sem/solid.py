@@ -13,22 +13,27 @@ import numpy as np
 # %% ../../nbs/30_sem.solid.ipynb #3b793f58
 class Bodies(NamedTuple):
     "Solids of one kind, their centres at the origin: several may belong to one particle."
-    owner: np.ndarray # (n,) which particle
-    center: np.ndarray # (n, 3) y, x, z from the particle's own centre, nm
-    reach: np.ndarray # (n,) radius of a cylinder about the beam that holds the body, nm
-    solid: tuple # (A (n, 3, 3),) of ellipsoids, nm^-2; (normals (n, f, 3), h (n, f) nm) of polyhedra
+
+    owner: np.ndarray  # (n,) which particle
+    center: np.ndarray  # (n, 3) y, x, z from the particle's own centre, nm
+    reach: np.ndarray  # (n,) radius of a cylinder about the beam that holds the body, nm
+    solid: (
+        tuple  # (A (n, 3, 3),) of ellipsoids, nm^-2; (normals (n, f, 3), h (n, f) nm) of polyhedra
+    )
 
 # %% ../../nbs/30_sem.solid.ipynb #3c2d66aa
 class Fragments(NamedTuple):
     "What pixels see of bodies, one row for each pixel that a body touches."
-    pixel: np.ndarray # index of the pixel, row by row
-    owner: np.ndarray # which particle
-    cover: np.ndarray # share of the pixel that lies under the body, 0 to 1
-    top: np.ndarray # height of its upper surface, nm
-    thick: np.ndarray # chord along the beam, nm, mean over the covered part
-    rim: np.ndarray # brightening of its surface, 1 where it is flat and far from an edge
-    slope_y: np.ndarray # y component of the outward normal
-    slope_x: np.ndarray # x component of the outward normal
+
+    pixel: np.ndarray  # index of the pixel, row by row
+    owner: np.ndarray  # which particle
+    cover: np.ndarray  # share of the pixel that lies under the body, 0 to 1
+    top: np.ndarray  # height of its upper surface, nm
+    thick: np.ndarray  # chord along the beam, nm, mean over the covered part
+    rim: np.ndarray  # brightening of its surface, 1 where it is flat and far from an edge
+    slope_y: np.ndarray  # y component of the outward normal
+    slope_x: np.ndarray  # x component of the outward normal
+
 
 def _cut_ellipsoid(v, u, solid, escape_nm=None, reach=None):
     """Inside, top, and with an escape depth chord, rim and normal, of beams at (v, u) from the centres: arrays
@@ -39,7 +44,8 @@ def _cut_ellipsoid(v, u, solid, escape_nm=None, reach=None):
     q = schur(0, 0) * (v * v) + u * (schur(1, 1) * u + 2 * schur(0, 1) * v)
     half = np.sqrt(np.maximum(1 - q, 0) / a(2, 2))
     top = half - (a(0, 2) * v + a(1, 2) * u) / a(2, 2)
-    if escape_nm is None: return q < 1, top
+    if escape_nm is None:
+        return q < 1, top
     gy, gx = a(0, 0) * v + a(0, 1) * u + a(0, 2) * top, a(1, 0) * v + a(1, 1) * u + a(1, 2) * top
     gz = a(2, 2) * half
     norm = 1 / np.sqrt(gy * gy + gx * gx + gz * gz + np.float32(1e-20))
@@ -47,27 +53,44 @@ def _cut_ellipsoid(v, u, solid, escape_nm=None, reach=None):
     rim = np.minimum(1 / np.maximum(gz * norm, np.float32(1e-3)), cap)
     return q < 1, top, 2 * half, rim, gy * norm, gx * norm
 
+
 def _cut_polyhedron(v, u, solid, escape_nm=None, reach=None):
     "The same for polyhedra."
     normals, h = (np.asarray(o, np.float32) for o in solid)
     nz = np.where(np.abs(normals[..., 2]) < 1e-3, np.float32(1e-3), normals[..., 2])
-    planes = np.stack([h, -normals[..., 0], -normals[..., 1]]) / nz  # z = p0 + p1 v + p2 u on each face
-    high = np.where(nz > 0, planes, np.array([1e9, 0, 0], np.float32)[:, None, None])[..., None, None]
-    deep = np.where(nz < 0, planes, np.array([-1e9, 0, 0], np.float32)[:, None, None])[..., None, None]
+    planes = (
+        np.stack([h, -normals[..., 0], -normals[..., 1]]) / nz
+    )  # z = p0 + p1 v + p2 u on each face
+    high = np.where(nz > 0, planes, np.array([1e9, 0, 0], np.float32)[:, None, None])[
+        ..., None, None
+    ]
+    deep = np.where(nz < 0, planes, np.array([-1e9, 0, 0], np.float32)[:, None, None])[
+        ..., None, None
+    ]
     shape = np.broadcast_shapes(v.shape, u.shape)
-    top, bottom, own = np.full(shape, 1e9, np.float32), np.full(shape, -1e9, np.float32), np.zeros(shape, np.int8)
+    top, bottom, own = (
+        np.full(shape, 1e9, np.float32),
+        np.full(shape, -1e9, np.float32),
+        np.zeros(shape, np.int8),
+    )
     for i in range(h.shape[1]):
         z = high[0, :, i] + high[1, :, i] * v + high[2, :, i] * u
-        if escape_nm is not None: np.copyto(own, np.int8(i), where=z < top)
+        if escape_nm is not None:
+            np.copyto(own, np.int8(i), where=z < top)
         np.minimum(top, z, out=top)
         np.maximum(bottom, deep[0, :, i] + deep[1, :, i] * v + deep[2, :, i] * u, out=bottom)
     inside = top > bottom
-    if escape_nm is None: return inside, top
+    if escape_nm is None:
+        return inside, top
     return inside, top, top - bottom, *_face(v, u, top, own, normals, h, np.float32(escape_nm))
+
 
 def _face(v, u, top, own, normals, h, escape_nm):
     "Brightening and normal where beams meet a polyhedron."
-    far = np.where(normals[..., 2] > -0.5, h, np.float32(1e6) * escape_nm)[..., None, None] / escape_nm
+    far = (
+        np.where(normals[..., 2] > -0.5, h, np.float32(1e6) * escape_nm)[..., None, None]
+        / escape_nm
+    )
     k = (normals / escape_nm)[..., None, None]
     near = np.zeros(top.shape, np.float32)
     for i in range(h.shape[1]):
@@ -76,34 +99,56 @@ def _face(v, u, top, own, normals, h, escape_nm):
         near += np.exp(-np.clip(away, 0, 30, out=away), out=away)
     body = np.arange(len(h))[:, None, None]
     ny, nx, nz = (np.ascontiguousarray(normals[..., c])[body, own] for c in range(3))
-    return 1 / np.maximum(nz, np.float32(0.25)) + near - 1, ny, nx  # the own face is at distance 0 and does not count
+    return (
+        1 / np.maximum(nz, np.float32(0.25)) + near - 1,
+        ny,
+        nx,
+    )  # the own face is at distance 0 and does not count
 
 # %% ../../nbs/30_sem.solid.ipynb #43d420f4
 def _beams(row, column, at, lines, fine):
     "Positions (s, 1, n, p, 1) and (1, s, n, p, p) from the centres, px, of s x s beams in each of p x p pixels."
-    sub = (((np.arange(fine) + 0.5) / fine - 0.5)).reshape(-1, 1, 1, 1)
+    sub = ((np.arange(fine) + 0.5) / fine - 0.5).reshape(-1, 1, 1, 1)
     shift = lines[np.clip(row, 0, len(lines) - 1)]  # (n, p, 2)
     v = (row - at[:, :1] + shift[..., 0])[..., None] + sub
     u = (column - at[:, 1:2])[:, None] + shift[..., 1][..., None] + sub
     return v.astype(np.float32)[:, None], u.astype(np.float32)[None]
 
+
 def _pooled(bodies, at, half, fine, frame, lines, escape_nm):
     "Fragments of bodies at pixels `at` (y, x, z nm) of one size class."
     (h, w), size = frame
     cut = _cut_ellipsoid if len(bodies.solid) == 1 else _cut_polyhedron
-    middle = np.rint(at[:, :2] - lines[np.clip(np.rint(at[:, 0]).astype(int), 0, h - 1)]).astype(int)
+    middle = np.rint(at[:, :2] - lines[np.clip(np.rint(at[:, 0]).astype(int), 0, h - 1)]).astype(
+        int
+    )
     row, column = (middle[:, i, None] + np.arange(-half, half + 1) for i in range(2))
     if 2 * half + 1 > max(h, w):  # larger than the image
         row, column = (np.tile(np.arange(n), (len(at), 1)) for n in (h, w))
     v, u = _beams(row, column, at, lines, fine)
-    hit, *values = cut(v * np.float32(size[0]), u * np.float32(size[1]), bodies.solid, np.float32(escape_nm), bodies.reach)
+    hit, *values = cut(
+        v * np.float32(size[0]),
+        u * np.float32(size[1]),
+        bodies.solid,
+        np.float32(escape_nm),
+        bodies.reach,
+    )
     share = hit.mean((0, 1), dtype=np.float32)
     pixel = row[:, :, None] * w + column[:, None]
-    keep = (share > 0) & ((row >= 0) & (row < h))[:, :, None] & ((column >= 0) & (column < w))[:, None]
+    keep = (
+        (share > 0) & ((row >= 0) & (row < h))[:, :, None] & ((column >= 0) & (column < w))[:, None]
+    )
     mean = lambda o: (o * hit).sum((0, 1))[keep] / (share[keep] * np.float32(fine**2))
     top, *rest = (mean(o) for o in values)
     spread = lambda o: np.broadcast_to(o[:, None, None], share.shape)[keep]
-    return Fragments(pixel[keep], spread(bodies.owner), share[keep], top + spread(at[:, 2]).astype(np.float32), *rest)
+    return Fragments(
+        pixel[keep],
+        spread(bodies.owner),
+        share[keep],
+        top + spread(at[:, 2]).astype(np.float32),
+        *rest,
+    )
+
 
 def _speck(bodies, at, frame, lines, escape_nm, across=14):
     "Fragments of bodies smaller than a pixel or two: beams across each body, sorted into the pixels where they fall."
@@ -111,28 +156,40 @@ def _speck(bodies, at, frame, lines, escape_nm, across=14):
     cut = _cut_ellipsoid if len(bodies.solid) == 1 else _cut_polyhedron
     step = 2 * bodies.reach / across
     grid = np.arange(across) + 0.5 - across / 2
-    v, u = ((grid + at[:, i, None] % 1 - 0.5) * step[:, None] for i in range(2))  # a grid of its own for each body
+    v, u = (
+        (grid + at[:, i, None] % 1 - 0.5) * step[:, None] for i in range(2)
+    )  # a grid of its own for each body
     beams = v.astype(np.float32)[:, :, None], u.astype(np.float32)[:, None]
     hit, *values = cut(*beams, bodies.solid, np.float32(escape_nm), bodies.reach)
     off = lines[np.clip(np.rint(at[:, 0]).astype(int), 0, h - 1)]
-    row, column = (np.rint(at[:, i, None] - off[:, i, None] + o / size[i]).astype(int) for i, o in enumerate((v, u)))
+    row, column = (
+        np.rint(at[:, i, None] - off[:, i, None] + o / size[i]).astype(int)
+        for i, o in enumerate((v, u))
+    )
     inside = hit & ((row >= 0) & (row < h))[:, :, None] & ((column >= 0) & (column < w))[:, None]
     body = np.broadcast_to(np.arange(len(at))[:, None, None], hit.shape)[inside]
-    key, group = np.unique(body * (h * w) + (row[:, :, None] * w + column[:, None])[inside], return_inverse=True)
+    key, group = np.unique(
+        body * (h * w) + (row[:, :, None] * w + column[:, None])[inside], return_inverse=True
+    )
     body, count = key // (h * w), np.bincount(group, minlength=len(key))
-    top, *rest = ((np.bincount(group, o[inside], len(key)) / count).astype(np.float32) for o in values)
-    cover = np.minimum(count * (step[body]**2 / size.prod()), 1).astype(np.float32)
-    return Fragments(key % (h * w), bodies.owner[body], cover, (top + at[body, 2]).astype(np.float32), *rest)
+    top, *rest = (
+        (np.bincount(group, o[inside], len(key)) / count).astype(np.float32) for o in values
+    )
+    cover = np.minimum(count * (step[body] ** 2 / size.prod()), 1).astype(np.float32)
+    return Fragments(
+        key % (h * w), bodies.owner[body], cover, (top + at[body, 2]).astype(np.float32), *rest
+    )
+
 
 def fragments(
-    bodies, # list of Bodies
-    place, # (n, 3) where each particle's centre lies: y, x in pixels of the image, z in nm
-    shape, # (H, W) of the image, px
-    pixel_size, # nm per pixel: number or (y, x)
-    escape_nm=2., # escape depth of secondary electrons, nm
-    lines=None, # (H, 2) how far the beam is off in each line: y, x in px; default: nowhere
-    beams=None, # beams across a pixel, an odd number; default: 3, and 5 for small bodies
-) -> Fragments: # in no order
+    bodies,  # list of Bodies
+    place,  # (n, 3) where each particle's centre lies: y, x in pixels of the image, z in nm
+    shape,  # (H, W) of the image, px
+    pixel_size,  # nm per pixel: number or (y, x)
+    escape_nm=2.0,  # escape depth of secondary electrons, nm
+    lines=None,  # (H, 2) how far the beam is off in each line: y, x in px; default: nowhere
+    beams=None,  # beams across a pixel, an odd number; default: 3, and 5 for small bodies
+) -> Fragments:  # in no order
     "Cut bodies by the pixels of an image."
     size, found = np.broadcast_to(np.asarray(pixel_size, float), 2), []
     lines = np.zeros((shape[0], 2)) if lines is None else lines
@@ -148,29 +205,38 @@ def fragments(
         for c in (0, *np.unique(classes[touch & ~tiny])):
             of = np.flatnonzero(tiny if c == 0 else (classes == c) & touch & ~tiny)
             fine = beams or (5 if c <= 3 else 3)
-            area = min((2 * c + 1)**2, shape[0] * shape[1]) * fine**2 if c else 200
+            area = min((2 * c + 1) ** 2, shape[0] * shape[1]) * fine**2 if c else 200
             for some in np.array_split(of, -(-len(of) * area // 2**20)) if len(of) else ():
-                one = Bodies(b.owner[some], b.center[some], b.reach[some], tuple(s[some] for s in b.solid))
-                if c: found.append(_pooled(one, at[some], int(c), fine, (shape, size), lines, escape_nm))
-                else: found.append(_speck(one, at[some], (shape, size), lines, escape_nm))
-    if not found: return Fragments(np.zeros(0, int), np.zeros(0, int), *np.zeros((6, 0), np.float32))
+                one = Bodies(
+                    b.owner[some], b.center[some], b.reach[some], tuple(s[some] for s in b.solid)
+                )
+                if c:
+                    found.append(
+                        _pooled(one, at[some], int(c), fine, (shape, size), lines, escape_nm)
+                    )
+                else:
+                    found.append(_speck(one, at[some], (shape, size), lines, escape_nm))
+    if not found:
+        return Fragments(np.zeros(0, int), np.zeros(0, int), *np.zeros((6, 0), np.float32))
     return Fragments(*(np.concatenate(o) for o in zip(*found)))
 
 # %% ../../nbs/30_sem.solid.ipynb #cf8c07e6
 class Outlines(NamedTuple):
     "Size of every particle, arrays (n,)."
-    diameter: np.ndarray # of the circle with the silhouette's area, nm
-    major: np.ndarray # major axis of the silhouette, nm
-    minor: np.ndarray # minor axis, nm
-    angle_deg: np.ndarray # direction of the major axis, degrees from +x towards +y
-    height: np.ndarray # from the lowest point to the highest, nm
-    reach: np.ndarray # radius of a cylinder about the beam that holds the particle, nm
+
+    diameter: np.ndarray  # of the circle with the silhouette's area, nm
+    major: np.ndarray  # major axis of the silhouette, nm
+    minor: np.ndarray  # minor axis, nm
+    angle_deg: np.ndarray  # direction of the major axis, degrees from +x towards +y
+    height: np.ndarray  # from the lowest point to the highest, nm
+    reach: np.ndarray  # radius of a cylinder about the beam that holds the particle, nm
+
 
 def outlines(
-    bodies, # list of Bodies, symmetric about their particle's centre in z
-    n, # number of particles
-    beams=48, # beams across a particle
-) -> Outlines: # of particles 0 to n - 1
+    bodies,  # list of Bodies, symmetric about their particle's centre in z
+    n,  # number of particles
+    beams=48,  # beams across a particle
+) -> Outlines:  # of particles 0 to n - 1
     "Measure silhouettes: exactly for ellipsoids, by beams for all others."
     out = np.zeros((6, n))
     for b in bodies:
@@ -179,15 +245,31 @@ def outlines(
         own, area, yy, xx, yx, top, far = _outline_exact(b) if exact else _outline_cut(b, n, beams)
         mean, split = (yy + xx) / 2, np.hypot((yy - xx) / 2, yx)
         axes = 4 * np.sqrt([mean + split, np.maximum(mean - split, 0)])
-        out[:, own] = np.sqrt(4 * area / np.pi), *axes, np.degrees(np.arctan2(2 * yx, xx - yy)) / 2, 2 * top, far
+        out[:, own] = (
+            np.sqrt(4 * area / np.pi),
+            *axes,
+            np.degrees(np.arctan2(2 * yx, xx - yy)) / 2,
+            2 * top,
+            far,
+        )
     return Outlines(*out)
+
 
 def _outline_exact(b):
     "Owner, area, central second moments, half height and reach of single ellipsoids."
     A = b.solid[0]
     S = np.linalg.inv(A[:, :2, :2] - A[:, :2, 2:] * A[:, 2:, :2] / A[:, 2:, 2:])
     top = np.sqrt(np.linalg.inv(A)[:, 2, 2])
-    return b.owner, np.pi * np.sqrt(np.linalg.det(S)), S[:, 0, 0] / 4, S[:, 1, 1] / 4, S[:, 0, 1] / 4, top, b.reach
+    return (
+        b.owner,
+        np.pi * np.sqrt(np.linalg.det(S)),
+        S[:, 0, 0] / 4,
+        S[:, 1, 1] / 4,
+        S[:, 0, 1] / 4,
+        top,
+        b.reach,
+    )
+
 
 def _outline_cut(b, n, beams):
     "The same from beams through the union of each particle's bodies."
@@ -199,15 +281,23 @@ def _outline_cut(b, n, beams):
     for some in np.array_split(own, max(-(-len(own) * beams**2 // 2**20), 1)):
         of = np.flatnonzero(np.isin(b.owner, some))
         scale = reach[b.owner[of]][:, None, None].astype(np.float32)
-        v, u = (g * scale - b.center[of, i, None, None].astype(np.float32) for i, g in enumerate((grid[:, None], grid[None])))
+        v, u = (
+            g * scale - b.center[of, i, None, None].astype(np.float32)
+            for i, g in enumerate((grid[:, None], grid[None]))
+        )
         inside, top = cut(*np.broadcast_arrays(v, u), tuple(s[of] for s in b.solid))[:2]
         hit, half = np.zeros((len(some), beams, beams), bool), np.zeros(len(some))
         mine = np.searchsorted(some, b.owner[of])
         np.logical_or.at(hit, mine, inside)
         np.maximum.at(half, mine, np.where(inside, top, 0).max((1, 2)) + b.center[of, 2])
-        far = np.sqrt(np.where(hit, grid[:, None]**2 + grid**2, 0).max((1, 2))) + 1.5 / beams  # and half a step, diagonally
-        parts.append((*_second_moments(hit, grid, reach[some]), half, np.minimum(far, 1) * reach[some]))
+        far = (
+            np.sqrt(np.where(hit, grid[:, None] ** 2 + grid**2, 0).max((1, 2))) + 1.5 / beams
+        )  # and half a step, diagonally
+        parts.append(
+            (*_second_moments(hit, grid, reach[some]), half, np.minimum(far, 1) * reach[some])
+        )
     return own, *(np.concatenate(o) for o in zip(*parts))
+
 
 def _second_moments(hit, grid, reach):
     total = hit.sum((1, 2))
@@ -215,21 +305,23 @@ def _second_moments(hit, grid, reach):
     y, x = rows @ grid / total, columns @ grid / total
     yy, xx = rows @ grid**2 / total - y * y, columns @ grid**2 / total - x * x
     yx = np.einsum("nij,i,j->n", hit.astype(np.float32), grid, grid, optimize=True) / total - y * x
-    return total * (2 / len(grid) * reach)**2, *(o * reach**2 for o in (yy, xx, yx))
+    return total * (2 / len(grid) * reach) ** 2, *(o * reach**2 for o in (yy, xx, yx))
 
 # %% ../../nbs/30_sem.solid.ipynb #13cfe0f0
 class Seen(NamedTuple):
     "How much of each fragment the detector sees."
-    fragments: Fragments # sorted by pixel, uppermost first
-    weight: np.ndarray # share of the pixel in which the fragment is seen, 0 to 1
-    through: np.ndarray # (H W,) share of each pixel in which the support is seen
+
+    fragments: Fragments  # sorted by pixel, uppermost first
+    weight: np.ndarray  # share of the pixel in which the fragment is seen, 0 to 1
+    through: np.ndarray  # (H W,) share of each pixel in which the support is seen
+
 
 def stack_up(
-    parts, # Fragments
-    n_pixels, # number of pixels, H times W
-    surface=0., # height of the support's surface, nm: number or (H W,)
-    veil_nm=2., # depth at which the support dims what it covers to 1/e, nm
-) -> Seen: # sorted fragments and what is seen of them
+    parts,  # Fragments
+    n_pixels,  # number of pixels, H times W
+    surface=0.0,  # height of the support's surface, nm: number or (H W,)
+    veil_nm=2.0,  # depth at which the support dims what it covers to 1/e, nm
+) -> Seen:  # sorted fragments and what is seen of them
     "Find what each pixel sees of the fragments stacked in it."
     order = np.lexsort((-parts.top, parts.pixel))
     f = Fragments(*(o[order] for o in parts))
@@ -245,9 +337,9 @@ def stack_up(
 
 # %% ../../nbs/30_sem.solid.ipynb #f1ba8239
 def label_image(
-    seen, # Seen
-    shape, # (H, W), px
-) -> np.ndarray: # (H, W) int32: 0 the support, i + 1 the particle i
+    seen,  # Seen
+    shape,  # (H, W), px
+) -> np.ndarray:  # (H, W) int32: 0 the support, i + 1 the particle i
     "Give each pixel the particle that fills at least half of it."
     f, w = seen.fragments, seen.weight
     width = int(f.owner.max(initial=0)) + 1

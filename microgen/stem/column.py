@@ -20,13 +20,18 @@ from skimage.feature import peak_local_max
 from ..core import InputError, as_micrograph
 
 # %% ../../nbs/13_stem.column.ipynb #25c959ea
-def _column_sigma(image, # (H, W) intensities
-                  px,    # (2,) pixel size, nm
-                 ):      # sigma of a typical column, nm
+def _column_sigma(
+    image,  # (H, W) intensities
+    px,  # (2,) pixel size, nm
+):  # sigma of a typical column, nm
     "Width of the columns, from the central peak of the autocorrelation."
     a = image - ndimage.gaussian_filter(image, 0.4 / np.asarray(px))
-    acf = np.fft.ifft2(np.abs(np.fft.fft2(a * np.outer(*(np.hanning(n) for n in a.shape)))) ** 2).real
-    r = np.hypot(*np.meshgrid(*(np.fft.fftfreq(n, 1 / n) * p for n, p in zip(a.shape, px)), indexing="ij"))
+    acf = np.fft.ifft2(
+        np.abs(np.fft.fft2(a * np.outer(*(np.hanning(n) for n in a.shape)))) ** 2
+    ).real
+    r = np.hypot(
+        *np.meshgrid(*(np.fft.fftfreq(n, 1 / n) * p for n, p in zip(a.shape, px)), indexing="ij")
+    )
     step = min(px)
     k = np.rint(r / step).astype(int)
     near = (r < 0.4) & (r > 0)
@@ -38,14 +43,16 @@ def _column_sigma(image, # (H, W) intensities
     return float(np.interp(-0.5, -level, np.arange(end + 1)) * step / (np.sqrt(2) * 1.1774))
 
 # %% ../../nbs/13_stem.column.ipynb #7f5017c6
-def _pixel_noise(image): # (H, W) -> standard deviation of pixel-to-pixel noise
+def _pixel_noise(image):  # (H, W) -> standard deviation of pixel-to-pixel noise
     "Robust noise level, blind to everything smooth. Source: Immerkaer 1996, 10.1006/cviu.1996.0060"
     kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]])
     return 1.4826 * np.median(np.abs(ndimage.convolve(image, kernel))) / 6
 
-def find_columns(micrograph,      # Micrograph, or anything `as_micrograph` takes
-                 spacing_nm=None, # shortest distance between columns, nm (None: estimated from the image)
-                ) -> pd.DataFrame: # y_nm, x_nm, intensity (smoothed value at the peak), brightest first
+
+def find_columns(
+    micrograph,  # Micrograph, or anything `as_micrograph` takes
+    spacing_nm=None,  # shortest distance between columns, nm (None: estimated from the image)
+) -> pd.DataFrame:  # y_nm, x_nm, intensity (smoothed value at the peak), brightest first
     """Find bright columns in an image, to a fraction of a pixel.
 
     Raises: InputError for an image of several channels, not finite, or without contrast."""
@@ -56,7 +63,9 @@ def find_columns(micrograph,      # Micrograph, or anything `as_micrograph` take
     impulse = np.zeros([2 * int(np.ceil(5 * s)) + 1 for s in sigma / px])
     impulse[tuple(n // 2 for n in impulse.shape)] = 1
     noise = _pixel_noise(image) * np.linalg.norm(ndimage.gaussian_laplace(impulse, sigma / px))
-    peaks = peak_local_max(blob, min_distance=max(1, int(1.3 * sigma / px.max())), exclude_border=False)
+    peaks = peak_local_max(
+        blob, min_distance=max(1, int(1.3 * sigma / px.max())), exclude_border=False
+    )
     height = blob[tuple(peaks.T)]
     strong = np.percentile(height[height > 4 * noise], 80) if (height > 4 * noise).any() else np.inf
     peaks = peaks[height > max(4 * noise, 0.14 * strong)]
@@ -65,48 +74,79 @@ def find_columns(micrograph,      # Micrograph, or anything `as_micrograph` take
     table = pd.DataFrame(dict(y_nm=yx[:, 0], x_nm=yx[:, 1], intensity=smooth[tuple(peaks.T)]))
     return table.sort_values("intensity", ascending=False, ignore_index=True)
 
-def _parabola(a, peaks): # (H, W), (N, 2) pixel indices -> (N, 2) offset of the vertex, pixels
+
+def _parabola(a, peaks):  # (H, W), (N, 2) pixel indices -> (N, 2) offset of the vertex, pixels
     "Sub-pixel offset of each peak from a parabola through it and its neighbours, axis by axis."
     p = np.pad(a, 1, mode="edge")
     at = lambda dy, dx: p[peaks[:, 0] + 1 + dy, peaks[:, 1] + 1 + dx]
-    bend = lambda lo, hi: np.clip(0.5 * (lo - hi) / np.minimum(lo + hi - 2 * at(0, 0), -1e-30), -0.5, 0.5)
+    bend = lambda lo, hi: np.clip(
+        0.5 * (lo - hi) / np.minimum(lo + hi - 2 * at(0, 0), -1e-30), -0.5, 0.5
+    )
     return np.stack([bend(at(-1, 0), at(1, 0)), bend(at(0, -1), at(0, 1))], 1)
 
-def _check_image(obj): # -> Micrograph with (H, W) finite data that vary
+
+def _check_image(obj):  # -> Micrograph with (H, W) finite data that vary
     m = as_micrograph(obj)
     if m.data.ndim != 2:
-        raise InputError(f"columns are measured in one channel, this image has shape {m.data.shape}: pass data[channel]")
-    if not np.isfinite(m.data).all(): raise InputError("the image holds NaN or infinity: crop or fill these pixels first")
+        raise InputError(
+            f"columns are measured in one channel, this image has shape {m.data.shape}: pass data[channel]"
+        )
+    if not np.isfinite(m.data).all():
+        raise InputError("the image holds NaN or infinity: crop or fill these pixels first")
     if min(m.data.shape) < 16 or np.ptp(m.data) == 0:
-        raise InputError(f"no columns to measure in an image of shape {m.data.shape} that varies by {np.ptp(m.data):g}")
+        raise InputError(
+            f"no columns to measure in an image of shape {m.data.shape} that varies by {np.ptp(m.data):g}"
+        )
     return m
 
 # %% ../../nbs/13_stem.column.ipynb #1027c692
-_LADDER = np.array([1.0, 0.7, 1.4, 2.0])  # widths of the Gaussians of a shared profile, relative to the group's sigma
+_LADDER = np.array(
+    [1.0, 0.7, 1.4, 2.0]
+)  # widths of the Gaussians of a shared profile, relative to the group's sigma
 _MOVING = ("y", "x", "A", "t", "sigma", "shape_w", "fixed_A", "b")
-_MARGIN = 0.2                        # columns up to this far beyond the edge are fitted too: their tails reach in, nm
+_MARGIN = 0.2  # columns up to this far beyond the edge are fitted too: their tails reach in, nm
 
-def _windows(y, x, shape, px, radius): # centres (N,) nm, image shape, pixel size and radius nm -> namespace
+
+def _windows(
+    y, x, shape, px, radius
+):  # centres (N,) nm, image shape, pixel size and radius nm -> namespace
     "Square pixel windows around the columns, as indices into a padded, flattened frame."
     h = [int(np.ceil(radius / p)) for p in px]
     pad = [n + int(np.ceil(0.3 / p)) for n, p in zip(h, px)]
     frame = [n + 2 * p for n, p in zip(shape, pad)]
-    centre = lambda v, i: np.clip(np.rint(v / px[i]).astype(int) + pad[i], h[i], frame[i] - h[i] - 1)[:, None]
+    centre = lambda v, i: np.clip(
+        np.rint(v / px[i]).astype(int) + pad[i], h[i], frame[i] - h[i] - 1
+    )[:, None]
     oy, ox = (np.arange(-n, n + 1) for n in h)
     gy, gx = centre(y, 0) + oy, centre(x, 1) + ox
-    return SimpleNamespace(dy=(gy - pad[0]) * px[0] - y[:, None], dx=(gx - pad[1]) * px[1] - x[:, None],
-        gy=gy - pad[0], gx=gx - pad[1], flat=gy[:, :, None] * frame[1] + gx[:, None, :], pad=pad, frame=frame,
-        shape=shape, r_off=np.hypot(oy[:, None] * px[0], ox * px[1]))
+    return SimpleNamespace(
+        dy=(gy - pad[0]) * px[0] - y[:, None],
+        dx=(gx - pad[1]) * px[1] - x[:, None],
+        gy=gy - pad[0],
+        gx=gx - pad[1],
+        flat=gy[:, :, None] * frame[1] + gx[:, None, :],
+        pad=pad,
+        frame=frame,
+        shape=shape,
+        r_off=np.hypot(oy[:, None] * px[0], ox * px[1]),
+    )
 
-def _gauss(w, sigma): # windows, (N,) nm -> (N, h, w): unit-height Gaussians
+
+def _gauss(w, sigma):  # windows, (N,) nm -> (N, h, w): unit-height Gaussians
     y, x = (np.exp(-0.5 * (d / sigma[:, None]) ** 2) for d in (w.dy, w.dx))
     return y[:, :, None] * x[:, None]
 
-def _paint(w, v): # windows, (N, h, w) values -> (H*W,): their sum in the image
-    full = np.bincount(w.flat.ravel(), v.ravel(), minlength=w.frame[0] * w.frame[1]).reshape(w.frame)
-    return full[w.pad[0]:w.pad[0] + w.shape[0], w.pad[1]:w.pad[1] + w.shape[1]].ravel()
 
-def _profile(w, s): # windows, state -> Gaussians (M, N, h, w), profile P and slope D with dP/dy_k = dy D
+def _paint(w, v):  # windows, (N, h, w) values -> (H*W,): their sum in the image
+    full = np.bincount(w.flat.ravel(), v.ravel(), minlength=w.frame[0] * w.frame[1]).reshape(
+        w.frame
+    )
+    return full[w.pad[0] : w.pad[0] + w.shape[0], w.pad[1] : w.pad[1] + w.shape[1]].ravel()
+
+
+def _profile(
+    w, s
+):  # windows, state -> Gaussians (M, N, h, w), profile P and slope D with dP/dy_k = dy D
     "The radial profile of every column and its radial slope."
     width = s.sigma[s.group] * s.t
     weight = np.c_[1 - s.shape_w.sum(1), s.shape_w][s.group]
@@ -116,32 +156,49 @@ def _profile(w, s): # windows, state -> Gaussians (M, N, h, w), profile P and sl
     return E, P, D
 
 # %% ../../nbs/13_stem.column.ipynb #266a0561
-def _spline_basis(n, pixel, knot_nm, k=2): # pixels, nm, nm -> sparse (n, number of splines)
+def _spline_basis(n, pixel, knot_nm, k=2):  # pixels, nm, nm -> sparse (n, number of splines)
     knots = np.linspace(0, n - 1, max(1, round(n * pixel / knot_nm)) + 1)
-    return BSpline.design_matrix(np.arange(n, dtype=float), np.r_[[knots[0]] * k, knots, [knots[-1]] * k], k)
+    return BSpline.design_matrix(
+        np.arange(n, dtype=float), np.r_[[knots[0]] * k, knots, [knots[-1]] * k], k
+    )
 
 # %% ../../nbs/13_stem.column.ipynb #6b9798c5
-def _local_jacobian(w, s, P, D, reach): # -> sparse (H*W, N*n): d image / d (y, x, height[, log width]) column by column
+def _local_jacobian(
+    w, s, P, D, reach
+):  # -> sparse (H*W, N*n): d image / d (y, x, height[, log width]) column by column
     keep = (w.r_off <= reach).ravel()
     A, dy, dx = s.A[:, None, None], w.dy[:, :, None], w.dx[:, None, :]
     parts = [A * dy * D, A * dx * D, P] + ([A * (dy**2 + dx**2) * D] if s.free_width else [])
-    inside = ((w.gy >= 0) & (w.gy < w.shape[0]))[:, :, None] & ((w.gx >= 0) & (w.gx < w.shape[1]))[:, None]
-    flat = np.where(inside, w.gy[:, :, None] * w.shape[1] + w.gx[:, None], 0).reshape(len(s.A), -1)[:, keep]
+    inside = ((w.gy >= 0) & (w.gy < w.shape[0]))[:, :, None] & ((w.gx >= 0) & (w.gx < w.shape[1]))[
+        :, None
+    ]
+    flat = np.where(inside, w.gy[:, :, None] * w.shape[1] + w.gx[:, None], 0).reshape(len(s.A), -1)[
+        :, keep
+    ]
     data = np.stack([(q * inside).reshape(len(s.A), -1)[:, keep] for q in parts], 1)
     rows = np.repeat(flat[:, None], len(parts), 1)
     ends = np.arange(len(s.A) * len(parts) + 1) * keep.sum()
-    return sparse.csc_matrix((data.ravel(), rows.ravel(), ends), (w.shape[0] * w.shape[1], len(ends) - 1))
+    return sparse.csc_matrix(
+        (data.ravel(), rows.ravel(), ends), (w.shape[0] * w.shape[1], len(ends) - 1)
+    )
 
-def _shared_jacobian(w, s, E, D): # -> (H*W, K): d image / d (log sigma of a group) or / d (weights of its Gaussians)
+
+def _shared_jacobian(
+    w, s, E, D
+):  # -> (H*W, K): d image / d (log sigma of a group) or / d (weights of its Gaussians)
     out = []
     for g in range(len(s.sigma)):
         A = (s.A * (s.group == g))[:, None, None]
-        if s.stage == 0: out.append(_paint(w, A * (w.dy[:, :, None] ** 2 + w.dx[:, None] ** 2) * D))
-        else: out += [_paint(w, A * (e - E[0])) for e in E[1:]]
+        if s.stage == 0:
+            out.append(_paint(w, A * (w.dy[:, :, None] ** 2 + w.dx[:, None] ** 2) * D))
+        else:
+            out += [_paint(w, A * (e - E[0])) for e in E[1:]]
     return np.stack(out, 1)
 
 # %% ../../nbs/13_stem.column.ipynb #c0dcb750
-def _noise_line(model, residual, n_par): # (H*W,), (H*W,), number of fitted parameters -> (read variance, gain)
+def _noise_line(
+    model, residual, n_par
+):  # (H*W,), (H*W,), number of fitted parameters -> (read variance, gain)
     "Readout variance and gain of the detector, from the residuals of a fit."
     edges = np.quantile(model, np.linspace(0, 1, 25))
     k = np.clip(np.searchsorted(edges, model) - 1, 0, 23)
@@ -151,20 +208,29 @@ def _noise_line(model, residual, n_par): # (H*W,), (H*W,), number of fitted para
     w = np.sqrt(n) / np.maximum(var, 1e-9 * var.max() + 1e-300)
     return nnls(np.c_[np.ones(24), mean - min(0, mean.min())] * w[:, None], var * w)[0]
 
-def _variance(line, model): # (read variance, gain), (H*W,) -> (H*W,) variance of each pixel, never zero
+
+def _variance(
+    line, model
+):  # (read variance, gain), (H*W,) -> (H*W,) variance of each pixel, never zero
     v = line[0] + line[1] * np.maximum(model, 0)
     return np.maximum(v, 0.02 * np.median(v) + 1e-300)
 
 # %% ../../nbs/13_stem.column.ipynb #f5c8a41b
-def _evaluate(s, image, px, B): # state, image (H*W,), pixel size, background basis -> residual (H*W,)
+def _evaluate(
+    s, image, px, B
+):  # state, image (H*W,), pixel size, background basis -> residual (H*W,)
     "Draw the model; keep what the derivatives need."
     w = _windows(s.y, s.x, s.image_shape, px, 5 * s.sigma.max())
     E, P, D = _profile(w, s)
-    if s.stage == 0: s.fixed = _fixed_images(s, px)
+    if s.stage == 0:
+        s.fixed = _fixed_images(s, px)
     s.drawn = w, E, P, D
     return image - _paint(w, s.A[:, None, None] * P) - s.fixed @ s.fixed_A - B @ s.b
 
-def _normal_equations(s, residual, B, weight): # state, (H*W,), background basis, (H*W,) -> right-hand side; s.normal is set
+
+def _normal_equations(
+    s, residual, B, weight
+):  # state, (H*W,), background basis, (H*W,) -> right-hand side; s.normal is set
     "Normal matrix of all columns, the shared profiles, the fixed columns and the background."
     w, E, P, D = s.drawn
     n, N, root = 4 if s.free_width else 3, len(s.A), np.sqrt(weight)
@@ -173,67 +239,91 @@ def _normal_equations(s, residual, B, weight): # state, (H*W,), background basis
     s.n_shared = K.shape[1] - s.fixed.shape[1]
     J = sparse.diags(root) @ sparse.hstack([J, sparse.csc_matrix(K), B], format="csr")
     typical = np.array([np.median(s.A[s.group == g]) for g in range(len(s.sigma))])[s.group]
-    own = np.stack([np.full(N, s.prior), np.full(N, s.prior), (0.5 * typical) ** -2, np.full(N, 10.0)][:n], 1).ravel()
+    own = np.stack(
+        [np.full(N, s.prior), np.full(N, s.prior), (0.5 * typical) ** -2, np.full(N, 10.0)][:n], 1
+    ).ravel()
     prior = np.r_[own, np.full(s.n_shared, 400.0), np.zeros(s.fixed.shape[1] + B.shape[1])]
     pull = np.zeros_like(prior)
     pull[: n * N] = np.stack([s.y0 - s.y, s.x0 - s.x, typical - s.A, -np.log(s.t)][:n], 1).ravel()
     s.normal = (J.T @ J).tocsc() + sparse.diags(prior)
     return J.T @ (root * residual) + prior * pull
 
-def _improve(s, image, px, B, weight, residual): # -> residual after one step that does not make the fit worse
+
+def _improve(
+    s, image, px, B, weight, residual
+):  # -> residual after one step that does not make the fit worse
     "One damped Gauss-Newton step."
     rhs, cost = _normal_equations(s, residual, B, weight), weight @ residual**2
     diagonal = s.normal.diagonal()
     before = {k: getattr(s, k) for k in _MOVING}
     for _ in range(8):
         M = s.normal + sparse.diags((s.damping + 1e-10) * diagonal)
-        lu = splu(M, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=dict(SymmetricMode=True))
+        lu = splu(
+            M, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options=dict(SymmetricMode=True)
+        )
         _move(s, lu.solve(rhs), 4 if s.free_width else 3, s.n_shared)
         new = _evaluate(s, image, px, B)
         if weight @ new**2 <= cost * (1 + 1e-4):
             s.damping *= 0.1
             return new
-        for k, v in before.items(): setattr(s, k, v)
+        for k, v in before.items():
+            setattr(s, k, v)
         s.damping = max(10 * s.damping, 1e-2)
     s.moved = np.zeros(len(s.A))
     return _evaluate(s, image, px, B)
 
-def _move(s, step, n, n_shared): # state, solution, parameters per column, shared parameters: moves the state in place
+
+def _move(
+    s, step, n, n_shared
+):  # state, solution, parameters per column, shared parameters: moves the state in place
     own, shared, rest = np.split(step, [n * len(s.A), n * len(s.A) + n_shared])
     own, limit = own.reshape(-1, n), 0.5 * s.sigma.max()
     s.y, s.x = s.y + np.clip(own[:, 0], -limit, limit), s.x + np.clip(own[:, 1], -limit, limit)
     s.A = s.A + own[:, 2]
-    if n == 4: s.t = s.t * np.exp(np.clip(own[:, 3], -0.2, 0.2))
-    if s.stage == 0: s.sigma = (s.sigma * np.exp(np.clip(shared, -0.15, 0.15))).clip(0.1 * s.spacing, 0.45 * s.spacing)
-    else: s.shape_w = s.shape_w + shared.reshape(len(s.sigma), -1)
-    s.fixed_A, s.b = s.fixed_A + rest[: len(s.fixed_A)], s.b + rest[len(s.fixed_A):]
+    if n == 4:
+        s.t = s.t * np.exp(np.clip(own[:, 3], -0.2, 0.2))
+    if s.stage == 0:
+        s.sigma = (s.sigma * np.exp(np.clip(shared, -0.15, 0.15))).clip(
+            0.1 * s.spacing, 0.45 * s.spacing
+        )
+    else:
+        s.shape_w = s.shape_w + shared.reshape(len(s.sigma), -1)
+    s.fixed_A, s.b = s.fixed_A + rest[: len(s.fixed_A)], s.b + rest[len(s.fixed_A) :]
     s.moved = np.abs(own[:, :2]).max(1)
 
 # %% ../../nbs/13_stem.column.ipynb #51d1a413
-def _standard_errors(s, k=16): # state -> (N, n) standard errors of y, x, height[, log width]
+def _standard_errors(s, k=16):  # state -> (N, n) standard errors of y, x, height[, log width]
     "Square roots of the diagonal of the inverse normal matrix, from overlapping neighbourhoods."
     n, N, yx = 4 if s.free_width else 3, len(s.A), np.c_[s.y, s.x]
     near = cKDTree(yx).query(yx, k=min(k, N))[1].reshape(N, -1)
     idx = (n * near[:, :, None] + np.arange(n)).reshape(N, -1)
     L = idx.shape[1]
-    block = np.asarray(s.normal.tocsr()[np.repeat(idx, L, 1).ravel(), np.tile(idx, (1, L)).ravel()]).reshape(N, L, L)
+    block = np.asarray(
+        s.normal.tocsr()[np.repeat(idx, L, 1).ravel(), np.tile(idx, (1, L)).ravel()]
+    ).reshape(N, L, L)
     return np.sqrt(np.einsum("nii->ni", np.linalg.inv(block))[:, :n])
 
 # %% ../../nbs/13_stem.column.ipynb #cad60196
-def fit_columns(micrograph,          # Micrograph, or anything `as_micrograph` takes
-                start,               # DataFrame with y_nm, x_nm; optional: element (one profile each), fixed (bool), n_atoms
-                sigma_nm=None,       # first guess of the columns' sigma, nm (None: from the spacing)
-                widths="shared",     # "shared": one profile per element; "column": times a width of each column
-                background_nm=1.5,   # distance of the background's knots, nm
-                max_steps=20,        # steps at most
-               ) -> pd.DataFrame:    # start's rows inside the image + amplitude, sigma_nm, y_se_nm, x_se_nm, amplitude_se
+def fit_columns(
+    micrograph,  # Micrograph, or anything `as_micrograph` takes
+    start,  # DataFrame with y_nm, x_nm; optional: element (one profile each), fixed (bool), n_atoms
+    sigma_nm=None,  # first guess of the columns' sigma, nm (None: from the spacing)
+    widths="shared",  # "shared": one profile per element; "column": times a width of each column
+    background_nm=1.5,  # distance of the background's knots, nm
+    max_steps=20,  # steps at most
+) -> (
+    pd.DataFrame
+):  # start's rows inside the image + amplitude, sigma_nm, y_se_nm, x_se_nm, amplitude_se
     """Fit all columns of an image together: positions, heights, profiles, background, and their standard errors.
 
     Raises: InputError when `start` lacks positions, has none inside the image, or the columns are finer than a pixel.
     Source: maximum likelihood for counting noise, 10.1016/j.ultramic.2005.03.001"""
     return _fit(micrograph, start, sigma_nm, widths, background_nm, max_steps)[0]
 
-def _fit(micrograph, start, sigma_nm=None, widths="shared", background_nm=1.5, max_steps=20, prior_nm=0.1):
+
+def _fit(
+    micrograph, start, sigma_nm=None, widths="shared", background_nm=1.5, max_steps=20, prior_nm=0.1
+):
     "The fit behind `fit_columns`: table and namespace (model image, residual, noise line)."
     m, px = _check_image(micrograph), np.array(as_micrograph(micrograph).pixel_size)
     image = m.data.astype(float).ravel()
@@ -241,30 +331,47 @@ def _fit(micrograph, start, sigma_nm=None, widths="shared", background_nm=1.5, m
     image = (image - image.min()) / scale
     table, s = _start(m, start, sigma_nm, widths, px)
     s.prior = prior_nm**-2
-    B = sparse.kron(*(_spline_basis(n, p, background_nm) for n, p in zip(m.data.shape, px)), format="csc")
+    B = sparse.kron(
+        *(_spline_basis(n, p, background_nm) for n, p in zip(m.data.shape, px)), format="csc"
+    )
     s.b = np.full(B.shape[1], np.percentile(image, 5))
     at = np.rint(np.c_[s.y, s.x] / px).astype(int).clip(0, np.array(m.data.shape) - 1)
     s.A = np.maximum(image.reshape(m.data.shape)[tuple(at.T)] - s.b[0], 0.02)
     weight, residual = np.full(image.size, 1 / image.var()), _evaluate(s, image, px, B)
     for i in range(max_steps):
-        if i == 4: s.stage, s.ladder, s.shape_w = 1, _LADDER, np.zeros((len(s.sigma), len(_LADDER) - 1))
-        if i == 4: residual = _evaluate(s, image, px, B)
+        if i == 4:
+            s.stage, s.ladder, s.shape_w = 1, _LADDER, np.zeros((len(s.sigma), len(_LADDER) - 1))
+        if i == 4:
+            residual = _evaluate(s, image, px, B)
         residual = _improve(s, image, px, B, weight, residual)
-        if i < 10: # from here on fixed weights, or noisy images go back and forth
+        if i < 10:  # from here on fixed weights, or noisy images go back and forth
             line = _noise_line(image - residual, residual, 3 * len(s.A) + B.shape[1])
             weight = 1 / _variance(line, image - residual)
         information = s.normal.diagonal()[:: 4 if s.free_width else 3][: len(s.A)]
-        if i > 5 and np.quantile(s.moved[s.inside] / np.maximum(information**-0.5, 2e-4)[s.inside], 0.95) < 0.15: break
+        if (
+            i > 5
+            and np.quantile(s.moved[s.inside] / np.maximum(information**-0.5, 2e-4)[s.inside], 0.95)
+            < 0.15
+        ):
+            break
     return _table(s, table, m, scale), SimpleNamespace(
         model=(image - residual).reshape(m.data.shape) * scale + m.data.min(),
-        residual=residual.reshape(m.data.shape) * scale, read_sd=np.sqrt(line[0]) * scale, gain=line[1] * scale, steps=i + 1)
+        residual=residual.reshape(m.data.shape) * scale,
+        read_sd=np.sqrt(line[0]) * scale,
+        gain=line[1] * scale,
+        steps=i + 1,
+    )
 
 # %% ../../nbs/13_stem.column.ipynb #bc5cbe8e
-def _start(m, start, sigma_nm, widths, px): # -> (table of the columns to fit, state of the fit)
+def _start(m, start, sigma_nm, widths, px):  # -> (table of the columns to fit, state of the fit)
     "Start of the fit: columns in or just outside the image, grouped by element; fixed columns apart."
-    if widths not in ("shared", "column"): raise InputError(f"widths is 'shared' or 'column', not {widths!r}")
+    if widths not in ("shared", "column"):
+        raise InputError(f"widths is 'shared' or 'column', not {widths!r}")
     missing = {"y_nm", "x_nm"} - set(getattr(start, "columns", ()))
-    if missing: raise InputError(f"start has no column {sorted(missing)}: pass a DataFrame as find_columns makes it")
+    if missing:
+        raise InputError(
+            f"start has no column {sorted(missing)}: pass a DataFrame as find_columns makes it"
+        )
     yx = start[["y_nm", "x_nm"]].to_numpy(float)
     beyond = np.maximum(-yx, yx - (np.array(m.data.shape) - 1) * px).max(1)
     is_fixed = start["fixed"].to_numpy(bool) if "fixed" in start else np.zeros(len(start), bool)
@@ -272,35 +379,73 @@ def _start(m, start, sigma_nm, widths, px): # -> (table of the columns to fit, s
     if not (beyond[~is_fixed] <= 0).any():
         raise InputError("no column of start lies inside the image: is it in nm, y before x?")
     y, x = free.y_nm.to_numpy(float), free.x_nm.to_numpy(float)
-    inside = (beyond[(beyond < _MARGIN) & ~is_fixed] <= 0)
-    spacing = np.median(cKDTree(np.c_[y, x]).query(np.c_[y, x], k=2)[0][:, 1]) if len(free) > 1 else 0.2
+    inside = beyond[(beyond < _MARGIN) & ~is_fixed] <= 0
+    spacing = (
+        np.median(cKDTree(np.c_[y, x]).query(np.c_[y, x], k=2)[0][:, 1]) if len(free) > 1 else 0.2
+    )
     if spacing < 2.5 * px.max():
-        raise InputError(f"columns {spacing:.3f} nm apart cannot be fitted at {px.max():.3f} nm per pixel: "
-                         f"they must be 2.5 pixels apart, so scan finer")
-    group, names = pd.factorize(free["element"]) if "element" in free else (np.zeros(len(free), int), ["all"])
-    return free, SimpleNamespace(y=y, x=x, y0=y, x0=x, inside=inside, t=np.ones(len(y)), group=group,
-        stage=0, ladder=_LADDER[:1], sigma=np.full(len(names), sigma_nm or min(0.28 * spacing, 0.08)),
-        shape_w=np.zeros((len(names), 0)), spacing=spacing, damping=1e-3,
-        free_width=widths == "column", image_shape=m.data.shape, fixed_table=start[(beyond < _MARGIN) & is_fixed],
-        fixed_A=np.zeros(start[is_fixed]["element"].nunique() if is_fixed.any() else 0))
+        raise InputError(
+            f"columns {spacing:.3f} nm apart cannot be fitted at {px.max():.3f} nm per pixel: "
+            f"they must be 2.5 pixels apart, so scan finer"
+        )
+    group, names = (
+        pd.factorize(free["element"]) if "element" in free else (np.zeros(len(free), int), ["all"])
+    )
+    return free, SimpleNamespace(
+        y=y,
+        x=x,
+        y0=y,
+        x0=x,
+        inside=inside,
+        t=np.ones(len(y)),
+        group=group,
+        stage=0,
+        ladder=_LADDER[:1],
+        sigma=np.full(len(names), sigma_nm or min(0.28 * spacing, 0.08)),
+        shape_w=np.zeros((len(names), 0)),
+        spacing=spacing,
+        damping=1e-3,
+        free_width=widths == "column",
+        image_shape=m.data.shape,
+        fixed_table=start[(beyond < _MARGIN) & is_fixed],
+        fixed_A=np.zeros(start[is_fixed]["element"].nunique() if is_fixed.any() else 0),
+    )
 
-def _fixed_images(s, px): # state, pixel size -> (H*W, F): one image for each kind of fixed column
+
+def _fixed_images(s, px):  # state, pixel size -> (H*W, F): one image for each kind of fixed column
     "Images of the columns that are too weak to move: one height for each element."
     out = np.zeros((s.image_shape[0] * s.image_shape[1], len(s.fixed_A)))
     for i, (_, f) in enumerate(s.fixed_table.groupby("element") if len(s.fixed_A) else ()):
         w = _windows(f.y_nm.to_numpy(), f.x_nm.to_numpy(), s.image_shape, px, 4 * s.sigma[0])
         n = f["n_atoms"].to_numpy(float) if "n_atoms" in f else np.ones(len(f))
-        out[:, i] = _paint(w, (n / n.mean())[:, None, None] * _gauss(w, np.full(len(f), s.sigma[0])))
+        out[:, i] = _paint(
+            w, (n / n.mean())[:, None, None] * _gauss(w, np.full(len(f), s.sigma[0]))
+        )
     return out
 
-def _table(s, table, m, scale): # state, table of the fitted columns, Micrograph, intensity scale -> DataFrame
+
+def _table(
+    s, table, m, scale
+):  # state, table of the fitted columns, Micrograph, intensity scale -> DataFrame
     "The fitted columns inside the image, in the image's own units."
     se = _standard_errors(s)
     r = np.linspace(0, 3, 301) * s.sigma[:, None]
     weight = np.c_[1 - s.shape_w.sum(1), s.shape_w]
-    P = (weight[:, None] * np.exp(-0.5 * (r[:, :, None] / (s.sigma[:, None, None] * s.ladder)) ** 2)).sum(-1)
+    P = (
+        weight[:, None] * np.exp(-0.5 * (r[:, :, None] / (s.sigma[:, None, None] * s.ladder)) ** 2)
+    ).sum(-1)
     half = np.array([np.interp(-0.5, -p, q) for p, q in zip(P, r)]) / 1.17741
-    out = table.assign(y_nm=s.y, x_nm=s.x, amplitude=s.A * scale, sigma_nm=half[s.group] * s.t, y_se_nm=se[:, 0],
-        x_se_nm=se[:, 1], amplitude_se=se[:, 2] * scale)
-    if s.free_width: out["sigma_se_nm"] = se[:, 3] * out.sigma_nm
-    return out[s.inside].reset_index(drop=True)  # by the expected place: the fitted one would select errors
+    out = table.assign(
+        y_nm=s.y,
+        x_nm=s.x,
+        amplitude=s.A * scale,
+        sigma_nm=half[s.group] * s.t,
+        y_se_nm=se[:, 0],
+        x_se_nm=se[:, 1],
+        amplitude_se=se[:, 2] * scale,
+    )
+    if s.free_width:
+        out["sigma_se_nm"] = se[:, 3] * out.sigma_nm
+    return out[s.inside].reset_index(
+        drop=True
+    )  # by the expected place: the fitted one would select errors

@@ -15,16 +15,24 @@ import pandas as pd
 from pymatgen.core import Lattice, Structure
 
 from ..core import InputError
-from .structure import _mn_plane, _roles, load_structure, reference, structures, trimer # all found here too
+from microgen.stem.structure import (
+    _mn_plane,
+    _roles,
+    load_structure,
+    reference,
+    structures,
+    trimer,
+)  # all found here too
 
 # %% ../../nbs/10_stem.crystal.ipynb #979aa4a5
 def _complete(zone: np.ndarray) -> np.ndarray:
     "Unimodular integer matrix whose last row is the zone axis (indices without common divisor)."
     rest, basis = zone.copy(), np.eye(3, dtype=int)
-    while np.count_nonzero(rest) > 1: # Euclid on the indices; basis @ columns undoes each step
+    while np.count_nonzero(rest) > 1:  # Euclid on the indices; basis @ columns undoes each step
         i = min(np.flatnonzero(rest), key=lambda i: abs(rest[i]))
         for j in np.flatnonzero(rest):
-            if j == i: continue
+            if j == i:
+                continue
             q = int(rest[j] // rest[i])
             rest[j] -= q * rest[i]
             basis[i] += q * basis[j]
@@ -35,11 +43,15 @@ def _complete(zone: np.ndarray) -> np.ndarray:
 # %% ../../nbs/10_stem.crystal.ipynb #177b0dcf
 def _indices(name: str, value) -> np.ndarray:
     "Three integers without common divisor, not all zero."
-    try: v = np.asarray(value, dtype=float)
-    except (TypeError, ValueError): v = np.zeros(3)
+    try:
+        v = np.asarray(value, dtype=float)
+    except (TypeError, ValueError):
+        v = np.zeros(3)
     if v.shape != (3,) or not (np.abs(v) <= 50).all() or (v != v.round()).any() or not v.any():
-        raise InputError(f"{name} = {value!r} is no direction in the crystal: "
-                         "give three integers up to 50, not all zero, such as (1, 0, 0).")
+        raise InputError(
+            f"{name} = {value!r} is no direction in the crystal: "
+            "give three integers up to 50, not all zero, such as (1, 0, 0)."
+        )
     v = v.astype(int)
     return v // gcd(*map(int, v))
 
@@ -52,8 +64,10 @@ def _frame(lattice: Lattice, zone, up, rotation_deg=0.0) -> tuple:
     v = up @ lattice.matrix
     flat = v - (v @ beam) * beam
     if np.linalg.norm(flat) < 1e-3 * np.linalg.norm(v):
-        raise InputError(f"up = {tuple(map(int, up))} is parallel to zone = {tuple(map(int, zone))}: "
-                         "choose another direction for up.")
+        raise InputError(
+            f"up = {tuple(map(int, up))} is parallel to zone = {tuple(map(int, zone))}: "
+            "choose another direction for up."
+        )
     down = -flat / np.linalg.norm(flat)
     c, s = np.cos(np.radians(rotation_deg)), np.sin(np.radians(rotation_deg))
     turn = np.array([[c, s, 0], [-s, c, 0], [0, 0, 1]])
@@ -65,7 +79,8 @@ def _merge(flat: np.ndarray, labels: np.ndarray, net: np.ndarray, tolerance: flo
     group, steps = np.full(len(flat), -1), np.zeros((len(flat), 2), dtype=int)
     inverse = np.linalg.inv(net)
     for i in range(len(flat)):
-        if group[i] >= 0: continue
+        if group[i] >= 0:
+            continue
         offset = (flat - flat[i]) @ inverse
         whole = offset.round()
         near = np.linalg.norm((offset - whole) @ net, axis=1) < tolerance
@@ -76,38 +91,52 @@ def _merge(flat: np.ndarray, labels: np.ndarray, net: np.ndarray, tolerance: flo
 # %% ../../nbs/10_stem.crystal.ipynb #ac36e740
 def _nodes(net: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     "Integer nodes (i, j) of a planar net whose cells can reach the box from low to high."
-    corners = np.array([[x, y] for x in (low[0], high[0]) for y in (low[1], high[1])]) @ np.linalg.inv(net)
-    i, j = (np.arange(np.floor(a), np.ceil(b) + 1) for a, b in zip(corners.min(0) - 1, corners.max(0) + 1))
+    corners = np.array(
+        [[x, y] for x in (low[0], high[0]) for y in (low[1], high[1])]
+    ) @ np.linalg.inv(net)
+    i, j = (
+        np.arange(np.floor(a), np.ceil(b) + 1)
+        for a, b in zip(corners.min(0) - 1, corners.max(0) + 1)
+    )
     if len(i) * len(j) > 2e6:
-        raise InputError(f"The field of view holds {len(i) * len(j):.0e} cells of the crystal: "
-                         "make fov smaller.")
+        raise InputError(
+            f"The field of view holds {len(i) * len(j):.0e} cells of the crystal: make fov smaller."
+        )
     return np.stack(np.meshgrid(i, j, indexing="ij"), -1).reshape(-1, 2)
 
 # %% ../../nbs/10_stem.crystal.ipynb #38bae2a0
 @dataclass(frozen=True)
 class Columns:
     "Atomic columns of a crystal seen along a zone axis; `table` has one row per column and element."
-    table: pd.DataFrame # y_nm, x_nm, element, site, n_atoms, depth_nm, trimer, layer
-    fov: tuple # height and width of the field of view, nm
-    thickness_nm: float # whole repeats, at least the thickness asked for
-    repeat_nm: float # period of the crystal along the beam, nm
-    name: str # structure
-    u0_pm: float = 0.0 # trimerisation amplitude of h-RMnO3, pm; 0 for other crystals
-    p0_pm: float = 0.0 # uniform R shift, pm
-    polar_deg: float = 0.0 # direction of +c, degrees counter-clockwise from up; nan along the beam
-    depth_disp_pm: np.ndarray | None = None # (N, D) displacement of each column in D equal slices, pm
 
-    def __len__(self): return len(self.table)
+    table: pd.DataFrame  # y_nm, x_nm, element, site, n_atoms, depth_nm, trimer, layer
+    fov: tuple  # height and width of the field of view, nm
+    thickness_nm: float  # whole repeats, at least the thickness asked for
+    repeat_nm: float  # period of the crystal along the beam, nm
+    name: str  # structure
+    u0_pm: float = 0.0  # trimerisation amplitude of h-RMnO3, pm; 0 for other crystals
+    p0_pm: float = 0.0  # uniform R shift, pm
+    polar_deg: float = 0.0  # direction of +c, degrees counter-clockwise from up; nan along the beam
+    depth_disp_pm: np.ndarray | None = (
+        None  # (N, D) displacement of each column in D equal slices, pm
+    )
+
+    def __len__(self):
+        return len(self.table)
 
     def __repr__(self):
-        return (f"Columns({self.name}: {len(self)} columns, {self.fov[0]:g} × {self.fov[1]:g} nm, "
-                f"{self.thickness_nm:.2f} nm thick)")
+        return (
+            f"Columns({self.name}: {len(self)} columns, {self.fov[0]:g} × {self.fov[1]:g} nm, "
+            f"{self.thickness_nm:.2f} nm thick)"
+        )
 
 # %% ../../nbs/10_stem.crystal.ipynb #928ce14a
 def _finite(name: str, value, n: int) -> np.ndarray:
     "n finite numbers; a single number is repeated."
-    try: numbers = np.broadcast_to(np.asarray(value, dtype=float), n)
-    except (TypeError, ValueError): numbers = np.array([np.nan])
+    try:
+        numbers = np.broadcast_to(np.asarray(value, dtype=float), n)
+    except (TypeError, ValueError):
+        numbers = np.array([np.nan])
     if not np.isfinite(numbers).all():
         raise InputError(f"{name} = {value!r} must be {n} finite number{'s' if n > 1 else ''}.")
     return numbers
@@ -118,9 +147,13 @@ def _size(fov, thickness) -> tuple:
     h, w = _finite("fov", fov, 2)
     t = _finite("thickness", thickness, 1)[0]
     if min(h, w) <= 0:
-        raise InputError(f"fov = {fov!r} nm is impossible: give a positive height and width such as (5, 5).")
+        raise InputError(
+            f"fov = {fov!r} nm is impossible: give a positive height and width such as (5, 5)."
+        )
     if not 0 < t <= 1000:
-        raise InputError(f"thickness = {thickness!r} nm is impossible: give more than 0 and at most 1000 nm.")
+        raise InputError(
+            f"thickness = {thickness!r} nm is impossible: give more than 0 and at most 1000 nm."
+        )
     return (float(h), float(w)), float(t)
 
 # %% ../../nbs/10_stem.crystal.ipynb #6a7b5411
@@ -128,29 +161,43 @@ def _sites(cell: Structure) -> dict:
     "Arrays with one entry per site and element: element, occupancy, site label, trimer, cart (Å)."
     label = cell.site_properties.get("site", cell.labels)
     n = cell.site_properties.get("trimer", [-1] * len(cell))
-    rows = [(e.symbol, float(occupancy), str(label[i]), n[i], i)
-            for i, s in enumerate(cell) for e, occupancy in s.species.items()]
+    rows = [
+        (e.symbol, float(occupancy), str(label[i]), n[i], i)
+        for i, s in enumerate(cell)
+        for e, occupancy in s.species.items()
+    ]
     element, occupancy, site, trimer, index = map(np.array, zip(*rows))
-    return {"element": element, "occupancy": occupancy, "site": site, "trimer": trimer,
-            "cart": cell.cart_coords[index]}
+    return {
+        "element": element,
+        "occupancy": occupancy,
+        "site": site,
+        "trimer": trimer,
+        "cart": cell.cart_coords[index],
+    }
 
 # %% ../../nbs/10_stem.crystal.ipynb #279e8b4f
 def _unite(sites: dict, place: np.ndarray, group: np.ndarray) -> dict:
     "Arrays with one entry per column of the projected cell: xy (Å), element, site, trimer, atoms, weights."
-    members = group == np.arange(group.max() + 1)[:, None] # groups × sites
+    members = group == np.arange(group.max() + 1)[:, None]  # groups × sites
     weight = members * sites["occupancy"]
     atoms = weight.sum(1)
     weight = weight / atoms[:, None]
     n = [set(sites["trimer"][m].tolist()) for m in members]
-    return {"xy": weight @ place[:, :2], "element": sites["element"][members.argmax(1)],
-            "site": np.array(["+".join(sorted(set(sites["site"][m]))) for m in members]),
-            "trimer": np.array([s.pop() if len(s) == 1 else -1 for s in n]), "atoms": atoms, "weight": weight}
+    return {
+        "xy": weight @ place[:, :2],
+        "element": sites["element"][members.argmax(1)],
+        "site": np.array(["+".join(sorted(set(sites["site"][m]))) for m in members]),
+        "trimer": np.array([s.pop() if len(s) == 1 else -1 for s in n]),
+        "atoms": atoms,
+        "weight": weight,
+    }
 
 # %% ../../nbs/10_stem.crystal.ipynb #a8911cce
 def _polar_deg(cell: Structure, axes: np.ndarray) -> float:
     "Direction of +c in the image, degrees counter-clockwise from up; nan when c lies along the beam."
     x, y = (axes @ cell.lattice.matrix[2])[:2]
-    if np.hypot(x, y) < 1e-3 * cell.lattice.c: return float("nan")
+    if np.hypot(x, y) < 1e-3 * cell.lattice.c:
+        return float("nan")
     return float(np.degrees(np.arctan2(-x, -y)).round(9) + 0.0)
 
 # %% ../../nbs/10_stem.crystal.ipynb #9fbd60eb
@@ -158,7 +205,8 @@ def _layers(cell: Structure, axes: np.ndarray, sites: np.ndarray, xy: np.ndarray
     "Index of the plane along c, counted from the lowest; -1 unless h-RMnO3 with c in the image plane."
     c = axes @ cell.lattice.matrix[2]
     roles = _roles(cell)
-    if roles is None or abs(c[2]) > 1e-3 * cell.lattice.c: return np.full(len(xy), -1)
+    if roles is None or abs(c[2]) > 1e-3 * cell.lattice.c:
+        return np.full(len(xy), -1)
     height = 2 * (xy @ c[:2] / (c[:2] @ c[:2]) - _mn_plane(cell, roles))
     plane = np.where(sites == "R", np.floor(height), np.round(height)).astype(int)
     return plane - plane.min() if len(plane) else plane
@@ -167,7 +215,7 @@ def _layers(cell: Structure, axes: np.ndarray, sites: np.ndarray, xy: np.ndarray
 def _project(cell, basis, axes, fov, margin, origin, repeats, tolerance) -> pd.DataFrame:
     "Table of the columns of a cell in the field of view and its margin."
     sites, repeat = _sites(cell), np.linalg.norm(basis[2])
-    place, steps = sites["cart"] @ axes.T, basis[:2] @ axes.T # x, y, depth in Å
+    place, steps = sites["cart"] @ axes.T, basis[:2] @ axes.T  # x, y, depth in Å
     net, climb = steps[:, :2], steps[:, 2]
     group, whole = _merge(place[:, :2], sites["element"], net, tolerance)
     place = place - whole @ steps
@@ -179,33 +227,43 @@ def _project(cell, basis, axes, fov, margin, origin, repeats, tolerance) -> pd.D
     which, node = np.nonzero(((xy >= low) & (xy < high)).all(-1))
     xy = xy[which, node]
     depth = unit["weight"] @ np.mod(place[:, 2, None] + nodes @ climb + 1e-6, repeat)
-    table = pd.DataFrame({
-        "y_nm": (xy[:, 1] + shift[1]) / 10, "x_nm": (xy[:, 0] + shift[0]) / 10,
-        "element": unit["element"][which], "site": unit["site"][which],
-        "n_atoms": unit["atoms"][which] * repeats,
-        "depth_nm": (depth[which, node] + (repeats - 1) / 2 * repeat) / 10, "trimer": unit["trimer"][which],
-        "layer": _layers(cell, axes, unit["site"][which], xy)})
+    table = pd.DataFrame(
+        {
+            "y_nm": (xy[:, 1] + shift[1]) / 10,
+            "x_nm": (xy[:, 0] + shift[0]) / 10,
+            "element": unit["element"][which],
+            "site": unit["site"][which],
+            "n_atoms": unit["atoms"][which] * repeats,
+            "depth_nm": (depth[which, node] + (repeats - 1) / 2 * repeat) / 10,
+            "trimer": unit["trimer"][which],
+            "layer": _layers(cell, axes, unit["site"][which], xy),
+        }
+    )
     order = np.lexsort((table.element, table.x_nm.round(6), table.y_nm.round(6)))
     return table.iloc[order].reset_index(drop=True)
 
 # %% ../../nbs/10_stem.crystal.ipynb #18056ea1
-def columns(structure, # pymatgen Structure, shipped name or path of a CIF file
-            fov=(5.0, 5.0), # height and width of the field of view, nm
-            thickness=5.0, # least thickness, nm; rounded up to whole repeats along the beam
-            zone=(1, 0, 0), # zone axis [u, v, w]: the direction in which the beam travels
-            up=(0, 0, 1), # crystal direction that points up in the image
-            margin=0.3, # width of the rim of columns kept outside the field of view, nm
-            origin=(0.0, 0.0), # image position (y, x) of the crystal's origin, nm
-            rotation_deg=0.0, # rotation of the crystal in the image, degrees counter-clockwise
-            parent=True, # place h-RMnO3 on its paraelectric positions; False keeps those of the file
-            tolerance_pm=1.0 # projections closer than this are one column, pm
-            ) -> Columns: # columns in the field of view and its margin
+def columns(
+    structure,  # pymatgen Structure, shipped name or path of a CIF file
+    fov=(5.0, 5.0),  # height and width of the field of view, nm
+    thickness=5.0,  # least thickness, nm; rounded up to whole repeats along the beam
+    zone=(1, 0, 0),  # zone axis [u, v, w]: the direction in which the beam travels
+    up=(0, 0, 1),  # crystal direction that points up in the image
+    margin=0.3,  # width of the rim of columns kept outside the field of view, nm
+    origin=(0.0, 0.0),  # image position (y, x) of the crystal's origin, nm
+    rotation_deg=0.0,  # rotation of the crystal in the image, degrees counter-clockwise
+    parent=True,  # place h-RMnO3 on its paraelectric positions; False keeps those of the file
+    tolerance_pm=1.0,  # projections closer than this are one column, pm
+) -> Columns:  # columns in the field of view and its margin
     """Project a crystal along a zone axis to its atomic columns.
 
     Raises: InputError for an impossible field of view, thickness, zone axis or up direction."""
     structure = load_structure(structure)
     fov, thickness = _size(fov, thickness)
-    margin, rotation_deg = _finite("margin", margin, 1)[0], _finite("rotation_deg", rotation_deg, 1)[0]
+    margin, rotation_deg = (
+        _finite("margin", margin, 1)[0],
+        _finite("rotation_deg", rotation_deg, 1)[0],
+    )
     origin = _finite("origin", origin, 2)
     constants = trimer(structure)
     cell = reference(structure) if constants and parent else structure
@@ -228,12 +286,13 @@ def _period(lattice: Lattice, direction: np.ndarray) -> float | None:
     return float(lengths[along[0]]) if len(along) else None
 
 # %% ../../nbs/10_stem.crystal.ipynb #7c627d81
-def supercell(structure, # pymatgen Structure, shipped name or path of a CIF file
-              zone=(1, 0, 0), # zone axis [u, v, w]: the direction in which the beam travels
-              up=(0, 0, 1), # crystal direction that points up in the image
-              fov=(2.0, 2.0), # least height and width, nm
-              thickness=5.0 # least thickness, nm
-              ) -> Structure: # orthogonal box in Å: x right, y down, z along the beam
+def supercell(
+    structure,  # pymatgen Structure, shipped name or path of a CIF file
+    zone=(1, 0, 0),  # zone axis [u, v, w]: the direction in which the beam travels
+    up=(0, 0, 1),  # crystal direction that points up in the image
+    fov=(2.0, 2.0),  # least height and width, nm
+    thickness=5.0,  # least thickness, nm
+) -> Structure:  # orthogonal box in Å: x right, y down, z along the beam
     """Cut an orthogonal block of the crystal, oriented like the image of `columns`, for a multislice program.
 
     Raises: InputError for an impossible size, zone axis or up direction."""
@@ -242,14 +301,19 @@ def supercell(structure, # pymatgen Structure, shipped name or path of a CIF fil
     basis, axes = _frame(structure.lattice, zone, up)
     period = [_period(structure.lattice, axis) for axis in axes]
     if None in period:
-        warnings.warn(f"The crystal has no period along a side of the image for zone {zone} and up {up}: "
-                      "the block is cut there and does not continue periodically.", stacklevel=2)
+        warnings.warn(
+            f"The crystal has no period along a side of the image for zone {zone} and up {up}: "
+            "the block is cut there and does not continue periodically.",
+            stacklevel=2,
+        )
     whole = lambda s, p: s if p is None else np.ceil(s / p - 1e-9) * p
     size = np.array([whole(10 * s, p) for s, p in zip((w, h, thickness), period)])
     return _block(structure, basis @ axes.T, axes, size)
 
 # %% ../../nbs/10_stem.crystal.ipynb #8ad90d2c
-def _block(structure: Structure, steps: np.ndarray, axes: np.ndarray, size: np.ndarray) -> Structure:
+def _block(
+    structure: Structure, steps: np.ndarray, axes: np.ndarray, size: np.ndarray
+) -> Structure:
     "Atoms inside a box that starts at the crystal's origin; steps are the lattice vectors in its frame."
     eps, repeat = 1e-3, steps[2, 2]
     nodes = _nodes(steps[:2, :2], np.zeros(2), size[:2])
@@ -259,5 +323,10 @@ def _block(structure: Structure, steps: np.ndarray, axes: np.ndarray, size: np.n
     stack = np.arange(round(size[2] / repeat))[:, None] * [0, 0, repeat]
     xyz = (place[site, node][:, None] + stack).reshape(-1, 3)
     which = np.repeat(site, len(stack))
-    return Structure(Lattice.orthorhombic(*size), [structure[i].species for i in which], xyz,
-                     coords_are_cartesian=True, labels=[structure.labels[i] for i in which])
+    return Structure(
+        Lattice.orthorhombic(*size),
+        [structure[i].species for i in which],
+        xyz,
+        coords_are_cartesian=True,
+        labels=[structure.labels[i] for i in which],
+    )

@@ -18,21 +18,29 @@ from .order import KINK_WIDTH, displacement
 # %% ../../nbs/13c_stem.domain.ipynb #beccc77d
 _WIDE = np.radians(4)
 
-def _neighbours(yx, dy, dx): # (N, 2), step nm -> (N,) index of the column there, -1 where there is none
+
+def _neighbours(
+    yx, dy, dx
+):  # (N, 2), step nm -> (N,) index of the column there, -1 where there is none
     distance, j = cKDTree(yx).query(yx + [dy, dx])
     return np.where(distance < 0.3 * np.hypot(dy, dx), j, -1)
 
-def _spacings(yx): # (N, 2) R columns -> spacing along a row, distance of rows, nm
+
+def _spacings(yx):  # (N, 2) R columns -> spacing along a row, distance of rows, nm
     row = np.round(yx[:, 0] / 0.02)
     along = np.concatenate([np.diff(np.sort(yx[row == r, 1])) for r in np.unique(row)])
     rows = np.diff(np.unique(row)) * 0.02
     apart = float(np.median(rows[rows > 0.1])) if (rows > 0.1).any() else np.inf
     return float(np.median(along)) if len(along) else np.nan, apart
 
-def _wave_weights(yx, n, u0_pm, a, triples): # (N, 2) nm, (N,), pm, nm, 1, 3 or 9 -> sparse complex (N, N); empty rows: no triple
+
+def _wave_weights(
+    yx, n, u0_pm, a, triples
+):  # (N, 2) nm, (N,), pm, nm, 1, 3 or 9 -> sparse complex (N, N); empty rows: no triple
     "Rows that turn heights of R columns (pm) into Q exp(i phi)."
     kernels = [((-1, 1), (0, 1), (1, 1)), ((0, 1), (1, 1), (2, 1)), ((-2, 1), (-1, 1), (0, 1))]
-    if triples > 1: kernels.insert(0, ((-2, 1 / 3), (-1, 2 / 3), (0, 1), (1, 2 / 3), (2, 1 / 3)))
+    if triples > 1:
+        kernels.insert(0, ((-2, 1 / 3), (-1, 2 / 3), (0, 1), (1, 2 / 3), (2, 1 / 3)))
     reach = {k: _neighbours(yx, 0, k * a) if k else np.arange(len(yx)) for k in range(-2, 3)}
     free, rows, cols, values = np.ones(len(yx), bool), [], [], []
     for kernel in kernels:
@@ -40,44 +48,75 @@ def _wave_weights(yx, n, u0_pm, a, triples): # (N, 2) nm, (N,), pm, nm, 1, 3 or 
         free[i] = False
         for k, w in kernel:
             j = reach[k][i]
-            rows.append(i); cols.append(j); values.append(2 / (3 * u0_pm) * w * np.exp(-2j * np.pi * n[j] / 3))
-    W = sparse.csr_matrix((np.concatenate(values), (np.concatenate(rows), np.concatenate(cols))), (len(yx),) * 2)
+            rows.append(i)
+            cols.append(j)
+            values.append(2 / (3 * u0_pm) * w * np.exp(-2j * np.pi * n[j] / 3))
+    W = sparse.csr_matrix(
+        (np.concatenate(values), (np.concatenate(rows), np.concatenate(cols))), (len(yx),) * 2
+    )
     return _with_next_rows(W, yx) if triples == 9 else W
 
-def _with_next_rows(W, yx): # -> the mean of each row of W and of those of the columns above and below
+
+def _with_next_rows(
+    W, yx
+):  # -> the mean of each row of W and of those of the columns above and below
     apart, known = _spacings(yx)[1], np.diff(W.indptr) > 0
-    if not np.isfinite(apart): return W
-    pairs = [(np.flatnonzero(known & (j >= 0) & known[j]), j) for j in (_neighbours(yx, k * apart, 0) for k in (-1, 1))]
-    i, j = (np.concatenate(o) for o in zip((np.flatnonzero(known),) * 2, *((i, j[i]) for i, j in pairs)))
+    if not np.isfinite(apart):
+        return W
+    pairs = [
+        (np.flatnonzero(known & (j >= 0) & known[j]), j)
+        for j in (_neighbours(yx, k * apart, 0) for k in (-1, 1))
+    ]
+    i, j = (
+        np.concatenate(o) for o in zip((np.flatnonzero(known),) * 2, *((i, j[i]) for i, j in pairs))
+    )
     mean = sparse.csr_matrix((1 / np.bincount(i, minlength=len(yx))[i], (i, j)), (len(yx),) * 2)
     return mean @ W
 
-def _polar(z, W, var): # (N,) complex, sparse weights, (M,) variances pm² -> phi, Q, their standard errors; NaN without a triple
+
+def _polar(
+    z, W, var
+):  # (N,) complex, sparse weights, (M,) variances pm² -> phi, Q, their standard errors; NaN without a triple
     "Modulus and angle of a linear complex estimate, with errors along and across."
-    W = W.sorted_indices() # real and imaginary part share them
+    W = W.sorted_indices()  # real and imaginary part share them
     Wr, Wi = W.real.tocsr(), W.imag.tocsr()
     rr, ii, ri = Wr.power(2) @ var, Wi.power(2) @ var, Wr.multiply(Wi) @ var
     c, s = np.cos(np.angle(z)), np.sin(np.angle(z))
     Q = np.where(np.diff(W.indptr) > 0, np.abs(z), np.nan)
-    along, across = c * c * rr + s * s * ii + 2 * c * s * ri, s * s * rr + c * c * ii - 2 * c * s * ri
+    along, across = (
+        c * c * rr + s * s * ii + 2 * c * s * ri,
+        s * s * rr + c * c * ii - 2 * c * s * ri,
+    )
     root = lambda v: np.sqrt(np.maximum(v, 0)) + 0 * Q
     return np.mod(np.angle(z), 2 * np.pi) + 0 * Q, Q, root(across) / Q, root(along)
 
 # %% ../../nbs/13c_stem.domain.ipynb #c1da1f3c
-def _graph(yx, a, rows): # (N, 2), spacing along a row and of rows nm -> (N, 4) neighbours left, right, up, down (-1: none)
+def _graph(
+    yx, a, rows
+):  # (N, 2), spacing along a row and of rows nm -> (N, 4) neighbours left, right, up, down (-1: none)
     steps = [(0, -a), (0, a)] + ([(-rows, 0), (rows, 0)] if np.isfinite(rows) else [])
     return np.stack([_neighbours(yx, *s) for s in steps], 1)
 
-def _domains(yx, z, se, a, rows, agree=0.8): # (N, 2), (N,) complex, (N,) error of z, spacings -> (N,) state 0..5, (N,) region
+
+def _domains(
+    yx, z, se, a, rows, agree=0.8
+):  # (N, 2), (N,) complex, (N,) error of z, spacings -> (N,) state 0..5, (N,) region
     "State and connected region of every R column."
     near, ok = _graph(yx, a, rows), np.isfinite(z)
     unit = np.where(ok, z, 0) / np.median(np.abs(z[ok]))
-    cost = np.abs(unit[:, None] - np.exp(1j * np.pi / 3 * np.arange(6))) ** 2 / (2 * max(0.3, np.median(se[ok])) ** 2)
+    cost = np.abs(unit[:, None] - np.exp(1j * np.pi / 3 * np.arange(6))) ** 2 / (
+        2 * max(0.3, np.median(se[ok])) ** 2
+    )
     cost[~ok] = 0
-    colour = (np.rint((yx[:, 0] - yx[0, 0]) / rows if np.isfinite(rows) else 0) + np.rint((yx[:, 1] - yx[0, 1]) / a)) % 2
+    colour = (
+        np.rint((yx[:, 0] - yx[0, 0]) / rows if np.isfinite(rows) else 0)
+        + np.rint((yx[:, 1] - yx[0, 1]) / a)
+    ) % 2
     state = cost.argmin(1)
     for sweep in range(30):
-        votes = sum((near[:, k, None] >= 0) * np.eye(6)[state[near[:, k]]] for k in range(near.shape[1]))
+        votes = sum(
+            (near[:, k, None] >= 0) * np.eye(6)[state[near[:, k]]] for k in range(near.shape[1])
+        )
         new = (cost - agree * votes).argmin(1)
         state = np.where(colour == sweep % 2, new, state)
     region = _regions(near, state)
@@ -87,20 +126,25 @@ def _domains(yx, z, se, a, rows, agree=0.8): # (N, 2), (N,) complex, (N,) error 
         state, region = state[donor], region[donor]
     return state, region
 
-def _regions(near, state): # (N, 4), (N,) -> (N,) number of the connected region
+
+def _regions(near, state):  # (N, 4), (N,) -> (N,) number of the connected region
     i, k = np.nonzero((near >= 0) & (state[near] == state[:, None]))
     links = sparse.coo_matrix((np.ones(len(i)), (i, near[i, k])), (len(state),) * 2)
     return connected_components(links, directed=False)[1]
 
-def _is_thick(yx, a, rows): # (n, 2) columns of a region -> at least four columns long somewhere and two rows high
+
+def _is_thick(
+    yx, a, rows
+):  # (n, 2) columns of a region -> at least four columns long somewhere and two rows high
     row = np.rint(yx[:, 0] / rows) if np.isfinite(rows) else np.zeros(len(yx))
     long = max(np.ptp(yx[row == r, 1]) for r in np.unique(row)) > 2.5 * a
     return long and (len(np.unique(row)) > 1 or not np.isfinite(rows))
 
 # %% ../../nbs/13c_stem.domain.ipynb #7a0bef88
-_WIDTHS = np.log([0.02, 4]) # ln nm: the narrowest wall and the widest
+_WIDTHS = np.log([0.02, 4])  # ln nm: the narrowest wall and the widest
 
-def _wall_order(p, yx): # (offset, normal, log width, phi left, jump, Q) -> Q (N,), phi (N,)
+
+def _wall_order(p, yx):  # (offset, normal, log width, phi left, jump, Q) -> Q (N,), phi (N,)
     "Order parameter around a straight wall, 8 % softer in its middle, as `stem.field.Wall` makes it."
     d = yx[:, 1] * np.sin(p[1]) - yx[:, 0] * np.cos(p[1]) - p[0]
     e = np.exp(np.clip(d * KINK_WIDTH / np.exp(np.clip(p[2], *_WIDTHS)), -30, 30))
@@ -108,9 +152,14 @@ def _wall_order(p, yx): # (offset, normal, log width, phi left, jump, Q) -> Q (N
     Q = p[5] * (1 - 0.08 * (2 * e / (1 + e**2)) ** 2) ** kinks
     return Q, p[3] + p[4] * 2 / np.pi * np.arctan(e)
 
-def _wall_heights(p, yx, n, u0_pm, p0_pm): return displacement(*_wall_order(p, yx), n, u0_pm, p0_pm) # (N,) pm
 
-def _fit_wall(yx, n, u, se, right, phi, u0_pm, p0_pm): # -> parameters, covariance, chi² per freedom
+def _wall_heights(p, yx, n, u0_pm, p0_pm):
+    return displacement(*_wall_order(p, yx), n, u0_pm, p0_pm)  # (N,) pm
+
+
+def _fit_wall(
+    yx, n, u, se, right, phi, u0_pm, p0_pm
+):  # -> parameters, covariance, chi² per freedom
     "Straight wall between two domains by least squares, weighted by the errors of the heights."
     slope = np.linalg.lstsq(np.c_[yx, np.ones(len(yx))], 2.0 * right - 1, rcond=None)[0]
     theta = np.arctan2(slope[1], -slope[0])
@@ -124,38 +173,68 @@ def _fit_wall(yx, n, u, se, right, phi, u0_pm, p0_pm): # -> parameters, covarian
     best, sigma, level = None, np.hypot(se, 0.5), _row_leveller(yx)
     for jump in jumps:
         for width in (0.3, 0.8):
-            fit = least_squares(lambda p: level((_wall_heights(p, yx, n, u0_pm, p0_pm) - u) / sigma),
-                [start, theta, np.log(width), left_phi, jump, 1.0], loss="soft_l1", f_scale=3.0,
-                bounds=([-np.inf, theta - 1, _WIDTHS[0], -np.inf, -7, 0.2], [np.inf, theta + 1, _WIDTHS[1], np.inf, 7, 2]))
-            if best is None or fit.cost < best.cost: best = fit
+            fit = least_squares(
+                lambda p: level((_wall_heights(p, yx, n, u0_pm, p0_pm) - u) / sigma),
+                [start, theta, np.log(width), left_phi, jump, 1.0],
+                loss="soft_l1",
+                f_scale=3.0,
+                bounds=(
+                    [-np.inf, theta - 1, _WIDTHS[0], -np.inf, -7, 0.2],
+                    [np.inf, theta + 1, _WIDTHS[1], np.inf, 7, 2],
+                ),
+            )
+            if best is None or fit.cost < best.cost:
+                best = fit
     chi2 = 2 * best.cost / max(len(u) - 6, 1)
     covariance = np.linalg.pinv(best.jac.T @ best.jac) * max(1.0, chi2)
     return best.x, covariance, chi2
 
-def _row_leveller(yx): # R columns -> function that takes its mean off each row: the scan may shift rows
+
+def _row_leveller(
+    yx,
+):  # R columns -> function that takes its mean off each row: the scan may shift rows
     row = np.unique(np.round(yx[:, 0] / 0.02), return_inverse=True)[1]
     count = np.bincount(row)
     return lambda r: r - (np.bincount(row, r) / count)[row]
 
-def _wall_rows(p, yx, n, u, se, u0_pm, p0_pm, rows): # straight wall, columns -> DataFrame, one line a row
+
+def _wall_rows(
+    p, yx, n, u, se, u0_pm, p0_pm, rows
+):  # straight wall, columns -> DataFrame, one line a row
     "Where the wall crosses each R row, with everything else as in the straight fit: the steps of a stepped wall."
     out, row = [], np.rint((yx[:, 0] - yx[0, 0]) / rows) if np.isfinite(rows) else np.zeros(len(yx))
     for r in np.unique(row):
         k = row == r
-        if k.sum() < 5: continue
-        f = lambda s: (_wall_heights(p + np.r_[s[0], np.zeros(5)], yx[k], n[k], u0_pm, p0_pm) - u[k]) / np.hypot(se[k], 0.5)
+        if k.sum() < 5:
+            continue
+        f = lambda s: (
+            (_wall_heights(p + np.r_[s[0], np.zeros(5)], yx[k], n[k], u0_pm, p0_pm) - u[k])
+            / np.hypot(se[k], 0.5)
+        )
         g = lambda s: f(s) - f(s).mean()
-        tries = [least_squares(g, [s], loss="soft_l1", f_scale=3.0, bounds=(-1.2, 1.2)) for s in (-0.4, 0.0, 0.4)]
+        tries = [
+            least_squares(g, [s], loss="soft_l1", f_scale=3.0, bounds=(-1.2, 1.2))
+            for s in (-0.4, 0.0, 0.4)
+        ]
         fit = min(tries, key=lambda t: t.cost)
         y, sine = yx[k, 0].mean(), np.sin(p[1])
-        out.append((y, (p[0] + fit.x[0] + y * np.cos(p[1])) / sine, 1 / max(np.linalg.norm(fit.jac), 1e-9) / abs(sine)))
+        out.append(
+            (
+                y,
+                (p[0] + fit.x[0] + y * np.cos(p[1])) / sine,
+                1 / max(np.linalg.norm(fit.jac), 1e-9) / abs(sine),
+            )
+        )
     return pd.DataFrame(out, columns=["yc_nm", "xc_nm", "x_se_nm"])
 
 # %% ../../nbs/13c_stem.domain.ipynb #3d9adce3
-def _fit_walls(t, u0_pm, p0_pm, reach_nm): # R columns with heights -> [(parameters, covariance, chi², edge (M, 2) nm, columns used)]
+def _fit_walls(
+    t, u0_pm, p0_pm, reach_nm
+):  # R columns with heights -> [(parameters, covariance, chi², edge (M, 2) nm, columns used)]
     "Fit a wall wherever two regions touch."
     yx, region = t[["yc_nm", "xc_nm"]].to_numpy(), t.region.to_numpy()
-    if len(t) < 12: return []
+    if len(t) < 12:
+        return []
     near = _graph(yx, *_spacings(yx))
     i, k = np.nonzero((near >= 0) & (region[near] != region[:, None]))
     pairs, fits = {}, []
@@ -163,79 +242,159 @@ def _fit_walls(t, u0_pm, p0_pm, reach_nm): # R columns with heights -> [(paramet
         pairs.setdefault(tuple(sorted((region[one], region[two]))), set()).add(one)
     for (one, two), edge in pairs.items():
         at = yx[sorted(edge)]
-        use = np.isin(region, (one, two)) & (cKDTree(at).query(yx)[0] < reach_nm) & np.isfinite(t.disp_pm.to_numpy())
-        if len(edge) < 4 or use.sum() < 12: continue
+        use = (
+            np.isin(region, (one, two))
+            & (cKDTree(at).query(yx)[0] < reach_nm)
+            & np.isfinite(t.disp_pm.to_numpy())
+        )
+        if len(edge) < 4 or use.sum() < 12:
+            continue
         side = _right_of(yx[use], region[use] == two)
         data = [t[c].to_numpy()[use] for c in ("trimer", "disp_pm", "disp_se_pm")]
-        fits.append((*_fit_wall(yx[use], *data, side, t.phi.to_numpy()[use], u0_pm, p0_pm), at, use))
+        fits.append(
+            (*_fit_wall(yx[use], *data, side, t.phi.to_numpy()[use], u0_pm, p0_pm), at, use)
+        )
     return fits
 
-def _wall_tables(t, fits, u0_pm, p0_pm): # -> walls, rows
-    if not fits: return _no_walls()
+
+def _wall_tables(t, fits, u0_pm, p0_pm):  # -> walls, rows
+    if not fits:
+        return _no_walls()
     yx = t[["yc_nm", "xc_nm"]].to_numpy()
     rows, crossings = _spacings(yx)[1], []
     for k, (p, *_, use) in enumerate(fits):
-        if abs(np.sin(p[1])) <= 0.5: continue
+        if abs(np.sin(p[1])) <= 0.5:
+            continue
         data = [t[c].to_numpy()[use] for c in ("trimer", "disp_pm", "disp_se_pm")]
         crossings.append(_wall_rows(p, yx[use], *data, u0_pm, p0_pm, rows).assign(wall=k))
     walls = pd.DataFrame([_wall_row(*fit[:4], fit[4].sum(), rows) for fit in fits], columns=_WALL)
-    to_image = np.linalg.lstsq(np.c_[yx, np.ones(len(yx))], t[["y_nm", "x_nm"]].to_numpy(), rcond=None)[0]
-    rows = _in_image(pd.concat(crossings, ignore_index=True), to_image) if crossings else _no_walls()[1]
+    to_image = np.linalg.lstsq(
+        np.c_[yx, np.ones(len(yx))], t[["y_nm", "x_nm"]].to_numpy(), rcond=None
+    )[0]
+    rows = (
+        _in_image(pd.concat(crossings, ignore_index=True), to_image)
+        if crossings
+        else _no_walls()[1]
+    )
     return _in_image(walls, to_image), rows
 
-def find_walls(table, # R columns: y_nm, x_nm, yc_nm, xc_nm, trimer, disp_pm, disp_se_pm, phi, phi_se, Q, region
-               u0_pm, # trimerisation amplitude of the crystal, pm
-               p0_pm, # uniform shift, pm
-               reach_nm=2.0, # columns up to this far from a wall are used, nm
-              ) -> tuple: # (walls, rows) DataFrames: one row for each wall; one for each crossing of a wall and an R row
+
+def find_walls(
+    table,  # R columns: y_nm, x_nm, yc_nm, xc_nm, trimer, disp_pm, disp_se_pm, phi, phi_se, Q, region
+    u0_pm,  # trimerisation amplitude of the crystal, pm
+    p0_pm,  # uniform shift, pm
+    reach_nm=2.0,  # columns up to this far from a wall are used, nm
+) -> (
+    tuple
+):  # (walls, rows) DataFrames: one row for each wall; one for each crossing of a wall and an R row
     """Fit every wall between two domains: position, normal, width and phi on both sides, with standard errors.
 
     Source: sine-Gordon wall of 10.1038/nmat3786."""
     t = table[np.isfinite(table.disp_pm)].reset_index(drop=True)
     return _wall_tables(t, _fit_walls(t, u0_pm, p0_pm, reach_nm), u0_pm, p0_pm)
 
-def _no_walls(): # -> two empty tables
-    return pd.DataFrame(columns=["y_nm", "x_nm", *_WALL[2:]]), pd.DataFrame(columns=["y_nm", "x_nm", "x_se_nm", "wall"])
 
-_WALL = ["yc_nm", "xc_nm", "normal_deg", "width_nm", "phi_left", "phi_right", "Q", "step_nm", "center_se_nm",
-         "y_se_nm", "x_se_nm", "normal_se_deg", "width_se_nm", "phi_left_se", "phi_right_se", "Q_se", "chi2", "n_columns"]
+def _no_walls():  # -> two empty tables
+    return pd.DataFrame(columns=["y_nm", "x_nm", *_WALL[2:]]), pd.DataFrame(
+        columns=["y_nm", "x_nm", "x_se_nm", "wall"]
+    )
 
-def _right_of(yx, two): # -> bool (N,): the side towards which the normal points: right, or up for a wall across c
+
+_WALL = [
+    "yc_nm",
+    "xc_nm",
+    "normal_deg",
+    "width_nm",
+    "phi_left",
+    "phi_right",
+    "Q",
+    "step_nm",
+    "center_se_nm",
+    "y_se_nm",
+    "x_se_nm",
+    "normal_se_deg",
+    "width_se_nm",
+    "phi_left_se",
+    "phi_right_se",
+    "Q_se",
+    "chi2",
+    "n_columns",
+]
+
+
+def _right_of(
+    yx, two
+):  # -> bool (N,): the side towards which the normal points: right, or up for a wall across c
     slope = np.linalg.lstsq(np.c_[yx, np.ones(len(yx))], 2.0 * two - 1, rcond=None)[0]
-    return two if slope[1] - 0.4 * slope[0] > 0 else ~two  # normals from 22° left of up to 22° right of down
+    return (
+        two if slope[1] - 0.4 * slope[0] > 0 else ~two
+    )  # normals from 22° left of up to 22° right of down
 
-def _wall_row(p, cov, chi2, at, n, rows): # parameters, covariance -> values of _WALL
+
+def _wall_row(p, cov, chi2, at, n, rows):  # parameters, covariance -> values of _WALL
     normal = np.array([-np.cos(p[1]), np.sin(p[1])])
     centre = at.mean(0)
-    arm = centre @ [np.sin(p[1]), np.cos(p[1])]            # lever of the direction on the distance at the wall's middle
+    arm = centre @ [
+        np.sin(p[1]),
+        np.cos(p[1]),
+    ]  # lever of the direction on the distance at the wall's middle
     here = np.array([1.0, -arm])
     d_se = np.sqrt(here @ cov[:2, :2] @ here)
     point = centre + (p[0] - centre @ normal) * normal
     w, se = np.exp(p[2]), np.sqrt(np.diag(cov))
     right_se = np.sqrt(cov[3, 3] + cov[4, 4] + 2 * cov[3, 4])
     step = -rows / np.tan(p[1]) if abs(np.sin(p[1])) > 0.2 and np.isfinite(rows) else np.nan
-    return [*point, np.degrees(p[1]), w, p[3] % (2 * np.pi), (p[3] + p[4]) % (2 * np.pi), p[5], step,
-            d_se, d_se * abs(normal[0]), d_se * abs(normal[1]), np.degrees(se[1]), w * se[2], se[3], right_se, se[5], chi2, n]
+    return [
+        *point,
+        np.degrees(p[1]),
+        w,
+        p[3] % (2 * np.pi),
+        (p[3] + p[4]) % (2 * np.pi),
+        p[5],
+        step,
+        d_se,
+        d_se * abs(normal[0]),
+        d_se * abs(normal[1]),
+        np.degrees(se[1]),
+        w * se[2],
+        se[3],
+        right_se,
+        se[5],
+        chi2,
+        n,
+    ]
 
-def _in_image(table, to_image): # crystal places -> image places in front
-    yx = np.c_[table[["yc_nm", "xc_nm"]].to_numpy(float).reshape(-1, 2), np.ones(len(table))] @ to_image
+
+def _in_image(table, to_image):  # crystal places -> image places in front
+    yx = (
+        np.c_[table[["yc_nm", "xc_nm"]].to_numpy(float).reshape(-1, 2), np.ones(len(table))]
+        @ to_image
+    )
     out = table.drop(columns=["yc_nm", "xc_nm"])
-    out.insert(0, "x_nm", yx[:, 1]); out.insert(0, "y_nm", yx[:, 0])
+    out.insert(0, "x_nm", yx[:, 1])
+    out.insert(0, "y_nm", yx[:, 0])
     return out
 
 # %% ../../nbs/13c_stem.domain.ipynb #3c0a2839
-def _beside_walls(W, yx, n, u, fits, u0_pm, p0_pm): # weights, columns, [fit] -> z (N,) complex, its slopes (N, 6)
+def _beside_walls(
+    W, yx, n, u, fits, u0_pm, p0_pm
+):  # weights, columns, [fit] -> z (N,) complex, its slopes (N, 6)
     "Order parameter that follows the nearest fitted wall, and how it moves with unit errors of that wall."
     z, slopes = W @ u + 0j, np.zeros((len(u), 6), complex)
-    if not fits: return z, slopes
+    if not fits:
+        return z, slopes
     away = np.array([np.where(use, cKDTree(at).query(yx)[0], np.inf) for *_, at, use in fits])
     for k, (p, cov, *_) in enumerate(fits):
         mine = (away.argmin(0) == k) & np.isfinite(away[k]) & (np.diff(W.indptr) > 0)
+
         def turned(p):
             Q, phi = _wall_order(p, yx)
             return (Q * np.exp(1j * phi) - W @ displacement(Q, phi, n, u0_pm, p0_pm))[mine]
+
         values, vectors = np.linalg.eigh(cov)
-        steps = (vectors * np.sqrt(np.clip(values, 0, 1))).T # a number that nothing fixes moves by one, not by 1e6
+        steps = (
+            vectors * np.sqrt(np.clip(values, 0, 1))
+        ).T  # a number that nothing fixes moves by one, not by 1e6
         z[mine] += turned(p)
         slopes[mine] = np.stack([turned(p + 0.1 * s) - turned(p - 0.1 * s) for s in steps], 1) / 0.2
     return z, slopes

@@ -19,62 +19,80 @@ from .order import KINK_WIDTH, landau_lengths, wall_width
 # %% ../../nbs/10c_stem.field.ipynb #c063fb73
 class Field:
     "An order-parameter field: called with positions in nm, it answers Q and phi."
+
     varies_with_depth = False
 
-    def __call__(self,
-        y_nm, # image row, nm, any shape
-        x_nm, # image column, nm, broadcast against y_nm
-        z_nm=0., # depth below the middle plane of the specimen, nm
-    ) -> tuple: # Q; phi in [0, 2 pi) radians
+    def __call__(
+        self,
+        y_nm,  # image row, nm, any shape
+        x_nm,  # image column, nm, broadcast against y_nm
+        z_nm=0.0,  # depth below the middle plane of the specimen, nm
+    ) -> tuple:  # Q; phi in [0, 2 pi) radians
         "Order parameter at these points."
         return evaluate(self, y_nm, x_nm, z_nm)[:2]
 
-    def to_dict(self) -> dict: # for JSON
+    def to_dict(self) -> dict:  # for JSON
         "Plain dict that `field_from_dict` turns back into the field."
         return {"field": type(self).__name__, **{k: _plain(v) for k, v in vars(self).items()}}
 
+
 def _plain(v):
-    if isinstance(v, Field): return v.to_dict()
-    if isinstance(v, (tuple, list)): return [_plain(o) for o in v]
+    if isinstance(v, Field):
+        return v.to_dict()
+    if isinstance(v, (tuple, list)):
+        return [_plain(o) for o in v]
     return v.item() if isinstance(v, np.generic) else v
 
+
 def evaluate(
-    field, # a `Field`, or any function (y_nm, x_nm, z_nm) -> (Q, phi)
-    y_nm, # image row, nm, any shape
-    x_nm, # image column, nm, broadcast against y_nm
-    z_nm = 0., # depth below the middle plane of the specimen, nm
-) -> tuple: # Q; phi in [0, 2 pi) radians; bool, true inside a wall or a vortex core
+    field,  # a `Field`, or any function (y_nm, x_nm, z_nm) -> (Q, phi)
+    y_nm,  # image row, nm, any shape
+    x_nm,  # image column, nm, broadcast against y_nm
+    z_nm=0.0,  # depth below the middle plane of the specimen, nm
+) -> tuple:  # Q; phi in [0, 2 pi) radians; bool, true inside a wall or a vortex core
     """Order parameter and wall core of a field at the given points."""
     at = [np.asarray(o, float) for o in (y_nm, x_nm, z_nm)]
-    if isinstance(field, Field): Q, phi, core = field._evaluate(*at)
+    if isinstance(field, Field):
+        Q, phi, core = field._evaluate(*at)
     else:
         Q, phi = field(*at)
         core = _unlocked(Q, phi)
     return Q, np.mod(phi, 2 * np.pi), core
+
 
 def _unlocked(Q, phi):
     "Outside the domains: phi more than a tenth of the step off its minimum, or amplitude below half"
     off = np.abs(phi / (np.pi / 3) - np.rint(phi / (np.pi / 3)))
     return (off > 0.1) | (Q < 0.5)
 
+
 def _need(test, sentence):
-    if not test: raise InputError(sentence)
+    if not test:
+        raise InputError(sentence)
+
 
 def _positive(field, *above_zero):
     for name, v in vars(field).items():
-        if v is None or name in ("name", "path", "fields"): continue
-        ok = not isinstance(v, str) and np.isfinite(v).all() and (name not in above_zero or np.min(v) > 0)
+        if v is None or name in ("name", "path", "fields"):
+            continue
+        ok = (
+            not isinstance(v, str)
+            and np.isfinite(v).all()
+            and (name not in above_zero or np.min(v) > 0)
+        )
         _need(ok, f"{name} is {v}; give a finite number{' above 0' if name in above_zero else ''}.")
 
 # %% ../../nbs/10c_stem.field.ipynb #49f54616
 @dataclass(frozen=True)
 class Domain(Field):
     "One domain."
-    phi: float = np.pi # trimerisation angle, radians
-    Q: float = 1. # amplitude; 0 is the paraelectric crystal
-    name: str = "" # label
 
-    def __post_init__(self): _positive(self)
+    phi: float = np.pi  # trimerisation angle, radians
+    Q: float = 1.0  # amplitude; 0 is the paraelectric crystal
+    name: str = ""  # label
+
+    def __post_init__(self):
+        _positive(self)
 
     def _evaluate(self, y, x, z):
         shape = np.broadcast(y, x, z).shape
@@ -87,42 +105,59 @@ def _cosines(t, z, seed):
     k, q, phase = *r.standard_normal((2, 64)), r.uniform(0, 2 * np.pi, 64)
     return np.sqrt(2 / 64) * np.cos(k * t[..., None] + q * z[..., None] + phase).sum(-1)
 
+
 def _roughness(t, seed):
     "The same along z = 0; a large map reads a table of 64 points per correlation length"
-    if t.size < 4000: return _cosines(t, np.zeros(()), seed)
+    if t.size < 4000:
+        return _cosines(t, np.zeros(()), seed)
     grid = np.arange(np.floor(t.min() * 64), np.ceil(t.max() * 64) + 1) / 64
     return np.interp(t, grid, _cosines(grid, np.zeros(()), seed))
 
 # %% ../../nbs/10c_stem.field.ipynb #0256b489
-COLUMN_NM, LAYER_NM = 0.1772, 0.5704  # YMnO3 along [100]: R columns in a row (a sqrt3/6), R rows (c/2)
+COLUMN_NM, LAYER_NM = (
+    0.1772,
+    0.5704,
+)  # YMnO3 along [100]: R columns in a row (a sqrt3/6), R rows (c/2)
+
 
 @dataclass(frozen=True)
 class Wall(Field):
     "A domain wall of any jump, direction, width, step, roughness and inclination."
-    phi_left: float # radians; below, when normal_deg is 0
-    phi_right: float # radians; above, when normal_deg is 0
-    normal_deg: float = 90. # angle between wall normal and c, degrees
-    center: tuple = (2.5, 2.5) # (y, x) of a point of the wall at mid-depth, nm
-    width_nm: float | None = None # 10-90 % width of each kink; None = `wall_width(normal_deg)`
-    step: float = 0. # shift per step towards +x going up, in R columns
-    step_layers: int = 1 # R layers (c/2) per step
-    split_nm: float = 0. # distance between the elementary kinks of a larger jump
-    path: str = "short" # "short", or "up" / "down": phi increases / decreases from left to right
-    q_dip: float = 0.08 # relative drop of Q at the centre of an elementary wall
-    roughness_nm: float = 0. # rms deviation from the plane
-    roughness_length_nm: float = 1. # correlation length of the roughness
-    roughness_seed: int = 0 # which rough wall
-    roughness_in_depth: bool = False # rough along the beam too
-    inclination_deg: float = 0. # angle between wall plane and beam; positive moves it to the right with depth
-    column_nm: float | None = None # spacing of R columns along a row; None = the crystal's, or `COLUMN_NM`
-    layer_nm: float | None = None # spacing of R rows (c/2); None = the crystal's, or `LAYER_NM`
-    layer_y_nm: float | None = None # y of one R row; None = the crystal's
-    name: str = "" # label
+
+    phi_left: float  # radians; below, when normal_deg is 0
+    phi_right: float  # radians; above, when normal_deg is 0
+    normal_deg: float = 90.0  # angle between wall normal and c, degrees
+    center: tuple = (2.5, 2.5)  # (y, x) of a point of the wall at mid-depth, nm
+    width_nm: float | None = None  # 10-90 % width of each kink; None = `wall_width(normal_deg)`
+    step: float = 0.0  # shift per step towards +x going up, in R columns
+    step_layers: int = 1  # R layers (c/2) per step
+    split_nm: float = 0.0  # distance between the elementary kinks of a larger jump
+    path: str = "short"  # "short", or "up" / "down": phi increases / decreases from left to right
+    q_dip: float = 0.08  # relative drop of Q at the centre of an elementary wall
+    roughness_nm: float = 0.0  # rms deviation from the plane
+    roughness_length_nm: float = 1.0  # correlation length of the roughness
+    roughness_seed: int = 0  # which rough wall
+    roughness_in_depth: bool = False  # rough along the beam too
+    inclination_deg: float = (
+        0.0  # angle between wall plane and beam; positive moves it to the right with depth
+    )
+    column_nm: float | None = (
+        None  # spacing of R columns along a row; None = the crystal's, or `COLUMN_NM`
+    )
+    layer_nm: float | None = None  # spacing of R rows (c/2); None = the crystal's, or `LAYER_NM`
+    layer_y_nm: float | None = None  # y of one R row; None = the crystal's
+    name: str = ""  # label
 
     def __post_init__(self):
         _positive(self, "width_nm", "roughness_length_nm", "step_layers", "column_nm", "layer_nm")
-        _need(abs(self.inclination_deg) <= 80, f"inclination_deg is {self.inclination_deg}; stay in ±80°.")
-        _need(self.path in ("short", "up", "down"), f"path is {self.path!r}; give 'short', 'up' or 'down'.")
+        _need(
+            abs(self.inclination_deg) <= 80,
+            f"inclination_deg is {self.inclination_deg}; stay in ±80°.",
+        )
+        _need(
+            self.path in ("short", "up", "down"),
+            f"path is {self.path!r}; give 'short', 'up' or 'down'.",
+        )
         _need(0 <= self.q_dip < 1, f"q_dip is {self.q_dip}; give a share from 0 to 1.")
 
     @property
@@ -134,7 +169,8 @@ class Wall(Field):
     def jump(self):
         "Change of phi from left to right, radians."
         up = np.mod(self.phi_right - self.phi_left, 2 * np.pi)
-        if up < 1e-9 or 2 * np.pi - up < 1e-9: return 0.
+        if up < 1e-9 or 2 * np.pi - up < 1e-9:
+            return 0.0
         down = self.path == "down" or self.path == "short" and up > np.pi + 1e-9
         return float(up - 2 * np.pi if down else up)
 
@@ -147,25 +183,33 @@ class Wall(Field):
     def varies_with_depth(self):
         return bool(self.inclination_deg or self.roughness_in_depth and self.roughness_nm)
 
-    def distance(self,
-        y_nm, # image row, nm
-        x_nm, # image column, nm
-        z_nm=0., # depth below the middle plane, nm
-    ) -> np.ndarray: # nm
+    def distance(
+        self,
+        y_nm,  # image row, nm
+        x_nm,  # image column, nm
+        z_nm=0.0,  # depth below the middle plane, nm
+    ) -> np.ndarray:  # nm
         "Signed distance to the wall; positive on the right."
         up, right = self.center[0] - y_nm, x_nm - self.center[1]
-        if self.step: right = right - self.step_nm * self._steps(y_nm)
+        if self.step:
+            right = right - self.step_nm * self._steps(y_nm)
         sin, cos = np.sin(np.deg2rad(self.normal_deg)), np.cos(np.deg2rad(self.normal_deg))
         d = right * sin + up * cos - z_nm * np.tan(np.deg2rad(self.inclination_deg))
-        if not self.roughness_nm: return d
+        if not self.roughness_nm:
+            return d
         t, L = (right * cos - up * sin) / self.roughness_length_nm, self.roughness_length_nm
-        if not self.roughness_in_depth: return d - self.roughness_nm * _roughness(t, self.roughness_seed)
-        return d - self.roughness_nm * _cosines(*np.broadcast_arrays(t, z_nm / L), self.roughness_seed)
+        if not self.roughness_in_depth:
+            return d - self.roughness_nm * _roughness(t, self.roughness_seed)
+        return d - self.roughness_nm * _cosines(
+            *np.broadcast_arrays(t, z_nm / L), self.roughness_seed
+        )
 
     def _steps(self, y):
         layer = self.layer_nm or LAYER_NM
         origin = self.center[0] if self.layer_y_nm is None else self.layer_y_nm
-        row = lambda y: np.rint((origin - y) / layer + 1e-6)  # half-way between two rows: always the same one
+        row = lambda y: np.rint(
+            (origin - y) / layer + 1e-6
+        )  # half-way between two rows: always the same one
         return np.floor((row(y) - row(self.center[0])) / self.step_layers)
 
     def _evaluate(self, y, x, z):
@@ -175,7 +219,7 @@ class Wall(Field):
         for shift in at:
             e = np.exp(np.clip((d - shift) * (KINK_WIDTH / self.width), -30, 30))
             phi += self.jump / len(at) * (2 / np.pi) * np.arctan(e)
-            Q *= (1 - self.q_dip * (2 * e / (1 + e**2))**2) ** (n // len(at))
+            Q *= (1 - self.q_dip * (2 * e / (1 + e**2)) ** 2) ** (n // len(at))
             core |= np.abs(d - shift) < self.width / 2
         return Q, phi, core
 
@@ -183,44 +227,57 @@ class Wall(Field):
 @dataclass(frozen=True)
 class Vortex(Field):
     "A vortex (sign +1: phi increases counter-clockwise) or antivortex (-1) of the six states."
-    center: tuple = (2.5, 2.5) # (y, x) of the core, nm
-    sign: int = 1 # +1 vortex, -1 antivortex
-    phi0: float = 0. # phi to the right of the core, a multiple of pi/3
-    rotation_deg: float = 0. # turns the six walls, degrees counter-clockwise
-    width_nm: float | None = None # 10-90 % width of a wall that contains c; None = `wall_width()`
-    core_nm: float | None = None # xi_Q of Q = tanh(r / xi_Q) in the plane; None = from the Landau constants
-    anisotropy: float = 0.58 # in-plane over axial length
-    q_dip: float = 0.08 # relative drop of Q in the walls
-    name: str = "" # label
+
+    center: tuple = (2.5, 2.5)  # (y, x) of the core, nm
+    sign: int = 1  # +1 vortex, -1 antivortex
+    phi0: float = 0.0  # phi to the right of the core, a multiple of pi/3
+    rotation_deg: float = 0.0  # turns the six walls, degrees counter-clockwise
+    width_nm: float | None = None  # 10-90 % width of a wall that contains c; None = `wall_width()`
+    core_nm: float | None = (
+        None  # xi_Q of Q = tanh(r / xi_Q) in the plane; None = from the Landau constants
+    )
+    anisotropy: float = 0.58  # in-plane over axial length
+    q_dip: float = 0.08  # relative drop of Q in the walls
+    name: str = ""  # label
 
     def __post_init__(self):
-        _need(self.sign in (1, -1), f"sign is {self.sign}; give +1 for a vortex, -1 for an antivortex.")
+        _need(
+            self.sign in (1, -1),
+            f"sign is {self.sign}; give +1 for a vortex, -1 for an antivortex.",
+        )
         _positive(self, "width_nm", "core_nm", "anisotropy")
 
     def _evaluate(self, y, x, z):
         up, right = self.anisotropy * (self.center[0] - y), x - self.center[1]
         r, angle = np.hypot(up, right), np.arctan2(up, right) - np.deg2rad(self.rotation_deg)
         middle = (np.floor(angle / (np.pi / 3)) + 0.5) * np.pi / 3  # of the nearest wall
-        far, side = np.maximum(r, 1e-9) * KINK_WIDTH / (self.width_nm or wall_width()), np.sin(angle - middle)
+        far, side = (
+            np.maximum(r, 1e-9) * KINK_WIDTH / (self.width_nm or wall_width()),
+            np.sin(angle - middle),
+        )
         gd = lambda u: 2 * np.arctan(np.tanh(u / 2))
         local = middle + np.pi / 6 * gd(far * side) / gd(far / 2)
-        dip = 1 - self.q_dip / np.cosh(np.minimum(far * np.abs(side), 30))**2
-        Q, phi = np.tanh(r / (self.core_nm or landau_lengths()[2])) * dip, self.sign * local + self.phi0
+        dip = 1 - self.q_dip / np.cosh(np.minimum(far * np.abs(side), 30)) ** 2
+        Q, phi = (
+            np.tanh(r / (self.core_nm or landau_lengths()[2])) * dip,
+            self.sign * local + self.phi0,
+        )
         shape = np.broadcast(y, x, z).shape
         return tuple(np.broadcast_to(o, shape) for o in (Q, phi, _unlocked(Q, phi)))
 
 # %% ../../nbs/10c_stem.field.ipynb #6164b1b0
 def winding(
-    phi, # (H, W) trimerisation angle, radians
-    periodic: bool = False, # join opposite edges
-) -> np.ndarray: # (H-1, W-1) int, or (H, W) if periodic: +1 vortex, -1 antivortex, 0 elsewhere
+    phi,  # (H, W) trimerisation angle, radians
+    periodic: bool = False,  # join opposite edges
+) -> np.ndarray:  # (H-1, W-1) int, or (H, W) if periodic: +1 vortex, -1 antivortex, 0 elsewhere
     """Winding number of phi around each square of four pixels, counter-clockwise as seen in the image.
 
     Raises: InputError when phi is not a plane of at least 2 x 2.
     """
     phi = np.asarray(phi, float)
     _need(phi.ndim == 2 and min(phi.shape) > 1, f"phi has shape {phi.shape}; give a plane (H, W).")
-    if periodic: phi = np.pad(phi, ((0, 1), (0, 1)), mode="wrap")
+    if periodic:
+        phi = np.pad(phi, ((0, 1), (0, 1)), mode="wrap")
     wrap = lambda d: np.mod(d + np.pi, 2 * np.pi) - np.pi
     right, down = wrap(np.diff(phi, axis=1)), wrap(np.diff(phi, axis=0))
     turn = right[1:] - right[:-1] + down[:, :-1] - down[:, 1:]
@@ -229,6 +286,7 @@ def winding(
 # %% ../../nbs/10c_stem.field.ipynb #4df997da
 _KAPPA, _GRID = 0.146, 0.75  # six-fold term; grid spacing in units of the relaxation equation
 
+
 @lru_cache(maxsize=16)
 def _quench(seed, shape, time):
     "Spline coefficients of the real and imaginary part of a relaxed random field"
@@ -236,10 +294,10 @@ def _quench(seed, shape, time):
     psi = 0.1 * (r.standard_normal(shape) + 1j * r.standard_normal(shape))
     ky, kx = (2 * np.pi * np.fft.fftfreq(n, _GRID) for n in shape)
     n = max(1, int(np.ceil(time / 0.4)))
-    step = 1 / (1 + time / n * (ky[:, None]**2 + kx**2))
+    step = 1 / (1 + time / n * (ky[:, None] ** 2 + kx**2))
     for _ in range(n):
         q2, conj = psi.real**2 + psi.imag**2, psi.conj()
-        force = psi * (1 - q2) + _KAPPA * ((conj * conj)**2 * conj - q2 * q2 * psi)
+        force = psi * (1 - q2) + _KAPPA * ((conj * conj) ** 2 * conj - q2 * q2 * psi)
         psi = fft.ifft2(step * fft.fft2(psi + time / n * force))
     return tuple(ndimage.spline_filter(o, 3, mode="grid-wrap") for o in (psi.real, psi.imag))
 
@@ -247,16 +305,19 @@ def _quench(seed, shape, time):
 @dataclass(frozen=True)
 class Network(Field):
     "A random network of domains and vortices, from a quench."
-    seed: int = 0 # which network
-    fov: tuple = (5., 5.) # (h, w) that it covers before it repeats, nm
-    time: float = 20. # relaxation time; domains grow as its square root
-    cell_nm: float = 0.1 # grid spacing in the plane; 0.1 gives true walls, a larger one scales all
-    anisotropy: float = 0.58 # in-plane over axial length
-    name: str = "" # label
+
+    seed: int = 0  # which network
+    fov: tuple = (5.0, 5.0)  # (h, w) that it covers before it repeats, nm
+    time: float = 20.0  # relaxation time; domains grow as its square root
+    cell_nm: float = 0.1  # grid spacing in the plane; 0.1 gives true walls, a larger one scales all
+    anisotropy: float = 0.58  # in-plane over axial length
+    name: str = ""  # label
 
     def __post_init__(self):
         _positive(self, "time", "cell_nm", "anisotropy", "fov")
-        _need(np.prod(self._grid) <= 2**20, f"{self.fov} nm takes {self._grid} cells; raise cell_nm.")
+        _need(
+            np.prod(self._grid) <= 2**20, f"{self.fov} nm takes {self._grid} cells; raise cell_nm."
+        )
 
     @property
     def _grid(self):
@@ -269,9 +330,15 @@ class Network(Field):
         return self._grid[0] * self.cell_nm / self.anisotropy, self._grid[1] * self.cell_nm
 
     def _evaluate(self, y, x, z):
-        at = np.stack(np.broadcast_arrays(y * self.anisotropy / self.cell_nm, x / self.cell_nm, z)[:2])
-        re, im = (ndimage.map_coordinates(o, at.reshape(2, -1), order=3, mode="grid-wrap", prefilter=False)
-                  .reshape(at.shape[1:]) for o in _quench(self.seed, self._grid, self.time))
+        at = np.stack(
+            np.broadcast_arrays(y * self.anisotropy / self.cell_nm, x / self.cell_nm, z)[:2]
+        )
+        re, im = (
+            ndimage.map_coordinates(
+                o, at.reshape(2, -1), order=3, mode="grid-wrap", prefilter=False
+            ).reshape(at.shape[1:])
+            for o in _quench(self.seed, self._grid, self.time)
+        )
         Q, phi = np.hypot(re, im), np.arctan2(im, re)
         return Q, phi, _unlocked(Q, phi)
 
@@ -279,11 +346,13 @@ class Network(Field):
 @dataclass(frozen=True)
 class Sum(Field):
     "Several fields in one: their phases add, their amplitudes multiply."
-    fields: tuple # of fields; after the first, count phi from 0
-    name: str = "" # label
+
+    fields: tuple  # of fields; after the first, count phi from 0
+    name: str = ""  # label
 
     @property
-    def varies_with_depth(self): return any(o.varies_with_depth for o in self.fields)
+    def varies_with_depth(self):
+        return any(o.varies_with_depth for o in self.fields)
 
     def _evaluate(self, y, x, z):
         Q, phi, core = zip(*(o._evaluate(y, x, z) for o in self.fields))
@@ -292,22 +361,31 @@ class Sum(Field):
 # %% ../../nbs/10c_stem.field.ipynb #38cab6d2
 _FIELDS = {o.__name__: o for o in (Domain, Wall, Vortex, Network, Sum)}
 
+
 def field_from_dict(
-    d: dict, # what `to_dict` gave, for example read from JSON
-) -> Field: # the field again
+    d: dict,  # what `to_dict` gave, for example read from JSON
+) -> Field:  # the field again
     """Field from its plain dict.
 
     Raises: InputError when the dict is not one of a field.
     """
-    _need(isinstance(d, dict) and d.get("field") in _FIELDS,
-          f"A field is a dict with 'field' one of {', '.join(_FIELDS)}; got {d!r}.")
+    _need(
+        isinstance(d, dict) and d.get("field") in _FIELDS,
+        f"A field is a dict with 'field' one of {', '.join(_FIELDS)}; got {d!r}.",
+    )
     cls, settings = _FIELDS[d["field"]], {k: _field_value(v) for k, v in d.items() if k != "field"}
     known = [f.name for f in fields(cls)]
     extra = [o for o in settings if o not in known]
-    _need(not extra, f"{cls.__name__} has no parameter {', '.join(extra)}; it has {', '.join(known)}.")
-    try: return cls(**settings)
-    except TypeError as e: raise InputError(f"{cls.__name__} cannot be made from {settings}: {e}.") from None
+    _need(
+        not extra, f"{cls.__name__} has no parameter {', '.join(extra)}; it has {', '.join(known)}."
+    )
+    try:
+        return cls(**settings)
+    except TypeError as e:
+        raise InputError(f"{cls.__name__} cannot be made from {settings}: {e}.") from None
+
 
 def _field_value(v):
-    if isinstance(v, dict): return field_from_dict(v)
+    if isinstance(v, dict):
+        return field_from_dict(v)
     return tuple(map(_field_value, v)) if isinstance(v, (list, tuple)) else v

@@ -20,49 +20,76 @@ from .column import _check_image
 from .crystal import _frame, columns, load_structure
 
 # %% ../../nbs/13b_stem.lattice.ipynb #055549a5
-def _motif(structure, fov, zone, up): # -> DataFrame in the crystal frame, reciprocal net (2, 2) 1/nm
+def _motif(
+    structure, fov, zone, up
+):  # -> DataFrame in the crystal frame, reciprocal net (2, 2) 1/nm
     "Projected columns, coinciding ones joined to the heaviest, weak ones marked as fixed."
-    t = columns(structure, fov=fov, zone=zone, up=up, margin=0.6 * np.hypot(*fov) - 0.5 * min(fov)).table
+    t = columns(
+        structure, fov=fov, zone=zone, up=up, margin=0.6 * np.hypot(*fov) - 0.5 * min(fov)
+    ).table
     z = np.array([Element(e).Z for e in t.element])
-    t = t.assign(weight=t.n_atoms * z**1.7).sort_values("weight", ascending=False, ignore_index=True)
+    t = t.assign(weight=t.n_atoms * z**1.7).sort_values(
+        "weight", ascending=False, ignore_index=True
+    )
     near = cKDTree(t[["y_nm", "x_nm"]]).query_pairs(0.05, output_type="ndarray")
     t = t.drop(index=np.unique(near.max(1))).reset_index(drop=True) if len(near) else t
     t["fixed"] = t.weight < 0.15 * t.weight.max()
     basis, axes = _frame(load_structure(structure).lattice, zone, up)
     return t, np.linalg.inv((basis[:2] @ axes.T)[:, 1::-1] / 10).T
 
-def _fourier(image, px, q): # (H, W), (2,), (G, 2) 1/nm -> (G,) complex Fourier coefficients
+
+def _fourier(image, px, q):  # (H, W), (2,), (G, 2) 1/nm -> (G,) complex Fourier coefficients
     y, x = (np.arange(n) * p for n, p in zip(image.shape, px))
     left = np.exp(-2j * np.pi * np.outer(q[:, 0], y)) @ image
     return (left * np.exp(-2j * np.pi * np.outer(q[:, 1], x))).sum(1)
 
-def _peaks(motif, net, n=16): # -> (n, 2) strongest reciprocal vectors 1/nm, their complex structure factors
+
+def _peaks(
+    motif, net, n=16
+):  # -> (n, 2) strongest reciprocal vectors 1/nm, their complex structure factors
     "Strongest Fourier components of the projected structure (one of each pair +g, -g)."
     hk = np.stack(np.meshgrid(np.arange(-12, 13), np.arange(-12, 13)), -1).reshape(-1, 2)
     g = hk @ net
     g = g[((g[:, 0] > 1e-6) | ((np.abs(g[:, 0]) < 1e-6) & (g[:, 1] > 1e-6))) & (np.hypot(*g.T) < 9)]
     yx = motif[["y_nm", "x_nm"]].to_numpy()
     taper = np.prod([np.cos(np.pi * (v - v.mean()) / np.ptp(v)) ** 2 for v in yx.T], 0)
-    F = np.exp(-2j * np.pi * g @ yx.T) @ (taper * motif.weight) * np.exp(-2 * (np.pi * 0.05) ** 2 * (g**2).sum(1))
+    F = (
+        np.exp(-2j * np.pi * g @ yx.T)
+        @ (taper * motif.weight)
+        * np.exp(-2 * (np.pi * 0.05) ** 2 * (g**2).sum(1))
+    )
     strong = np.argsort(-np.abs(F))[:n]
     strong = strong[np.abs(F[strong]) > 0.05 * np.abs(F[strong[0]])]
     return g[strong], F[strong]
 
 # %% ../../nbs/13b_stem.lattice.ipynb #07541065
-def _align(image, px, g, F, rotations): # -> T (2, 2): image vector = T @ crystal vector (y, x), is the lattice there
+def _align(
+    image, px, g, F, rotations
+):  # -> T (2, 2): image vector = T @ crystal vector (y, x), is the lattice there
     "Affine map from the positions of the Fourier peaks: search over rotation and scale, then least squares."
     pad = [2 * n for n in image.shape]
-    amplitude = np.fft.fftshift(np.abs(np.fft.fft2((image - image.mean()) * _taper(image.shape), pad)))
+    amplitude = np.fft.fftshift(
+        np.abs(np.fft.fft2((image - image.mean()) * _taper(image.shape), pad))
+    )
     amplitude /= np.median(amplitude)
     df = 1 / (np.array(pad) * px)
-    sample = lambda q: ndimage.map_coordinates(amplitude, [q[..., i] / df[i] + pad[i] // 2 for i in (0, 1)], order=1)
+    sample = lambda q: ndimage.map_coordinates(
+        amplitude, [q[..., i] / df[i] + pad[i] // 2 for i in (0, 1)], order=1
+    )
     c, s = np.cos(rotations), np.sin(rotations)
-    turn = np.stack([c, -s, s, c], -1).reshape(-1, 1, 2, 2) / np.arange(0.92, 1.09, 0.02)[:, None, None]
+    turn = (
+        np.stack([c, -s, s, c], -1).reshape(-1, 1, 2, 2)
+        / np.arange(0.92, 1.09, 0.02)[:, None, None]
+    )
     turn = turn.reshape(-1, 2, 2)
-    score = np.log(1 + sample(np.einsum("rij,gj->rgi", turn, g))) @ np.abs(F) - 1e-3 * np.repeat(np.abs(rotations), 9)
+    score = np.log(1 + sample(np.einsum("rij,gj->rgi", turn, g))) @ np.abs(F) - 1e-3 * np.repeat(
+        np.abs(rotations), 9
+    )
     S = turn[score.argmax()]
     reach = 0.3 * np.hypot(*g.T).min()
-    offset = np.stack(np.meshgrid(*(np.arange(-reach, reach, d) for d in df), indexing="ij"), -1).reshape(-1, 2)
+    offset = np.stack(
+        np.meshgrid(*(np.arange(-reach, reach, d) for d in df), indexing="ij"), -1
+    ).reshape(-1, 2)
     offset = offset[np.hypot(*offset.T) < min(reach, 0.6)]
     for radius in (0.6, 0.25):
         o = offset[np.hypot(*offset.T) <= radius]
@@ -73,10 +100,12 @@ def _align(image, px, g, F, rotations): # -> T (2, 2): image vector = T @ crysta
         S = np.linalg.lstsq(w * g, w * q, rcond=None)[0].T
     return np.linalg.inv(S).T, np.median(np.sqrt(a.max(1))[:4]) > 5
 
-def _taper(shape): # -> (H, W) Hann window
+
+def _taper(shape):  # -> (H, W) Hann window
     return np.outer(*(np.hanning(n) for n in shape))
 
-def _shift(image, px, T, g, F, centre): # -> (2,) shift nm, agreement 0 to 1
+
+def _shift(image, px, T, g, F, centre):  # -> (2,) shift nm, agreement 0 to 1
     "Smallest of the translations that fit the phases: image = T @ (crystal - centre) + centre + shift."
     q = g @ np.linalg.inv(T)
     H = _fourier((image - image.mean()) * _taper(image.shape), px, q)
@@ -86,57 +115,86 @@ def _shift(image, px, T, g, F, centre): # -> (2,) shift nm, agreement 0 to 1
     fit = (np.exp(2j * np.pi * s @ q.T) @ (np.abs(F) * np.exp(1j * np.angle(H * np.conj(F))))).real
     top = peak_local_max(fit, threshold_abs=fit.max() - 0.03 * np.ptp(fit), exclude_border=False)
     best = s[tuple(top[np.argmin(np.hypot(*s[tuple(top.T)].T))])]
-    here = np.sum(H * np.conj(F) * np.exp(2j * np.pi * q @ best)).real / np.linalg.norm(H) / np.linalg.norm(F)
+    here = (
+        np.sum(H * np.conj(F) * np.exp(2j * np.pi * q @ best)).real
+        / np.linalg.norm(H)
+        / np.linalg.norm(F)
+    )
     return best, float(here)
 
-def _spanning(g): # (G, 2) -> indices of the shortest vectors that span the plane: long wavelengths cannot slip by a period
+
+def _spanning(
+    g,
+):  # (G, 2) -> indices of the shortest vectors that span the plane: long wavelengths cannot slip by a period
     order = np.argsort(np.hypot(*g.T))
     first, length = g[order[0]], np.hypot(*g.T)
     sine = np.abs(first[0] * g[:, 1] - first[1] * g[:, 0]) / (length * length[order[0]])
     return np.array([order[0], next(i for i in order if sine[i] > 0.3)])
 
-def _distortion(image, px, T, shift, g, F, at, smooth_nm=0.5): # at (N, 2) nm -> (N, 2) remaining smooth displacement, nm
+
+def _distortion(
+    image, px, T, shift, g, F, at, smooth_nm=0.5
+):  # at (N, 2) nm -> (N, 2) remaining smooth displacement, nm
     "Local displacement from the phases of the peaks (geometric phase analysis)."
     q = g @ np.linalg.inv(T)
     y, x = (np.arange(n) * p for n, p in zip(image.shape, px))
     i = np.rint(at / px).astype(int).clip(0, np.array(image.shape) - 1)
     A, b = np.zeros((len(at), 2, 2)), np.zeros((len(at), 2))
     for qg, Fg in zip(q, F):
-        wave = np.exp(-2j * np.pi * qg[0] * (y - shift[0]))[:, None] * np.exp(-2j * np.pi * qg[1] * (x - shift[1]))
-        H = ndimage.gaussian_filter((image - image.mean()) * wave, smooth_nm / px, mode="constant") * np.conj(Fg)
+        wave = np.exp(-2j * np.pi * qg[0] * (y - shift[0]))[:, None] * np.exp(
+            -2j * np.pi * qg[1] * (x - shift[1])
+        )
+        H = ndimage.gaussian_filter(
+            (image - image.mean()) * wave, smooth_nm / px, mode="constant"
+        ) * np.conj(Fg)
         h = H[tuple(i.T)]
-        w = (np.abs(h) / (2 * np.pi) ** 2)
+        w = np.abs(h) / (2 * np.pi) ** 2
         A += w[:, None, None] * np.outer(qg, qg) * (2 * np.pi) ** 2
         b -= (w * np.angle(h))[:, None] * qg * 2 * np.pi
-    return np.linalg.solve(A + 1e-9 * np.trace(A, axis1=1, axis2=2).mean() * np.eye(2), b[..., None])[..., 0]
+    return np.linalg.solve(
+        A + 1e-9 * np.trace(A, axis1=1, axis2=2).mean() * np.eye(2), b[..., None]
+    )[..., 0]
 
 # %% ../../nbs/13b_stem.lattice.ipynb #ee983e43
-_SMALLEST = 1.5 # nm: below, the search for Fourier peaks has no frequency near a peak
+_SMALLEST = 1.5  # nm: below, the search for Fourier peaks has no frequency near a peak
 
-def reference_columns(micrograph,        # Micrograph, or anything `as_micrograph` takes
-                      structure,         # pymatgen Structure, shipped name or path of a CIF file
-                      zone=(1, 0, 0),    # zone axis [u, v, w]
-                      up=(0, 0, 1),      # crystal direction that points up in the image
-                      rotation_deg=None, # rotation of the crystal, degrees counter-clockwise (None: found within ±90)
-                     ) -> pd.DataFrame: # y_nm, x_nm in the image, yc_nm, xc_nm in the crystal, element, site, trimer, ...
+
+def reference_columns(
+    micrograph,  # Micrograph, or anything `as_micrograph` takes
+    structure,  # pymatgen Structure, shipped name or path of a CIF file
+    zone=(1, 0, 0),  # zone axis [u, v, w]
+    up=(0, 0, 1),  # crystal direction that points up in the image
+    rotation_deg=None,  # rotation of the crystal, degrees counter-clockwise (None: found within ±90)
+) -> (
+    pd.DataFrame
+):  # y_nm, x_nm in the image, yc_nm, xc_nm in the crystal, element, site, trimer, ...
     """Lay a structure over an image: expected position and name of every column. `attrs` holds `T` and `match`.
 
     Raises: InputError when the lattice of the structure is not in the image."""
     m, px = _check_image(micrograph), np.array(as_micrograph(micrograph).pixel_size)
     if min(m.fov) < _SMALLEST:
-        raise InputError(f"a field of {min(m.fov):.2f} nm shows too few periods of a lattice; {_SMALLEST} nm are needed")
+        raise InputError(
+            f"a field of {min(m.fov):.2f} nm shows too few periods of a lattice; {_SMALLEST} nm are needed"
+        )
     image = m.data.astype(float)
     image = image - ndimage.gaussian_filter(image, 0.6 / px)
     motif, net = _motif(structure, tuple(map(float, m.fov)), zone, up)
     g, F = _peaks(motif, net)
-    rotations = np.radians(np.arange(-90, 90.5, 1) if rotation_deg is None else rotation_deg + np.arange(-3, 3.1, 0.5))
+    rotations = np.radians(
+        np.arange(-90, 90.5, 1) if rotation_deg is None else rotation_deg + np.arange(-3, 3.1, 0.5)
+    )
     T, seen = _align(image, px, g, F, rotations)
     shift, match = _shift(image, px, T, g, F, np.array(m.fov) / 2)
     if not seen or match < 0.75:
-        raise InputError(f"the lattice of the structure is not in the image (agreement {match:.2f} of 1): "
-                         "check the pixel size, the zone axis and the structure")
+        raise InputError(
+            f"the lattice of the structure is not in the image (agreement {match:.2f} of 1): "
+            "check the pixel size, the zone axis and the structure"
+        )
     if match < 0.88:
-        warnings.warn(f"the image agrees with the structure only to {match:.2f} of 1: look at the overlay", stacklevel=2)
+        warnings.warn(
+            f"the image agrees with the structure only to {match:.2f} of 1: look at the overlay",
+            stacklevel=2,
+        )
     crystal = motif[["y_nm", "x_nm"]].to_numpy()
     centre = np.array(m.fov) / 2
     yx = (crystal - centre) @ T.T + centre + shift
@@ -146,7 +204,9 @@ def reference_columns(micrograph,        # Micrograph, or anything `as_micrograp
     affine = lambda: np.linalg.lstsq(A, yx, rcond=None)[0]
     for use in (_spanning(g), slice(None)):
         fit = affine()
-        yx = A @ fit + _distortion(image, px, fit[:2].T, fit[2] - fit[:2].T @ centre, g[use], F[use], A @ fit)
+        yx = A @ fit + _distortion(
+            image, px, fit[:2].T, fit[2] - fit[:2].T @ centre, g[use], F[use], A @ fit
+        )
     T = affine()[:2].T
     edge = (np.array(image.shape) - 1) * px
     out = motif.assign(yc_nm=crystal[:, 0], xc_nm=crystal[:, 1], y_nm=yx[:, 0], x_nm=yx[:, 1])
@@ -155,12 +215,13 @@ def reference_columns(micrograph,        # Micrograph, or anything `as_micrograp
     return out
 
 # %% ../../nbs/13b_stem.lattice.ipynb #d52da053
-def assign(table,             # DataFrame y_nm, x_nm, as find_columns or fit_columns makes it
-           micrograph,        # the Micrograph it belongs to
-           structure,         # pymatgen Structure, shipped name or path of a CIF file
-           tolerance_nm=0.09, # farther from the expected place a column gets no name, nm
-           **kwargs,          # zone, up, rotation_deg of `reference_columns`
-          ) -> pd.DataFrame: # the table with element, site, trimer, layer, yc_nm, xc_nm; element "" where nothing is expected
+def assign(
+    table,  # DataFrame y_nm, x_nm, as find_columns or fit_columns makes it
+    micrograph,  # the Micrograph it belongs to
+    structure,  # pymatgen Structure, shipped name or path of a CIF file
+    tolerance_nm=0.09,  # farther from the expected place a column gets no name, nm
+    **kwargs,  # zone, up, rotation_deg of `reference_columns`
+) -> pd.DataFrame:  # the table with element, site, trimer, layer, yc_nm, xc_nm; element "" where nothing is expected
     """Name the columns of an image after a structure.
 
     Raises: InputError when the lattice of the structure is not in the image."""
@@ -171,15 +232,22 @@ def assign(table,             # DataFrame y_nm, x_nm, as find_columns or fit_col
     first = np.zeros(len(table), bool)
     first[order] = np.r_[True, np.diff(i[order]) > 0]
     named = first & (distance < tolerance_nm)
-    names = ref[["element", "site", "trimer", "layer", "yc_nm", "xc_nm"]].iloc[i].reset_index(drop=True)
+    names = (
+        ref[["element", "site", "trimer", "layer", "yc_nm", "xc_nm"]].iloc[i].reset_index(drop=True)
+    )
     none = dict(element="", site="", trimer=-1, layer=-1, yc_nm=np.nan, xc_nm=np.nan)
-    for c, v in none.items(): names[c] = names[c].where(named, v)
-    out = pd.concat([table.drop(columns=list(none), errors="ignore").reset_index(drop=True), names], axis=1)
+    for c, v in none.items():
+        names[c] = names[c].where(named, v)
+    out = pd.concat(
+        [table.drop(columns=list(none), errors="ignore").reset_index(drop=True), names], axis=1
+    )
     out.attrs.update(ref.attrs)
     return out
 
 # %% ../../nbs/13b_stem.lattice.ipynb #dfcc8619
-def _translations(yx, spacing): # (N, 2), nm -> the two shortest translations that hold for the most columns (2, 2), or None
+def _translations(
+    yx, spacing
+):  # (N, 2), nm -> the two shortest translations that hold for the most columns (2, 2), or None
     "Lattice translations: peaks in the map of difference vectors between columns."
     tree = cKDTree(yx)
     pairs = tree.query_pairs(4.5 * spacing, output_type="ndarray")
@@ -187,7 +255,9 @@ def _translations(yx, spacing): # (N, 2), nm -> the two shortest translations th
     d = np.r_[d, -d]
     cell = 0.06 * spacing
     n = int(4.5 * spacing / cell) + 2
-    image = np.histogram2d(*d.T, bins=2 * n + 1, range=[[-(n + 0.5) * cell, (n + 0.5) * cell]] * 2)[0]
+    image = np.histogram2d(*d.T, bins=2 * n + 1, range=[[-(n + 0.5) * cell, (n + 0.5) * cell]] * 2)[
+        0
+    ]
     smooth = ndimage.gaussian_filter(image, 1.5)
     top = peak_local_max(smooth, min_distance=4, threshold_rel=0.2)
     v = (top - n) * cell
@@ -195,11 +265,18 @@ def _translations(yx, spacing): # (N, 2), nm -> the two shortest translations th
     v = v[share > 0.72 * share.max()]
     v = v[np.argsort(np.hypot(*v.T).round(3))]
     v = np.array([d[np.hypot(*(d - t).T) < 0.2 * spacing].mean(0) for t in v])
-    sine = np.abs(v[:, 0] * v[0, 1] - v[:, 1] * v[0, 0]) / (np.hypot(*v.T) * np.hypot(*v[0])) if len(v) else []
+    sine = (
+        np.abs(v[:, 0] * v[0, 1] - v[:, 1] * v[0, 0]) / (np.hypot(*v.T) * np.hypot(*v[0]))
+        if len(v)
+        else []
+    )
     second = np.flatnonzero(np.asarray(sine) > 0.4)
     return np.array([v[0], v[second[0]]]) if len(second) else None
 
-def _walk(yx, basis): # (N, 2), (2, 2) -> (N, 2) integer indices, (N,) net number (columns joined by translations share a net)
+
+def _walk(
+    yx, basis
+):  # (N, 2), (2, 2) -> (N, 2) integer indices, (N,) net number (columns joined by translations share a net)
     "Index columns by stepping along the basis from column to column, following its slow changes."
     tree, N = cKDTree(yx), len(yx)
     steps = np.array([[1, 0], [-1, 0], [0, 1], [0, -1]])
@@ -208,7 +285,8 @@ def _walk(yx, basis): # (N, 2), (2, 2) -> (N, 2) integer indices, (N,) net numbe
     distance, to = tree.query(yx[:, None] + steps @ basis, distance_upper_bound=reach)
     index, net, nets = np.zeros((N, 2), int), np.full(N, -1), 0
     for seed in np.argsort(np.hypot(*(yx - yx.mean(0)).T)):
-        if net[seed] >= 0: continue
+        if net[seed] >= 0:
+            continue
         net[seed], front = nets, [seed]
         while front:
             nxt = []
@@ -222,13 +300,17 @@ def _walk(yx, basis): # (N, 2), (2, 2) -> (N, 2) integer indices, (N,) net numbe
     return index, net
 
 # %% ../../nbs/13b_stem.lattice.ipynb #a2c74b18
-def sublattices(table, # DataFrame y_nm, x_nm, amplitude (or intensity)
-                min_share=0.1, # smallest share of all columns that makes a grain
-               ) -> pd.DataFrame: # with site ("A", "B", ... bright to dim, "" for none), grain, i, j, yc_nm, xc_nm (ideal)
+def sublattices(
+    table,  # DataFrame y_nm, x_nm, amplitude (or intensity)
+    min_share=0.1,  # smallest share of all columns that makes a grain
+) -> (
+    pd.DataFrame
+):  # with site ("A", "B", ... bright to dim, "" for none), grain, i, j, yc_nm, xc_nm (ideal)
     """Sort columns into sublattices by their translations and their brightness, grain by grain.
 
     Raises: InputError for a table of fewer than 12 columns."""
-    if len(table) < 12: raise InputError(f"{len(table)} columns make no lattice: at least 12 are needed")
+    if len(table) < 12:
+        raise InputError(f"{len(table)} columns make no lattice: at least 12 are needed")
     yx = table[["y_nm", "x_nm"]].to_numpy(float)
     bright = table["amplitude" if "amplitude" in table else "intensity"].to_numpy(float)
     out = table.assign(site="", grain=-1, i=0, j=0, yc_nm=np.nan, xc_nm=np.nan)
@@ -236,17 +318,22 @@ def sublattices(table, # DataFrame y_nm, x_nm, amplitude (or intensity)
     while len(left) >= max(12, min_share * len(table)) and grain < 4:
         spacing = np.median(cKDTree(yx[left]).query(yx[left], k=2)[0][:, 1])
         basis = _translations(yx[left], spacing)
-        if basis is None: break
+        if basis is None:
+            break
         index, net = _walk(yx[left], basis)
         sizes = np.bincount(net)
         nets = np.flatnonzero(sizes > max(8, 0.3 * sizes.max()))
-        if not len(nets): break
+        if not len(nets):
+            break
         _name(out, left, yx, bright, index, net, nets, grain)
         used = np.isin(net, nets)
         left, grain = left[~used], grain + 1
     return out
 
-def _name(out, left, yx, bright, index, net, nets, grain): # writes site, indices and ideal places of one grain into `out`
+
+def _name(
+    out, left, yx, bright, index, net, nets, grain
+):  # writes site, indices and ideal places of one grain into `out`
     "Split each net by the parity that separates bright from dim, then name the parts by brightness."
     parts = []
     for n in nets:
@@ -263,8 +350,12 @@ def _name(out, left, yx, bright, index, net, nets, grain): # writes site, indice
         out.loc[rows, "site"], out.loc[rows, "grain"] = name, grain
         out.loc[rows, ["i", "j"]], out.loc[rows, ["yc_nm", "xc_nm"]] = ij, ideal
 
-def _contrast(yx, bright, parity): # -> contrast of two classes against their neighbours of the other class, 0 to 1
-    if min(np.bincount(parity, minlength=2)) < 4: return 0.0
+
+def _contrast(
+    yx, bright, parity
+):  # -> contrast of two classes against their neighbours of the other class, 0 to 1
+    if min(np.bincount(parity, minlength=2)) < 4:
+        return 0.0
     a, b = yx[parity == 0], yx[parity == 1]
     other = bright[parity == 1][cKDTree(b).query(a, k=4)[1]].mean(1)
     ratio = (bright[parity == 0] - other) / (np.abs(bright[parity == 0]) + np.abs(other))

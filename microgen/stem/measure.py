@@ -18,12 +18,24 @@ from scipy.spatial import cKDTree
 from ..core import InputError, Micrograph
 from .column import _check_image, _fit, find_columns
 from .crystal import load_structure, trimer
-from .domain import _WIDE, _beside_walls, _domains, _fit_walls, _no_walls, _polar, _spacings, _wall_tables, _wave_weights
+from microgen.stem.domain import (
+    _WIDE,
+    _beside_walls,
+    _domains,
+    _fit_walls,
+    _no_walls,
+    _polar,
+    _spacings,
+    _wall_tables,
+    _wave_weights,
+)
 from .lattice import reference_columns, sublattices
 from .order import polarisation, state_of
 
 # %% ../../nbs/14_stem.measure.ipynb #ecbcba5b
-def _frame_weights(yx, at, var, smooth_nm, k=24): # cage (N, 2), places (n, 2) nm, variances (N,) -> sparse (n, N)
+def _frame_weights(
+    yx, at, var, smooth_nm, k=24
+):  # cage (N, 2), places (n, 2) nm, variances (N,) -> sparse (n, N)
     "Local linear regression: weights that predict the cage's deviation at each place."
     k = min(k, len(yx))
     distance, j = cKDTree(yx).query(at, k=k)
@@ -35,22 +47,35 @@ def _frame_weights(yx, at, var, smooth_nm, k=24): # cage (N, 2), places (n, 2) n
     L = np.linalg.solve(A, np.einsum("nkp,nk->npk", X, w))[:, 0]
     return sparse.csr_matrix((L.ravel(), j.ravel(), np.arange(len(at) + 1) * k), (len(at), len(yx)))
 
-def displacements(table,         # fitted columns with y_ref_nm, x_ref_nm (expected in the image), yc_nm, xc_nm (in the crystal)
-                  cage,          # (N,) bool: the columns that make the frame
-                  T=None,        # (2, 2) image vector = T @ crystal vector; None: the same
-                  smooth_nm=0.3, # radius of the local frame, nm
-                 ) -> tuple: # (up, right, up error, right error) pm, each (N,); sparse (N, N) that makes them of deviations
+
+def displacements(
+    table,  # fitted columns with y_ref_nm, x_ref_nm (expected in the image), yc_nm, xc_nm (in the crystal)
+    cage,  # (N,) bool: the columns that make the frame
+    T=None,  # (2, 2) image vector = T @ crystal vector; None: the same
+    smooth_nm=0.3,  # radius of the local frame, nm
+) -> (
+    tuple
+):  # (up, right, up error, right error) pm, each (N,); sparse (N, N) that makes them of deviations
     """Displacement of each column from the local frame of the cage, along the crystal's up and right.
 
     Raises: InputError when fewer than four columns make the cage."""
     cage = np.asarray(cage, bool)
-    if cage.sum() < 4: raise InputError(f"{cage.sum()} columns make no frame: at least four of one sublattice are needed")
+    if cage.sum() < 4:
+        raise InputError(
+            f"{cage.sum()} columns make no frame: at least four of one sublattice are needed"
+        )
     back = np.eye(2) if T is None else np.linalg.inv(T)
-    d = 1e3 * (table[["y_nm", "x_nm"]].to_numpy() - table[["y_ref_nm", "x_ref_nm"]].to_numpy()) @ back.T
+    d = (
+        1e3
+        * (table[["y_nm", "x_nm"]].to_numpy() - table[["y_ref_nm", "x_ref_nm"]].to_numpy())
+        @ back.T
+    )
     var = 1e6 * table[["y_se_nm", "x_se_nm"]].to_numpy() ** 2 @ (back.T**2)
     yx = table[["yc_nm", "xc_nm"]].to_numpy()
     L = _frame_weights(yx[cage], yx, var[cage].mean(1), smooth_nm).tocoo()
-    S = sparse.eye(len(yx)) - sparse.csr_matrix((L.data, (L.row, np.flatnonzero(cage)[L.col])), (len(yx), len(yx)))
+    S = sparse.eye(len(yx)) - sparse.csr_matrix(
+        (L.data, (L.row, np.flatnonzero(cage)[L.col])), (len(yx), len(yx))
+    )
     up, right = (S @ d * [-1, 1]).T
     return (up, right, *np.sqrt(S.power(2) @ var).T), S
 
@@ -58,71 +83,119 @@ def displacements(table,         # fitted columns with y_ref_nm, x_ref_nm (expec
 @dataclass
 class Measurement:
     "What was measured in one micrograph."
-    columns: pd.DataFrame      # one row for each column: y_nm, x_nm, element, site, disp_pm, phi, Q, standard errors, ...
-    walls: pd.DataFrame        # one row for each wall: y_nm, x_nm, normal_deg, width_nm, phi_left, phi_right, standard errors, ...
-    wall_rows: pd.DataFrame    # one row for each crossing of a wall and a row of R columns: y_nm, x_nm, x_se_nm, wall
-    maps: dict                 # name -> (H, W) float32: disp_pm; for h-RMnO3 Q and phi too
-    micrograph: Micrograph     # the image
-    model: np.ndarray          # (H, W) the fitted image
-    settings: dict = field(default_factory=dict) # structure, affine map, noise of the detector, steps of the fit
+
+    columns: (
+        pd.DataFrame
+    )  # one row for each column: y_nm, x_nm, element, site, disp_pm, phi, Q, standard errors, ...
+    walls: pd.DataFrame  # one row for each wall: y_nm, x_nm, normal_deg, width_nm, phi_left, phi_right, standard errors, ...
+    wall_rows: (
+        pd.DataFrame
+    )  # one row for each crossing of a wall and a row of R columns: y_nm, x_nm, x_se_nm, wall
+    maps: dict  # name -> (H, W) float32: disp_pm; for h-RMnO3 Q and phi too
+    micrograph: Micrograph  # the image
+    model: np.ndarray  # (H, W) the fitted image
+    settings: dict = field(
+        default_factory=dict
+    )  # structure, affine map, noise of the detector, steps of the fit
 
     def __repr__(self):
         structure = self.settings.get("structure") or "no structure"
         return f"Measurement({len(self.columns)} columns, {len(self.walls)} walls, {structure})"
 
-    def show(self,
-             ax=None, # matplotlib Axes; default: a new figure
-             scale=8, # magnification of the arrows
-            ) -> "Axes": # matplotlib Axes, in nm
+    def show(
+        self,
+        ax=None,  # matplotlib Axes; default: a new figure
+        scale=8,  # magnification of the arrows
+    ) -> "Axes":  # matplotlib Axes, in nm
         "Image, columns, displacements as arrows, walls as lines."
         from microgen.plot import show, show_arrows
+
         t, moved = self.columns, self.columns[np.isfinite(self.columns.disp_pm)]
-        ax = show_arrows(self.micrograph, moved, scale=scale, ax=ax) if len(moved) else show(self.micrograph, ax=ax)
+        ax = (
+            show_arrows(self.micrograph, moved, scale=scale, ax=ax)
+            if len(moved)
+            else show(self.micrograph, ax=ax)
+        )
         for i, (site, part) in enumerate(t[~t.index.isin(moved.index)].groupby("site")):
-            ax.plot(part.x_nm, part.y_nm, ".", ms=2, color=("#ffd34d", "#7ee07e", "#d99bff", "#ffffff")[i % 4])
+            ax.plot(
+                part.x_nm,
+                part.y_nm,
+                ".",
+                ms=2,
+                color=("#ffd34d", "#7ee07e", "#d99bff", "#ffffff")[i % 4],
+            )
         for w, part in self.wall_rows.groupby("wall"):
-            ax.errorbar(part.x_nm, part.y_nm, xerr=part.x_se_nm, fmt="|", ms=10, color="#ffe14d", lw=1)
+            ax.errorbar(
+                part.x_nm, part.y_nm, xerr=part.x_se_nm, fmt="|", ms=10, color="#ffe14d", lw=1
+            )
         for w in self.walls.itertuples():
-            turn, half = np.radians(w.normal_deg), 0.5 * min(self.micrograph.fov) * np.array([-1, 1])
-            ax.plot(w.x_nm + half * np.cos(turn), w.y_nm + half * np.sin(turn), "--", color="#ffe14d", lw=1)
+            turn, half = (
+                np.radians(w.normal_deg),
+                0.5 * min(self.micrograph.fov) * np.array([-1, 1]),
+            )
+            ax.plot(
+                w.x_nm + half * np.cos(turn),
+                w.y_nm + half * np.sin(turn),
+                "--",
+                color="#ffe14d",
+                lw=1,
+            )
         return ax.set(xlim=(0, self.micrograph.fov[1]), ylim=(self.micrograph.fov[0], 0)) and ax
 
-    def save(self,
-             out, # folder
-            ) -> Path: # the folder, with columns.csv, walls.csv, wall_rows.csv, maps/*.tif, overlay.png, measurement.json
+    def save(
+        self,
+        out,  # folder
+    ) -> Path:  # the folder, with columns.csv, walls.csv, wall_rows.csv, maps/*.tif, overlay.png, measurement.json
         "Write tables, maps and an overlay picture: all of it, or nothing."
         from matplotlib.figure import Figure
 
         from microgen.io import atomic_folder, provenance, write_csv, write_json, write_tiff
-        fig = Figure(figsize=(8, 8 * self.micrograph.fov[0] / self.micrograph.fov[1] + 0.2), layout="tight")
+
+        fig = Figure(
+            figsize=(8, 8 * self.micrograph.fov[0] / self.micrograph.fov[1] + 0.2), layout="tight"
+        )
         self.show(ax=fig.add_subplot())
         with atomic_folder(out) as folder:
-            for name in ("columns", "walls", "wall_rows"): write_csv(folder / f"{name}.csv", getattr(self, name))
-            for name, data in self.maps.items(): write_tiff(folder / "maps" / f"{name}.tif", data, self.micrograph.pixel_size)
+            for name in ("columns", "walls", "wall_rows"):
+                write_csv(folder / f"{name}.csv", getattr(self, name))
+            for name, data in self.maps.items():
+                write_tiff(folder / "maps" / f"{name}.tif", data, self.micrograph.pixel_size)
             fig.savefig(folder / "overlay.png", dpi=150, format="png")
-            write_json(folder / "measurement.json", {**provenance(), **self.settings, "image": self.micrograph.source})
+            write_json(
+                folder / "measurement.json",
+                {**provenance(), **self.settings, "image": self.micrograph.source},
+            )
         return Path(out)
 
 # %% ../../nbs/14_stem.measure.ipynb #bede3750
-def measure(micrograph,        # Micrograph, or anything `as_micrograph` takes
-            structure=None,    # pymatgen Structure, shipped name or path of a CIF file; None: sublattices by brightness
-            smooth_nm=0.3,     # radius of the frame that displacements refer to, nm
-            triples=None,      # 1, 3 or 9 triples for one value of (Q, phi); None: the fewest that err by less than 4°, or 9
-            **kwargs,          # zone, up, rotation_deg of `reference_columns`
-           ) -> Measurement: # tables of columns and walls, maps
+def measure(
+    micrograph,  # Micrograph, or anything `as_micrograph` takes
+    structure=None,  # pymatgen Structure, shipped name or path of a CIF file; None: sublattices by brightness
+    smooth_nm=0.3,  # radius of the frame that displacements refer to, nm
+    triples=None,  # 1, 3 or 9 triples for one value of (Q, phi); None: the fewest that err by less than 4°, or 9
+    **kwargs,  # zone, up, rotation_deg of `reference_columns`
+) -> Measurement:  # tables of columns and walls, maps
     """Measure the columns of an image: positions, displacements and, for h-RMnO3, order parameter and walls.
 
     Raises: InputError when the image shows no columns or not the lattice of the structure."""
     m = _check_image(micrograph)
     start = reference_columns(m, structure, **kwargs) if structure is not None else find_columns(m)
-    if not len(start): raise InputError("no columns stand out of the noise: give the structure, or a better image")
+    if not len(start):
+        raise InputError("no columns stand out of the noise: give the structure, or a better image")
     T = np.array(start.attrs.get("T", np.eye(2)))
     table, fit = _fit(m, start, prior_nm=0.1 if structure is None else 0.06)
     if structure is None:
         table = sublattices(table).assign(element="", trimer=-1, layer=-1)
     name = getattr(structure, "formula", None if structure is None else str(structure))
-    settings = dict(structure=name, T=T.tolist(), match=start.attrs.get("match"), smooth_nm=smooth_nm,
-        read_sd=float(fit.read_sd), gain=float(fit.gain), steps=fit.steps)
+    settings = dict(
+        structure=name,
+        T=T.tolist(),
+        match=start.attrs.get("match"),
+        smooth_nm=smooth_nm,
+        read_sd=float(fit.read_sd),
+        gain=float(fit.gain),
+        steps=fit.steps,
+    )
     table = _add_displacement(table, T, smooth_nm)
     constants = trimer(load_structure(structure)) if structure is not None else None
     walls = _no_walls()
@@ -133,34 +206,81 @@ def measure(micrograph,        # Micrograph, or anything `as_micrograph` takes
     table = table.rename(columns=dict(yc_nm="y_crystal_nm", xc_nm="x_crystal_nm"))
     table = table.drop(columns=["fixed", "weight", "depth_nm", "intensity"], errors="ignore")
     first = [c for c in _COLUMNS if c in table]
-    return Measurement(table[first + [c for c in table if c not in first]], *walls, _maps(table, m), m, fit.model, settings)
+    return Measurement(
+        table[first + [c for c in table if c not in first]],
+        *walls,
+        _maps(table, m),
+        m,
+        fit.model,
+        settings,
+    )
 
-_COLUMNS = ["y_nm", "x_nm", "element", "site", "disp_pm", "phi", "Q", "disp_se_pm", "phi_se", "Q_se", "y_se_nm",
-            "x_se_nm", "polarity", "state", "trimer", "layer", "up_pm", "right_pm", "up_se_pm", "right_se_pm", "y0_nm",
-            "x0_nm", "amplitude", "amplitude_se", "sigma_nm"]
 
-def _add_displacement(table, T, smooth_nm): # -> with up_pm, right_pm, disp_pm, y0_nm, x0_nm
+_COLUMNS = [
+    "y_nm",
+    "x_nm",
+    "element",
+    "site",
+    "disp_pm",
+    "phi",
+    "Q",
+    "disp_se_pm",
+    "phi_se",
+    "Q_se",
+    "y_se_nm",
+    "x_se_nm",
+    "polarity",
+    "state",
+    "trimer",
+    "layer",
+    "up_pm",
+    "right_pm",
+    "up_se_pm",
+    "right_se_pm",
+    "y0_nm",
+    "x0_nm",
+    "amplitude",
+    "amplitude_se",
+    "sigma_nm",
+]
+
+
+def _add_displacement(table, T, smooth_nm):  # -> with up_pm, right_pm, disp_pm, y0_nm, x0_nm
     "Displacements of every column that is not the cage, grain by grain."
-    for c in ("up_pm", "right_pm", "up_se_pm", "right_se_pm", "disp_pm", "disp_se_pm"): table[c] = np.nan
+    for c in ("up_pm", "right_pm", "up_se_pm", "right_se_pm", "disp_pm", "disp_se_pm"):
+        table[c] = np.nan
     polar = (table.trimer >= 0).any()
-    for _, part in table[np.isfinite(table.yc_nm)].groupby("grain" if "grain" in table else "fixed"):
+    for _, part in table[np.isfinite(table.yc_nm)].groupby(
+        "grain" if "grain" in table else "fixed"
+    ):
         brightest = part.groupby("site").amplitude.median().idxmax()
         cage = (part.trimer < 0).to_numpy() if polar else (part.site == brightest).to_numpy()
-        if part.site.nunique() < 2 or cage.sum() < 4: continue
+        if part.site.nunique() < 2 or cage.sum() < 4:
+            continue
         A = np.c_[part[["yc_nm", "xc_nm"]].to_numpy(), np.ones(len(part))]
-        affine = np.linalg.lstsq(A[cage], part.loc[cage, ["y_nm", "x_nm"]].to_numpy(), rcond=None)[0]
+        affine = np.linalg.lstsq(A[cage], part.loc[cage, ["y_nm", "x_nm"]].to_numpy(), rcond=None)[
+            0
+        ]
         part = part.assign(y_ref_nm=(A @ affine)[:, 0], x_ref_nm=(A @ affine)[:, 1])
         values, _ = displacements(part, cage, T, smooth_nm)
         rows = part.index[~cage]
-        for c, v in zip(("up_pm", "right_pm", "up_se_pm", "right_se_pm"), values): table.loc[rows, c] = v[~cage]
+        for c, v in zip(("up_pm", "right_pm", "up_se_pm", "right_se_pm"), values):
+            table.loc[rows, c] = v[~cage]
     length = np.hypot(table.up_pm, table.right_pm)
-    error = np.hypot(table.up_pm * table.up_se_pm, table.right_pm * table.right_se_pm) / np.maximum(length, 1e-9)
-    table["disp_pm"], table["disp_se_pm"] = (table.up_pm, table.up_se_pm) if polar else (length, error)
+    error = np.hypot(table.up_pm * table.up_se_pm, table.right_pm * table.right_se_pm) / np.maximum(
+        length, 1e-9
+    )
+    table["disp_pm"], table["disp_se_pm"] = (
+        (table.up_pm, table.up_se_pm) if polar else (length, error)
+    )
     shift = 1e-3 * np.c_[-table.up_pm, table.right_pm] @ T.T
     table["y0_nm"], table["x0_nm"] = table.y_nm - shift[:, 0], table.x_nm - shift[:, 1]
     return table
 
-def _add_order(table, constants, triples): # -> with phi, Q, errors, polarity, state, region of the R columns; walls, rows
+
+def _add_order(
+    table, constants, triples
+):  # -> with phi, Q, errors, polarity, state, region of the R columns; walls, rows
     "Order parameter, domains and walls of the R columns."
     r = table.index[table.trimer >= 0]
     t = table.loc[r].reset_index(drop=True)
@@ -170,29 +290,47 @@ def _add_order(table, constants, triples): # -> with phi, Q, errors, polarity, s
     for k in (triples,) if triples else (1, 3, 9):
         W = _wave_weights(yx, n, constants.u0_pm, a, k)
         phi, Q, phi_se, Q_se = _polar(W @ u, W, var)
-        if np.nanmedian(phi_se) < _WIDE: break
-    state, region = _domains(yx, Q * np.exp(1j * phi), np.hypot(Q * phi_se, Q_se) / np.sqrt(2), a, rows)
+        if np.nanmedian(phi_se) < _WIDE:
+            break
+    state, region = _domains(
+        yx, Q * np.exp(1j * phi), np.hypot(Q * phi_se, Q_se) / np.sqrt(2), a, rows
+    )
     t = t.assign(phi=phi, region=region)
     fits = _fit_walls(t, constants.u0_pm, constants.p0_pm, 2.0)
     z, slopes = _beside_walls(W, yx, n, u, fits, constants.u0_pm, constants.p0_pm)
     phi, Q, phi_se, Q_se = _polar(z, sparse.hstack([W, slopes]).tocsr(), np.r_[var, np.ones(6)])
-    new = dict(phi=phi, Q=Q, phi_se=phi_se, Q_se=Q_se, polarity=np.sign(polarisation(Q, phi)), region=region)
-    for c, v in new.items(): table.loc[r, c] = v
+    new = dict(
+        phi=phi,
+        Q=Q,
+        phi_se=phi_se,
+        Q_se=Q_se,
+        polarity=np.sign(polarisation(Q, phi)),
+        region=region,
+    )
+    for c, v in new.items():
+        table.loc[r, c] = v
     table.loc[r, "state"] = state_of(state * np.pi / 3)
     return table, _wall_tables(t, fits, constants.u0_pm, constants.p0_pm)
 
-def _maps(table, m): # -> name -> (H, W) float32
+
+def _maps(table, m):  # -> name -> (H, W) float32
     "Displacement of the nearest column, and Q exp(i phi) drawn linearly from column to column."
     known = table[np.isfinite(table.disp_pm)]
-    if not len(known): return {}
-    grid = np.stack(np.meshgrid(*(np.arange(n) * p for n, p in zip(m.data.shape, m.pixel_size)), indexing="ij"), -1)
+    if not len(known):
+        return {}
+    grid = np.stack(
+        np.meshgrid(*(np.arange(n) * p for n, p in zip(m.data.shape, m.pixel_size)), indexing="ij"),
+        -1,
+    )
     nearest = cKDTree(known[["y0_nm", "x0_nm"]]).query(grid)[1]
     maps = {"disp_pm": known.disp_pm.to_numpy()[nearest]}
     if "Q" in known and np.isfinite(known.Q).sum() > 3:
         nearest = cKDTree(known.loc[np.isfinite(known.Q), ["y_nm", "x_nm"]]).query(grid)[1]
         known = known[np.isfinite(known.Q)]
         z = (known.Q * np.exp(1j * known.phi)).to_numpy()
-        inner = LinearNDInterpolator(known[["y_nm", "x_nm"]].to_numpy(), np.c_[z.real, z.imag])(grid) @ [1, 1j]
+        inner = LinearNDInterpolator(known[["y_nm", "x_nm"]].to_numpy(), np.c_[z.real, z.imag])(
+            grid
+        ) @ [1, 1j]
         z = np.where(np.isfinite(inner), inner, z[nearest])
         maps |= {"Q": np.abs(z), "phi": np.mod(np.angle(z), 2 * np.pi)}
     return {k: v.astype(np.float32) for k, v in maps.items()}

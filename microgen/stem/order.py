@@ -13,32 +13,38 @@ import numpy as np
 
 # %% ../../nbs/10b_stem.order.ipynb #b701c26e
 #: Domain states and their angle phi (radians); the sign is that of the polarisation along c
-STATES = {"alpha-": 0., "beta+": np.pi / 3, "gamma-": 2 * np.pi / 3,
-          "alpha+": np.pi, "beta-": 4 * np.pi / 3, "gamma+": 5 * np.pi / 3}
+STATES = {
+    "alpha-": 0.0,
+    "beta+": np.pi / 3,
+    "gamma-": 2 * np.pi / 3,
+    "alpha+": np.pi,
+    "beta-": 4 * np.pi / 3,
+    "gamma+": 5 * np.pi / 3,
+}
 
 # %% ../../nbs/10b_stem.order.ipynb #f9cc2151
 def displacement(
-    Q, # amplitude relative to the bulk, any shape
-    phi, # trimerisation angle, radians, broadcast against Q
-    trimer, # sublattice n = 0, 1, 2 of each R column; -1 (not R) gives 0
-    u0_pm: float = 33.80, # corrugation constant, pm
-    p0_pm: float = -4.72, # polar constant, pm
-) -> np.ndarray: # height of R above the Mn mid-plane, pm along +c
+    Q,  # amplitude relative to the bulk, any shape
+    phi,  # trimerisation angle, radians, broadcast against Q
+    trimer,  # sublattice n = 0, 1, 2 of each R column; -1 (not R) gives 0
+    u0_pm: float = 33.80,  # corrugation constant, pm
+    p0_pm: float = -4.72,  # polar constant, pm
+) -> np.ndarray:  # height of R above the Mn mid-plane, pm along +c
     """Height of the R ions for an order parameter.
 
     Source: trimerisation plus the polar shift it induces, doi:10.1038/nmat3786.
     """
     n = np.asarray(trimer)
     u = u0_pm * Q * np.cos(phi + 2 * np.pi * n / 3) + p0_pm * Q**3 * np.cos(3 * np.asarray(phi))
-    return np.where(n < 0, 0., u)
+    return np.where(n < 0, 0.0, u)
 
 # %% ../../nbs/10b_stem.order.ipynb #f1962442
 def order_parameter(
-    u0, # height of the n = 0 column, pm, any shape
-    u1, # height of the n = 1 column, pm
-    u2, # height of the n = 2 column, pm
-    u0_pm: float = 33.80, # corrugation constant, pm
-) -> tuple[np.ndarray, np.ndarray]: # Q, and phi in [0, 2 pi) radians
+    u0,  # height of the n = 0 column, pm, any shape
+    u1,  # height of the n = 1 column, pm
+    u2,  # height of the n = 2 column, pm
+    u0_pm: float = 33.80,  # corrugation constant, pm
+) -> tuple[np.ndarray, np.ndarray]:  # Q, and phi in [0, 2 pi) radians
     """Order parameter from the heights of three neighbouring columns: the inverse of `displacement`.
 
     Source: discrete Fourier sum, as measured by Holtz et al., doi:10.1021/acs.nanolett.7b01288.
@@ -49,19 +55,19 @@ def order_parameter(
 
 # %% ../../nbs/10b_stem.order.ipynb #f3ed301b
 def polarisation(
-    Q, # amplitude relative to the bulk, any shape
-    phi, # trimerisation angle, radians
-) -> np.ndarray: # polarisation along +c relative to the saturated one (about 5.6 uC/cm2)
+    Q,  # amplitude relative to the bulk, any shape
+    phi,  # trimerisation angle, radians
+) -> np.ndarray:  # polarisation along +c relative to the saturated one (about 5.6 uC/cm2)
     """Polarisation that the trimerisation induces, -Q^3 cos 3 phi.
 
     Source: the improper coupling g Q^3 P cos 3 phi, doi:10.1038/nmat3786.
     """
-    return -np.asarray(Q)**3 * np.cos(3 * np.asarray(phi))
+    return -(np.asarray(Q) ** 3) * np.cos(3 * np.asarray(phi))
 
 # %% ../../nbs/10b_stem.order.ipynb #f60e9974
 def state_of(
-    phi, # trimerisation angle, radians, any shape
-) -> str | np.ndarray: # name of the nearest domain state: str, or array of str
+    phi,  # trimerisation angle, radians, any shape
+) -> str | np.ndarray:  # name of the nearest domain state: str, or array of str
     """Name of the domain state nearest to an angle."""
     k = np.mod(np.rint(np.asarray(phi) / (np.pi / 3)).astype(int), 6)
     names = np.array(list(STATES))[k]
@@ -69,40 +75,44 @@ def state_of(
 
 # %% ../../nbs/10b_stem.order.ipynb #08d4d013
 #: Landau constants of YMnO3: eV and ångström (Q, P in Å), doi:10.1038/nmat3786
-LANDAU = dict(a=-2.626, b=3.375, c=0.117, c6=0.108, aP=0.866, g=1.945, gP=9.931, s_c=15.40, s_plane=5.14)
+LANDAU = dict(
+    a=-2.626, b=3.375, c=0.117, c6=0.108, aP=0.866, g=1.945, gP=9.931, s_c=15.40, s_plane=5.14
+)
 KINK_WIDTH = 2 * np.log(np.tan(0.45 * np.pi))  # 10-90 % width of 2/pi arctan(exp(x / xi)), in xi
 
+
 def landau_energy(
-    Q, # tilt amplitude, Å (not relative)
-    phi, # trimerisation angle, radians
-    k: dict = LANDAU, # constants, eV and Å
-) -> np.ndarray: # energy per 30-atom cell (6 formula units) relative to the paraelectric phase, eV
+    Q,  # tilt amplitude, Å (not relative)
+    phi,  # trimerisation angle, radians
+    k: dict = LANDAU,  # constants, eV and Å
+) -> np.ndarray:  # energy per 30-atom cell (6 formula units) relative to the paraelectric phase, eV
     """Free energy of a uniform h-RMnO3 crystal with the polarisation relaxed.
 
     Source: doi:10.1038/nmat3786, equation 1 with P minimised.
     """
     Q, c3 = np.asarray(Q, float), np.cos(3 * np.asarray(phi))
     f = k["a"] / 2 * Q**2 + k["b"] / 4 * Q**4 + Q**6 / 6 * (k["c"] + k["c6"] * (2 * c3**2 - 1))
-    return f - (k["g"] * Q**3 * c3)**2 / (2 * (k["aP"] + k["gP"] * Q**2))
+    return f - (k["g"] * Q**3 * c3) ** 2 / (2 * (k["aP"] + k["gP"] * Q**2))
 
 # %% ../../nbs/10b_stem.order.ipynb #6ef0f73b
 @lru_cache(maxsize=1)
-def landau_lengths() -> tuple: # xi in the plane, xi along c, xi_Q in the plane, nm
+def landau_lengths() -> tuple:  # xi in the plane, xi along c, xi_Q in the plane, nm
     """Length of the kink, phi ~ arctan exp(x / xi), and of the amplitude, Q = tanh(x / xi_Q), of YMnO3.
 
     Source: xi = Q0 sqrt(s / 36 V0); xi_Q = 2 sqrt(s / f''(Q0)), from the constants of doi:10.1038/nmat3786.
     """
     Q = np.linspace(0.5, 1.5, 100001)
-    f = landau_energy(Q, 0.)
+    f = landau_energy(Q, 0.0)
     i, h = int(f.argmin()), Q[1] - Q[0]
     V0 = (landau_energy(Q[i], np.pi / 6) - f[i]) / 2
     xi = [Q[i] * np.sqrt(LANDAU[s] / (36 * V0)) / 10 for s in ("s_plane", "s_c")]
-    curvature = (f[i + 50] - 2 * f[i] + f[i - 50]) / (50 * h)**2
+    curvature = (f[i + 50] - 2 * f[i] + f[i - 50]) / (50 * h) ** 2
     return xi[0], xi[1], 2 * np.sqrt(LANDAU["s_plane"] / curvature) / 10
 
+
 def wall_width(
-    normal_deg: float = 90., # angle between wall normal and c, degrees; 90 = wall contains c
-) -> float: # 10-90 % width of the phase step, nm
+    normal_deg: float = 90.0,  # angle between wall normal and c, degrees; 90 = wall contains c
+) -> float:  # 10-90 % width of the phase step, nm
     """Width of an elementary pi/3 wall of YMnO3 from its Landau constants.
 
     Source: sine-Gordon kink, xi = Q0 sqrt(s / 36 V0), doi:10.1038/nmat3786.

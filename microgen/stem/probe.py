@@ -17,8 +17,8 @@ from ..core import InputError
 
 # %% ../../nbs/11b_stem.probe.ipynb #78d7cc60
 def wavelength_nm(
-    voltage_kV, # acceleration voltage, kV (float or tensor)
-) -> float: # de Broglie wavelength, nm (a tensor for a tensor)
+    voltage_kV,  # acceleration voltage, kV (float or tensor)
+) -> float:  # de Broglie wavelength, nm (a tensor for a tensor)
     """The relativistic wavelength of an electron.
 
     Source: Kirkland, Advanced Computing in Electron Microscopy (2010), eq. 2.5.
@@ -33,38 +33,47 @@ class Probe:
 
     Raises: `InputError` when a value is impossible.
     """
-    voltage_kV: float = 200. # acceleration voltage, kV
-    semiangle_mrad: float = 22. # convergence semi-angle, mrad
-    defocus_nm: float = 0. # defocus, nm; positive is underfocus, as in abTEM
-    cs_um: float = 0. # spherical aberration, µm
-    source_nm: float = 0.035 # standard deviation of the effective source, nm
-    a1_nm: float = 0. # twofold astigmatism, nm
-    a1_deg: float = 0. # its direction, degrees from +x towards +y (down)
-    focal_spread_nm: float = 0. # standard deviation of the focus over time, nm
+
+    voltage_kV: float = 200.0  # acceleration voltage, kV
+    semiangle_mrad: float = 22.0  # convergence semi-angle, mrad
+    defocus_nm: float = 0.0  # defocus, nm; positive is underfocus, as in abTEM
+    cs_um: float = 0.0  # spherical aberration, µm
+    source_nm: float = 0.035  # standard deviation of the effective source, nm
+    a1_nm: float = 0.0  # twofold astigmatism, nm
+    a1_deg: float = 0.0  # its direction, degrees from +x towards +y (down)
+    focal_spread_nm: float = 0.0  # standard deviation of the focus over time, nm
 
     def __post_init__(self):
-        limits = {"voltage_kV": (1, 3000), "semiangle_mrad": (0.1, 200), "source_nm": (0, 1),
-                  "focal_spread_nm": (0, 100)}
+        limits = {
+            "voltage_kV": (1, 3000),
+            "semiangle_mrad": (0.1, 200),
+            "source_nm": (0, 1),
+            "focal_spread_nm": (0, 100),
+        }
         for name, value in self.numbers().items():
             low, high = limits.get(name, (-1e5, 1e5))
             if not low <= value <= high:
-                raise InputError(f"Probe: {name} is {value:g}; give a value from {low:g} to {high:g}.")
+                raise InputError(
+                    f"Probe: {name} is {value:g}; give a value from {low:g} to {high:g}."
+                )
 
-    def numbers(self) -> dict: # name to float
+    def numbers(self) -> dict:  # name to float
         "The parameters as plain numbers, without gradients."
-        return {name: float(v.detach() if torch.is_tensor(v) else v) for name, v in vars(self).items()}
+        return {
+            name: float(v.detach() if torch.is_tensor(v) else v) for name, v in vars(self).items()
+        }
 
-    def detach(self) -> "Probe": # plain numbers
+    def detach(self) -> "Probe":  # plain numbers
         "The same probe as plain numbers, without gradients."
         return Probe(**self.numbers())
 
     @property
-    def round(self) -> bool: # no astigmatism
+    def round(self) -> bool:  # no astigmatism
         "True when no astigmatism is set (a tensor may become astigmatic)."
         return not torch.is_tensor(self.a1_nm) and self.a1_nm == 0
 
     @property
-    def limit(self) -> float: # highest frequency the probe transfers, 1/nm
+    def limit(self) -> float:  # highest frequency the probe transfers, 1/nm
         "2 alpha / lambda, the end of the incoherent transfer function."
         return 2e-3 * self.semiangle_mrad / wavelength_nm(self.voltage_kV)
 
@@ -73,11 +82,18 @@ class Probe:
 def _gauss_legendre(n):
     return tuple(torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(n))
 
+
 def _aberrations(probe):
     "Aberration phases at the aperture edge, rad: defocus, Cs, astigmatism, focal spread."
     a, k = 1e-3 * probe.semiangle_mrad, math.pi / wavelength_nm(probe.voltage_kV)
     spread = k * a**2 * probe.focal_spread_nm
-    return -k * a**2 * probe.defocus_nm, 500 * k * a**4 * probe.cs_um, k * a**2 * probe.a1_nm, spread
+    return (
+        -k * a**2 * probe.defocus_nm,
+        500 * k * a**4 * probe.cs_um,
+        k * a**2 * probe.a1_nm,
+        spread,
+    )
+
 
 def _lens(probe, t, cos2):
     "OTF at angles `t` (n,) and cosines `cos2` (m,) of twice the azimuth from the astigmatism: (n, m)."
@@ -103,6 +119,7 @@ def _chebyshev(n):
     matrix[0] /= 2
     return torch.cos(angle), matrix
 
+
 def _clenshaw(coefficients, x):
     "Sum of a Chebyshev series: `coefficients` (..., n) at `x` (...)."
     c = coefficients.unbind(-1)
@@ -111,11 +128,12 @@ def _clenshaw(coefficients, x):
         b1, b2 = 2 * x * b1 - b2 + value, b1
     return x * b1 - b2 + c[0]
 
+
 def transfer(
-    probe, # Probe
-    q, # spatial frequency, 1/nm: float, array or tensor of any shape
-    angle=0., # azimuth of q, rad, from +x towards +y; matters with astigmatism only
-) -> torch.Tensor: # same shape as q, without unit; 1 at q = 0, 0 beyond `probe.limit`
+    probe,  # Probe
+    q,  # spatial frequency, 1/nm: float, array or tensor of any shape
+    angle=0.0,  # azimuth of q, rad, from +x towards +y; matters with astigmatism only
+) -> torch.Tensor:  # same shape as q, without unit; 1 at q = 0, 0 beyond `probe.limit`
     """The incoherent optical transfer function of a probe, differentiable in all its parameters.
 
     Source: Kirkland (2010), chapter 3; Nellist and Pennycook, 10.1016/S0304-3991(99)00017-0.
@@ -129,11 +147,11 @@ def transfer(
     ratio = q / probe.limit
     inside = ratio < 1
     x = 4 / math.pi * torch.acos(torch.where(inside, ratio, 0.5)) - 1
-    series = table.to(q).T # (angular, radial)
+    series = table.to(q).T  # (angular, radial)
     if len(around) > 1:
         twice = torch.cos(2 * (angle - math.pi / 180 * probe.a1_deg))
         series = _clenshaw(series.T.expand(*q.shape, *series.T.shape), twice[..., None])
     else:
         series = series[0]
     blur = torch.exp(-2 * (math.pi * probe.source_nm * q) ** 2)
-    return torch.where(inside, _clenshaw(series, x), 0.) * blur
+    return torch.where(inside, _clenshaw(series, x), 0.0) * blur

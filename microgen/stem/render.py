@@ -16,7 +16,14 @@ import torch
 
 from ..core import InputError, Micrograph
 from .probe import Probe, transfer, wavelength_nm
-from .weight import DETECTOR_MRAD, _rows, atomic_number, calibration, outside_fit, rutherford
+from microgen.stem.weight import (
+    DETECTOR_MRAD,
+    _rows,
+    atomic_number,
+    calibration,
+    outside_fit,
+    rutherford,
+)
 
 # %% ../../nbs/12_stem.render.ipynb #379ad0ec
 def _waves(position, count, period):
@@ -24,16 +31,23 @@ def _waves(position, count, period):
     turn = (position * (2 * math.pi / period))[..., None]
     step = math.isqrt(count) + 1
     fine = torch.arange(step, dtype=position.dtype, device=position.device) * turn
-    coarse = torch.arange(-(-count // step), dtype=position.dtype, device=position.device) * (step * turn)
-    fine, coarse = (torch.polar(torch.ones_like(a), a) for a in (fine, coarse)) # few cosines, many products
+    coarse = torch.arange(-(-count // step), dtype=position.dtype, device=position.device) * (
+        step * turn
+    )
+    fine, coarse = (
+        torch.polar(torch.ones_like(a), a) for a in (fine, coarse)
+    )  # few cosines, many products
     waves = (coarse[..., None] * fine[..., None, :]).flatten(-2)[..., :count]
     return torch.view_as_real(waves).flatten(-2)
 
-MAX_PIXELS = 2**26 # of one image, and frequencies: 8192 × 8192
+
+MAX_PIXELS = 2**26  # of one image, and frequencies: 8192 × 8192
+
 
 @dataclass(frozen=True)
 class _Frame:
     "Pixels and frequencies of one image geometry: the Fourier series has the period (y, x) in nm."
+
     shape: tuple
     pixel_size: tuple
     period: tuple
@@ -47,12 +61,15 @@ class _Frame:
         limit = max(p.detach().limit for p in probes)
         count = tuple(math.floor(limit * p) + 1 for p in period)
         if math.prod(count) > MAX_PIXELS:
-            raise InputError(f"A field of {period[0]:.0f} × {period[1]:.0f} nm, with the rim that the probe reaches, has "
-                             "too many frequencies for memory; make the field or the aberrations smaller.")
+            raise InputError(
+                f"A field of {period[0]:.0f} × {period[1]:.0f} nm, with the rim that the probe reaches, has "
+                "too many frequencies for memory; make the field or the aberrations smaller."
+            )
         return cls(tuple(shape), size, period, count)
 
     def waves(self, y, x):
         return tuple(_waves(v, n, p) for v, n, p in zip((y, x), self.count, self.period))
+
 
 def _rim(probe):
     "Rim of the field beyond which a column no longer matters, nm; in steps, so that few sizes occur."
@@ -67,7 +84,7 @@ def _transfer_grid(probe, frame, dtype, device):
     "Even and odd part in k of the transfer function, times the weights of the Fourier series: each (K, L)."
     k, l = (torch.arange(n, dtype=torch.float64) / p for n, p in zip(frame.count, frame.period))
     q, angle = torch.hypot(k[:, None], l), torch.atan2(k[:, None], l)
-    twice = [1 + (torch.arange(n) > 0) for n in frame.count] # +k and -k
+    twice = [1 + (torch.arange(n) > 0) for n in frame.count]  # +k and -k
     scale = twice[0][:, None] * twice[1] / math.prod(frame.period)
     up = transfer(probe, q, angle) * scale
     if probe.round:
@@ -75,7 +92,9 @@ def _transfer_grid(probe, frame, dtype, device):
     down = transfer(probe, q, -angle) * scale
     return ((up + down) / 2).to(device, dtype), ((up - down) / 2).to(device, dtype)
 
+
 _cached_grid = lru_cache(maxsize=16)(_transfer_grid)
+
 
 def _filters(probes, frame, dtype, device):
     "Transfer functions of one probe, or of one probe per image."
@@ -84,13 +103,19 @@ def _filters(probes, frame, dtype, device):
         fixed = not any(torch.is_tensor(v) for v in vars(probe).values())
         parts.append((_cached_grid if fixed else _transfer_grid)(probe, frame, dtype, device))
     even, odd = zip(*parts)
-    odd = None if all(o is None for o in odd) else [torch.zeros_like(e) if o is None else o for e, o in parts]
+    odd = (
+        None
+        if all(o is None for o in odd)
+        else [torch.zeros_like(e) if o is None else o for e, o in parts]
+    )
     return torch.stack(even), None if odd is None else torch.stack(odd)
+
 
 def _spread(sigma, frame):
     "Gaussian factors exp(-2 pi² sigma² q²) along y and x: sigma (...) to (..., K) and (..., L)."
     q = [torch.arange(n).to(sigma) / p for n, p in zip(frame.count, frame.period)]
     return [torch.exp(-2 * (math.pi * sigma[..., None] * v) ** 2) for v in q]
+
 
 def _columns_to_series(frame, y, x, weight, sigma=None):
     "Fourier series (B, K, 2, L, 2) of weighted points: cosine and sine along y and along x."
@@ -101,43 +126,57 @@ def _columns_to_series(frame, y, x, weight, sigma=None):
     series = wy.mT @ (wx * weight[..., None])
     return series.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2))
 
+
 def _series_to_image(frame, series, even, odd):
     "Apply the transfer function and sample the series at the pixels: (B, H, W)."
     out = series * even[:, :, None, :, None]
     if odd is not None:
-        sign = torch.tensor([[-1., 1.], [1., -1.]], dtype=series.dtype, device=series.device)[:, None, :]
+        sign = torch.tensor([[-1.0, 1.0], [1.0, -1.0]], dtype=series.dtype, device=series.device)[
+            :, None, :
+        ]
         out = out + odd[:, :, None, :, None] * sign * series.flip(-1, -3)
-    pixels = [torch.arange(n, dtype=series.dtype, device=series.device) * p
-              for n, p in zip(frame.shape, frame.pixel_size)]
+    pixels = [
+        torch.arange(n, dtype=series.dtype, device=series.device) * p
+        for n, p in zip(frame.shape, frame.pixel_size)
+    ]
     wy, wx = frame.waves(*pixels)
     return wy @ out.flatten(-2).flatten(-3, -2) @ wx.mT
 
 # %% ../../nbs/12_stem.render.ipynb #aca3f90b
 def sum_columns(
-    y_nm, # positions, nm: tensor (B, N)
-    x_nm, # positions, nm: tensor (B, N)
-    weight, # integral of each column's image, nm²: tensor (B, N); 0 marks padding
-    shape, # pixels (H, W)
-    pixel_size, # nm per pixel: float or (y, x)
-    probe=Probe(), # one Probe, or a list of B
-    sigma_nm=None, # Gaussian width added to each column, nm: tensor that broadcasts to (B, N)
-    period_nm=None, # period (y, x) of a periodic image, nm; None: an open field
-) -> torch.Tensor: # image (B, H, W) in the dtype and on the device of y_nm; differentiable in all tensors
+    y_nm,  # positions, nm: tensor (B, N)
+    x_nm,  # positions, nm: tensor (B, N)
+    weight,  # integral of each column's image, nm²: tensor (B, N); 0 marks padding
+    shape,  # pixels (H, W)
+    pixel_size,  # nm per pixel: float or (y, x)
+    probe=Probe(),  # one Probe, or a list of B
+    sigma_nm=None,  # Gaussian width added to each column, nm: tensor that broadcasts to (B, N)
+    period_nm=None,  # period (y, x) of a periodic image, nm; None: an open field
+) -> (
+    torch.Tensor
+):  # image (B, H, W) in the dtype and on the device of y_nm; differentiable in all tensors
     """The exact band-limited incoherent image of point columns.
 
     Raises: `InputError` for shapes that do not agree.
     """
     probes = [probe] if isinstance(probe, Probe) else list(probe)
-    if not y_nm.shape == x_nm.shape == weight.shape or y_nm.ndim != 2 or len(probes) not in (1, len(y_nm)):
+    if (
+        not y_nm.shape == x_nm.shape == weight.shape
+        or y_nm.ndim != 2
+        or len(probes) not in (1, len(y_nm))
+    ):
         shapes = ", ".join(str(tuple(v.shape)) for v in (y_nm, x_nm, weight))
-        raise InputError(f"sum_columns: y, x, weight must be (B, N) alike with one or B probes, not {shapes} "
-                         f"with {len(probes)} probes.")
+        raise InputError(
+            f"sum_columns: y, x, weight must be (B, N) alike with one or B probes, not {shapes} "
+            f"with {len(probes)} probes."
+        )
     frame = _Frame.of(shape, pixel_size, probes, period_nm)
     if period_nm is None:
         weight = _near(frame, y_nm, x_nm, weight)
     sigma = None if sigma_nm is None else torch.as_tensor(sigma_nm).to(y_nm).expand(y_nm.shape)
     series = _columns_to_series(frame, y_nm, x_nm, weight, sigma)
     return _series_to_image(frame, series, *_filters(probes, frame, y_nm.dtype, y_nm.device))
+
 
 def _near(frame, y, x, weight):
     "Weights without the columns that lie farther outside than the rim (they would wrap into the field)."
@@ -153,25 +192,33 @@ def _points(columns):
     points = np.stack([table[name].to_numpy(float) for name in ("y_nm", "x_nm", "n_atoms")], 1)
     elements = table["element"].to_numpy(str)
     if not np.isfinite(points).all():
-        raise InputError("A column has a position or an atom count that is not finite; remove that row.")
+        raise InputError(
+            "A column has a position or an atom count that is not finite; remove that row."
+        )
     bent = getattr(columns, "depth_disp_pm", None)
-    if bent is not None and np.isfinite(columns.polar_deg): # c lies in the image
+    if bent is not None and np.isfinite(columns.polar_deg):  # c lies in the image
         bent = np.asarray(bent, float)
         move = np.flatnonzero(np.ptp(bent, axis=1) > 0.2)
         polar, depth = math.radians(columns.polar_deg), bent.shape[1]
         shift = 1e-3 * (bent[move] - bent[move].mean(1, keepdims=True))[..., None]
-        parts = points[move, None] * [1, 1, 1 / depth] - shift * [math.cos(polar), math.sin(polar), 0]
+        parts = points[move, None] * [1, 1, 1 / depth] - shift * [
+            math.cos(polar),
+            math.sin(polar),
+            0,
+        ]
         keep = np.setdiff1d(np.arange(len(points)), move)
         points = np.concatenate([points[keep], parts.reshape(-1, 3)])
         elements = np.concatenate([elements[keep], np.repeat(elements[move], depth)])
     return {e: points[elements == e] for e in np.unique(elements)}
 
+
 def _pad(arrays):
     "Stack arrays (n_b, 3) to (B, max n, 3); padding has no atoms."
     out = np.zeros((len(arrays), max(map(len, arrays)), 3))
     for row, values in zip(out, arrays):
-        row[:len(values)] = values
+        row[: len(values)] = values
     return out
+
 
 def _element_filter(frame, rows, device):
     "Weights and widths of one element in each image of the batch: (B, K, 1, L, 1)."
@@ -185,53 +232,68 @@ def _element_filter(frame, rows, device):
 
 # %% ../../nbs/12_stem.render.ipynb #19eba346
 def check_pixel(
-    columns, # Columns
-    pixel_size, # nm per pixel: float or (y, x)
-    shape, # pixels (H, W), rim included
-) -> float: # median distance of neighbouring columns of the heaviest element, nm; inf for a single column
+    columns,  # Columns
+    pixel_size,  # nm per pixel: float or (y, x)
+    shape,  # pixels (H, W), rim included
+) -> (
+    float
+):  # median distance of neighbouring columns of the heaviest element, nm; inf for a single column
     """Refuse pixels that cannot show the lattice, fewer than two per spacing of the columns, and more than memory holds.
 
     Raises: `InputError` with the pixel size or the size to use.
     """
     return _check_pixel(_points(columns), np.broadcast_to(pixel_size, 2), shape)
 
+
 def _check_pixel(points, pixel_size, shape):
     if math.prod(shape) > MAX_PIXELS:
-        raise InputError(f"The image would have {shape[0]} × {shape[1]} pixels, with its rim, of {1e3 * min(pixel_size):g} pm: "
-                         "too many for memory; use larger pixels or a smaller field.")
+        raise InputError(
+            f"The image would have {shape[0]} × {shape[1]} pixels, with its rim, of {1e3 * min(pixel_size):g} pm: "
+            "too many for memory; use larger pixels or a smaller field."
+        )
     heaviest = max(points, key=atomic_number)
     places = points[heaviest][:, :2]
     apart = np.hypot(*(places[:50, None] - places[None]).T)
-    spacing = float(np.median(np.where(apart > 0.05, apart, np.inf).min(0))) # nearer ones are slices of one column
+    spacing = float(
+        np.median(np.where(apart > 0.05, apart, np.inf).min(0))
+    )  # nearer ones are slices of one column
     if spacing / 2 < max(pixel_size) and np.isfinite(spacing):
-        raise InputError(f"The pixel size of {1e3 * max(pixel_size):.0f} pm is too coarse: the {heaviest} "
-                         f"columns are {1e3 * spacing:.0f} pm apart; use at most {500 * spacing:.0f} pm.")
+        raise InputError(
+            f"The pixel size of {1e3 * max(pixel_size):.0f} pm is too coarse: the {heaviest} "
+            f"columns are {1e3 * spacing:.0f} pm apart; use at most {500 * spacing:.0f} pm."
+        )
     return spacing
 
+
 def haadf_batch(
-    columns_list, # Columns of B images
-    shape, # pixels (H, W)
-    pixel_size, # nm per pixel: float or (y, x)
-    probe=Probe(), # one Probe, or a list of B
-    calibration="auto", # see `calibration`
-    device=None, # torch device; None: CPU
-) -> torch.Tensor: # (B, H, W) float32: fraction of the incident beam on the detector
+    columns_list,  # Columns of B images
+    shape,  # pixels (H, W)
+    pixel_size,  # nm per pixel: float or (y, x)
+    probe=Probe(),  # one Probe, or a list of B
+    calibration="auto",  # see `calibration`
+    device=None,  # torch device; None: CPU
+) -> torch.Tensor:  # (B, H, W) float32: fraction of the incident beam on the detector
     """HAADF images of many sets of columns.
 
     Raises: `InputError` for no columns, a pixel too coarse for the lattice, or an unknown element.
     """
     columns_list, probes = list(columns_list), [probe] if isinstance(probe, Probe) else list(probe)
     if not columns_list or any(not len(c.table) for c in columns_list):
-        raise InputError("There are no columns to render; enlarge the field of view or check the structure.")
+        raise InputError(
+            "There are no columns to render; enlarge the field of view or check the structure."
+        )
     if len(probes) not in (1, len(columns_list)):
-        raise InputError(f"Give one probe, or one per image: {len(probes)} for {len(columns_list)} images.")
-    chunk = 16 if device in (None, "cpu") else 256 # memory: about 3 MB per image of 1200 columns
+        raise InputError(
+            f"Give one probe, or one per image: {len(probes)} for {len(columns_list)} images."
+        )
+    chunk = 16 if device in (None, "cpu") else 256  # memory: about 3 MB per image of 1200 columns
     parts = []
     for i in range(0, len(columns_list), chunk):
-        own = probes if len(probes) == 1 else probes[i:i + chunk]
+        own = probes if len(probes) == 1 else probes[i : i + chunk]
         frame = _Frame.of(shape, pixel_size, own)
-        parts.append(_render(frame, columns_list[i:i + chunk], own, calibration, device or "cpu"))
+        parts.append(_render(frame, columns_list[i : i + chunk], own, calibration, device or "cpu"))
     return torch.cat(parts)
+
 
 def _render(frame, columns_list, probes, source, device):
     points = [_points(c) for c in columns_list]
@@ -246,17 +308,23 @@ def _render(frame, columns_list, probes, source, device):
         series = series + part * _element_filter(frame, own, device)
     image = _series_to_image(frame, series, *_filters(probes, frame, series.dtype, device))
     level = torch.tensor([t[0][-1] for t in tables], dtype=image.dtype, device=device)
-    strength = torch.stack([torch.as_tensor(rutherford(p.voltage_kV), dtype=image.dtype, device=device) for p in probes])
+    strength = torch.stack(
+        [
+            torch.as_tensor(rutherford(p.voltage_kV), dtype=image.dtype, device=device)
+            for p in probes
+        ]
+    )
     return (image + level[:, None, None]) * strength[:, None, None]
 
+
 def haadf(
-    columns, # Columns
-    pixel_size=0.02, # nm per pixel: float or (y, x)
-    probe=Probe(), # Probe
-    shape=None, # pixels (H, W); None: the whole field of view
-    calibration="auto", # see `calibration`
-    device=None, # torch device that renders; None: CPU
-) -> Micrograph: # fraction of the incident beam, float32
+    columns,  # Columns
+    pixel_size=0.02,  # nm per pixel: float or (y, x)
+    probe=Probe(),  # Probe
+    shape=None,  # pixels (H, W); None: the whole field of view
+    calibration="auto",  # see `calibration`
+    device=None,  # torch device that renders; None: CPU
+) -> Micrograph:  # fraction of the incident beam, float32
     """The HAADF image of columns.
 
     Raises: `InputError` for no columns, a pixel too coarse for the lattice, or an unknown element.
@@ -266,10 +334,16 @@ def haadf(
         raise InputError(f"The pixel size is {pixel_size}; give a positive number of nm per pixel.")
     shape = tuple(shape or (max(1, round(f / p)) for f, p in zip(columns.fov, size)))
     said = outside_fit(set(columns.table["element"]), columns.thickness_nm, probe, calibration)
-    if said: warnings.warn(said, stacklevel=2)
+    if said:
+        warnings.warn(said, stacklevel=2)
     with torch.no_grad():
         image = haadf_batch([columns], shape, size, probe, calibration, device)[0].cpu().numpy()
-    about = {"detector": "HAADF", "detector_mrad": DETECTOR_MRAD, "unit": "fraction of the incident beam",
-             "structure": getattr(columns, "name", ""), "thickness_nm": float(columns.thickness_nm),
-             "probe": probe.numbers()}
+    about = {
+        "detector": "HAADF",
+        "detector_mrad": DETECTOR_MRAD,
+        "unit": "fraction of the incident beam",
+        "structure": getattr(columns, "name", ""),
+        "thickness_nm": float(columns.thickness_nm),
+        "probe": probe.numbers(),
+    }
     return Micrograph(image, size, about, "microgen.stem.render")

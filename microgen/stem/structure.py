@@ -29,8 +29,10 @@ def _shipped() -> dict:
 # %% ../../nbs/09_stem.structure.ipynb #c52c9e65
 def _number(text) -> float:
     "A CIF number without its standard uncertainty: 6.1387(3) is 6.1387; nan when it is not a number."
-    try: return float(re.sub(r"\(.*?\)", "", str(text)))
-    except ValueError: return float("nan")
+    try:
+        return float(re.sub(r"\(.*?\)", "", str(text)))
+    except ValueError:
+        return float("nan")
 
 # %% ../../nbs/09_stem.structure.ipynb #ca8c73bd
 def _tags(text: str) -> dict:
@@ -38,15 +40,26 @@ def _tags(text: str) -> dict:
     return dict(next(iter(CifFile.from_str(text).data.values())).data)
 
 # %% ../../nbs/09_stem.structure.ipynb #c417372d
-def structures() -> pd.DataFrame: # one row per shipped structure: name, phase, a_A, c_A, checked, source
+def structures() -> (
+    pd.DataFrame
+):  # one row per shipped structure: name, phase, a_A, c_A, checked, source
     "List the crystal structures that come with microgen."
     rows = []
     for name, file in _shipped().items():
         tags = _tags(file.read_text(encoding="utf-8"))
         source = f"cell: {tags['_microgen_cell_source']}; positions: {tags['_microgen_positions_source']}"
-        if "_citation_DOI" in tags: source += f"; doi:{tags['_citation_DOI']}"
-        rows.append((name, tags["_space_group_name_H-M_alt"].replace(" ", "").replace("63", "6_3"),
-                     _number(tags["_cell_length_a"]), _number(tags["_cell_length_c"]), tags["_microgen_checked"], source))
+        if "_citation_DOI" in tags:
+            source += f"; doi:{tags['_citation_DOI']}"
+        rows.append(
+            (
+                name,
+                tags["_space_group_name_H-M_alt"].replace(" ", "").replace("63", "6_3"),
+                _number(tags["_cell_length_a"]),
+                _number(tags["_cell_length_c"]),
+                tags["_microgen_checked"],
+                source,
+            )
+        )
     return pd.DataFrame(rows, columns=["name", "phase", "a_A", "c_A", "checked", "source"])
 
 # %% ../../nbs/09_stem.structure.ipynb #5b1ebc69
@@ -54,7 +67,8 @@ def _parse(text: str, poscar: bool) -> Structure:
     "Structure from the text of a CIF or POSCAR file, with pymatgen's own warnings held back."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if poscar: return Structure.from_str(text, fmt="poscar")
+        if poscar:
+            return Structure.from_str(text, fmt="poscar")
         cif = CifParser.from_str(text, occupancy_tolerance=1.01)
         return cif.parse_structures(primitive=False, on_error="raise")[0]
 
@@ -62,12 +76,17 @@ def _parse(text: str, poscar: bool) -> Structure:
 def _complaint(structure: Structure) -> str | None:
     "Why a parsed structure cannot be a crystal, or None."
     lengths = np.array(structure.lattice.abc)
-    if not np.isfinite(structure.cart_coords).all(): return "a number is not finite"
-    if lengths.min() < 1 or lengths.max() > 1000: return f"no crystal has cell lengths {lengths.round(3)} Å"
-    if structure.volume < 1e-3 * lengths.prod(): return "the cell angles enclose no volume"
+    if not np.isfinite(structure.cart_coords).all():
+        return "a number is not finite"
+    if lengths.min() < 1 or lengths.max() > 1000:
+        return f"no crystal has cell lengths {lengths.round(3)} Å"
+    if structure.volume < 1e-3 * lengths.prod():
+        return "the cell angles enclose no volume"
     unknown = [str(e) for e in structure.composition if isinstance(e, DummySpecies)]
-    if unknown: return f"{unknown[0]} is no element"
-    if structure.volume / len(structure) < 1: return "the atoms are packed more densely than in any crystal"
+    if unknown:
+        return f"{unknown[0]} is no element"
+    if structure.volume / len(structure) < 1:
+        return "the atoms are packed more densely than in any crystal"
     return None
 
 # %% ../../nbs/09_stem.structure.ipynb #456f44cd
@@ -75,35 +94,50 @@ def _contradictions(tags: dict, structure: Structure) -> list:
     "Numbers declared in a CIF file that disagree with the crystal it describes."
     found, volume = [], _number(tags.get("_cell_volume"))
     if abs(volume / structure.volume - 1) > 0.002:
-        found.append(f"it declares a cell volume of {volume:.2f} Å³, "
-                     f"but its cell lengths and angles give {structure.volume:.2f} Å³")
-    try: declared = Composition(tags.get("_chemical_formula_sum") or "").fractional_composition
-    except ValueError: return found
+        found.append(
+            f"it declares a cell volume of {volume:.2f} Å³, "
+            f"but its cell lengths and angles give {structure.volume:.2f} Å³"
+        )
+    try:
+        declared = Composition(tags.get("_chemical_formula_sum") or "").fractional_composition
+    except ValueError:
+        return found
     actual = structure.composition.element_composition.fractional_composition
     off = max((abs(declared[e] - actual[e]) for e in {*declared, *actual}), default=0)
     if declared and "H" not in declared and off > 0.01:
-        found.append(f"it declares the formula {tags['_chemical_formula_sum']}, "
-                     f"but its atoms make {structure.composition.reduced_formula}")
+        found.append(
+            f"it declares the formula {tags['_chemical_formula_sum']}, "
+            f"but its atoms make {structure.composition.reduced_formula}"
+        )
     return found
 
 # %% ../../nbs/09_stem.structure.ipynb #ff99351f
-def load_structure(name_or_path, # shipped name such as "YMnO3", path of a CIF or POSCAR file, or a Structure
-                   max_bytes=2**24 # largest file that is read, bytes
-                   ) -> Structure: # pymatgen structure, Å
+def load_structure(
+    name_or_path,  # shipped name such as "YMnO3", path of a CIF or POSCAR file, or a Structure
+    max_bytes=2**24,  # largest file that is read, bytes
+) -> Structure:  # pymatgen structure, Å
     """Load a shipped structure by its name, or a structure file by its path.
 
     Raises: InputError for an unknown name, ReadError for a file that holds no crystal."""
-    if isinstance(name_or_path, Structure): return name_or_path
+    if isinstance(name_or_path, Structure):
+        return name_or_path
     name = str(name_or_path)
-    if name in _shipped(): return _load_shipped(name).copy()
+    if name in _shipped():
+        return _load_shipped(name).copy()
     path = Path(name)
     if not path.is_file():
-        raise InputError(f"There is no structure or file {name!r}: "
-                         f"give the path of a CIF file or one of {', '.join(_shipped())}.")
+        raise InputError(
+            f"There is no structure or file {name!r}: "
+            f"give the path of a CIF file or one of {', '.join(_shipped())}."
+        )
     if path.stat().st_size > max_bytes:
-        raise ReadError(path, "pymatgen", f"{path.stat().st_size} bytes exceed max_bytes={max_bytes}")
-    try: text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error: raise ReadError(path, "pymatgen", error.strerror) from error
+        raise ReadError(
+            path, "pymatgen", f"{path.stat().st_size} bytes exceed max_bytes={max_bytes}"
+        )
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ReadError(path, "pymatgen", error.strerror) from error
     return structure_of(text, path)
 
 # %% ../../nbs/09_stem.structure.ipynb #d100b6a1
@@ -115,9 +149,10 @@ def _load_shipped(name: str) -> Structure:
     return structure
 
 # %% ../../nbs/09_stem.structure.ipynb #006f5a66
-def structure_of(text: str, # of a CIF or POSCAR file
-                 name # of the file, such as "crystal.cif"; names with POSCAR, CONTCAR or .vasp are POSCAR files
-                 ) -> Structure: # pymatgen structure, Å
+def structure_of(
+    text: str,  # of a CIF or POSCAR file
+    name,  # of the file, such as "crystal.cif"; names with POSCAR, CONTCAR or .vasp are POSCAR files
+) -> Structure:  # pymatgen structure, Å
     """Make the structure that the text of a file describes; where the text contradicts itself, a warning says so.
 
     Raises: ReadError for a text that holds no crystal."""
@@ -127,21 +162,30 @@ def structure_of(text: str, # of a CIF or POSCAR file
         structure = _parse(text, poscar)
         complaint = _complaint(structure)
         contradictions = [] if poscar or complaint else _contradictions(_tags(text), structure)
-    except Exception as error: # pymatgen raises whatever its parser stumbles over
+    except Exception as error:  # pymatgen raises whatever its parser stumbles over
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise ReadError(path, "pymatgen", f"no crystal structure in it ({cause})") from error
-    if complaint: raise ReadError(path, "pymatgen", complaint)
+    if complaint:
+        raise ReadError(path, "pymatgen", complaint)
     for clash in contradictions:
-        warnings.warn(f"{path.name} contradicts itself: {clash}. Check it before you use it.", stacklevel=3)
+        warnings.warn(
+            f"{path.name} contradicts itself: {clash}. Check it before you use it.", stacklevel=3
+        )
     structure.properties["name"] = path.stem
     return structure
 
 # %% ../../nbs/09_stem.structure.ipynb #19707062
-def partial_sites(structure: Structure # any structure
-                  ) -> list: # such as ["O3: O 0.75"], one for each label; [] when every site holds one whole atom
+def partial_sites(
+    structure: Structure,  # any structure
+) -> list:  # such as ["O3: O 0.75"], one for each label; [] when every site holds one whole atom
     "Name the sites of a crystal that are not occupied by one whole atom."
     partial = [s for s in structure if len(s.species) > 1 or abs(s.species.num_atoms - 1) > 1e-6]
-    words = (s.label.split(":")[0] + ": " + ", ".join(f"{e.symbol} {n:.4g}" for e, n in s.species.items()) for s in partial)
+    words = (
+        s.label.split(":")[0]
+        + ": "
+        + ", ".join(f"{e.symbol} {n:.4g}" for e, n in s.species.items())
+        for s in partial
+    )
     return list(dict.fromkeys(words))
 
 # %% ../../nbs/09_stem.structure.ipynb #c8287f54
@@ -149,9 +193,11 @@ def _roles(structure: Structure) -> np.ndarray | None:
     "Site label of each ion of an h-RMnO3 cell (R, Mn, O_T apical, O_P planar); None for another crystal."
     a, b, _ = structure.lattice.abc
     tilt = np.abs(np.subtract(structure.lattice.angles, (90, 90, 120))).max()
-    if len(structure) != 30 or abs(a / b - 1) > 0.01 or tilt > 0.5: return None
+    if len(structure) != 30 or abs(a / b - 1) > 0.01 or tilt > 0.5:
+        return None
     thirds = 3 * structure.frac_coords[:, :2]
-    if np.abs(thirds - thirds.round()).max() > 0.25: return None
+    if np.abs(thirds - thirds.round()).max() > 0.25:
+        return None
     axis = thirds.round().astype(int).sum(1) % 3 == 0
     main = np.array([max(s.species.items(), key=lambda item: item[1])[0].symbol for s in structure])
     oxygen = main == "O"
@@ -169,20 +215,23 @@ def _mn_plane(structure: Structure, roles: np.ndarray) -> float:
 @dataclass(frozen=True)
 class Trimer:
     "Constants of the R displacement of one h-RMnO3 structure, and the domain in which its file is written."
-    u0_pm: float # amplitude of the trimerisation, pm
-    p0_pm: float # uniform shift of the R layer, pm
-    rare_earth: str # symbol of R
-    z_sign: int # cos 3Φ of the file's own domain: +1 one R up and two down, -1 two up and one down
-    phi: float # Φ of the file's own domain, radians
+
+    u0_pm: float  # amplitude of the trimerisation, pm
+    p0_pm: float  # uniform shift of the R layer, pm
+    rare_earth: str  # symbol of R
+    z_sign: int  # cos 3Φ of the file's own domain: +1 one R up and two down, -1 two up and one down
+    phi: float  # Φ of the file's own domain, radians
 
 # %% ../../nbs/09_stem.structure.ipynb #0b2d6564
-def trimer(structure: Structure # any structure; a 30-atom P6_3cm cell is recognised
-           ) -> Trimer | None: # None when it is not h-RMnO3
+def trimer(
+    structure: Structure,  # any structure; a 30-atom P6_3cm cell is recognised
+) -> Trimer | None:  # None when it is not h-RMnO3
     """Measure u0 and p0 of an h-RMnO3 structure from its R heights above the Mn mid-planes.
 
     Source: inverse of u_n(Q, Φ), Artyukhin et al., doi:10.1038/nmat3786."""
     roles = _roles(structure)
-    if roles is None: return None
+    if roles is None:
+        return None
     rare = [s for s, role in zip(structure, roles) if role == "R"]
     mid = _mn_plane(structure, roles) + 0.25
     z = np.array([s.frac_coords[2] for s in rare]) - mid
@@ -196,23 +245,30 @@ def trimer(structure: Structure # any structure; a 30-atom P6_3cm cell is recogn
     return Trimer(float(abs(wave)), float(sign * u.mean()), symbol, sign, phi)
 
 # %% ../../nbs/09_stem.structure.ipynb #cddd1f60
-def reference(structure: Structure # h-RMnO3 in its 30-atom cell
-              ) -> Structure: # same cell, paraelectric positions; site properties "trimer" and "site"
+def reference(
+    structure: Structure,  # h-RMnO3 in its 30-atom cell
+) -> Structure:  # same cell, paraelectric positions; site properties "trimer" and "site"
     """Put the ions of an h-RMnO3 cell on their paraelectric positions: R on the mid-plane, Mn at x = 1/3.
 
     Raises: InputError when the structure is not h-RMnO3."""
     roles = _roles(structure)
     if roles is None:
-        raise InputError("The structure is not a 30-atom h-RMnO3 cell, which `reference` needs: "
-                         "load one such as load_structure('YMnO3').")
+        raise InputError(
+            "The structure is not a 30-atom h-RMnO3 cell, which `reference` needs: "
+            "load one such as load_structure('YMnO3')."
+        )
     mn = _mn_plane(structure, roles)
     xy, z = (3 * structure.frac_coords[:, :2]).round().astype(int), structure.frac_coords[:, 2] - mn
-    above = z - np.round(2 * z) / 2 # height above the nearest Mn plane, -1/4 to 1/4
+    above = z - np.round(2 * z) / 2  # height above the nearest Mn plane, -1/4 to 1/4
     apical = np.abs(above[roles == "O_T"]).mean()
     z_new = np.where(roles == "R", (np.floor(2 * z) + 0.5) / 2, np.round(2 * z) / 2)
     z_new = z_new + np.where(roles == "O_T", np.sign(above) * apical, 0) + mn
     n = np.where(roles == "R", xy[:, 0] % 3, -1)
-    out = Structure(structure.lattice, [s.species for s in structure], np.column_stack([xy / 3, z_new]),
-                    site_properties={"trimer": n.tolist(), "site": roles.tolist()})
+    out = Structure(
+        structure.lattice,
+        [s.species for s in structure],
+        np.column_stack([xy / 3, z_new]),
+        site_properties={"trimer": n.tolist(), "site": roles.tolist()},
+    )
     out.properties["name"] = structure.properties.get("name", structure.composition.reduced_formula)
     return out

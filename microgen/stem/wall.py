@@ -15,106 +15,179 @@ from scipy.spatial import cKDTree
 
 from ..core import InputError, as_rng
 from .crystal import Columns
-from .field import (COLUMN_NM, LAYER_NM, Domain, Field, Network, Sum, Vortex, Wall, evaluate,
-                                 field_from_dict, winding)
-from .order import STATES, displacement, order_parameter, polarisation, state_of, wall_width
+from microgen.stem.field import (
+    COLUMN_NM,
+    LAYER_NM,
+    Domain,
+    Field,
+    Network,
+    Sum,
+    Vortex,
+    Wall,
+    evaluate,
+    field_from_dict,
+    winding,
+)
+from microgen.stem.order import (
+    STATES,
+    displacement,
+    order_parameter,
+    polarisation,
+    state_of,
+    wall_width,
+)
 
 # %% ../../nbs/11_stem.wall.ipynb #26795853
 class WallKind(NamedTuple):
     "A wall: the angle phi on its two sides, the direction of its normal, its step."
-    phi_left: float # radians; below, when normal_deg is 0
-    phi_right: float # radians; above, when normal_deg is 0
-    normal_deg: float = 90. # angle between the wall normal and c, degrees
-    step: float = 0. # shift towards +x per R layer upwards, in R columns
+
+    phi_left: float  # radians; below, when normal_deg is 0
+    phi_right: float  # radians; above, when normal_deg is 0
+    normal_deg: float = 90.0  # angle between the wall normal and c, degrees
+    step: float = 0.0  # shift towards +x per R layer upwards, in R columns
+
 
 _PI = np.pi
 #: Names of walls as earlier simulation code uses them, after doi:10.1038/srep02741 and doi:10.1063/1.4915259; typeB is its own
-ALIASES = {"UP": WallKind(_PI, _PI), "DN": WallKind(0., 0.),
-           "typeA": WallKind(_PI, STATES["beta-"]), "typeB": WallKind(_PI, 0., 90., 3.),
-           "typeC": WallKind(_PI, STATES["beta-"], 90., 3.), "typeD": WallKind(_PI, 0.),
-           "HH": WallKind(_PI, 0., 0.), "TT": WallKind(0., _PI, 0.)}
-_SCENES = {"vortex": (Vortex, {"sign": 1}), "antivortex": (Vortex, {"sign": -1}), "network": (Network, {})}
-_SAME = {"typei": "typeA", "typeii": "typeD", "tdw": "typeA", "steppedtypei": "typeC", "interlocked": "typeC",
-         "steppedtypeii": "typeB", "headtohead": "HH", "tailtotail": "TT", "down": "DN"}
+ALIASES = {
+    "UP": WallKind(_PI, _PI),
+    "DN": WallKind(0.0, 0.0),
+    "typeA": WallKind(_PI, STATES["beta-"]),
+    "typeB": WallKind(_PI, 0.0, 90.0, 3.0),
+    "typeC": WallKind(_PI, STATES["beta-"], 90.0, 3.0),
+    "typeD": WallKind(_PI, 0.0),
+    "HH": WallKind(_PI, 0.0, 0.0),
+    "TT": WallKind(0.0, _PI, 0.0),
+}
+_SCENES = {
+    "vortex": (Vortex, {"sign": 1}),
+    "antivortex": (Vortex, {"sign": -1}),
+    "network": (Network, {}),
+}
+_SAME = {
+    "typei": "typeA",
+    "typeii": "typeD",
+    "tdw": "typeA",
+    "steppedtypei": "typeC",
+    "interlocked": "typeC",
+    "steppedtypeii": "typeB",
+    "headtohead": "HH",
+    "tailtotail": "TT",
+    "down": "DN",
+}
+
 
 def _phi(state, name):
-    plain = state.strip().lower().replace("−", "-").translate({945: "alpha", 946: "beta", 947: "gamma"})
-    if plain in STATES: return STATES[plain]
-    raise InputError(f"{name!r} is not a wall: {state!r} is not a state; the six are {', '.join(STATES)}.")
+    plain = (
+        state.strip().lower().replace("−", "-").translate({945: "alpha", 946: "beta", 947: "gamma"})
+    )
+    if plain in STATES:
+        return STATES[plain]
+    raise InputError(
+        f"{name!r} is not a wall: {state!r} is not a state; the six are {', '.join(STATES)}."
+    )
 
 # %% ../../nbs/11_stem.wall.ipynb #f968b12d
 def resolve(
-    name: str, # "UP", "typeC", "Type II", "HH", state "alpha+", pair "alpha+|beta-", "alpha+|beta-@45"
-) -> WallKind: # phi left, phi right, normal, step
+    name: str,  # "UP", "typeC", "Type II", "HH", state "alpha+", pair "alpha+|beta-", "alpha+|beta-@45"
+) -> WallKind:  # phi left, phi right, normal, step
     """Wall behind a name of the literature.
 
     Raises: InputError for an unknown name; the message lists the known ones.
     Source: usage of earlier simulation code, after doi:10.1038/srep02741 and doi:10.1063/1.4915259.
     """
-    if isinstance(name, WallKind): return name
+    if isinstance(name, WallKind):
+        return name
     key = "".join(ch for ch in str(name).lower() if ch.isalnum())
     for known in ALIASES:
-        if key == known.lower(): return ALIASES[known]
-    if key in _SAME: return ALIASES[_SAME[key]]
+        if key == known.lower():
+            return ALIASES[known]
+    if key in _SAME:
+        return ALIASES[_SAME[key]]
     pair, _, normal = str(name).partition("@")
     left, bar, right = pair.partition("|")
     if not bar and left.strip().lower()[:1] not in tuple("abgαβγ"):
         known = ", ".join((*ALIASES, "Type I", "Type II", *_SCENES))
-        raise InputError(f"{name!r} is not a wall; known are {known}, a state such as 'alpha+', "
-                         "a pair such as 'alpha+|beta-', or with its normal 'alpha+|alpha-@0'.")
-    try: theta = float(normal or 90)
-    except ValueError: raise InputError(f"{name!r}: {normal!r} after @ is not an angle in degrees.") from None
+        raise InputError(
+            f"{name!r} is not a wall; known are {known}, a state such as 'alpha+', "
+            "a pair such as 'alpha+|beta-', or with its normal 'alpha+|alpha-@0'."
+        )
+    try:
+        theta = float(normal or 90)
+    except ValueError:
+        raise InputError(f"{name!r}: {normal!r} after @ is not an angle in degrees.") from None
     return WallKind(_phi(left, name), _phi(right if bar else left, name), theta)
 
 # %% ../../nbs/11_stem.wall.ipynb #69d9c818
 def bound_charge(
-    kind, # name, WallKind or Wall
-) -> float: # charge per area over the saturated polarisation: +2 head-to-head, -2 tail-to-tail, 0 neutral
+    kind,  # name, WallKind or Wall
+) -> (
+    float
+):  # charge per area over the saturated polarisation: +2 head-to-head, -2 tail-to-tail, 0 neutral
     """Bound charge of the mean wall plane.
 
     Source: div P = -rho, integrated across the wall.
     """
     k = kind if hasattr(kind, "normal_deg") else resolve(kind)
     n = _mean_normal(k)
-    jump = polarisation(1., k.phi_left) - polarisation(1., k.phi_right)
-    return float(np.round(jump * n[1] / np.hypot(*n), 12)) + 0.
+    jump = polarisation(1.0, k.phi_left) - polarisation(1.0, k.phi_right)
+    return float(np.round(jump * n[1] / np.hypot(*n), 12)) + 0.0
+
 
 def _mean_normal(k):
     "Normal of the mean plane of a wall, (right, up); its segments have normal_deg, its length is segment over mean width"
     theta = np.deg2rad(k.normal_deg)
-    column, layer = (getattr(k, name, None) or usual for name, usual in (("column_nm", COLUMN_NM), ("layer_nm", LAYER_NM)))
+    column, layer = (
+        getattr(k, name, None) or usual
+        for name, usual in (("column_nm", COLUMN_NM), ("layer_nm", LAYER_NM))
+    )
     slope = k.step / getattr(k, "step_layers", 1) * column / layer
     return np.array([np.sin(theta), np.cos(theta) - slope * np.sin(theta)])
 
 # %% ../../nbs/11_stem.wall.ipynb #b76cd72d
-def wall_names() -> pd.DataFrame: # name, also, left, right, normal_deg, step (R columns), charge
+def wall_names() -> pd.DataFrame:  # name, also, left, right, normal_deg, step (R columns), charge
     """Table of the names that `wall` knows, besides any pair of states."""
     also = {name: ", ".join(k for k, o in _SAME.items() if o == name) for name in ALIASES}
-    rows = [dict(name=name, also=also[name], left=state_of(k.phi_left), right=state_of(k.phi_right),
-                 normal_deg=k.normal_deg, step=k.step, charge=bound_charge(k)) for name, k in ALIASES.items()]
+    rows = [
+        dict(
+            name=name,
+            also=also[name],
+            left=state_of(k.phi_left),
+            right=state_of(k.phi_right),
+            normal_deg=k.normal_deg,
+            step=k.step,
+            charge=bound_charge(k),
+        )
+        for name, k in ALIASES.items()
+    ]
     return pd.concat([pd.DataFrame(rows), pd.DataFrame({"name": list(_SCENES)})], ignore_index=True)
 
 # %% ../../nbs/11_stem.wall.ipynb #52e7ccc1
 def wall(
-    kind, # "typeC", "HH", "alpha+|beta-", "vortex", "network" ..., or (phi_left, phi_right, normal_deg, step)
-    fov = (5., 5.), # (h, w) of the image, nm
-    center = None, # (y, x) of a point of the wall, nm; None = the middle, or drawn near it if rng is given
-    width_nm: float | None = None, # 10-90 % width of the phase step; None = from the Landau constants
-    rng = None, # seed or generator: draws what is not given (centre, sense of the steps, roughness, network)
-    **over, # any other parameter of the field (split_nm, roughness_nm, inclination_deg, step, step_nm ...)
-) -> Field: # Domain, Wall, Vortex or Network
+    kind,  # "typeC", "HH", "alpha+|beta-", "vortex", "network" ..., or (phi_left, phi_right, normal_deg, step)
+    fov=(5.0, 5.0),  # (h, w) of the image, nm
+    center=None,  # (y, x) of a point of the wall, nm; None = the middle, or drawn near it if rng is given
+    width_nm: float
+    | None = None,  # 10-90 % width of the phase step; None = from the Landau constants
+    rng=None,  # seed or generator: draws what is not given (centre, sense of the steps, roughness, network)
+    **over,  # any other parameter of the field (split_nm, roughness_nm, inclination_deg, step, step_nm ...)
+) -> Field:  # Domain, Wall, Vortex or Network
     """Order-parameter field of a named or numbered wall; options of other kinds of field are passed over.
 
     Raises: InputError for an unknown name or parameter.
     """
-    if isinstance(kind, Field): return kind
+    if isinstance(kind, Field):
+        return kind
     h, w = np.broadcast_to(_floats("fov", fov, (1, 2)), 2).tolist()
     at, sense, seed = _draw(rng)
     center = (h * at[0], w * at[1]) if center is None else _floats("center", center, (2,))
     drawn = dict(center=center, roughness_seed=seed, seed=seed, fov=(h, w))
-    if width_nm is not None: drawn["width_nm"], = _floats("width_nm", width_nm, (1,))
-    if "step_nm" in over: over["step"] = over.pop("step_nm") / (over.get("column_nm") or COLUMN_NM)
-    if str(kind).lower() in _SCENES: cls, what = _SCENES[kind.lower()]
+    if width_nm is not None:
+        (drawn["width_nm"],) = _floats("width_nm", width_nm, (1,))
+    if "step_nm" in over:
+        over["step"] = over.pop("step_nm") / (over.get("column_nm") or COLUMN_NM)
+    if str(kind).lower() in _SCENES:
+        cls, what = _SCENES[kind.lower()]
     else:
         k = resolve(kind) if isinstance(kind, str) else WallKind(*_floats("kind", kind, (2, 3, 4)))
         what = {**k._asdict(), "step": k.step * sense, "phi": k.phi_left}
@@ -125,58 +198,93 @@ def wall(
     field = field_from_dict({"field": cls.__name__, **settings})
     return replace(field, name=over.get("name") or _name_of(field))
 
+
 _OPTIONS = {o.name for cls in (Domain, Wall, Vortex, Network) for o in fields(cls)}
 
+
 def _need(test, sentence):
-    if not test: raise InputError(sentence)
+    if not test:
+        raise InputError(sentence)
+
 
 def _floats(name, value, count):
     "Tuple of finite numbers, as many as one of `count`"
-    try: v = np.asarray(value, float).ravel()
-    except (TypeError, ValueError): v = np.empty(0)
+    try:
+        v = np.asarray(value, float).ravel()
+    except (TypeError, ValueError):
+        v = np.empty(0)
     many = " or ".join(map(str, count))
-    _need(v.size in count and np.isfinite(v).all(), f"{name} is {value!r}; give {many} finite number(s).")
+    _need(
+        v.size in count and np.isfinite(v).all(),
+        f"{name} is {value!r}; give {many} finite number(s).",
+    )
     return tuple(v.tolist())
+
 
 def _draw(rng):
     "Centre (share of the field of view), sense of the steps and a seed"
-    if rng is None: return (0.5, 0.5), 1, 0
+    if rng is None:
+        return (0.5, 0.5), 1, 0
     r = as_rng(rng)
     return r.uniform(0.25, 0.75, 2).tolist(), int(r.choice([-1, 1])), int(r.integers(2**31))
 
+
 def _name_of(field):
     "The papers' name where there is one, otherwise the pair of states"
-    if isinstance(field, Network): return "network"
-    if isinstance(field, Vortex): return "vortex" if field.sign > 0 else "antivortex"
-    a, b = (field.phi, field.phi) if isinstance(field, Domain) else (field.phi_left, field.phi_right)
-    normal, step = (90., 0.) if isinstance(field, Domain) else (field.normal_deg, abs(field.step))
+    if isinstance(field, Network):
+        return "network"
+    if isinstance(field, Vortex):
+        return "vortex" if field.sign > 0 else "antivortex"
+    a, b = (
+        (field.phi, field.phi) if isinstance(field, Domain) else (field.phi_left, field.phi_right)
+    )
+    normal, step = (90.0, 0.0) if isinstance(field, Domain) else (field.normal_deg, abs(field.step))
     for name, o in ALIASES.items():
-        if np.allclose(o, (a, b, normal, step)): return name
-    if isinstance(field, Domain): return state_of(a)
+        if np.allclose(o, (a, b, normal, step)):
+            return name
+    if isinstance(field, Domain):
+        return state_of(a)
     return f"{state_of(a)}|{state_of(b)}" + (f"@{normal:g}" if normal != 90 else "")
 
 # %% ../../nbs/11_stem.wall.ipynb #b0065cea
 def _frame(columns, y, x):
     "Image positions as seen with c up: turned back about the middle of the field of view"
     turn = np.deg2rad(columns.polar_deg)
-    if not turn: return y, x
+    if not turn:
+        return y, x
     cy, cx = columns.fov[0] / 2, columns.fov[1] / 2
     up, right = cy - y, x - cx
-    return cy - (up * np.cos(turn) - right * np.sin(turn)), cx + right * np.cos(turn) + up * np.sin(turn)
+    return cy - (up * np.cos(turn) - right * np.sin(turn)), cx + right * np.cos(turn) + up * np.sin(
+        turn
+    )
+
 
 def _reference(columns):
     "Undisplaced y, x in the image (nm) and sublattice of every column"
     t = columns.table
-    has = "trimer" in t and (t["trimer"] >= 0).any() and columns.u0_pm and np.isfinite(columns.polar_deg)
-    _need(has, f"{columns.name} has no trimerised R columns in this view; walls need an h-RMnO3 structure "
-               "(ferroelectric cell) seen along [100], [010] or [110].")
-    y, x = (t[o if o in t else p].to_numpy(float) for o, p in (("y0_nm", "y_nm"), ("x0_nm", "x_nm")))
+    has = (
+        "trimer" in t
+        and (t["trimer"] >= 0).any()
+        and columns.u0_pm
+        and np.isfinite(columns.polar_deg)
+    )
+    _need(
+        has,
+        f"{columns.name} has no trimerised R columns in this view; walls need an h-RMnO3 structure "
+        "(ferroelectric cell) seen along [100], [010] or [110].",
+    )
+    y, x = (
+        t[o if o in t else p].to_numpy(float) for o, p in (("y0_nm", "y_nm"), ("x0_nm", "x_nm"))
+    )
     return y, x, t["trimer"].to_numpy(int)
+
 
 def _on_rows(field, columns):
     "The same field with its steps on the R columns and rows of the crystal"
-    if isinstance(field, Sum): return replace(field, fields=tuple(_on_rows(o, columns) for o in field.fields))
-    if not (isinstance(field, Wall) and field.step): return field
+    if isinstance(field, Sum):
+        return replace(field, fields=tuple(_on_rows(o, columns) for o in field.fields))
+    if not (isinstance(field, Wall) and field.step):
+        return field
     y, x, n = _reference(columns)
     at = _frame(columns, y[n >= 0], x[n >= 0])
     gaps = [np.diff(np.unique(v.round(4))) for v in at]
@@ -184,17 +292,22 @@ def _on_rows(field, columns):
     known = dict(column_nm=column, layer_nm=layer, layer_y_nm=float(at[0].min()))
     return replace(field, **{k: v for k, v in known.items() if getattr(field, k) is None})
 
+
 def _depths(columns, field):
     "Depths below the middle plane, one per repeat of the crystal, nm"
-    if not getattr(field, "varies_with_depth", False): return np.zeros(1)
+    if not getattr(field, "varies_with_depth", False):
+        return np.zeros(1)
     n = max(1, round(columns.thickness_nm / columns.repeat_nm))
     return ((np.arange(n) + 0.5) / n - 0.5) * columns.thickness_nm
 
+
 def _mean(Q, phi):
     "Amplitude and angle of the mean of Q exp(i phi) over the last axis"
-    if Q.shape[-1] == 1: return Q[..., 0], phi[..., 0]
+    if Q.shape[-1] == 1:
+        return Q[..., 0], phi[..., 0]
     psi = (Q * np.exp(1j * phi)).mean(-1)
     return np.abs(psi), np.mod(np.angle(psi), 2 * np.pi)
+
 
 def _column_trimer(x, n):
     "Sublattice of the R column above or below each column"
@@ -204,10 +317,10 @@ def _column_trimer(x, n):
 
 # %% ../../nbs/11_stem.wall.ipynb #d0a28f5c
 def displace(
-    columns, # `Columns` of an h-RMnO3 crystal
-    field, # (y_nm, x_nm, z_nm) -> (Q, phi)
-    mn_o_pm: float = 0., # column-to-column shift of the Mn-O layers against R, pm (16 was measured)
-) -> Columns: # y_nm, x_nm moved; table gains y0_nm, x0_nm, disp_pm, Q, phi, domain
+    columns,  # `Columns` of an h-RMnO3 crystal
+    field,  # (y_nm, x_nm, z_nm) -> (Q, phi)
+    mn_o_pm: float = 0.0,  # column-to-column shift of the Mn-O layers against R, pm (16 was measured)
+) -> Columns:  # y_nm, x_nm moved; table gains y0_nm, x0_nm, disp_pm, Q, phi, domain
     """Columns of a crystal that carries an order-parameter field.
 
     Raises: InputError when the crystal has no trimerised R columns in this view.
@@ -219,22 +332,31 @@ def displace(
     u = displacement(Q, phi, n[:, None], columns.u0_pm, columns.p0_pm)
     if mn_o_pm:
         above = np.where(n < 0, _column_trimer(x, n), -1)[:, None]
-        u = u - displacement(Q, phi, above, mn_o_pm / 1.5, 0.) * polarisation(Q, phi)**2
+        u = u - displacement(Q, phi, above, mn_o_pm / 1.5, 0.0) * polarisation(Q, phi) ** 2
     disp, (Q, phi), turn = u.mean(1), _mean(Q, phi), np.deg2rad(columns.polar_deg)
-    table = columns.table.assign(y_nm=y0 - 1e-3 * disp * np.cos(turn), x_nm=x0 - 1e-3 * disp * np.sin(turn),
-                                 y0_nm=y0, x0_nm=x0, disp_pm=disp, Q=Q, phi=phi, domain=state_of(phi))
+    table = columns.table.assign(
+        y_nm=y0 - 1e-3 * disp * np.cos(turn),
+        x_nm=x0 - 1e-3 * disp * np.sin(turn),
+        y0_nm=y0,
+        x0_nm=x0,
+        disp_pm=disp,
+        Q=Q,
+        phi=phi,
+        domain=state_of(phi),
+    )
     return replace(columns, table=table, depth_disp_pm=u if u.shape[1] > 1 else None)
 
 # %% ../../nbs/11_stem.wall.ipynb #c8d3305e
 #: Truth maps: amplitude, angle (rad), displacement (pm), polarisation (relative), wall core (0 or 1)
 MAPS = ("Q", "phi", "disp_pm", "polarisation", "wall")
 
+
 def truth_maps(
-    columns, # `Columns` of an h-RMnO3 crystal, displaced or not
-    field, # (y_nm, x_nm, z_nm) -> (Q, phi)
-    shape, # (H, W), pixels
-    pixel_size, # nm, one number or (py, px)
-) -> dict: # name -> (H, W) float32, the names of `MAPS`
+    columns,  # `Columns` of an h-RMnO3 crystal, displaced or not
+    field,  # (y_nm, x_nm, z_nm) -> (Q, phi)
+    shape,  # (H, W), pixels
+    pixel_size,  # nm, one number or (py, px)
+) -> dict:  # name -> (H, W) float32, the names of `MAPS`
     """Truth maps of the image of a field, averaged over depth.
 
     Raises: InputError when the crystal has no trimerised R columns in this view.
@@ -244,49 +366,85 @@ def truth_maps(
     field, z = _on_rows(field, columns), _depths(columns, field)
     pixel = np.broadcast_to(np.asarray(pixel_size, float), 2)
     py, px = np.arange(shape[0])[:, None] * pixel[0], np.arange(shape[1]) * pixel[1]
-    Q, phi, core = (np.stack(o, -1) for o in zip(*(evaluate(field, *_frame(columns, py, px), o) for o in z)))
+    Q, phi, core = (
+        np.stack(o, -1) for o in zip(*(evaluate(field, *_frame(columns, py, px), o) for o in z))
+    )
     P = polarisation(Q, phi).mean(-1)
     at = _frame(columns, y0, x0)
     Qr, phir, _ = evaluate(field, *(o[:, None] for o in at), z)
     u = displacement(Qr, phir, n[:, None], columns.u0_pm, columns.p0_pm).mean(1)
-    maps = dict(zip(MAPS, (*_mean(Q, phi), u[_nearest(*at, *_frame(columns, py, px))], P, core.any(-1))))
+    maps = dict(
+        zip(MAPS, (*_mean(Q, phi), u[_nearest(*at, *_frame(columns, py, px))], P, core.any(-1)))
+    )
     return {k: np.broadcast_to(v, shape).astype(np.float32) for k, v in maps.items()}
+
 
 def _nearest(y, x, py, px):
     "Index of the point (y, x) nearest to each pixel: at once on a grid of rows and columns, by search in its gaps"
     rows, cols = np.unique(y.round(4)), np.unique(x.round(4))
     search = lambda at: cKDTree(np.stack([y, x], -1)).query(at)[1]
-    if len(rows) * len(cols) > 2 * len(y): return search(np.stack(np.broadcast_arrays(py, px), -1))
+    if len(rows) * len(cols) > 2 * len(y):
+        return search(np.stack(np.broadcast_arrays(py, px), -1))
     index = np.full((len(rows), len(cols)), -1)
     index[np.searchsorted(rows, y.round(4)), np.searchsorted(cols, x.round(4))] = np.arange(len(y))
-    found = index[tuple(np.searchsorted((g[1:] + g[:-1]) / 2, o) for g, o in ((rows, py), (cols, px)))]
+    found = index[
+        tuple(np.searchsorted((g[1:] + g[:-1]) / 2, o) for g, o in ((rows, py), (cols, px)))
+    ]
     gap = found < 0
     found[gap] = search(np.stack(np.broadcast_arrays(py, px), -1)[gap])
     return found
 
 # %% ../../nbs/11_stem.wall.ipynb #084f63e1
 def label(
-    field: Field, # field of the image
-) -> dict: # label, field, phi_left, phi_right, delta_phi, normal_deg, width_nm, ..., charge, character
+    field: Field,  # field of the image
+) -> (
+    dict
+):  # label, field, phi_left, phi_right, delta_phi, normal_deg, width_nm, ..., charge, character
     """Label of a field: its name and the numbers behind it; None where a number has no meaning."""
     name = field.name or ("sum" if isinstance(field, Sum) else _name_of(field))
     d = dict(label=name, field=type(field).__name__) | dict.fromkeys(_LABEL)
-    if isinstance(field, Domain): d.update(phi_left=field.phi, phi_right=field.phi, delta_phi=0., charge=0.)
-    if isinstance(field, (Wall, Vortex)): d.update(center_y_nm=field.center[0], center_x_nm=field.center[1])
-    if isinstance(field, Vortex): d.update(width_nm=field.width_nm or wall_width())
+    if isinstance(field, Domain):
+        d.update(phi_left=field.phi, phi_right=field.phi, delta_phi=0.0, charge=0.0)
+    if isinstance(field, (Wall, Vortex)):
+        d.update(center_y_nm=field.center[0], center_x_nm=field.center[1])
+    if isinstance(field, Vortex):
+        d.update(width_nm=field.width_nm or wall_width())
     if isinstance(field, Wall):
         d.update({k: getattr(field, k) for k in _LABEL if hasattr(field, k)})
         n = _mean_normal(field)
-        d.update(delta_phi=field.jump, width_nm=field.width, mean_width_nm=field.width / float(np.hypot(*n)))
+        d.update(
+            delta_phi=field.jump,
+            width_nm=field.width,
+            mean_width_nm=field.width / float(np.hypot(*n)),
+        )
         d.update(mean_normal_deg=float(np.degrees(np.arctan2(*n))))
         d.update(charge=bound_charge(field), character=_character(field))
     return d
 
-_LABEL = ("phi_left", "phi_right", "delta_phi", "normal_deg", "width_nm", "mean_normal_deg", "mean_width_nm", "step_nm", "split_nm",
-          "roughness_nm", "inclination_deg", "center_y_nm", "center_x_nm", "charge", "character")
+
+_LABEL = (
+    "phi_left",
+    "phi_right",
+    "delta_phi",
+    "normal_deg",
+    "width_nm",
+    "mean_normal_deg",
+    "mean_width_nm",
+    "step_nm",
+    "split_nm",
+    "roughness_nm",
+    "inclination_deg",
+    "center_y_nm",
+    "center_x_nm",
+    "charge",
+    "character",
+)
+
 
 def _character(field):
     charge = bound_charge(field)
-    if abs(charge) < 1e-6: return "neutral"
-    if abs(charge) < 2 - 1e-6: return "mixed"
+    if abs(charge) < 1e-6:
+        return "neutral"
+    if abs(charge) < 2 - 1e-6:
+        return "mixed"
     return "head-to-head" if charge > 0 else "tail-to-tail"

@@ -18,28 +18,52 @@ from ..core import InputError
 from .probe import wavelength_nm
 
 # %% ../../nbs/11c_stem.weight.ipynb #4cb0356b
-_B_A2 = {"Y": 0.45, "Mn": 0.35, "O": 0.65, "Sc": 0.45, "In": 0.5, "Ba": 0.4, "Sr": 0.6, "Pb": 0.8, "Ti": 0.45,
-         "C": 0.2, "Si": 0.45, "Al": 0.4, "Fe": 0.35, "Cu": 0.55, "Ag": 0.7, "Au": 0.6, "Pt": 0.35} # at 300 K
+_B_A2 = {
+    "Y": 0.45,
+    "Mn": 0.35,
+    "O": 0.65,
+    "Sc": 0.45,
+    "In": 0.5,
+    "Ba": 0.4,
+    "Sr": 0.6,
+    "Pb": 0.8,
+    "Ti": 0.45,
+    "C": 0.2,
+    "Si": 0.45,
+    "Al": 0.4,
+    "Fe": 0.35,
+    "Cu": 0.55,
+    "Ag": 0.7,
+    "Au": 0.6,
+    "Pt": 0.35,
+}  # at 300 K
 _RARE_EARTHS = "Y Sc In La Ce Pr Nd Sm Eu Gd Tb Dy Ho Er Tm Yb Lu".split()
-_Y_NM2 = 5.1e-5 # one yttrium atom of a 5 nm crystal into 70-135 mrad at 200 kV, nm²: the shipped table
+_Y_NM2 = (
+    5.1e-5  # one yttrium atom of a 5 nm crystal into 70-135 mrad at 200 kV, nm²: the shipped table
+)
+
 
 @lru_cache(maxsize=None)
 def atomic_number(
-    element, # symbol; a charge ("Mn3+") is ignored
-) -> int: # Z
+    element,  # symbol; a charge ("Mn3+") is ignored
+) -> int:  # Z
     """The atomic number of an element.
 
     Raises: `InputError` for an unknown symbol.
     """
     from pymatgen.core import Element
+
     symbol = str(element).rstrip("+-0123456789.")
     if not Element.is_valid_symbol(symbol):
-        raise InputError(f"{element!r} is not a chemical element; give a symbol such as 'Y' or 'Mn'.")
+        raise InputError(
+            f"{element!r} is not a chemical element; give a symbol such as 'Y' or 'Mn'."
+        )
     return Element(symbol).Z
 
+
 def thermal_nm(
-    element, # symbol
-) -> float: # rms displacement along one axis, nm
+    element,  # symbol
+) -> float:  # rms displacement along one axis, nm
     "The thermal width at 300 K, from the Debye-Waller factor B (0.5 Å² where none is tabulated)."
     return 0.1 * math.sqrt(_B_A2.get(str(element).rstrip("+-0123456789."), 0.5) / (8 * math.pi**2))
 
@@ -47,44 +71,66 @@ def thermal_nm(
 @lru_cache(maxsize=1)
 def _shipped():
     "The shipped table: thicknesses (T,), element to weights and widths (2, components, T), background (T,)."
-    rows = json.loads((files("microgen") / "tables" / "haadf.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((files("microgen") / "tables" / "haadf.json").read_text(encoding="utf-8"))[
+        "rows"
+    ]
     held = sorted({r["thickness_nm"] for r in rows})
     tables = {}
     for e in dict.fromkeys(r["element"] for r in rows):
-        own = sorted((r["component"], r["thickness_nm"], r["weight_nm2"], r["sigma_pm"])
-                     for r in rows if r["element"] == e)
+        own = sorted(
+            (r["component"], r["thickness_nm"], r["weight_nm2"], r["sigma_pm"])
+            for r in rows
+            if r["element"] == e
+        )
         tables[e] = np.array(own)[:, 2:].reshape(-1, len(held), 2).transpose(2, 0, 1)
     level = {r["thickness_nm"]: r["background"] for r in rows}
     return np.array(held), tables, np.array([level[t] for t in held])
 
+
 def _power_law(elements, power):
     "Rows whose weights follow Z^power, anchored at yttrium, with thermal widths."
-    return [(e, 0, _Y_NM2 * (atomic_number(e) / 39) ** power, 1e3 * thermal_nm(e), 0.) for e in elements]
+    return [
+        (e, 0, _Y_NM2 * (atomic_number(e) / 39) ** power, 1e3 * thermal_nm(e), 0.0)
+        for e in elements
+    ]
+
 
 def _manganite(elements, thickness_nm):
     "Rows for R, Mn, O between the calibrated thicknesses; another R scales yttrium by (Z / 39)^n."
     held, tables, background = _shipped()
     at = float(np.clip(thickness_nm, held[0], held[-1]))
-    level = float(np.interp(at, held, background)) * thickness_nm / at # in proportion outside the table
-    now = {e: [[np.interp(at, held, v) for v in part] for part in table] for e, table in tables.items()}
+    level = (
+        float(np.interp(at, held, background)) * thickness_nm / at
+    )  # in proportion outside the table
+    now = {
+        e: [[np.interp(at, held, v) for v in part] for part in table] for e, table in tables.items()
+    }
     power = math.log(sum(now["Y"][0]) / sum(now["Mn"][0])) / math.log(39 / 25)
     rows = []
     for e in elements:
         weight, sigma = now[e if e in ("Mn", "O") else "Y"]
         scale = (atomic_number(e) / 39) ** power if e in _RARE_EARTHS else 1
-        rows += [(e, i, float(w * scale), float(s), level) for i, (w, s) in enumerate(zip(weight, sigma))]
+        rows += [
+            (e, i, float(w * scale), float(s), level) for i, (w, s) in enumerate(zip(weight, sigma))
+        ]
     return rows
+
 
 def _own_table(elements, table):
     "Rows of a user's DataFrame."
     lacking = sorted(set(elements) - set(table.get("element", ())))
     if lacking or not {"weight_nm2", "sigma_pm"} <= set(table.columns):
-        raise InputError("The calibration table needs columns element, weight_nm2, sigma_pm and a row for "
-                         f"each element; it lacks {', '.join(lacking) or 'a column'}.")
+        raise InputError(
+            "The calibration table needs columns element, weight_nm2, sigma_pm and a row for "
+            f"each element; it lacks {', '.join(lacking) or 'a column'}."
+        )
     table = table[table.element.isin(elements)]
-    values = zip(table.element, table.groupby("element").cumcount(), table.weight_nm2, table.sigma_pm)
-    level = float(table.background.iloc[0]) if "background" in table else 0.
+    values = zip(
+        table.element, table.groupby("element").cumcount(), table.weight_nm2, table.sigma_pm
+    )
+    level = float(table.background.iloc[0]) if "background" in table else 0.0
     return [(str(e), int(i), float(w), float(s), level) for e, i, w, s in values]
+
 
 def _rows(elements, thickness_nm, source):
     "Rows (element, component, weight_nm2, sigma_pm, background) of a calibration."
@@ -95,54 +141,77 @@ def _rows(elements, thickness_nm, source):
     if isinstance(source, (int, float)):
         return _power_law(elements, float(source))
     if source != "auto":
-        raise InputError(f"Unknown calibration {source!r}; use 'auto', an exponent like 1.7, or a DataFrame.")
-    return _manganite(elements, thickness_nm) if _is_manganite(elements) else _power_law(elements, 1.7)
+        raise InputError(
+            f"Unknown calibration {source!r}; use 'auto', an exponent like 1.7, or a DataFrame."
+        )
+    return (
+        _manganite(elements, thickness_nm) if _is_manganite(elements) else _power_law(elements, 1.7)
+    )
+
 
 def _is_manganite(elements):
     rare, rest = (set(elements) & set(_RARE_EARTHS), set(elements) - set(_RARE_EARTHS))
     return bool(rare) and "Mn" in rest and rest <= {"Mn", "O"}
 
 # %% ../../nbs/11c_stem.weight.ipynb #342f3a57
-DETECTOR_MRAD = (70., 135.)  # inner and outer angle of the calibration, mrad
+DETECTOR_MRAD = (70.0, 135.0)  # inner and outer angle of the calibration, mrad
+
 
 def rutherford(
-    voltage_kV, # acceleration voltage, kV (float or tensor)
-) -> float: # signal on a detector of fixed angles, relative to 200 kV (a tensor for a tensor)
+    voltage_kV,  # acceleration voltage, kV (float or tensor)
+) -> float:  # signal on a detector of fixed angles, relative to 200 kV (a tensor for a tensor)
     """Scattering to high angles at a voltage, relative to that of the calibration.
 
     Source: Rutherford's cross-section with the relativistic mass, Kirkland (2010), chapter 5.
     """
     strength = lambda kV: (1 + kV / 510.99895) ** 2 * wavelength_nm(kV) ** 4
-    return strength(voltage_kV) / strength(200.)
+    return strength(voltage_kV) / strength(200.0)
 
 # %% ../../nbs/11c_stem.weight.ipynb #fe481ad6
 def calibration(
-    elements, # symbols
-    thickness_nm, # crystal thickness, nm
-    source="auto", # "auto", exponent n of Z^n, or DataFrame element, weight_nm2, sigma_pm (background)
-) -> pd.DataFrame: # element, component, weight_nm2 (per atom), sigma_pm, background (fraction of the beam)
+    elements,  # symbols
+    thickness_nm,  # crystal thickness, nm
+    source="auto",  # "auto", exponent n of Z^n, or DataFrame element, weight_nm2, sigma_pm (background)
+) -> (
+    pd.DataFrame
+):  # element, component, weight_nm2 (per atom), sigma_pm, background (fraction of the beam)
     """Weights, widths and background of a HAADF image.
 
     Raises: `InputError` for an unknown source or a table that lacks an element.
     """
     rows = _rows(list(dict.fromkeys(str(e) for e in elements)), thickness_nm, source)
-    return pd.DataFrame(rows, columns=["element", "component", "weight_nm2", "sigma_pm", "background"])
+    return pd.DataFrame(
+        rows, columns=["element", "component", "weight_nm2", "sigma_pm", "background"]
+    )
 
 # %% ../../nbs/11c_stem.weight.ipynb #5c7ed832
-FITTED = {"voltage": (200., 200.), "semi-angle": (22., 22.), "thickness": (4.911, 9.822)} # kV, mrad, nm: least and most
+FITTED = {
+    "voltage": (200.0, 200.0),
+    "semi-angle": (22.0, 22.0),
+    "thickness": (4.911, 9.822),
+}  # kV, mrad, nm: least and most
+
 
 def outside_fit(
-    elements, # symbols
-    thickness_nm, # crystal thickness, nm
-    probe, # Probe
-    source="auto", # calibration, see `calibration`
-) -> str | None: # one sentence, or None where the table holds or is not used
+    elements,  # symbols
+    thickness_nm,  # crystal thickness, nm
+    probe,  # Probe
+    source="auto",  # calibration, see `calibration`
+) -> str | None:  # one sentence, or None where the table holds or is not used
     "Say what lies more than a tenth outside the fit of the shipped table."
-    if not (isinstance(source, str) and _is_manganite(elements)): return None
+    if not (isinstance(source, str) and _is_manganite(elements)):
+        return None
     found = probe.numbers()
-    values = {"voltage": found["voltage_kV"], "semi-angle": found["semiangle_mrad"], "thickness": thickness_nm}
+    values = {
+        "voltage": found["voltage_kV"],
+        "semi-angle": found["semiangle_mrad"],
+        "thickness": thickness_nm,
+    }
     names = [k for k, v in values.items() if not 0.9 * FITTED[k][0] <= v <= 1.1 * FITTED[k][1]]
-    if not names: return None
-    return (f"The {' and '.join(names)} of this image {'lies' if len(names) == 1 else 'lie'} outside the fit of the shipped "
-            "HAADF weights (200 kV, 22 mrad, 5 to 10 nm), so its contrast is extrapolated: give calibration= a table of "
-            "your own, such as benchmarks/calibrate_haadf.py fits.")
+    if not names:
+        return None
+    return (
+        f"The {' and '.join(names)} of this image {'lies' if len(names) == 1 else 'lie'} outside the fit of the shipped "
+        "HAADF weights (200 kV, 22 mrad, 5 to 10 nm), so its contrast is extrapolated: give calibration= a table of "
+        "your own, such as benchmarks/calibrate_haadf.py fits."
+    )

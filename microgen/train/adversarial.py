@@ -25,121 +25,167 @@ from .core import Averaged, any_process, processes, random_state_kept
 # %% ../../nbs/61_train.adversarial.ipynb #6f6e611b
 class Parts(Averaged):
     "A generator and a discriminator as one model that answers as the generator."
-    def __init__(self,
-        g: nn.Module, # generator, or ModuleDict of them
-        d: nn.Module, # discriminator, or ModuleDict of them
+
+    def __init__(
+        self,
+        g: nn.Module,  # generator, or ModuleDict of them
+        d: nn.Module,  # discriminator, or ModuleDict of them
     ):
         super().__init__()
         self.g, self.d = g, d
 
-    def forward(self, *xb): return self.best_g()(*xb)
+    def forward(self, *xb):
+        return self.best_g()(*xb)
 
 # %% ../../nbs/61_train.adversarial.ipynb #cb806522
 _NAMES = {"lr": "lr", "wd": "weight_decay", "eps": "eps"}
 
+
 class Optimisers:
     "One torch optimiser for the generator and one for the discriminator, with the face of a fastai optimiser."
-    def __init__(self,
-        groups, # parameters of g, parameters of d
-        lr: float, # of g
-        betas=(.5, .999), # of Adam
-        ratio: float = 1., # learning rate of d over that of g
-        make: Callable = torch.optim.Adam, # (parameters, lr=, betas=) -> torch optimiser
+
+    def __init__(
+        self,
+        groups,  # parameters of g, parameters of d
+        lr: float,  # of g
+        betas=(0.5, 0.999),  # of Adam
+        ratio: float = 1.0,  # learning rate of d over that of g
+        make: Callable = torch.optim.Adam,  # (parameters, lr=, betas=) -> torch optimiser
     ):
         self.param_lists, self.ratio, self.state = [list(g) for g in groups], ratio, {}
         for name, group in zip("gd", self.param_lists):
-            if not group: raise InputError(f"all of {name} is frozen, so there is nothing to train against; freeze parts of it.")
-        self.opts = {n: make(p, lr=1., betas=tuple(betas)) for n, p in zip("gd", self.param_lists)}
+            if not group:
+                raise InputError(
+                    f"all of {name} is frozen, so there is nothing to train against; freeze parts of it."
+                )
+        self.opts = {n: make(p, lr=1.0, betas=tuple(betas)) for n, p in zip("gd", self.param_lists)}
         self.set_hyper("lr", lr)
 
     @property
-    def hypers(self) -> list: # dicts with name, lr, mom, sqr_mom and wd: first g, then d
+    def hypers(self) -> list:  # dicts with name, lr, mom, sqr_mom and wd: first g, then d
         "What a schedule may change."
         both = [(n, o.param_groups[0]) for n, o in self.opts.items()]
-        return [{"name": n, "lr": o["lr"], "mom": o["betas"][0], "sqr_mom": o["betas"][1], "wd": o["weight_decay"]}
-                for n, o in both]
+        return [
+            {
+                "name": n,
+                "lr": o["lr"],
+                "mom": o["betas"][0],
+                "sqr_mom": o["betas"][1],
+                "wd": o["weight_decay"],
+            }
+            for n, o in both
+        ]
 
-    def set_hyper(self,
-        name: str, # lr, mom, sqr_mom, wd or eps
-        value, # one number, or one for g and one for d
+    def set_hyper(
+        self,
+        name: str,  # lr, mom, sqr_mom, wd or eps
+        value,  # one number, or one for g and one for d
     ):
         "Change a hyper-parameter; a single lr is that of g."
-        if isinstance(value, slice): value = value.stop
+        if isinstance(value, slice):
+            value = value.stop
         ratio = self.ratio if name == "lr" else 1
         g, d = (value, value * ratio) if not hasattr(value, "__len__") or len(value) == 1 else value
         for opt, v in zip(self.opts.values(), (g, d)):
             for group in opt.param_groups:
-                if name in _NAMES: group[_NAMES[name]] = float(v)
-                elif name == "mom": group["betas"] = (float(v), group["betas"][1])
-                elif name == "sqr_mom": group["betas"] = (group["betas"][0], float(v))
+                if name in _NAMES:
+                    group[_NAMES[name]] = float(v)
+                elif name == "mom":
+                    group["betas"] = (float(v), group["betas"][1])
+                elif name == "sqr_mom":
+                    group["betas"] = (group["betas"][0], float(v))
 
-    def set_hypers(self,
-        **values, # hyper-parameters by name
+    def set_hypers(
+        self,
+        **values,  # hyper-parameters by name
     ):
         "Change several hyper-parameters."
-        for name, value in values.items(): self.set_hyper(name, value)
+        for name, value in values.items():
+            self.set_hyper(name, value)
 
-    def step(self,
-        name: str | None = None, # "g", "d", or both
+    def step(
+        self,
+        name: str | None = None,  # "g", "d", or both
     ):
         "Move one network."
         for n, opt in self.opts.items():
-            if name in (None, n): opt.step()
+            if name in (None, n):
+                opt.step()
 
     def zero_grad(self):
         "Forget all gradients."
-        for opt in self.opts.values(): opt.zero_grad(set_to_none=True)
+        for opt in self.opts.values():
+            opt.zero_grad(set_to_none=True)
 
     def clear_state(self):
         "Forget all moments."
-        for opt in self.opts.values(): opt.state.clear()
+        for opt in self.opts.values():
+            opt.state.clear()
 
-    def state_dict(self) -> dict: # of both optimisers
+    def state_dict(self) -> dict:  # of both optimisers
         "What a checkpoint needs."
         return {n: o.state_dict() for n, o in self.opts.items()}
 
-    def load_state_dict(self,
-        state: dict, # what `state_dict` gave
+    def load_state_dict(
+        self,
+        state: dict,  # what `state_dict` gave
     ):
         "Take moments and hyper-parameters from a checkpoint."
-        for n, o in self.opts.items(): o.load_state_dict(state[n])
+        for n, o in self.opts.items():
+            o.load_state_dict(state[n])
 
 # %% ../../nbs/61_train.adversarial.ipynb #a14ed2b7
-def _detached(fakes): # a tensor or a dict of tensors, without their graph
+def _detached(fakes):  # a tensor or a dict of tensors, without their graph
     return {k: v.detach() for k, v in fakes.items()} if isinstance(fakes, dict) else fakes.detach()
 
-def _plain(t): # fastai's subclasses of Tensor as tensors: they leak into losses and cost dispatch
+
+def _plain(t):  # fastai's subclasses of Tensor as tensors: they leak into losses and cost dispatch
     return t.as_subclass(torch.Tensor)
 
-def _trainable(net): return [p for p in net.parameters() if p.requires_grad]
 
-def _sum_over_processes(params, total): # gradients and loss
+def _trainable(net):
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def _sum_over_processes(params, total):  # gradients and loss
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     flat = torch.cat([*(g.float().flatten() for g in grads), total.float().reshape(1)])
     dist.all_reduce(flat)
     *grads, total = flat.split([p.numel() for p in params] + [1])
-    for p, g in zip(params, grads): p.grad = g.view_as(p).to(p.dtype)
+    for p, g in zip(params, grads):
+        p.grad = g.view_as(p).to(p.dtype)
     return total[0]
 
 # %% ../../nbs/61_train.adversarial.ipynb #cd848e3d
 class AdversarialTrainer(Callback):
     "Teach the discriminator, then the generator, in every step of a fastai `Learner` whose model has `g` and `d`."
+
     order = 90
-    def __init__(self,
-        generate: Callable, # (model, batch) -> fakes
-        d_loss: Callable, # (model, batch, detached fakes) -> {name: scalar}
-        g_loss: Callable, # (model, batch, fakes) -> {name: scalar}
-        weights: dict | None = None, # name -> factor in the loss, 1 where missing; "g_adv" wins over "adv"
-        d_reg: Callable | None = None, # like d_loss: penalties of d, such as R1, for every `reg_every`th step
-        reg_every: int = 16, # steps
-        autocast: str | None = None, # None for float32, "bf16" for bfloat16 on CPU and GPU
-        n_disc: int = 1, # steps of d for each of g
-        accumulate: int = 1, # shares that a batch is cut into, to save memory
+
+    def __init__(
+        self,
+        generate: Callable,  # (model, batch) -> fakes
+        d_loss: Callable,  # (model, batch, detached fakes) -> {name: scalar}
+        g_loss: Callable,  # (model, batch, fakes) -> {name: scalar}
+        weights: dict
+        | None = None,  # name -> factor in the loss, 1 where missing; "g_adv" wins over "adv"
+        d_reg: Callable
+        | None = None,  # like d_loss: penalties of d, such as R1, for every `reg_every`th step
+        reg_every: int = 16,  # steps
+        autocast: str | None = None,  # None for float32, "bf16" for bfloat16 on CPU and GPU
+        n_disc: int = 1,  # steps of d for each of g
+        accumulate: int = 1,  # shares that a batch is cut into, to save memory
     ):
         if autocast not in (None, "bf16"):
-            raise InputError(f"autocast={autocast!r}: choose None or 'bf16'; float16 needs a gradient scaler, "
-                             "which does not fit two losses.")
-        self.functions, self.weights, self.reg_every = (generate, d_loss, g_loss, d_reg), dict(weights or {}), reg_every
+            raise InputError(
+                f"autocast={autocast!r}: choose None or 'bf16'; float16 needs a gradient scaler, "
+                "which does not fit two losses."
+            )
+        self.functions, self.weights, self.reg_every = (
+            (generate, d_loss, g_loss, d_reg),
+            dict(weights or {}),
+            reg_every,
+        )
         self.autocast, self.n_disc, self.accumulate = autocast, n_disc, accumulate
         self.unused, self.names = set(weights or {}), set()
         self.patience = max(n_disc, reg_every if d_reg else 1)  # steps until all terms were seen
@@ -147,19 +193,28 @@ class AdversarialTrainer(Callback):
     def before_fit(self):
         "Find who listens to steps; give every process the same weights."
         ordered = self.learn.cbs.sorted("order")
-        self.fired = {e: [cb for cb in ordered if hasattr(type(cb), e) or e in vars(cb)] for e in ("before_step", "after_step")}
+        self.fired = {
+            e: [cb for cb in ordered if hasattr(type(cb), e) or e in vars(cb)]
+            for e in ("before_step", "after_step")
+        }
         if processes()[1] > 1:
-            for t in self.learn.model.state_dict().values(): dist.broadcast(t, 0)
+            for t in self.learn.model.state_dict().values():
+                dist.broadcast(t, 0)
 
-    def _fire(self, event): # as the learner does, but asks only those that listen: the others cost a millisecond
-        for cb in self.fired[event]: cb(event)
+    def _fire(
+        self, event
+    ):  # as the learner does, but asks only those that listen: the others cost a millisecond
+        for cb in self.fired[event]:
+            cb(event)
 
     def before_batch(self):
         "Do the whole step, or the validation, in place of the learner."
         learn = self.learn
         learn.xb, learn.yb = (tuple(map(_plain, part)) for part in (learn.xb, learn.yb))
-        if not learn.training: self._validate()
-        else: self._train((*learn.xb, *learn.yb))
+        if not learn.training:
+            self._validate()
+        else:
+            self._train((*learn.xb, *learn.yb))
         raise CancelBatchException
 
     def _precision(self):
@@ -168,8 +223,10 @@ class AdversarialTrainer(Callback):
 
     def _validate(self):
         learn = self.learn
-        if not learn.yb: return
-        with self._precision(): pred = learn.model(*learn.xb)
+        if not learn.yb:
+            return
+        with self._precision():
+            pred = learn.model(*learn.xb)
         learn.pred = pred.float() if isinstance(pred, torch.Tensor) else pred
         learn.loss = learn.loss_func(learn.pred, *learn.yb)
 
@@ -180,57 +237,86 @@ class AdversarialTrainer(Callback):
         g_turn, regular = step % self.n_disc == self.n_disc - 1, step % self.reg_every == 0
         with random_state_kept(step, rank) if world > 1 else nullcontext():
             fakes = self._phase("d", mine, len(batch[0]), None, regular, g_turn)
-            if g_turn: self._phase("g", mine, len(batch[0]), fakes)
+            if g_turn:
+                self._phase("g", mine, len(batch[0]), fakes)
         learn.stepping = None
         self._fire("after_step")
         self._check_weights()
 
-    def _halve(self, n, error): # n images of the fullest process
+    def _halve(self, n, error):  # n images of the fullest process
         self.learn.opt.zero_grad()
-        if torch.cuda.is_available(): torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         if self.accumulate >= n:
-            raise MicrogenError("the memory does not hold this model with a single image: choose smaller images "
-                                "or fewer channels.") from error
+            raise MicrogenError(
+                "the memory does not hold this model with a single image: choose smaller images "
+                "or fewer channels."
+            ) from error
         self.accumulate = min(2 * self.accumulate, n)
-        warnings.warn(f"the memory does not hold {n} images at once; each batch is cut into {self.accumulate} shares "
-                      "from now on (same mean gradient; BatchNorm sees the smaller shares).")
+        warnings.warn(
+            f"the memory does not hold {n} images at once; each batch is cut into {self.accumulate} shares "
+            "from now on (same mean gradient; BatchNorm sees the smaller shares)."
+        )
 
     def _draw(self, batch, graph=True):
-        with torch.set_grad_enabled(graph), self._precision(): return self.functions[0](self.learn.model, batch)
+        with torch.set_grad_enabled(graph), self._precision():
+            return self.functions[0](self.learn.model, batch)
 
-    def _phase(self, name, batch, n, fakes, regular=False, graph=False): # -> the fakes, where one drawing serves both
-        learn, params, world = self.learn, self.learn.opt.param_lists["gd".index(name)], processes()[1]
+    def _phase(
+        self, name, batch, n, fakes, regular=False, graph=False
+    ):  # -> the fakes, where one drawing serves both
+        learn, params, world = (
+            self.learn,
+            self.learn.opt.param_lists["gd".index(name)],
+            processes()[1],
+        )
         before = learn.terms
         while True:
             learn.opt.zero_grad()
             learn.terms = dict(before)
             total, fakes, short = self._gradient(name, batch, n, fakes, regular, graph)
-            if not any_process(short, batch[0].device): break
+            if not any_process(short, batch[0].device):
+                break
             fakes = None
             self._halve(-(-n // world), short)
-        if world > 1: total = _sum_over_processes(params, total)
+        if world > 1:
+            total = _sum_over_processes(params, total)
         learn.stepping, learn.loss_grad, learn.loss = params, total, total
         self._fire("before_step")
         learn.opt.step(name)
         return fakes
 
-    def _gradient(self, name, batch, n, fakes, regular, graph): # -> loss, fakes, the error where memory was short
-        shares = [(len(s[0]) / n, s) for s in zip(*(t.chunk(self.accumulate) for t in batch)) if len(s[0])]
-        total, frozen = batch[0].new_zeros((), dtype=torch.float32), self.learn.opt.param_lists[1] if name == "g" else ()
-        for p in frozen: p.requires_grad_(False)
+    def _gradient(
+        self, name, batch, n, fakes, regular, graph
+    ):  # -> loss, fakes, the error where memory was short
+        shares = [
+            (len(s[0]) / n, s) for s in zip(*(t.chunk(self.accumulate) for t in batch)) if len(s[0])
+        ]
+        total, frozen = (
+            batch[0].new_zeros((), dtype=torch.float32),
+            self.learn.opt.param_lists[1] if name == "g" else (),
+        )
+        for p in frozen:
+            p.requires_grad_(False)
         try:
-            if shares and name == "d" and self.accumulate == 1: fakes = self._draw(batch, graph)
-            for share, part in shares: total = total + self._backward(name, share, part, fakes, regular)
-        except torch.OutOfMemoryError as e: return total, None, e.with_traceback(None)
+            if shares and name == "d" and self.accumulate == 1:
+                fakes = self._draw(batch, graph)
+            for share, part in shares:
+                total = total + self._backward(name, share, part, fakes, regular)
+        except torch.OutOfMemoryError as e:
+            return total, None, e.with_traceback(None)
         finally:
-            for p in frozen: p.requires_grad_(True)
+            for p in frozen:
+                p.requires_grad_(True)
         return total, fakes, None
 
     def _backward(self, name, share, batch, fakes, regular):
         model, (_, d_loss, g_loss, d_reg) = self.learn.model, self.functions
-        if fakes is None: fakes = self._draw(batch, name == "g")
+        if fakes is None:
+            fakes = self._draw(batch, name == "g")
         with self._precision():
-            if name == "g": total = self._total("g", g_loss(model, batch, fakes), share)
+            if name == "g":
+                total = self._total("g", g_loss(model, batch, fakes), share)
             else:
                 total = self._total("d", d_loss(model, batch, _detached(fakes)), share)
                 if d_reg and regular:
@@ -240,13 +326,13 @@ class AdversarialTrainer(Callback):
         return total.detach()
 
     def _total(self, name, terms, share):
-        total, seen = 0., self.learn.terms
+        total, seen = 0.0, self.learn.terms
         for key, value in terms.items():
             key = key if key.startswith(("d_", "g_")) else f"{name}_{key}"
             used = next((k for k in (key, key[2:]) if k in self.weights), None)
             self.unused.discard(used)
             seen[key] = seen.get(key, 0) + share * value.detach().float()
-            total = total + self.weights.get(used, 1.) * share * value.float()
+            total = total + self.weights.get(used, 1.0) * share * value.float()
         return total
 
     def _check_weights(self):
@@ -254,86 +340,120 @@ class AdversarialTrainer(Callback):
         self.names |= set(self.learn.terms)
         if self.unused and self.patience <= 0:
             names = ", ".join(sorted(self.names))
-            raise InputError(f"weights name {', '.join(sorted(self.unused))}, which no loss gives; the terms are {names}.")
+            raise InputError(
+                f"weights name {', '.join(sorted(self.unused))}, which no loss gives; the terms are {names}."
+            )
 
-    def state(self) -> dict: # shares per batch
+    def state(self) -> dict:  # shares per batch
         "What a resumed run needs."
         return {"accumulate": self.accumulate}
 
-    def load_state(self,
-        state: dict, # what `state` gave
+    def load_state(
+        self,
+        state: dict,  # what `state` gave
     ):
         "Go on where the run was stopped."
         self.accumulate = state["accumulate"]
 
 # %% ../../nbs/61_train.adversarial.ipynb #0959e62e
 def image_l1(
-    pred, # (B, C, H, W) drawn
-    *targets, # the last is the true image, same shape
-) -> torch.Tensor: # scalar
+    pred,  # (B, C, H, W) drawn
+    *targets,  # the last is the true image, same shape
+) -> torch.Tensor:  # scalar
     "Mean absolute difference to the true image: the loss that the validation shows."
     return F.l1_loss(pred, targets[-1])
 
 
 def adversarial_learner(
-    dls, # fastai DataLoaders
-    model: nn.Module, # has `g` and `d`, such as `Parts`; its forward draws
-    generate: Callable, # (model, batch) -> fakes
-    d_loss: Callable, # (model, batch, detached fakes) -> {name: scalar}
-    g_loss: Callable, # (model, batch, fakes) -> {name: scalar}
-    weights: dict | None = None, # name -> factor in the loss
-    lr: float = 2e-4, # of g
-    betas=(.5, .999), # of Adam
-    lr_d: float | None = None, # of d; None for the same
-    d_reg: Callable | None = None, # penalties of d for every `reg_every`th step
-    reg_every: int = 16, # steps
-    autocast: str | None = None, # None or "bf16"
-    n_disc: int = 1, # steps of d for each of g
-    accumulate: int = 1, # shares that a batch is cut into, to save memory
-    loss_func: Callable = image_l1, # (pred, *targets) -> scalar, of the validation
-    cbs=(), # more callbacks
-    **kwargs, # to fastai's Learner: metrics, path, ...
-) -> Learner: # fit it, or give it to `microgen.train.run.train`
+    dls,  # fastai DataLoaders
+    model: nn.Module,  # has `g` and `d`, such as `Parts`; its forward draws
+    generate: Callable,  # (model, batch) -> fakes
+    d_loss: Callable,  # (model, batch, detached fakes) -> {name: scalar}
+    g_loss: Callable,  # (model, batch, fakes) -> {name: scalar}
+    weights: dict | None = None,  # name -> factor in the loss
+    lr: float = 2e-4,  # of g
+    betas=(0.5, 0.999),  # of Adam
+    lr_d: float | None = None,  # of d; None for the same
+    d_reg: Callable | None = None,  # penalties of d for every `reg_every`th step
+    reg_every: int = 16,  # steps
+    autocast: str | None = None,  # None or "bf16"
+    n_disc: int = 1,  # steps of d for each of g
+    accumulate: int = 1,  # shares that a batch is cut into, to save memory
+    loss_func: Callable = image_l1,  # (pred, *targets) -> scalar, of the validation
+    cbs=(),  # more callbacks
+    **kwargs,  # to fastai's Learner: metrics, path, ...
+) -> Learner:  # fit it, or give it to `microgen.train.run.train`
     "A fastai `Learner` that trains a generator against a discriminator."
-    step = AdversarialTrainer(generate, d_loss, g_loss, weights, d_reg, reg_every, autocast, n_disc, accumulate)
+    step = AdversarialTrainer(
+        generate, d_loss, g_loss, weights, d_reg, reg_every, autocast, n_disc, accumulate
+    )
     opt_func = partial(Optimisers, betas=betas, ratio=(lr_d or lr) / lr)
-    return Learner(dls, model, loss_func=loss_func, opt_func=opt_func, lr=lr, cbs=[step, *cbs], wd_bn_bias=True,
-                   train_bn=False, splitter=lambda m: [_trainable(m.g), _trainable(m.d)], **kwargs)
+    return Learner(
+        dls,
+        model,
+        loss_func=loss_func,
+        opt_func=opt_func,
+        lr=lr,
+        cbs=[step, *cbs],
+        wd_bn_bias=True,
+        train_bn=False,
+        splitter=lambda m: [_trainable(m.g), _trainable(m.d)],
+        **kwargs,
+    )
 
 # %% ../../nbs/61_train.adversarial.ipynb #8bb1bead
 _MODES = {
-    "vanilla": (lambda r, f: {"real": F.softplus(-r).mean(), "fake": F.softplus(f).mean()},
-                lambda f, r: F.softplus(-f).mean()),
-    "lsgan": (lambda r, f: {"real": (r - 1).square().mean(), "fake": f.square().mean()},
-              lambda f, r: (f - 1).square().mean()),
-    "hinge": (lambda r, f: {"real": F.relu(1 - r).mean(), "fake": F.relu(1 + f).mean()}, lambda f, r: -f.mean()),
-    "relativistic": (lambda r, f: {"pair": F.softplus(f - r).mean()}, lambda f, r: F.softplus(r - f).mean()),
+    "vanilla": (
+        lambda r, f: {"real": F.softplus(-r).mean(), "fake": F.softplus(f).mean()},
+        lambda f, r: F.softplus(-f).mean(),
+    ),
+    "lsgan": (
+        lambda r, f: {"real": (r - 1).square().mean(), "fake": f.square().mean()},
+        lambda f, r: (f - 1).square().mean(),
+    ),
+    "hinge": (
+        lambda r, f: {"real": F.relu(1 - r).mean(), "fake": F.relu(1 + f).mean()},
+        lambda f, r: -f.mean(),
+    ),
+    "relativistic": (
+        lambda r, f: {"pair": F.softplus(f - r).mean()},
+        lambda f, r: F.softplus(r - f).mean(),
+    ),
 }
 
+
 def gan_losses(
-    mode: str = "vanilla", # "vanilla", "lsgan", "hinge" or "relativistic"
-) -> tuple: # d(real logits, fake logits) -> dict of scalars; g(fake logits, real logits=None) -> scalar
+    mode: str = "vanilla",  # "vanilla", "lsgan", "hinge" or "relativistic"
+) -> (
+    tuple
+):  # d(real logits, fake logits) -> dict of scalars; g(fake logits, real logits=None) -> scalar
     """The adversarial terms: cross-entropy, least squares, hinge, or relativistic pairs (real logits in g too).
     Raises: InputError for another name.
     Source: 10.48550/arXiv.1406.2661, arXiv.1611.04076, arXiv.1705.02894, arXiv.2501.05441"""
-    if mode not in _MODES: raise InputError(f"mode={mode!r} is no adversarial loss; choose from {', '.join(_MODES)}.")
+    if mode not in _MODES:
+        raise InputError(f"mode={mode!r} is no adversarial loss; choose from {', '.join(_MODES)}.")
     d, g = _MODES[mode]
 
     def g_term(fake, real=None):
         if real is None and mode == "relativistic":
-            raise InputError("the relativistic loss compares with the real image: give g the real logits too.")
+            raise InputError(
+                "the relativistic loss compares with the real image: give g the real logits too."
+            )
         return g(fake.float(), None if real is None else real.float())
 
     return (lambda real, fake: d(real.float(), fake.float())), g_term
 
 
 def r1_penalty(
-    disc: Callable, # images -> logits
-    real: torch.Tensor, # (B, ...) real images
-) -> torch.Tensor: # scalar: half the mean squared norm of the gradient; its weight is gamma
+    disc: Callable,  # images -> logits
+    real: torch.Tensor,  # (B, ...) real images
+) -> torch.Tensor:  # scalar: half the mean squared norm of the gradient; its weight is gamma
     """R1, which keeps the discriminator flat where the data are.
     Source: 10.48550/arXiv.1801.04406, equation 9"""
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+    with (
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # fused attention has no second derivative
         real = real.detach().float().requires_grad_(True)
-        slope, = torch.autograd.grad(disc(real).float().sum(), real, create_graph=True)
+        (slope,) = torch.autograd.grad(disc(real).float().sum(), real, create_graph=True)
     return slope.square().flatten(1).sum(1).mean() / 2

@@ -17,48 +17,68 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException
+from fastai.callback.core import (
+    Callback,
+    CancelBatchException,
+    CancelEpochException,
+    CancelFitException,
+)
 from fastai.torch_core import to_device
 from fastcore.foundation import L
 from safetensors.torch import save_file
 
 from ..core import InputError, ReadError
 from ..io import write_json
-from .core import _device, any_process, fit_weights, misfit, random_state, read_weights, save_weights, set_random_state
+from microgen.train.core import (
+    _device,
+    any_process,
+    fit_weights,
+    misfit,
+    random_state,
+    read_weights,
+    save_weights,
+    set_random_state,
+)
 
 # %% ../../nbs/60ab_train.checkpoint.ipynb #3121cacc
 def pack(
-    tree, # nested dicts and lists of tensors, arrays, numbers, text, None
-    tensors: dict, # filled: name -> tensor
-    name: str = "", # of this branch
-) -> object: # the same tree for JSON, tensors replaced by {"tensor": name}
+    tree,  # nested dicts and lists of tensors, arrays, numbers, text, None
+    tensors: dict,  # filled: name -> tensor
+    name: str = "",  # of this branch
+) -> object:  # the same tree for JSON, tensors replaced by {"tensor": name}
     "Take the tensors out of a nested state."
-    if isinstance(tree, np.ndarray): tree = torch.from_numpy(tree.astype(np.int64) if tree.dtype == np.uint32 else tree)
+    if isinstance(tree, np.ndarray):
+        tree = torch.from_numpy(tree.astype(np.int64) if tree.dtype == np.uint32 else tree)
     if isinstance(tree, torch.Tensor):
         tensors[name] = tree.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
-    if isinstance(tree, dict): return {"dict": [[k, pack(v, tensors, f"{name}/{k}")] for k, v in tree.items()]}
-    if isinstance(tree, (list, tuple, L)): return [pack(v, tensors, f"{name}/{i}") for i, v in enumerate(tree)]
+    if isinstance(tree, dict):
+        return {"dict": [[k, pack(v, tensors, f"{name}/{k}")] for k, v in tree.items()]}
+    if isinstance(tree, (list, tuple, L)):
+        return [pack(v, tensors, f"{name}/{i}") for i, v in enumerate(tree)]
     return tree
 
 
 def unpack(
-    tree, # what `pack` gave
-    tensors: dict, # name -> tensor
-) -> object: # the state; tuples have become lists, arrays tensors
+    tree,  # what `pack` gave
+    tensors: dict,  # name -> tensor
+) -> object:  # the state; tuples have become lists, arrays tensors
     "Put the tensors back."
-    if isinstance(tree, list): return [unpack(v, tensors) for v in tree]
-    if not isinstance(tree, dict): return tree
-    if "tensor" in tree: return tensors[tree["tensor"]]
+    if isinstance(tree, list):
+        return [unpack(v, tensors) for v in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "tensor" in tree:
+        return tensors[tree["tensor"]]
     return {k: unpack(v, tensors) for k, v in tree["dict"]}
 
 # %% ../../nbs/60ab_train.checkpoint.ipynb #605d303f
 def write_checkpoint(
-    folder, # of the checkpoints
-    step: int, # steps done
-    state: dict, # nested dict of tensors, arrays, numbers
-    keep: int = 2, # checkpoints that stay
-) -> Path: # the new checkpoint, a folder with state.safetensors and state.json
+    folder,  # of the checkpoints
+    step: int,  # steps done
+    state: dict,  # nested dict of tensors, arrays, numbers
+    keep: int = 2,  # checkpoints that stay
+) -> Path:  # the new checkpoint, a folder with state.safetensors and state.json
     "Write a checkpoint completely or not at all, then drop the oldest."
     folder, tensors = Path(folder), {}
     new, final = folder / f".{uuid.uuid4().hex[:12]}.tmp", folder / f"step_{step:09d}"
@@ -69,21 +89,26 @@ def write_checkpoint(
         _flush(new / "state.safetensors")
         (new / "state.json").write_text(json.dumps({"step": step, "state": tree}), encoding="utf-8")
         _flush(new / "state.json")
-        if final.exists(): shutil.rmtree(final)
+        if final.exists():
+            shutil.rmtree(final)
         os.replace(new, final)
-    finally: shutil.rmtree(new, ignore_errors=True)
-    for old in sorted(folder.glob("step_*"))[:-keep]: shutil.rmtree(old, ignore_errors=True)
-    for half in folder.glob(".*.tmp"): shutil.rmtree(half, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    for old in sorted(folder.glob("step_*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    for half in folder.glob(".*.tmp"):
+        shutil.rmtree(half, ignore_errors=True)
     return final
 
 
 def _flush(path):
-    with open(path, "rb+") as f: os.fsync(f.fileno())
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
 
 
 def read_checkpoint(
-    folder, # of the checkpoints
-) -> tuple: # (steps done, state), or None when there is no checkpoint
+    folder,  # of the checkpoints
+) -> tuple:  # (steps done, state), or None when there is no checkpoint
     """The newest checkpoint that can be read.
     Raises: ReadError when there are some and none can be read."""
     found = sorted(Path(folder).glob("step_*"), reverse=True)
@@ -92,38 +117,59 @@ def read_checkpoint(
             tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
             return tree["step"], unpack(tree["state"], read_weights(path / "state.safetensors"))
         except (OSError, ValueError, KeyError) as e:
-            warnings.warn(f"the checkpoint {path.name} is damaged ({type(e).__name__}); the one before it is used.")
-    if found: raise ReadError(folder, "checkpoints", "none of them can be read; start again in another folder")
+            warnings.warn(
+                f"the checkpoint {path.name} is damaged ({type(e).__name__}); the one before it is used."
+            )
+    if found:
+        raise ReadError(
+            folder, "checkpoints", "none of them can be read; start again in another folder"
+        )
     return None
 
 # %% ../../nbs/60ab_train.checkpoint.ipynb #0ecf103c
 class Checkpoint(Callback):
     "Store everything that a step depends on, and continue from it."
+
     order = 60
-    def __init__(self,
-        folder, # of the checkpoints
-        minutes: float = 10, # between checkpoints
-        every: int | None = None, # steps between checkpoints, instead of minutes
-        keep: int = 2, # checkpoints that stay
-        writes: bool = True, # False for all but the first of several processes
+
+    def __init__(
+        self,
+        folder,  # of the checkpoints
+        minutes: float = 10,  # between checkpoints
+        every: int | None = None,  # steps between checkpoints, instead of minutes
+        keep: int = 2,  # checkpoints that stay
+        writes: bool = True,  # False for all but the first of several processes
     ):
         self.folder, self.every, self.keep, self.writes = Path(folder), every, keep, writes
-        self.seconds, self.last, self.skip, self.epochs, self.rng, self.jumped = 60 * minutes, 0., 0, 0, None, False
+        self.seconds, self.last, self.skip, self.epochs, self.rng, self.jumped = (
+            60 * minutes,
+            0.0,
+            0,
+            0,
+            None,
+            False,
+        )
         self.found = None  # step and state to continue from, between `find` and `before_fit`
 
     def _state(self):
         learn = self.learn
-        return {"model": learn.model.state_dict(), "opt": learn.opt.state_dict(), "rng": random_state(),
-                "epochs": self.epochs, "n_iter": len(learn.dls.train),
-                "callbacks": {cb.name: cb.state() for cb in learn.cbs if hasattr(type(cb), "state")}}
+        return {
+            "model": learn.model.state_dict(),
+            "opt": learn.opt.state_dict(),
+            "rng": random_state(),
+            "epochs": self.epochs,
+            "n_iter": len(learn.dls.train),
+            "callbacks": {cb.name: cb.state() for cb in learn.cbs if hasattr(type(cb), "state")},
+        }
 
     def save(self):
         "Write a checkpoint now."
         self.last = time.monotonic()
-        if not self.writes or self.skip: return
+        if not self.writes or self.skip:
+            return
         write_checkpoint(self.folder, self.learn.train_iter, self._state(), self.keep)
 
-    def roll_back(self) -> int: # steps that the stored weights have seen
+    def roll_back(self) -> int:  # steps that the stored weights have seen
         "Take weights, averages and moments from the last checkpoint; the place in the data stays."
         step, state = read_checkpoint(self.folder)
         self._load(state)
@@ -132,123 +178,167 @@ class Checkpoint(Callback):
     def _load(self, state):
         fit_weights(self.learn.model, state["model"], f"the run {self.folder.parent.name}")
         opt, device = state["opt"], next(self.learn.model.parameters()).device
-        self.learn.opt.load_state_dict(to_device(opt, device) if "hypers" in opt else opt)  # fastai's own does not move it
+        self.learn.opt.load_state_dict(
+            to_device(opt, device) if "hypers" in opt else opt
+        )  # fastai's own does not move it
 
-    def find(self,
-        learn, # Learner that shall continue
-    ) -> bool: # whether there is a checkpoint to continue from
+    def find(
+        self,
+        learn,  # Learner that shall continue
+    ) -> bool:  # whether there is a checkpoint to continue from
         """Read the newest checkpoint and compare it with the learner; nothing is changed.
         Raises: InputError when it is of another model, or of other batches; ReadError."""
         self.found, run = read_checkpoint(self.folder), f"the run {self.folder.parent.name}"
-        if self.found is None: return False
+        if self.found is None:
+            return False
         step, state = self.found
         if wrong := misfit(learn.model, state["model"]):
-            raise InputError(f"{run} holds another model: {wrong}; build the model with the settings it was trained with, "
-                             "or begin another run with its weights (init=, --init).")
+            raise InputError(
+                f"{run} holds another model: {wrong}; build the model with the settings it was trained with, "
+                "or begin another run with its weights (init=, --init)."
+            )
         if state["n_iter"] != len(learn.dls.train):
-            raise InputError(f"{run} has {state['n_iter']} batches per epoch and there are {len(learn.dls.train)} now: continue "
-                             "with the same data and batch size, or begin another run with its weights (init=, --init).")
+            raise InputError(
+                f"{run} has {state['n_iter']} batches per epoch and there are {len(learn.dls.train)} now: continue "
+                "with the same data and batch size, or begin another run with its weights (init=, --init)."
+            )
         return True
 
     def before_fit(self):
         "Continue from the newest checkpoint, or write the first."
-        if self.found or self.find(self.learn): self._continue(*self.found)
-        else: self.save()
+        if self.found or self.find(self.learn):
+            self._continue(*self.found)
+        else:
+            self.save()
         self.found = None  # free the memory
 
     def _continue(self, step, state):
         learn = self.learn
         self._load(state)
         for cb in learn.cbs:
-            if cb.name in state["callbacks"]: cb.load_state(state["callbacks"][cb.name])
+            if cb.name in state["callbacks"]:
+                cb.load_state(state["callbacks"][cb.name])
         self.last, self.epochs, self.rng = time.monotonic(), state["epochs"], state["rng"]
         self.skip, learn.train_iter = step - self.epochs * state["n_iter"], step
 
     def before_epoch(self):
         "Pass over epochs that are done."
-        if self.learn.epoch < self.epochs: raise CancelEpochException
+        if self.learn.epoch < self.epochs:
+            raise CancelEpochException
 
     def before_train(self):
         "Count from the steps that are done."
         learn, loader = self.learn, self.learn.dls.train
         learn.train_iter = learn.epoch * len(loader)
         can_jump = "step" in inspect.signature(getattr(loader, "set_epoch", len)).parameters
-        if self.skip and can_jump: self._jump(loader)
+        if self.skip and can_jump:
+            self._jump(loader)
 
-    def _jump(self, loader): # the loader of microgen does not read what was used already
+    def _jump(self, loader):  # the loader of microgen does not read what was used already
         learn = self.learn
         loader.set_epoch(learn.epoch, self.skip)
-        for _ in range(self.skip): learn.pct_train += 1. / (len(loader) * learn.n_epoch)  # as fastai rounds it
+        for _ in range(self.skip):
+            learn.pct_train += 1.0 / (len(loader) * learn.n_epoch)  # as fastai rounds it
         learn.train_iter, self.skip, self.jumped = learn.train_iter + self.skip, 0, True
 
     def before_batch(self):
         "Pass over batches that were used."
-        if not self.learn.training: return
-        if self.skip: raise CancelBatchException
-        if self.jumped: set_random_state(self.rng)  # after the iterator was made, which draws a number
+        if not self.learn.training:
+            return
+        if self.skip:
+            raise CancelBatchException
+        if self.jumped:
+            set_random_state(self.rng)  # after the iterator was made, which draws a number
         self.jumped = False
 
     def after_batch(self):
         "Restore the random numbers on arrival; write a checkpoint when it is time."
-        if not self.learn.training: return
+        if not self.learn.training:
+            return
         if self.skip:
             self.skip -= 1
-            if not self.skip: set_random_state(self.rng)
-        elif self._due(): self.save()
+            if not self.skip:
+                set_random_state(self.rng)
+        elif self._due():
+            self.save()
 
     def _due(self):
-        if self.every: return self.learn.train_iter % self.every == 0
+        if self.every:
+            return self.learn.train_iter % self.every == 0
         return time.monotonic() - self.last > self.seconds
 
     def after_epoch(self):
         "Count the epochs whose validation is done; store the last one."
         self.epochs = max(self.epochs, self.learn.epoch + 1)
-        if self.epochs == self.learn.n_epoch: self.save()
+        if self.epochs == self.learn.n_epoch:
+            self.save()
 
 # %% ../../nbs/60ab_train.checkpoint.ipynb #1ce23dd3
 class BestBy(Callback):
     "Keep the weights of the epoch with the best value of a metric."
+
     order = 55
-    def __init__(self,
-        file, # for the weights, .safetensors; value and epoch stand beside it as .json
-        metric: str = "valid_loss", # as the progress table names it
-        largest: bool = False, # True when more is better
-        patience: int | None = None, # stop after so many epochs without a better value
-        decides: bool = True, # False for all but the first of several processes, which follow it
+
+    def __init__(
+        self,
+        file,  # for the weights, .safetensors; value and epoch stand beside it as .json
+        metric: str = "valid_loss",  # as the progress table names it
+        largest: bool = False,  # True when more is better
+        patience: int | None = None,  # stop after so many epochs without a better value
+        decides: bool = True,  # False for all but the first of several processes, which follow it
     ):
-        self.file, self.metric, self.sign, self.patience = Path(file), metric, -1 if largest else 1, patience
+        self.file, self.metric, self.sign, self.patience = (
+            Path(file),
+            metric,
+            -1 if largest else 1,
+            patience,
+        )
         self.decides, self.best, self.since = decides, None, 0
 
     def before_fit(self):
         "Refuse a metric that is not measured."
         names = [n for n in self.learn.recorder.metric_names if n not in ("epoch", "time")]
         if self.metric not in names:
-            raise InputError(f"there is no metric {self.metric!r} to choose by; there are {', '.join(names)}.")
+            raise InputError(
+                f"there is no metric {self.metric!r} to choose by; there are {', '.join(names)}."
+            )
 
     def after_epoch(self):
         "Keep the weights when they are the best so far."
         learn, names = self.learn, list(self.learn.recorder.metric_names[1:])
         value = dict(zip(names, learn.final_record)).get(self.metric)
-        if value is None: return
+        if value is None:
+            return
         self.since += 1
         if self.best is None or self.sign * value < self.sign * self.best:
             self.best, self.since = float(value), 0
-            if self.decides: self._keep()
-        if self.patience is None: return
-        if any_process(self.decides and self.since >= self.patience, _device(learn)): raise CancelFitException
+            if self.decides:
+                self._keep()
+        if self.patience is None:
+            return
+        if any_process(self.decides and self.since >= self.patience, _device(learn)):
+            raise CancelFitException
 
     def _keep(self):
         learn = self.learn
         save_weights(learn.model, self.file)
-        write_json(self.file.with_suffix(".json"), {"metric": self.metric, "value": self.best,
-                                                    "epoch": learn.epoch, "step": learn.train_iter})
+        write_json(
+            self.file.with_suffix(".json"),
+            {
+                "metric": self.metric,
+                "value": self.best,
+                "epoch": learn.epoch,
+                "step": learn.train_iter,
+            },
+        )
 
-    def state(self) -> dict: # best value, epochs since
+    def state(self) -> dict:  # best value, epochs since
         "What a resumed run needs."
         return {"best": self.best, "since": self.since}
 
-    def load_state(self,
-        state: dict, # what `state` gave
+    def load_state(
+        self,
+        state: dict,  # what `state` gave
     ):
         "Go on where the run was stopped."
         self.best, self.since = state["best"], state["since"]

@@ -30,181 +30,233 @@ from ..core import InputError, MicrogenError, ReadError
 from ..io import atomic_path
 
 # %% ../../nbs/60_train.core.ipynb #fd9df641
-def _torch_generators(): # the CPU's and every GPU's
+def _torch_generators():  # the CPU's and every GPU's
     cuda = torch.cuda.default_generators if torch.cuda.is_available() else ()
     return [torch.default_generator, *cuda]
 
-_GET_SET = {"python": (random.getstate, random.setstate), "numpy": (np.random.get_state, np.random.set_state)}
+
+_GET_SET = {
+    "python": (random.getstate, random.setstate),
+    "numpy": (np.random.get_state, np.random.set_state),
+}
 
 # %% ../../nbs/60_train.core.ipynb #a93cc980
-def random_state() -> dict: # generator name -> its state, tensors, arrays and numbers
+def random_state() -> dict:  # generator name -> its state, tensors, arrays and numbers
     "The states of the global generators of Python, NumPy and torch."
-    return {k: get() for k, (get, _) in _GET_SET.items()} | {"torch": [g.get_state() for g in _torch_generators()]}
+    return {k: get() for k, (get, _) in _GET_SET.items()} | {
+        "torch": [g.get_state() for g in _torch_generators()]
+    }
 
 
 def set_random_state(
-    state: dict, # what `random_state` gave, possibly through a file
+    state: dict,  # what `random_state` gave, possibly through a file
 ):
     "Put the global generators back."
     version, words, gauss = state["python"]
     _GET_SET["python"][1]((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
     _GET_SET["numpy"][1]((name, np.asarray(keys, np.uint32), *rest))
-    for g, s in zip(_torch_generators(), state["torch"]): g.set_state(s.cpu())
+    for g, s in zip(_torch_generators(), state["torch"]):
+        g.set_state(s.cpu())
 
 
 def seed_everything(
-    *key: int, # whole numbers from 0 up that name the place, such as (seed, epoch)
+    *key: int,  # whole numbers from 0 up that name the place, such as (seed, epoch)
 ):
     "Set the global generators to a state that depends on the key alone."
     a, b, c = (int(w) for w in np.random.SeedSequence(key).generate_state(3))
     _GET_SET["python"][1](random.Random(a).getstate())
     _GET_SET["numpy"][1](np.random.RandomState(b).get_state())
-    for g in _torch_generators(): g.manual_seed(c)
+    for g in _torch_generators():
+        g.manual_seed(c)
 
 
 @contextmanager
 def random_state_kept(
-    *key: int, # with a key the block starts from `seed_everything(*key)`
-) -> Iterator: # a context manager
+    *key: int,  # with a key the block starts from `seed_everything(*key)`
+) -> Iterator:  # a context manager
     "Run a block and leave the global generators as they were before it."
     before = random_state()
     try:
-        if key: seed_everything(*key)
+        if key:
+            seed_everything(*key)
         yield
-    finally: set_random_state(before)
+    finally:
+        set_random_state(before)
 
 # %% ../../nbs/60_train.core.ipynb #7c64e5aa
 class Repeat(Callback):
     "Epochs that shuffle, augment and drop out the same way whenever and wherever they run."
+
     order = -8
-    def __init__(self,
-        seed: int = 0, # root seed of the training
-    ): self.root = int(seed)
+
+    def __init__(
+        self,
+        seed: int = 0,  # root seed of the training
+    ):
+        self.root = int(seed)
 
     def _set(self, *key):
         loader = self.learn.dls.train
-        if isinstance(getattr(loader, "rng", None), random.Random): loader.rng = random.Random(f"{key}")
-        if hasattr(loader, "set_epoch"): loader.set_epoch(key[-1])
+        if isinstance(getattr(loader, "rng", None), random.Random):
+            loader.rng = random.Random(f"{key}")
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(key[-1])
         seed_everything(*key)
 
     def before_train(self):
         "Set the generators and the loader for this epoch."
         self._set(self.root, 1, self.learn.epoch)
+
     def before_validate(self):
         "The same random numbers in every validation."
         seed_everything(self.root, 2)
 
 # %% ../../nbs/60_train.core.ipynb #f1718cf0
-def processes() -> tuple: # number of this process, from 0; how many there are
+def processes() -> tuple:  # number of this process, from 0; how many there are
     "This process among those of `torch.distributed`; (0, 1) where there is one."
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
 
 
 def any_process(
-    flag: bool, # what this process says
-    device="cpu", # where the processes talk: that of the model
-) -> bool: # the same in every process
+    flag: bool,  # what this process says
+    device="cpu",  # where the processes talk: that of the model
+) -> bool:  # the same in every process
     "Whether any of the processes says yes; all must ask together."
-    if processes()[1] == 1: return bool(flag)
+    if processes()[1] == 1:
+        return bool(flag)
     said = torch.tensor(float(bool(flag)), device=device)
     dist.all_reduce(said, dist.ReduceOp.MAX)
     return bool(said.item())
 
 
-def _device(learn): return next(learn.model.parameters()).device
+def _device(learn):
+    return next(learn.model.parameters()).device
 
 # %% ../../nbs/60_train.core.ipynb #c9596422
 def save_weights(
-    model: nn.Module, # any module
-    path, # the file, .safetensors
-) -> Path: # the file
+    model: nn.Module,  # any module
+    path,  # the file, .safetensors
+) -> Path:  # the file
     "Write parameters and buffers, atomically."
-    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()}
-    with atomic_path(path) as p: save_file(tensors, p)
+    tensors = {
+        k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()
+    }
+    with atomic_path(path) as p:
+        save_file(tensors, p)
     return Path(path)
 
 
 def read_weights(
-    path, # the file, .safetensors
-) -> dict: # name -> tensor
+    path,  # the file, .safetensors
+) -> dict:  # name -> tensor
     """Read what `save_weights` wrote.
     Raises: ReadError when the file is missing or damaged."""
-    try: return load_file(path)
-    except FileNotFoundError: raise ReadError(path, "safetensors", "there is no such file") from None
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ReadError(path, "safetensors", "there is no such file") from None
     except (SafetensorError, OSError, ValueError) as e:
         raise ReadError(path, "safetensors", f"it is damaged ({e}); use an older checkpoint") from e
 
 
 def misfit(
-    model: nn.Module, # the model that shall have them
-    weights: dict, # name -> tensor
-) -> str: # what does not fit, empty when all does
+    model: nn.Module,  # the model that shall have them
+    weights: dict,  # name -> tensor
+) -> str:  # what does not fit, empty when all does
     "Compare the names and shapes of weights with those of a model; nothing is changed."
     mine = model.state_dict()
     if hasattr(model, "start_average") and not any(k.startswith("ema.") for k in mine):
-        weights = {k: v for k, v in weights.items() if not k.startswith("ema.")}  # their twin is made when they come
+        weights = {
+            k: v for k, v in weights.items() if not k.startswith("ema.")
+        }  # their twin is made when they come
     for name in [*mine, *weights]:
-        if name not in weights: return f"it has no {name}"
-        if name not in mine: return f"its {name} has no place in {type(model).__name__}"
+        if name not in weights:
+            return f"it has no {name}"
+        if name not in mine:
+            return f"its {name} has no place in {type(model).__name__}"
         there, here = tuple(weights[name].shape), tuple(mine[name].shape)
-        if there != here: return f"{name} is {there} there and {here} here"
+        if there != here:
+            return f"{name} is {there} there and {here} here"
     return ""
 
 
 def fit_weights(
-    model: nn.Module, # the model that shall have them
-    weights: dict, # name -> tensor
-    source="the file", # where they come from, for the message
-) -> nn.Module: # the model
+    model: nn.Module,  # the model that shall have them
+    weights: dict,  # name -> tensor
+    source="the file",  # where they come from, for the message
+) -> nn.Module:  # the model
     """Give a model the weights of a file.
     Raises: InputError naming the first that does not fit."""
     if wrong := misfit(model, weights):
-        raise InputError(f"{source} holds another model: {wrong}; build the model with the settings it was trained with.")
-    if any(k.startswith("ema.") for k in weights) and hasattr(model, "start_average"): model.start_average()
+        raise InputError(
+            f"{source} holds another model: {wrong}; build the model with the settings it was trained with."
+        )
+    if any(k.startswith("ema.") for k in weights) and hasattr(model, "start_average"):
+        model.start_average()
     model.load_state_dict(weights)
     return model
 
 # %% ../../nbs/60_train.core.ipynb #dc3d5090
 class Averaged(nn.Module):
     "A model with a part `g` and, once averaging starts, its averaged twin `ema`."
+
     def __init__(self):
         super().__init__()
         self.ema = None
 
     def start_average(self):
         "Make the twin, if there is none."
-        if self.ema is None: self.ema = deepcopy(self.g).eval().requires_grad_(False)
+        if self.ema is None:
+            self.ema = deepcopy(self.g).eval().requires_grad_(False)
 
-    def best_g(self) -> nn.Module: # the twin in evaluation mode, `g` while training
+    def best_g(self) -> nn.Module:  # the twin in evaluation mode, `g` while training
         "The network to draw with."
         return self.g if self.training or self.ema is None else self.ema
 
     def train(self, mode=True):
         super().train(mode)
-        if self.ema is not None: self.ema.eval()
+        if self.ema is not None:
+            self.ema.eval()
         return self
 
 
 @torch.no_grad()
 def update_average(
-    twin: nn.Module, # the averaged network
-    net: nn.Module, # the trained one
-    beta: float, # share of the old average that stays
+    twin: nn.Module,  # the averaged network
+    net: nn.Module,  # the trained one
+    beta: float,  # share of the old average that stays
 ):
     "Move the average towards the network by 1 - beta; copy the buffers."
-    for e, p in zip(twin.parameters(), net.parameters()): e.lerp_(p.to(e.dtype), 1 - beta)
-    for e, b in zip(twin.buffers(), net.buffers()): e.copy_(b)
+    for e, p in zip(twin.parameters(), net.parameters()):
+        e.lerp_(p.to(e.dtype), 1 - beta)
+    for e, b in zip(twin.buffers(), net.buffers()):
+        e.copy_(b)
 
 # %% ../../nbs/60_train.core.ipynb #2d2e6f63
 class EMA(Callback):
     "Average the weights of `model.g` into `model.ema`."
+
     order = 10
-    def __init__(self,
-        images: float = 10_000, # half-life, images
-        ramp: float = .05, # half-life is at most this share of the images seen; 0 for none
-        every: int = 4, # steps between updates; the half-life stays
-    ): self.half_life, self.ramp, self.every, self.seen, self.new, self.count = images, ramp, every, 0, 0, 0
+
+    def __init__(
+        self,
+        images: float = 10_000,  # half-life, images
+        ramp: float = 0.05,  # half-life is at most this share of the images seen; 0 for none
+        every: int = 4,  # steps between updates; the half-life stays
+    ):
+        self.half_life, self.ramp, self.every, self.seen, self.new, self.count = (
+            images,
+            ramp,
+            every,
+            0,
+            0,
+            0,
+        )
 
     def before_fit(self):
         "Make the twin."
@@ -214,17 +266,19 @@ class EMA(Callback):
         "Count the images; move the average when it is time."
         n = len(self.learn.xb[0])
         self.seen, self.new, self.count = self.seen + n, self.new + n, self.count + 1
-        if self.count % self.every: return
+        if self.count % self.every:
+            return
         half = min(self.half_life, self.ramp * self.seen) if self.ramp else self.half_life
-        update_average(self.learn.model.ema, self.learn.model.g, .5 ** (self.new / half))
+        update_average(self.learn.model.ema, self.learn.model.g, 0.5 ** (self.new / half))
         self.new = 0
 
-    def state(self) -> dict: # images seen, images and steps since the last update
+    def state(self) -> dict:  # images seen, images and steps since the last update
         "What a resumed run needs."
         return {"seen": self.seen, "new": self.new, "count": self.count}
 
-    def load_state(self,
-        state: dict, # what `state` gave
+    def load_state(
+        self,
+        state: dict,  # what `state` gave
     ):
         "Go on where the run was stopped."
         self.seen, self.new, self.count = state["seen"], state["new"], state["count"]
@@ -235,31 +289,39 @@ class Diverged(MicrogenError):
 
 
 def gradient_norm(
-    params, # parameters
-) -> torch.Tensor: # scalar, float32
+    params,  # parameters
+) -> torch.Tensor:  # scalar, float32
     "Euclidean norm of all their gradients."
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in params if p.grad is not None]
+    norms = [
+        torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in params if p.grad is not None
+    ]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
 class NaNGuard(Callback):
     "Check loss and gradient before each step; go back to the last checkpoint when they are not finite."
+
     order = -5
-    def __init__(self,
-        patience: int = 3, # events without a hundred good steps in between, before it stops
-        limit: int = 10, # events in the whole run, before it stops
-    ): self.patience, self.limit, self.events, self.good, self.steps = patience, limit, 0, 0, []
+
+    def __init__(
+        self,
+        patience: int = 3,  # events without a hundred good steps in between, before it stops
+        limit: int = 10,  # events in the whole run, before it stops
+    ):
+        self.patience, self.limit, self.events, self.good, self.steps = patience, limit, 0, 0, []
 
     def before_step(self):
         "Look at the loss and at the gradients that are about to be used."
         learn = self.learn
         norm = gradient_norm(getattr(learn, "stepping", None) or learn.model.parameters())
-        if not torch.isfinite(norm + learn.loss_grad.detach().to(norm.device)): self._refuse()
+        if not torch.isfinite(norm + learn.loss_grad.detach().to(norm.device)):
+            self._refuse()
 
     def after_step(self):
         "Count the good steps."
         self.good += 1
-        if self.good >= 100: self.events = 0
+        if self.good >= 100:
+            self.events = 0
 
     def _refuse(self):
         learn, self.events, self.good = self.learn, self.events + 1, 0
@@ -268,8 +330,10 @@ class NaNGuard(Callback):
         bad = [k for k, v in terms.items() if not torch.isfinite(v)]
         what = f"the loss term {', '.join(bad)}" if bad else "a gradient"
         where = f"{what} is not finite at step {self.steps[-1]}"
-        for p in learn.model.parameters(): p.grad = None
-        if self.events > self.patience or len(self.steps) > self.limit: raise Diverged(f"{where}, {self._cure()}")
+        for p in learn.model.parameters():
+            p.grad = None
+        if self.events > self.patience or len(self.steps) > self.limit:
+            raise Diverged(f"{where}, {self._cure()}")
         back = learn.checkpoint.roll_back() if hasattr(learn, "checkpoint") else None
         since = "" if back is None else f", the weights are those of step {back}"
         warnings.warn(f"{where}; the step was not taken{since}.")
@@ -277,15 +341,17 @@ class NaNGuard(Callback):
 
     def _cure(self):
         times = f"for the {len(self.steps)}th time (steps {', '.join(map(str, self.steps))})"
-        if self.events > self.patience: return f"{times}: lower lr, and check the data for NaN; begin again in a new folder."
+        if self.events > self.patience:
+            return f"{times}: lower lr, and check the data for NaN; begin again in a new folder."
         return f"{times}: about once an epoch, look for an image that is constant or holds NaN; else lower lr, in a new folder."
 
-    def state(self) -> dict: # events, good steps since, steps of all events
+    def state(self) -> dict:  # events, good steps since, steps of all events
         "What a resumed run needs."
         return {"events": self.events, "good": self.good, "steps": self.steps}
 
-    def load_state(self,
-        state: dict, # what `state` gave
+    def load_state(
+        self,
+        state: dict,  # what `state` gave
     ):
         "Go on where the run was stopped."
         self.events, self.good, self.steps = state["events"], state["good"], state.get("steps", [])
@@ -293,33 +359,46 @@ class NaNGuard(Callback):
 # %% ../../nbs/60_train.core.ipynb #0d859596
 class TimeBudget(Callback):
     "Stop cleanly when the time is over, or when asked to by Ctrl-C or a signal."
+
     order = 70
-    def __init__(self,
-        hours: float | None = None, # of training until it stops by itself, to be resumed; None for no limit
-    ): self.hours, self.asked, self.old, self.begin, self.why = hours, "", {}, 0., ""
+
+    def __init__(
+        self,
+        hours: float
+        | None = None,  # of training until it stops by itself, to be resumed; None for no limit
+    ):
+        self.hours, self.asked, self.old, self.begin, self.why = hours, "", {}, 0.0, ""
 
     def before_fit(self):
         "Start the clock and listen to Ctrl-C and SIGTERM."
         self.begin, self.asked, self.why = time.monotonic(), "", ""
-        if threading.current_thread() is not threading.main_thread(): return
+        if threading.current_thread() is not threading.main_thread():
+            return
         self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, number, frame):
-        if self.asked and number == signal.SIGINT: raise KeyboardInterrupt
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
 
     def release(self):
         "Give the signals back."
-        for s, handler in self.old.items(): signal.signal(s, handler)
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
         self.old = {}
 
     def after_batch(self):
         "Stop after a whole step, with a checkpoint."
-        if not self.learn.training: return
+        if not self.learn.training:
+            return
         over = self.hours is not None and time.monotonic() - self.begin > 3600 * self.hours
-        if not any_process(over or self.asked, _device(self.learn)): return
-        self.why = self.asked or (f"{self.hours:g} h are over" if over else "another process was stopped")
-        if hasattr(self.learn, "checkpoint"): self.learn.checkpoint.save()
+        if not any_process(over or self.asked, _device(self.learn)):
+            return
+        self.why = self.asked or (
+            f"{self.hours:g} h are over" if over else "another process was stopped"
+        )
+        if hasattr(self.learn, "checkpoint"):
+            self.learn.checkpoint.save()
         raise CancelFitException
 
     def after_fit(self):

@@ -18,18 +18,24 @@ from ..io import write_json, write_text
 from .core import fit_weights, read_weights, save_weights
 
 # %% ../../nbs/62_train.hub.ipynb #195a6cde
-def _length(pixel_size): # nm, one number or (py, px), as text
-    if pixel_size is None: return "unknown: give images of the scale it was trained on"
+def _length(pixel_size):  # nm, one number or (py, px), as text
+    if pixel_size is None:
+        return "unknown: give images of the scale it was trained on"
     py, px = np.broadcast_to(pixel_size, 2)
     return f"{py:.4g} nm" if py == px else f"{py:.4g} x {px:.4g} nm (vertical x horizontal)"
 
 
-def _metrics(rows): # a Markdown table of dicts with name, value, low, high, n
-    if not rows: return "None was measured."
+def _metrics(rows):  # a Markdown table of dicts with name, value, low, high, n
+    if not rows:
+        return "None was measured."
+
     def cells(r):
         interval = f"{r['low']:.4g} to {r['high']:.4g}" if r.get("low") is not None else "not given"
         return f"| {r['name']} | {r['value']:.4g} | {interval} | {r.get('n') or 'not given'} |"
-    return "\n".join(["| metric | value | 95 % interval | n |", "|---|---|---|---|", *map(cells, rows)])
+
+    return "\n".join(
+        ["| metric | value | 95 % interval | n |", "|---|---|---|---|", *map(cells, rows)]
+    )
 
 
 _EXAMPLE = """model = {name}.from_pretrained("FOLDER or USER/NAME")
@@ -37,44 +43,85 @@ images = model.sample(4, rng=0)   # (4, 1, H, W) in [-1, 1]"""
 
 
 def model_card(
-    name: str, # class of the model
-    facts: dict, # data, pixel_size (nm), channels, classes, images, epochs, example, license,
-                 # simulation: name to text, metrics: dicts with name, value, low, high, n
-) -> str: # Markdown with the front matter that the Hub reads
+    name: str,  # class of the model
+    facts: dict,  # data, pixel_size (nm), channels, classes, images, epochs, example, license,
+    # simulation: name to text, metrics: dicts with name, value, low, high, n
+) -> str:  # Markdown with the front matter that the Hub reads
     "Write what a user must know about a model."
     front = ["---", "library_name: microgen", "tags:", "- microgen", "- electron-microscopy"]
     front += [f"license: {facts['license']}"] if facts.get("license") else []
     example = facts.get("example") or _EXAMPLE.format(name=name)
-    lines = {"Data": facts.get("data") or "not stated", "Pixel size": _length(facts.get("pixel_size")),
-             "Training images": facts.get("images"), "Condition": ", ".join(facts.get("channels") or ()),
-             "Classes": ", ".join(map(str, facts.get("classes") or ())), "Epochs": facts.get("epochs")}
+    lines = {
+        "Data": facts.get("data") or "not stated",
+        "Pixel size": _length(facts.get("pixel_size")),
+        "Training images": facts.get("images"),
+        "Condition": ", ".join(facts.get("channels") or ()),
+        "Classes": ", ".join(map(str, facts.get("classes") or ())),
+        "Epochs": facts.get("epochs"),
+    }
     lines |= facts.get("simulation") or {}
     listed = "\n".join(f"- **{k}**: {v}" for k, v in lines.items() if v not in (None, ""))
     picture = "\n\n![drawn while training](example.png)" if facts.get("picture") else ""
     module = facts.get("class", f"microgen.{name}").rsplit(".", 1)[0]
-    return "\n".join([*front, "---", "", f"# {name}", "", facts.get("summary") or "A generator of micrographs, made with microgen.", "",
-                      "## Trained on", "", listed, "", "## Measured", "", _metrics(facts.get("metrics")), "",
-                      "## Example", "", f"```python\nfrom {module} import {name}\n\n{example}\n```{picture}", "",
-                      "Images that look right are not measurements: the structure they show is the condition they were given.", ""])
+    return "\n".join(
+        [
+            *front,
+            "---",
+            "",
+            f"# {name}",
+            "",
+            facts.get("summary") or "A generator of micrographs, made with microgen.",
+            "",
+            "## Trained on",
+            "",
+            listed,
+            "",
+            "## Measured",
+            "",
+            _metrics(facts.get("metrics")),
+            "",
+            "## Example",
+            "",
+            f"```python\nfrom {module} import {name}\n\n{example}\n```{picture}",
+            "",
+            "Images that look right are not measurements: the structure they show is the condition they were given.",
+            "",
+        ]
+    )
 
 # %% ../../nbs/62_train.hub.ipynb #15929ea8
-def _hub_mixin(): # the network is used by its methods from_pretrained and push_to_hub only
+def _hub_mixin():  # the network is used by its methods from_pretrained and push_to_hub only
     from huggingface_hub import PyTorchModelHubMixin
+
     return PyTorchModelHubMixin
+
 
 def _hub_card(text):
     from huggingface_hub import ModelCard
+
     return ModelCard(text)
+
 
 def _hub_file(repo, name, **where):
     from huggingface_hub import hf_hub_download
+
     return hf_hub_download(repo_id=repo, filename=name, **where)
 
-_WHERE = ("revision", "cache_dir", "force_download", "local_files_only", "token", "proxies", "resume_download")
+
+_WHERE = (
+    "revision",
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+    "proxies",
+    "resume_download",
+)
 
 # %% ../../nbs/62_train.hub.ipynb #60c60fb9
 class HubModel(_hub_mixin()):
     "Adds `save_pretrained`, `from_pretrained` and `push_to_hub` to a torch module."
+
     facts = {}
 
     def _save_pretrained(self, save_directory):
@@ -91,12 +138,17 @@ class HubModel(_hub_mixin()):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         "Load a model from a folder, a run folder, or the Hub; in evaluation mode."
         where = Path(pretrained_model_name_or_path)
-        if (where / "model/config.json").exists(): where = where / "model"
+        if (where / "model/config.json").exists():
+            where = where / "model"
         name = str(where) if where.exists() else str(pretrained_model_name_or_path)
-        if where.is_dir(): _check_files(cls, where)
-        try: return super().from_pretrained(name, **kwargs)
-        except MicrogenError: raise
-        except TypeError as e: raise InputError(f"{name} holds no {cls.__name__}: {e}.") from e
+        if where.is_dir():
+            _check_files(cls, where)
+        try:
+            return super().from_pretrained(name, **kwargs)
+        except MicrogenError:
+            raise
+        except TypeError as e:
+            raise InputError(f"{name} holds no {cls.__name__}: {e}.") from e
         except Exception as e:
             why = f"it is no folder here and not to be had from the Hub ({type(e).__name__}); check name and connection"
             raise ReadError(name, "huggingface_hub", why) from e
@@ -105,11 +157,22 @@ class HubModel(_hub_mixin()):
     def _from_pretrained(cls, *, model_id, map_location="cpu", strict=True, **kwargs):
         where = {k: kwargs.pop(k) for k in _WHERE if k in kwargs}
         local = Path(model_id).is_dir()
-        file = (lambda name: Path(model_id) / name) if local else (lambda name: Path(_hub_file(model_id, name, **where)))
-        model = fit_weights(cls(**kwargs), read_weights(file("model.safetensors")), model_id).to(map_location).eval()
-        try: model.facts = json.loads(file("facts.json").read_text(encoding="utf-8"))
-        except Exception: model.facts = {}  # a model saved by the mixin alone
-        if model.facts.get("picture"): model.facts["picture"] = str(file("example.png"))
+        file = (
+            (lambda name: Path(model_id) / name)
+            if local
+            else (lambda name: Path(_hub_file(model_id, name, **where)))
+        )
+        model = (
+            fit_weights(cls(**kwargs), read_weights(file("model.safetensors")), model_id)
+            .to(map_location)
+            .eval()
+        )
+        try:
+            model.facts = json.loads(file("facts.json").read_text(encoding="utf-8"))
+        except Exception:
+            model.facts = {}  # a model saved by the mixin alone
+        if model.facts.get("picture"):
+            model.facts["picture"] = str(file("example.png"))
         return model
 
     def generate_model_card(self, *args, **kwargs):
@@ -119,11 +182,16 @@ class HubModel(_hub_mixin()):
 
 def _check_files(cls, folder):
     "Settings that can be read, of a model of this class."
-    try: settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError: settings = None
-    except (OSError, ValueError) as e: raise ReadError(folder / "config.json", "JSON", f"it is damaged ({e}); {_COPY}") from e
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        settings = None
+    except (OSError, ValueError) as e:
+        raise ReadError(folder / "config.json", "JSON", f"it is damaged ({e}); {_COPY}") from e
     if not isinstance(settings, dict):
-        raise ReadError(folder / "config.json", "JSON", f"it does not hold the settings of a model; {_COPY}")
+        raise ReadError(
+            folder / "config.json", "JSON", f"it does not hold the settings of a model; {_COPY}"
+        )
     _check_class(cls, folder)
 
 
@@ -131,22 +199,33 @@ _COPY = "copy the model folder again, or train on for one epoch, which writes it
 
 
 def _check_class(cls, folder):
-    try: name = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["class"].rsplit(".", 1)[1]
-    except (OSError, ValueError, KeyError): return
+    try:
+        name = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["class"].rsplit(
+            ".", 1
+        )[1]
+    except (OSError, ValueError, KeyError):
+        return
     if name != cls.__name__:
-        raise InputError(f"{folder.name} holds a {name}, not a {cls.__name__}; load it with {name}.from_pretrained.")
+        raise InputError(
+            f"{folder.name} holds a {name}, not a {cls.__name__}; load it with {name}.from_pretrained."
+        )
 
 
 def load_model(
-    folder, # run folder, or a folder that `save_pretrained` wrote
-) -> HubModel: # in evaluation mode
+    folder,  # run folder, or a folder that `save_pretrained` wrote
+) -> HubModel:  # in evaluation mode
     """Load a model of microgen whose class is not known beforehand.
     Raises: ReadError when there is no model, InputError when it is none of microgen's."""
     folder = Path(folder) / "model" if (Path(folder) / "model").is_dir() else Path(folder)
-    try: name = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["class"]
+    try:
+        name = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["class"]
     except (OSError, ValueError, KeyError) as e:
-        raise ReadError(folder, "model", "it holds no model; give a run folder that is finished") from e
+        raise ReadError(
+            folder, "model", "it holds no model; give a run folder that is finished"
+        ) from e
     module, _, cls = name.rpartition(".")
     if not module.startswith("microgen."):
-        raise InputError(f"{folder} holds a {name}, which is no model of microgen: load it with its own class.")
+        raise InputError(
+            f"{folder} holds a {name}, which is no model of microgen: load it with its own class."
+        )
     return getattr(importlib.import_module(module), cls).from_pretrained(folder)

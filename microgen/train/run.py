@@ -28,265 +28,393 @@ from torch import nn
 from ..core import InputError, MicrogenError, ReadError
 from ..io import provenance, write_json
 from .checkpoint import BestBy, Checkpoint, read_checkpoint
-from .core import (EMA, NaNGuard, Repeat, TimeBudget, fit_weights, processes, random_state_kept, read_weights,
-                                 save_weights)
+from microgen.train.core import (
+    EMA,
+    NaNGuard,
+    Repeat,
+    TimeBudget,
+    fit_weights,
+    processes,
+    random_state_kept,
+    read_weights,
+    save_weights,
+)
 from .watch import Fade, History, Preview
 
 # %% ../../nbs/60b_train.run.ipynb #febdf29c
 class Frozen(Callback):
     "Hold named parts of the model still."
-    order = -9
-    def __init__(self,
-        *parts: str, # names of modules or parameters, such as "g.down" or "d"
-    ): self.parts = parts
 
-    def apply(self,
-        model: nn.Module, # the model, before its optimiser is made
+    order = -9
+
+    def __init__(
+        self,
+        *parts: str,  # names of modules or parameters, such as "g.down" or "d"
+    ):
+        self.parts = parts
+
+    def apply(
+        self,
+        model: nn.Module,  # the model, before its optimiser is made
     ):
         """Take the gradients from the parts.
         Raises: InputError for a name that the model does not have."""
         for part in self.parts:
             mine = [p for n, p in model.named_parameters() if f"{n}.".startswith(f"{part}.")]
-            if not mine: raise InputError(f"there is no part {part!r} to freeze; the model has {', '.join(_parts(model))}.")
-            for p in mine: p.requires_grad_(False)
+            if not mine:
+                raise InputError(
+                    f"there is no part {part!r} to freeze; the model has {', '.join(_parts(model))}."
+                )
+            for p in mine:
+                p.requires_grad_(False)
 
     def before_train(self):
         "Keep the statistics of frozen modules still."
         modules = dict(self.learn.model.named_modules())
         for part in self.parts:
-            if part in modules: modules[part].eval()
+            if part in modules:
+                modules[part].eval()
 
 
-def _parts(model): # names of the outer two levels
+def _parts(model):  # names of the outer two levels
     return list(dict.fromkeys(".".join(n.split(".")[:2]) for n, _ in model.named_parameters()))
 
 
 def run_weights(
-    run, # a run folder, a folder with model.safetensors, or a .safetensors file
-) -> dict: # name -> tensor, the averaged weights as those of `g`
+    run,  # a run folder, a folder with model.safetensors, or a .safetensors file
+) -> dict:  # name -> tensor, the averaged weights as those of `g`
     """The weights to start another training from: the result, or else the last checkpoint.
     Raises: ReadError when there are none."""
     run = Path(run)
     files = [run, run / "model/model.safetensors", run / "model.safetensors"]
     file = next((f for f in files if f.is_file()), None)
     found = None if file else read_checkpoint(run / "checkpoints")
-    if file is None and found is None: raise ReadError(run, "run", "it holds neither model/model.safetensors nor a checkpoint")
+    if file is None and found is None:
+        raise ReadError(run, "run", "it holds neither model/model.safetensors nor a checkpoint")
     weights = read_weights(file) if file else found[1]["model"]
     mean = {f"g.{k[4:]}": v for k, v in weights.items() if k.startswith("ema.")}
     return {k: v for k, v in weights.items() if not k.startswith("ema.")} | mean
 
 # %% ../../nbs/60b_train.run.ipynb #319d6b8e
-def _callbacks(out, o): # what stands around the steps, the checkpoints first; the first of the processes writes
+def _callbacks(
+    out, o
+):  # what stands around the steps, the checkpoints first; the first of the processes writes
     first = not processes()[0]
-    cbs = [Checkpoint(out / "checkpoints", o["checkpoint_minutes"], o["checkpoint_every"], writes=first),
-           Repeat(o["seed"]), NaNGuard(), TimeBudget(o["max_hours"])]
-    if o["ema"]: cbs.append(EMA(o["ema"]))
-    if o["fade"] is not None: cbs.append(Fade(o["fade"]))
-    if o["freeze"]: cbs.append(Frozen(*o["freeze"]))
-    if o["best_by"]: cbs.append(BestBy(out / _BEST, o["best_by"], o["largest"], o["patience"], decides=first))
-    if not first: return cbs
+    cbs = [
+        Checkpoint(
+            out / "checkpoints", o["checkpoint_minutes"], o["checkpoint_every"], writes=first
+        ),
+        Repeat(o["seed"]),
+        NaNGuard(),
+        TimeBudget(o["max_hours"]),
+    ]
+    if o["ema"]:
+        cbs.append(EMA(o["ema"]))
+    if o["fade"] is not None:
+        cbs.append(Fade(o["fade"]))
+    if o["freeze"]:
+        cbs.append(Frozen(*o["freeze"]))
+    if o["best_by"]:
+        cbs.append(BestBy(out / _BEST, o["best_by"], o["largest"], o["patience"], decides=first))
+    if not first:
+        return cbs
     if o["preview_every"]:
-        cbs.append(Preview(out / "previews", o["preview_every"], draw=o["preview"], shown=o["shown"]))
+        cbs.append(
+            Preview(out / "previews", o["preview_every"], draw=o["preview"], shown=o["shown"])
+        )
     return cbs + [History(out / "history.csv")]
 
 
 _BEST = "checkpoints/best.safetensors"
-_FREE = {"epochs", "max_hours", "patience", "shown", "preview_every", "checkpoint_minutes", "checkpoint_every",
-         "data", "real"}  # may change within a run; of data the content is compared, not the place
+_FREE = {
+    "epochs",
+    "max_hours",
+    "patience",
+    "shown",
+    "preview_every",
+    "checkpoint_minutes",
+    "checkpoint_every",
+    "data",
+    "real",
+}  # may change within a run; of data the content is compared, not the place
 _BEGINNING = {"init", "begun_from"}  # may be left out when a run goes on
 
 
-def _loader_facts(loader): # number of images; mean and standard deviation of each tensor of the first eight
-    plain = dict(shuffle=False, drop_last=False, num_workers=0, after_batch=noop)  # as read: what varies them may use the GPU
-    with random_state_kept(0): batch = next(iter(loader.new(**plain) if hasattr(loader, "new") else loader))
-    tensors = [b[:8].detach().float().flatten(1) if b.ndim > 1 else b[:8].detach().float()[:, None]
-               for b in batch if isinstance(b, torch.Tensor)]
-    values = [v for t in tensors for row in (t.mean(1), t.std(1, correction=0)) for v in row.tolist()]
+def _loader_facts(
+    loader,
+):  # number of images; mean and standard deviation of each tensor of the first eight
+    plain = dict(
+        shuffle=False, drop_last=False, num_workers=0, after_batch=noop
+    )  # as read: what varies them may use the GPU
+    with random_state_kept(0):
+        batch = next(iter(loader.new(**plain) if hasattr(loader, "new") else loader))
+    tensors = [
+        b[:8].detach().float().flatten(1) if b.ndim > 1 else b[:8].detach().float()[:, None]
+        for b in batch
+        if isinstance(b, torch.Tensor)
+    ]
+    values = [
+        v for t in tensors for row in (t.mean(1), t.std(1, correction=0)) for v in row.tolist()
+    ]
     n = len(loader.dataset) if hasattr(loader.dataset, "__len__") else None
     return {"images": n, "first": [float(f"{v:.7g}") if np.isfinite(v) else None for v in values]}
 
 
-def _description(learn, config, options): # what config.json says of a run
+def _description(learn, config, options):  # what config.json says of a run
     settings = config | {k: v for k, v in options.items() if k != "preview"}
     parts = zip(("train", "valid"), learn.dls.loaders)
-    about = {"settings": settings, "model": type(learn.model).__name__, "batches_per_epoch": len(learn.dls.train),
-             "parameters": sum(p.numel() for p in learn.model.parameters()),
-             "data": {name: _loader_facts(loader) for name, loader in parts if len(loader)}}
+    about = {
+        "settings": settings,
+        "model": type(learn.model).__name__,
+        "batches_per_epoch": len(learn.dls.train),
+        "parameters": sum(p.numel() for p in learn.model.parameters()),
+        "data": {name: _loader_facts(loader) for name, loader in parts if len(loader)},
+    }
     return json.loads(json.dumps(about, default=str))
 
 
-def _check_same(out, now, config): # raises for what another training began
-    try: old = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return
+def _check_same(out, now, config):  # raises for what another training began
+    try:
+        old = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
     was, given = old.get("settings", {}), now["settings"]
     differ = [k for k in dict.fromkeys([*was, *config]) if was.get(k) != given.get(k)]
     named = [k for k in differ if k not in _FREE and not (k in _BEGINNING and given.get(k) is None)]
     other = [f"{k} was {was.get(k)} and is {given.get(k)}" for k in named]
-    if old.get("model") != now["model"]: other.append(f"the model was {old.get('model')} and is {now['model']}")
-    begin = f"or begin another run with its weights in a new folder (init={str(out)!r}, --init {out})."
-    if other: raise InputError(f"the run {out.name} began with other settings: {', '.join(other)}; repeat those, {begin}")
+    if old.get("model") != now["model"]:
+        other.append(f"the model was {old.get('model')} and is {now['model']}")
+    begin = (
+        f"or begin another run with its weights in a new folder (init={str(out)!r}, --init {out})."
+    )
+    if other:
+        raise InputError(
+            f"the run {out.name} began with other settings: {', '.join(other)}; repeat those, {begin}"
+        )
     for part, facts in old.get("data", {}).items():
         if said := _other_data(facts, now["data"].get(part)):
-            raise InputError(f"the run {out.name} was trained on other data ({part}: {said}); continue with the same, {begin}")
+            raise InputError(
+                f"the run {out.name} was trained on other data ({part}: {said}); continue with the same, {begin}"
+            )
 
 
-def _other_data(was, now): # what differs, or nothing; the last digits may, on another machine
-    if now is None: return "there are none now"
-    if was["images"] != now["images"]: return f"{was['images']} images then and {now['images']} now"
+def _other_data(was, now):  # what differs, or nothing; the last digits may, on another machine
+    if now is None:
+        return "there are none now"
+    if was["images"] != now["images"]:
+        return f"{was['images']} images then and {now['images']} now"
     a, b = (np.array(d["first"], float) for d in (was, now))
     same = a.shape == b.shape and np.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
     return "" if same else "the images are not the same"
 
 
 def save_model(
-    model: nn.Module, # the model
-    folder, # usually RUN/model
-) -> Path: # the folder
+    model: nn.Module,  # the model
+    folder,  # usually RUN/model
+) -> Path:  # the folder
     "Write a model as `save_pretrained` does, or its weights alone when it has no such method; atomically."
     folder = Path(folder)
     new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    if hasattr(model, "save_pretrained"): model.save_pretrained(new)
-    else: save_weights(model, new / "model.safetensors")
-    if folder.exists(): os.replace(folder, new / "old")
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(new)
+    else:
+        save_weights(model, new / "model.safetensors")
+    if folder.exists():
+        os.replace(folder, new / "old")
     os.replace(new, folder)
     shutil.rmtree(folder / "old", ignore_errors=True)
     return folder
 
 # %% ../../nbs/60b_train.run.ipynb #03fedf7d
 def train(
-    learn: Learner, # model, data, losses
-    epochs: int, # in all, the ones already done included
-    out, # run folder; an existing run continues
-    config: dict | None = None, # settings of model and data, stored in config.json
+    learn: Learner,  # model, data, losses
+    epochs: int,  # in all, the ones already done included
+    out,  # run folder; an existing run continues
+    config: dict | None = None,  # settings of model and data, stored in config.json
     *,
-    seed: int = 0, # of shuffling, augmentation and dropout; the model comes with its own
-    init=None, # start from the weights of another run
-    freeze=(), # parts that stay as they are, such as ("g.down",)
-    max_hours: float | None = None, # stop cleanly after so many hours; the same line continues
-    best_by: str | None = None, # metric, such as "valid_loss", whose best epoch becomes the result
-    largest: bool = False, # more of the metric is better
-    patience: int | None = None, # stop after so many epochs without a better value
-    ema: float | None = None, # half-life of the average weights, images
-    fade: float | None = None, # share of the steps after which the learning rates fall to zero
-    preview_every: int | None = 500, # steps
-    preview: Callable | None = None, # what to draw, see `Preview`
-    checkpoint_minutes: float = 10, # between checkpoints
-    checkpoint_every: int | None = None, # steps between checkpoints, instead of minutes
-    shown: bool = True, # previews in the notebook
-    cbs=(), # more callbacks
-) -> Learner: # the learner; its model is the result. `learn.stopped` says why it stopped early, or is empty
+    seed: int = 0,  # of shuffling, augmentation and dropout; the model comes with its own
+    init=None,  # start from the weights of another run
+    freeze=(),  # parts that stay as they are, such as ("g.down",)
+    max_hours: float | None = None,  # stop cleanly after so many hours; the same line continues
+    best_by: str | None = None,  # metric, such as "valid_loss", whose best epoch becomes the result
+    largest: bool = False,  # more of the metric is better
+    patience: int | None = None,  # stop after so many epochs without a better value
+    ema: float | None = None,  # half-life of the average weights, images
+    fade: float | None = None,  # share of the steps after which the learning rates fall to zero
+    preview_every: int | None = 500,  # steps
+    preview: Callable | None = None,  # what to draw, see `Preview`
+    checkpoint_minutes: float = 10,  # between checkpoints
+    checkpoint_every: int | None = None,  # steps between checkpoints, instead of minutes
+    shown: bool = True,  # previews in the notebook
+    cbs=(),  # more callbacks
+) -> (
+    Learner
+):  # the learner; its model is the result. `learn.stopped` says why it stopped early, or is empty
     """Train into a folder, so that nothing is ever lost.
     Raises: InputError when the folder holds another model or other data; Diverged; MicrogenError when memory is short."""
     options = {k: v for k, v in locals().items() if k not in ("learn", "out", "config", "cbs")}
     out, first, config = Path(out), not processes()[0], config or {}
     with _alone(out, first):
-        if first: _check_folder(out)
+        if first:
+            _check_folder(out)
         about, learn.stopped, learn.opt = _description(learn, config, options), "", None
         _check_same(out, about, config)
         own = [*_callbacks(out, options), *cbs]
         goes_on, fresh = own[0].find(learn), not any(out.glob("*"))
         if not _finished(out, epochs):
-            if not goes_on and (out / "result.json").exists(): raise InputError(_GONE.format(out.name))
-            if init and not goes_on: fit_weights(learn.model, run_weights(init), init)
+            if not goes_on and (out / "result.json").exists():
+                raise InputError(_GONE.format(out.name))
+            if init and not goes_on:
+                fit_weights(learn.model, run_weights(init), init)
             for cb in own:
-                if isinstance(cb, Frozen): cb.apply(learn.model)
-            if first: write_json(out / "config.json", provenance(seed, **about))
-            try: _fit(learn, epochs, own, seed)
+                if isinstance(cb, Frozen):
+                    cb.apply(learn.model)
+            if first:
+                write_json(out / "config.json", provenance(seed, **about))
+            try:
+                _fit(learn, epochs, own, seed)
             except MicrogenError as e:
-                if fresh and first and (isinstance(e, InputError) or not learn.train_iter): _forget(out)
+                if fresh and first and (isinstance(e, InputError) or not learn.train_iter):
+                    _forget(out)
                 raise
-            if first: save_model(learn.model.eval(), out / "model") if learn.stopped else _conclude(learn, out, epochs)
-            if processes()[1] > 1: dist.barrier()  # the others read what the first has written
-            if learn.stopped: return learn  # unfinished, to look at
-        fit_weights(learn.model, read_weights(out / "model/model.safetensors"), f"the run {out.name}")
+            if first:
+                save_model(learn.model.eval(), out / "model") if learn.stopped else _conclude(
+                    learn, out, epochs
+                )
+            if processes()[1] > 1:
+                dist.barrier()  # the others read what the first has written
+            if learn.stopped:
+                return learn  # unfinished, to look at
+        fit_weights(
+            learn.model, read_weights(out / "model/model.safetensors"), f"the run {out.name}"
+        )
     return learn
 
 # %% ../../nbs/60b_train.run.ipynb #4d50658a
 def _check_folder(out):
-    if out.is_file(): raise InputError(f"{out} is a file; give the name of a folder for the run.")
+    if out.is_file():
+        raise InputError(f"{out} is a file; give the name of a folder for the run.")
     is_run = (out / "config.json").exists() or (out / "checkpoints").exists()
     if out.exists() and any(out.iterdir()) and not is_run:
         raise InputError(f"{out} holds other files and no run; give the name of a new folder.")
 
 
 @contextmanager
-def _alone(out, first): # one training per folder; the system frees the lock even after kill -9
+def _alone(out, first):  # one training per folder; the system frees the lock even after kill -9
     if not first or out.is_file():
         yield
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"))
-    try: lock.acquire(timeout=0)
+    try:
+        lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"another process trains into {out}; wait for it, or give another folder.") from None
-    try: yield
-    finally: lock.release()
+        raise InputError(
+            f"another process trains into {out}; wait for it, or give another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _finished(out, epochs):
-    try: done = json.loads((out / "result.json").read_text(encoding="utf-8"))["epochs"]
-    except (OSError, ValueError, KeyError): return False
+    try:
+        done = json.loads((out / "result.json").read_text(encoding="utf-8"))["epochs"]
+    except (OSError, ValueError, KeyError):
+        return False
     return done >= epochs and (out / "model/model.safetensors").exists()
 
 
 def _fit(learn, epochs, own, seed):
     budget, learn.train_iter = next(cb for cb in own if isinstance(cb, TimeBudget)), 0
     try:
-        with random_state_kept(seed, 0): learn.fit(epochs, cbs=own)
+        with random_state_kept(seed, 0):
+            learn.fit(epochs, cbs=own)
     except MicrogenError as e:
-        e.args = tuple(a.split(":\n\t")[-1] if isinstance(a, str) else a for a in e.args)  # fastai says where it was
+        e.args = tuple(
+            a.split(":\n\t")[-1] if isinstance(a, str) else a for a in e.args
+        )  # fastai says where it was
         raise
     except torch.OutOfMemoryError as e:
         n = learn.dls.train.bs
-        raise MicrogenError(f"the memory of the GPU does not hold a batch of {n}: take a smaller one.") from e
+        raise MicrogenError(
+            f"the memory of the GPU does not hold a batch of {n}: take a smaller one."
+        ) from e
     finally:
         budget.release()
         for cb in own:
-            if isinstance(cb, History): cb.write()
+            if isinstance(cb, History):
+                cb.write()
     learn.stopped = budget.why
 
 
 _GONE = "the checkpoints of the run {} are gone, so it cannot go on; begin another run with its weights (init=, --init)."
 
-def _forget(out): # a line that was refused at its start: the next may be another
-    for name in ("checkpoints", "previews"): shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("config.json", "history.csv"): (out / name).unlink(missing_ok=True)
+
+def _forget(out):  # a line that was refused at its start: the next may be another
+    for name in ("checkpoints", "previews"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("config.json", "history.csv"):
+        (out / name).unlink(missing_ok=True)
 
 
-def _facts(learn, out, epochs, chosen): # for the model card
+def _facts(learn, out, epochs, chosen):  # for the model card
     dls, pictures = learn.dls, sorted((out / "previews").glob("*.png"))
-    known = {"pixel_size": getattr(dls, "pixel_size", None), "images": len(dls.train_ds), "epochs": epochs}
-    known |= {k: list(v) for k, n in (("channels", "channels"), ("classes", "vocab")) if (v := getattr(dls, n, None))}
-    if getattr(dls, "path", None): known["data"] = Path(dls.path).name
-    if pictures: known["picture"] = str(pictures[-1])
-    if chosen: known["metrics"] = [{"name": chosen["metric"], "value": chosen["value"], "n": len(dls.valid_ds)}]
+    known = {
+        "pixel_size": getattr(dls, "pixel_size", None),
+        "images": len(dls.train_ds),
+        "epochs": epochs,
+    }
+    known |= {
+        k: list(v)
+        for k, n in (("channels", "channels"), ("classes", "vocab"))
+        if (v := getattr(dls, n, None))
+    }
+    if getattr(dls, "path", None):
+        known["data"] = Path(dls.path).name
+    if pictures:
+        known["picture"] = str(pictures[-1])
+    if chosen:
+        known["metrics"] = [
+            {"name": chosen["metric"], "value": chosen["value"], "n": len(dls.valid_ds)}
+        ]
     return {k: v for k, v in known.items() if v is not None}
 
 
-def _conclude(learn, out, epochs): # the result: the best weights where a metric chose, else the last
+def _conclude(
+    learn, out, epochs
+):  # the result: the best weights where a metric chose, else the last
     best = out / _BEST
     chosen = json.loads(best.with_suffix(".json").read_text()) if best.exists() else {}
-    if best.exists(): fit_weights(learn.model, read_weights(best), f"the run {out.name}")
-    if hasattr(learn.model, "facts"): learn.model.facts = _facts(learn, out, epochs, chosen) | learn.model.facts
+    if best.exists():
+        fit_weights(learn.model, read_weights(best), f"the run {out.name}")
+    if hasattr(learn.model, "facts"):
+        learn.model.facts = _facts(learn, out, epochs, chosen) | learn.model.facts
     save_model(learn.model.eval(), out / "model")
     write_json(out / "result.json", {"epochs": epochs, "step": learn.train_iter, "best": chosen})
 
 # %% ../../nbs/60b_train.run.ipynb #5921dda2
 def show_history(
-    run, # run folder
-    terms=None, # names of the columns, None for all losses
-    smooth: int = 20, # steps of the running median
-) -> plt.Axes: # the picture
+    run,  # run folder
+    terms=None,  # names of the columns, None for all losses
+    smooth: int = 20,  # steps of the running median
+) -> plt.Axes:  # the picture
     """Draw the losses of a run.
     Raises: ReadError when there is no history."""
     file = Path(run) / "history.csv"
-    if not file.exists(): raise ReadError(file, "history", "there is no such file; has the run begun?")
+    if not file.exists():
+        raise ReadError(file, "history", "there is no such file; has the run begun?")
     table = pd.read_csv(file).set_index("step")
     terms = terms or [c for c in table if c not in ("epoch", "seconds") and not c.startswith("lr")]
     ax = plt.subplots(figsize=(5, 3))[1]
     for t in terms:
         values = table[t].dropna()
-        ax.plot(values.rolling(smooth, min_periods=1).median() if len(values) > 5 * smooth else values, lw=1, label=t)
+        ax.plot(
+            values.rolling(smooth, min_periods=1).median() if len(values) > 5 * smooth else values,
+            lw=1,
+            label=t,
+        )
     ax.set(xlabel="step", ylabel="loss")
     ax.legend(fontsize=7)
     return ax

@@ -23,43 +23,55 @@ from .core import random_state_kept
 
 # %% ../../nbs/60a_train.watch.ipynb #83c9d717
 def picture_grid(
-    rows: list, # tensors (n, 1 or 3, H, W) in [-1, 1], one row of the picture each
-    pad: int = 2, # pixels between pictures
-) -> np.ndarray: # (height, width) or (height, width, 3) uint8
+    rows: list,  # tensors (n, 1 or 3, H, W) in [-1, 1], one row of the picture each
+    pad: int = 2,  # pixels between pictures
+) -> np.ndarray:  # (height, width) or (height, width, 3) uint8
     "Rows of pictures as one image."
     colour = any(r.shape[1] == 3 for r in rows)
     height, width = (max(r.shape[i] for r in rows) for i in (-2, -1))
-    out = np.full((len(rows), height + pad, max(map(len, rows)), width + pad, 3 if colour else 1), 255, np.uint8)
+    out = np.full(
+        (len(rows), height + pad, max(map(len, rows)), width + pad, 3 if colour else 1),
+        255,
+        np.uint8,
+    )
     for k, row in enumerate(rows):
         grey = (row.detach().float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().byte().numpy()
-        for i, one in enumerate(np.moveaxis(grey, 1, -1)): out[k, :one.shape[0], i, :one.shape[1]] = one
+        for i, one in enumerate(np.moveaxis(grey, 1, -1)):
+            out[k, : one.shape[0], i, : one.shape[1]] = one
     return out.reshape(out.shape[0] * out.shape[1], -1, out.shape[-1])[:-pad, :-pad].squeeze()
 
 
 def draw_batch(
-    model: nn.Module, # the model, in evaluation mode
-    xb: tuple, # its inputs
-    yb: tuple, # what it shall give; empty when there is no condition
-) -> list: # tensors (n, C, H, W): drawn pictures, then the targets
+    model: nn.Module,  # the model, in evaluation mode
+    xb: tuple,  # its inputs
+    yb: tuple,  # what it shall give; empty when there is no condition
+) -> list:  # tensors (n, C, H, W): drawn pictures, then the targets
     """The usual preview: what the model draws, above what is wanted.
     Raises: InputError for a model without condition that cannot `sample`."""
     if not yb and not hasattr(model, "sample"):
-        raise InputError(f"{type(model).__name__} has no sample(n, rng=), so say how to draw a preview (preview=), "
-                         "or preview_every=None.")
-    if not yb: return [model.sample(len(xb[0]), rng=0)]
+        raise InputError(
+            f"{type(model).__name__} has no sample(n, rng=), so say how to draw a preview (preview=), "
+            "or preview_every=None."
+        )
+    if not yb:
+        return [model.sample(len(xb[0]), rng=0)]
     return [o for o in (model(*xb), *yb) if o.ndim == 4]
 
 # %% ../../nbs/60a_train.watch.ipynb #1e6d348e
 class Preview(Callback):
     "Draw the same inputs every so many steps."
+
     order = 30
-    def __init__(self,
-        out, # folder for the pictures
-        every: int = 500, # steps between pictures
-        n: int = 8, # inputs, the first of the validation set
-        seed: int = 0, # of the random numbers of each picture
-        draw: Callable | None = None, # (model, xb, yb) -> tensors, an image (H, W[, 3]) uint8, or a matplotlib figure
-        shown: bool = True, # show it in a notebook too
+
+    def __init__(
+        self,
+        out,  # folder for the pictures
+        every: int = 500,  # steps between pictures
+        n: int = 8,  # inputs, the first of the validation set
+        seed: int = 0,  # of the random numbers of each picture
+        draw: Callable
+        | None = None,  # (model, xb, yb) -> tensors, an image (H, W[, 3]) uint8, or a matplotlib figure
+        shown: bool = True,  # show it in a notebook too
     ):
         self.folder, self.every, self.n, self.root, self.shown = Path(out), every, n, seed, shown
         self.draw, self.fixed, self.handle = draw or draw_batch, None, None
@@ -67,95 +79,154 @@ class Preview(Callback):
     def before_fit(self):
         "Take the inputs that every picture will show."
         learn = self.learn
-        loader = learn.dls.valid if len(learn.dls.loaders) > 1 and len(learn.dls.valid) else learn.dls.train
+        loader = (
+            learn.dls.valid
+            if len(learn.dls.loaders) > 1 and len(learn.dls.valid)
+            else learn.dls.train
+        )
         with random_state_kept(self.root):
-            loader = loader.new(shuffle=False, drop_last=False, num_workers=0) if hasattr(loader, "new") else loader
-            batch = tuple(b[:self.n] for b in next(iter(loader)))
+            loader = (
+                loader.new(shuffle=False, drop_last=False, num_workers=0)
+                if hasattr(loader, "new")
+                else loader
+            )
+            batch = tuple(b[: self.n] for b in next(iter(loader)))
         n_inp = getattr(learn.dls, "n_inp", max(1, len(batch) - 1))
         self.fixed = batch[:n_inp], batch[n_inp:]
 
     def after_step(self):
         "Draw when it is time."
         step = self.learn.train_iter + 1
-        if step % self.every == 0 or step == 1: self.save(step)
+        if step % self.every == 0 or step == 1:
+            self.save(step)
 
     def after_fit(self):
         "Draw what came out; a run that pauses is not at its end."
         step, budget = self.learn.train_iter, getattr(self.learn, "time_budget", None)
-        if step and not (budget and budget.why) and not self._file(step).exists(): self.save(step)
+        if step and not (budget and budget.why) and not self._file(step).exists():
+            self.save(step)
 
-    def _file(self, step): return self.folder / f"{step:08d}.png"
+    def _file(self, step):
+        return self.folder / f"{step:08d}.png"
 
-    def save(self,
-        step: int, # names the file
-    ) -> Path: # the picture, PNG
+    def save(
+        self,
+        step: int,  # names the file
+    ) -> Path:  # the picture, PNG
         "Draw and store one preview; training mode and random numbers stay as they are."
         model, device = self.learn.model, next(self.learn.model.parameters()).device
         xb, yb = (tuple(_plain(o).to(device) for o in part) for part in self.fixed)
         training = model.training
-        with torch.no_grad(), random_state_kept(self.root): drawn = self.draw(model.eval(), xb, yb)
+        with torch.no_grad(), random_state_kept(self.root):
+            drawn = self.draw(model.eval(), xb, yb)
         model.train(training)
         return self._store(drawn, self._file(step))
 
     def _store(self, drawn, file):
         from PIL import Image
+
         with atomic_path(file) as p:
-            if hasattr(drawn, "savefig"): drawn.savefig(p, format="png", dpi=72)
-            else: Image.fromarray(picture_grid(drawn) if isinstance(drawn, (list, tuple)) else drawn).save(p, "PNG")
-        if self.shown: self._show(file)
+            if hasattr(drawn, "savefig"):
+                drawn.savefig(p, format="png", dpi=72)
+            else:
+                Image.fromarray(
+                    picture_grid(drawn) if isinstance(drawn, (list, tuple)) else drawn
+                ).save(p, "PNG")
+        if self.shown:
+            self._show(file)
         return file
 
     def _show(self, file):
-        try: from IPython import get_ipython
-        except ImportError: return
-        if type(get_ipython()).__name__ != "ZMQInteractiveShell": return
+        try:
+            from IPython import get_ipython
+        except ImportError:
+            return
+        if type(get_ipython()).__name__ != "ZMQInteractiveShell":
+            return
         from IPython.display import Image, display
-        if self.handle is None: self.handle = display(Image(filename=file), display_id=True)
-        else: self.handle.update(Image(filename=file))
+
+        if self.handle is None:
+            self.handle = display(Image(filename=file), display_id=True)
+        else:
+            self.handle.update(Image(filename=file))
 
 
-def _plain(t): # subclasses of Tensor as tensors
+def _plain(t):  # subclasses of Tensor as tensors
     return t.as_subclass(torch.Tensor) if isinstance(t, torch.Tensor) else t
 
 # %% ../../nbs/60a_train.watch.ipynb #2e37ff6a
 class History(Callback):
     "Every loss term of every step, as CSV."
+
     order = 52  # after the Recorder
-    def __init__(self,
-        file, # the CSV
-        every: int = 50, # steps between writes
-    ): self.file, self.every, self.waiting, self.n_rows, self.columns, self.start = Path(file), every, [], 0, None, 0.
+
+    def __init__(
+        self,
+        file,  # the CSV
+        every: int = 50,  # steps between writes
+    ):
+        self.file, self.every, self.waiting, self.n_rows, self.columns, self.start = (
+            Path(file),
+            every,
+            [],
+            0,
+            None,
+            0.0,
+        )
 
     def before_fit(self):
         "Start the clock."
         self.start = time.perf_counter() - self.start
 
     def _common(self, step):
-        return {"step": step, "epoch": self.learn.epoch, "seconds": round(time.perf_counter() - self.start, 3)}
+        return {
+            "step": step,
+            "epoch": self.learn.epoch,
+            "seconds": round(time.perf_counter() - self.start, 3),
+        }
 
     def after_step(self):
         "Note the terms of this step."
         learn = self.learn
-        rates = {f"lr_{h['name']}" if "name" in h else f"lr{i or ''}": h["lr"] for i, h in enumerate(learn.opt.hypers)}
+        rates = {
+            f"lr_{h['name']}" if "name" in h else f"lr{i or ''}": h["lr"]
+            for i, h in enumerate(learn.opt.hypers)
+        }
         terms = getattr(learn, "terms", None) or {"loss": learn.loss.detach()}
         self.waiting.append(self._common(learn.train_iter + 1) | rates | terms)
-        if len(self.waiting) >= self.every: self.write()
+        if len(self.waiting) >= self.every:
+            self.write()
 
     def after_epoch(self):
         "Note the metrics of the validation."
-        names, values = getattr(self.learn.recorder, "metric_names", [])[1:], getattr(self.learn, "final_record", [])
-        metrics = {k: v for k, v in zip(names, values) if k not in ("train_loss", "time") and isinstance(v, (int, float))}
-        if metrics: self.waiting.append(self._common(self.learn.train_iter) | metrics)
+        names, values = (
+            getattr(self.learn.recorder, "metric_names", [])[1:],
+            getattr(self.learn, "final_record", []),
+        )
+        metrics = {
+            k: v
+            for k, v in zip(names, values)
+            if k not in ("train_loss", "time") and isinstance(v, (int, float))
+        }
+        if metrics:
+            self.waiting.append(self._common(self.learn.train_iter) | metrics)
         self.write()
 
     def write(self):
         "Put what waits into the file."
-        if not self.waiting: return
+        if not self.waiting:
+            return
         live = [v for row in self.waiting for v in row.values() if isinstance(v, torch.Tensor)]
         values = iter(torch.stack([v.float().reshape(()) for v in live]).tolist() if live else [])
-        rows = [{k: next(values) if isinstance(v, torch.Tensor) else v for k, v in row.items()} for row in self.waiting]
-        new = [k for k in dict.fromkeys(k for r in rows for k in r) if k not in (self.columns or [])]
-        if new: self._widen(new)
+        rows = [
+            {k: next(values) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+            for row in self.waiting
+        ]
+        new = [
+            k for k in dict.fromkeys(k for r in rows for k in r) if k not in (self.columns or [])
+        ]
+        if new:
+            self._widen(new)
         with open(self.file, "a", newline="", encoding="utf-8") as f:
             csv.DictWriter(f, self.columns, lineterminator="\n").writerows(rows)
         self.n_rows, self.waiting = self.n_rows + len(rows), []
@@ -165,32 +236,39 @@ class History(Callback):
         self.columns = [*(self.columns or []), *new]
         write_csv(self.file, old.reindex(columns=self.columns))
 
-    def table(self) -> pd.DataFrame: # step, epoch, seconds, lr, terms and metrics
+    def table(self) -> pd.DataFrame:  # step, epoch, seconds, lr, terms and metrics
         "The history so far."
         return pd.read_csv(self.file)
 
-    def state(self) -> dict: # rows written, seconds so far
+    def state(self) -> dict:  # rows written, seconds so far
         "Write what waits, and say how far the file goes."
         self.write()
         return {"rows": self.n_rows, "seconds": time.perf_counter() - self.start}
 
-    def load_state(self,
-        state: dict, # what `state` gave
+    def load_state(
+        self,
+        state: dict,  # what `state` gave
     ):
         "Cut the file back to where the checkpoint was."
         self.n_rows, self.start = state["rows"], time.perf_counter() - state["seconds"]
-        table = self.table().iloc[:self.n_rows] if self.n_rows else pd.DataFrame()
+        table = self.table().iloc[: self.n_rows] if self.n_rows else pd.DataFrame()
         self.columns = list(table)
-        if self.n_rows: write_csv(self.file, table)
-        else: self.file.unlink(missing_ok=True)
+        if self.n_rows:
+            write_csv(self.file, table)
+        else:
+            self.file.unlink(missing_ok=True)
 
 # %% ../../nbs/60a_train.watch.ipynb #d15ca86f
 class Fade(Callback):
     "Constant learning rates, then a straight line to zero."
+
     order = 40
-    def __init__(self,
-        start: float = .5, # share of the steps after which they fall
-    ): self.begins, self.base = start, None
+
+    def __init__(
+        self,
+        start: float = 0.5,  # share of the steps after which they fall
+    ):
+        self.begins, self.base = start, None
 
     def before_fit(self):
         "Note the rates to fade from."
@@ -198,7 +276,8 @@ class Fade(Callback):
 
     def before_batch(self):
         "Set the rates of this step."
-        if not self.learn.training: return
+        if not self.learn.training:
+            return
         done = self.learn.train_iter / (self.learn.n_iter * self.learn.n_epoch)
-        scale = min(1., (1 - done) / max(1 - self.begins, 1e-9))
+        scale = min(1.0, (1 - done) / max(1 - self.begins, 1e-9))
         self.learn.opt.set_hyper("lr", [lr * scale for lr in self.base])
