@@ -419,7 +419,9 @@ def choose(args):
 
 
 def main():
-    numbers = lambda kind: lambda text: [kind(v) for v in text.split(",")]
+    def numbers(kind):
+        return lambda text: [kind(v) for v in text.split(",")]
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -32,7 +32,7 @@ from joblib import Parallel, delayed
 from scipy.optimize import brentq
 from scipy.stats import binomtest
 
-from microgen.count.law import DetectionCurve, SizeLaw, fit_detection, size_law
+from microgen.count.law import DetectionCurve, fit_detection, size_law
 from microgen.count.size import fit_sizes
 
 FAMILIES = ("lognormal", "weibull", "gamma")

@@ -189,7 +189,10 @@ def leave_one_out(folder):
         print(
             f"{'held out':10} {name:12} F1 {2 * pairs / both:.3f} with {settings[b] or 'the defaults'} (defaults: {2 * own / total:.3f})"
         )
-    f1 = lambda c: 2 * c[..., 0] / c[..., 1]
+
+    def f1(c):
+        return 2 * c[..., 0] / c[..., 1]
+
     print(
         f"{'held out':10} {'POOLED':12} F1 {f1(held.sum(0)):.3f}, worst {f1(held).min():.3f}; "
         f"defaults {f1(count[:, 0].sum(0)):.3f}; settings between {f1(count.sum(0)).min():.3f} and {f1(count.sum(0)).max():.3f}\n",

@@ -17,7 +17,6 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -26,10 +25,9 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import numpy as np
 import pandas as pd
+from counting import FAMILIES, results
 from scipy import ndimage as ndi
 from scipy.optimize import brentq
-
-from counting import FAMILIES, results
 
 from microgen.core import InputError
 from microgen.count.calibrate import calibrate, horvitz_thompson, match

@@ -108,7 +108,7 @@ def acquired(n):
     "Displacements of whole acquisitions."
     rows = []
     for name in ("good", "typical", "poor"):
-        off, pull, turn, tpull = [], [], [], []
+        off, pull, _turn, _tpull = [], [], [], []
         for i in range(n):
             s = simulate(Recipe(n=n, preset=name, size=256, pixel_size=0.015, seed=7), i)
             try:

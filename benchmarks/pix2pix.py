@@ -31,11 +31,10 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 warnings.filterwarnings("ignore")
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-
-import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -348,7 +347,10 @@ def report(seeds, again):
         "|---|---|---|---|",
     ]
     tables = [pd.DataFrame(s["scenes"]) for s in seeds]
-    say = lambda v, low, high: f"{v:.3f} [{low:.3f}, {high:.3f}]"
+
+    def say(v, low, high):
+        return f"{v:.3f} [{low:.3f}, {high:.3f}]"
+
     for name, key, how in ROWS:
         one, each = lambda t: aim(t, how), ", ".join(f"{aim(t[key], how):.3f}" for t in tables)
         beside = say(*over_scenes(one, column([again], key))) if key in again else ""
@@ -393,7 +395,10 @@ def _ratios(tables, again, say):
     "Rows of what is divided: errors by the bound, spread of draws by that of scans, SSIM by the ceiling."
     rows = []
     for name, top, bottom, how in RATIOS:
-        ratio = lambda a, b: aim(a, how) / aim(b, how)
+
+        def ratio(a, b):
+            return aim(a, how) / aim(b, how)
+
         known = np.isfinite(column([again], bottom)[0])
         below = column([again], bottom)[:, known]
         values = over_scenes(ratio, column(tables, top)[:, known], below)

@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import calibrate_haadf as reference
 import numpy as np
 import pandas as pd
 import torch
 from scipy.ndimage import gaussian_filter
 
-import calibrate_haadf as reference
 from microgen.core import Micrograph
 from microgen.stem.crystal import columns
 from microgen.stem.render import Probe, haadf, haadf_batch

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from fastcore.docments import docments
@@ -190,9 +190,8 @@ def particles(
     n: int = 1000,  # images
     size: int = 512,  # pixels along each side
     pixel_size: str = "",  # nm: one number or low,high; that of each preset when not given
-    setting: Optional[
-        list[str]
-    ] = None,  # of the scene, NAME=VALUE or NAME=low,high; as often as needed
+    setting: list[str]
+    | None = None,  # of the scene, NAME=VALUE or NAME=low,high; as often as needed
     seed: int = 0,  # root seed
     workers: int = 0,  # processes; 0 takes one per core
     scheduler: str = "",  # address of a Dask scheduler, such as tcp://host:8786
@@ -234,19 +233,15 @@ def _setting(text):
 @command
 def measure(
     image: Path,  # micrograph: .tif .png .jpg .dm3 .dm4 .ser .emd .mrc .hspy .hdf5
-    structure: Optional[
-        str
-    ] = None,  # shipped name or CIF file; without it columns are found but not named
-    pixel_size: Optional[float] = None,  # nm per pixel, when the file does not tell
-    zone: Optional[
-        str
-    ] = None,  # direction towards the viewer, such as 1,0,0; that of the structure when not given
-    up: Optional[
-        str
-    ] = None,  # direction that points up, such as 0,0,1; that of the structure when not given
-    rotation: Optional[
-        float
-    ] = None,  # degrees by which the crystal is turned, to 3; 180 when the image is stored upside down
+    structure: str
+    | None = None,  # shipped name or CIF file; without it columns are found but not named
+    pixel_size: float | None = None,  # nm per pixel, when the file does not tell
+    zone: str
+    | None = None,  # direction towards the viewer, such as 1,0,0; that of the structure when not given
+    up: str
+    | None = None,  # direction that points up, such as 0,0,1; that of the structure when not given
+    rotation: float
+    | None = None,  # degrees by which the crystal is turned, to 3; 180 when the image is stored upside down
     out: Path = Path("measured"),  # folder to write
 ):
     "Find and fit the columns of a micrograph; recover displacements and walls."
@@ -276,16 +271,15 @@ def _direction(option, text):
 @command
 def count(
     images: list[Path],  # micrographs of one sample, or folders of them
-    pixel_size: Optional[float] = None,  # nm per pixel of all, where the files do not tell
+    pixel_size: float | None = None,  # nm per pixel of all, where the files do not tell
     calibrate: bool = False,  # inject particles of known size, and say what share is missed
     ecsa: str = "",  # measured surface area and what is assumed, such as m2_g=62,density=21.45; calibrates too
     out: Path = Path(
         "counted"
     ),  # folder to write: one folder per image, summary.csv, and the fits of all together
     n: int = 2000,  # particles injected into each image
-    setting: Optional[
-        list[str]
-    ] = None,  # of the detector, NAME=VALUE, such as polarity=dark; as often as needed
+    setting: list[str]
+    | None = None,  # of the detector, NAME=VALUE, such as polarity=dark; as often as needed
     seed: int = 0,  # root seed of the injections
     workers: int = 0,  # processes; 0 takes one per core
 ):
@@ -328,36 +322,33 @@ def _detector(detector, settings):
 def train(
     model: str,  # what to train: pix2pix
     data: Path = Path("dataset"),  # dataset folder of `microgen simulate`
-    real: Optional[Path] = None,  # folder of real images that join without maps
+    real: Path | None = None,  # folder of real images that join without maps
     arch: str = "film",  # film, attention, router or plain
     epochs: int = 100,  # passes over the training images, earlier ones included
     out: Path = Path("run"),  # run folder; an existing run continues
-    size: Optional[int] = None,  # side of random crops, pixels; whole images when not given
+    size: int | None = None,  # side of random crops, pixels; whole images when not given
     bs: int = 8,  # images in a batch
-    config: Optional[
-        str
-    ] = None,  # size of the networks: small, cpu or full; chosen by image size and machine when not given
+    config: str
+    | None = None,  # size of the networks: small, cpu or full; chosen by image size and machine when not given
     gan: str = "lsgan",  # adversarial loss: vanilla, lsgan, hinge or relativistic
-    lr: Optional[float] = None,  # learning rate of the generator; that of the config when not given
-    weight: Optional[
-        list[str]
-    ] = None,  # of a loss term, NAME=VALUE, such as adv=0.05; as often as needed
-    init: Optional[Path] = None,  # run whose weights to start from
+    lr: float | None = None,  # learning rate of the generator; that of the config when not given
+    weight: list[str]
+    | None = None,  # of a loss term, NAME=VALUE, such as adv=0.05; as often as needed
+    init: Path | None = None,  # run whose weights to start from
     freeze: str = "",  # parts that stay as they are, separated by commas, such as g.unet.down
     ratio: float = 0.25,  # share of real images in a batch
-    pixel_size: Optional[float] = None,  # nm per pixel of real images whose files do not say
-    group: Optional[
-        str
-    ] = None,  # column of metadata.csv, or pattern of paths, that says what stays together: a specimen
+    pixel_size: float | None = None,  # nm per pixel of real images whose files do not say
+    group: str
+    | None = None,  # column of metadata.csv, or pattern of paths, that says what stays together: a specimen
     properties: str = "",  # columns of metadata.csv that are conditions too, separated by commas, such as dose
     contrast: float = 0.0,  # contrast of training images varies by factors exp(±contrast)
     gamma: float = 0.0,  # gamma of training images varies by factors exp(±gamma)
     best_by: str = "auto",  # ssim, valid_loss: the epoch that is best in it; none: the last; auto: ssim, the last with --real
-    patience: Optional[int] = None,  # stop after so many epochs without a better one
-    preview_every: Optional[int] = None,  # steps between previews; twenty in all when not given
+    patience: int | None = None,  # stop after so many epochs without a better one
+    preview_every: int | None = None,  # steps between previews; twenty in all when not given
     bf16: bool = False,  # mixed precision: faster and smaller on a GPU
     seed: int = 0,  # of weights, split, order and noise
-    max_hours: Optional[float] = None,  # stop cleanly after so many hours; the same line continues
+    max_hours: float | None = None,  # stop cleanly after so many hours; the same line continues
 ):
     "Train a generator and judge it; the same line continues a run that was stopped."
     _some(model == "pix2pix", f"There is no model {model!r} to train: use pix2pix.")
@@ -407,15 +398,14 @@ def _metric(row):
 @command
 def sample(
     run: Path,  # run folder of `microgen train`, or a model folder
-    maps: Optional[Path] = None,  # dataset folder whose truth maps to draw
+    maps: Path | None = None,  # dataset folder whose truth maps to draw
     walls: str = "",  # instead: names of new walls, separated by commas (see `microgen walls`)
     n: int = 16,  # images
     out: Path = Path("samples"),  # dataset folder to write
     domain: str = "simulated",  # whose style: simulated, or real after a training with --real
-    prop: Optional[
-        list[str]
-    ] = None,  # a condition of the training, NAME=VALUE, such as dose=3000; as often as needed
-    size: Optional[int] = None,  # side of new walls, pixels; that of the training when not given
+    prop: list[str]
+    | None = None,  # a condition of the training, NAME=VALUE, such as dose=3000; as often as needed
+    size: int | None = None,  # side of new walls, pixels; that of the training when not given
     seed: int = 0,  # of walls, latent variables and noise
 ):
     "Draw images of new walls, or of given maps, with a trained generator."
@@ -433,16 +423,12 @@ def compare(
     real: Path,  # images or dataset folder that is taken as real
     fake: Path,  # images or dataset folder to compare with it
     out: Path = Path("compared"),  # folder to write: report.html and tables
-    train: Optional[Path] = None,  # images that the generator saw, to test for copies
-    ceiling: Optional[
-        Path
-    ] = None,  # second scans of the real scenes: what noise leaves of similarity
-    paired: Optional[
-        bool
-    ] = None,  # whether images belong together in order; found out when not given
-    structure: Optional[str] = None,  # shipped name or CIF: columns are found again and measured
-    weights: Optional[Path] = None,  # Inception weights; adds FID
-    pixel_size: Optional[float] = None,  # nm per pixel of files that do not say
+    train: Path | None = None,  # images that the generator saw, to test for copies
+    ceiling: Path | None = None,  # second scans of the real scenes: what noise leaves of similarity
+    paired: bool | None = None,  # whether images belong together in order; found out when not given
+    structure: str | None = None,  # shipped name or CIF: columns are found again and measured
+    weights: Path | None = None,  # Inception weights; adds FID
+    pixel_size: float | None = None,  # nm per pixel of files that do not say
     seed: int = 0,  # of subsamples and intervals
 ):
     "Say how alike two sets of images are: intensities, spectra, features, physics."
@@ -491,9 +477,9 @@ def walls():
 @command
 def tour(
     out: Path = Path("tour"),  # folder to write; the report is out/report.html
-    image: Optional[Path] = None,  # a micrograph of yours to measure as well
+    image: Path | None = None,  # a micrograph of yours to measure as well
     structure: str = "YMnO3",  # structure of that micrograph: shipped name or CIF file
-    pixel_size: Optional[float] = None,  # its nm per pixel, when the file does not tell
+    pixel_size: float | None = None,  # its nm per pixel, when the file does not tell
     seed: int = 0,  # root seed
 ):
     "Simulate, measure and compare with the truth; write one HTML report."

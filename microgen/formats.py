@@ -387,7 +387,10 @@ def _dm_tags(path) -> dict:
 # %% ../nbs/00c_formats.ipynb #1190f831
 def _dm_image(tags, key) -> tuple:
     "Type, shape (…, y, x), offset, scale and unit of one image of a tag tree."
-    at = lambda name: tags[f"{key}.ImageData.{name}"]
+
+    def at(name):
+        return tags[f"{key}.ImageData.{name}"]
+
     n = next(i for i in range(1, 6) if f"{key}.ImageData.Dimensions.{i}" not in tags) - 1
     if n < 2:
         raise Unreadable("it holds a spectrum, no image")

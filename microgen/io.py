@@ -26,8 +26,8 @@ import numpy as np
 from microgen.core import (
     _THREE_WAYS,
     InputError,
-    Micrograph,
     MicrogenError,
+    Micrograph,
     MissingExtra,
     ReadError,
     UncalibratedError,

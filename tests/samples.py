@@ -40,23 +40,32 @@ def image(shape=(24, 32)):
 def dm(data, pixel_nm=PIXEL_NM, unit="nm", version=4, thumbnail=True):
     "A .dm3 or .dm4 file with a thumbnail and one image (or a stack of them)."
     long = ">Q" if version == 4 else ">I"
-    word = lambda *v: b"".join(struct.pack(long, x) for x in v)
+
+    def word(*v):
+        return b"".join(struct.pack(long, x) for x in v)
 
     def entry(kind, name, body):
         size = word(len(body)) if version == 4 else b""
         return struct.pack(">BH", kind, len(name)) + name.encode() + size + body
 
-    group = lambda name, *tags: entry(20, name, b"\1\0" + word(len(tags)) + b"".join(tags))
-    value = lambda name, code, fmt, v: entry(
-        21, name, b"%%%%" + word(1, code) + struct.pack("<" + fmt, v)
-    )
-    text = lambda name, s: entry(21, name, b"%%%%" + word(3, 20, 4, len(s)) + s.encode("utf-16-le"))
-    array = lambda name, code, a: entry(21, name, b"%%%%" + word(3, 20, code, a.size) + a.tobytes())
+    def group(name, *tags):
+        return entry(20, name, b"\1\0" + word(len(tags)) + b"".join(tags))
+
+    def value(name, code, fmt, v):
+        return entry(21, name, b"%%%%" + word(1, code) + struct.pack("<" + fmt, v))
+
+    def text(name, s):
+        return entry(21, name, b"%%%%" + word(3, 20, 4, len(s)) + s.encode("utf-16-le"))
+
+    def array(name, code, a):
+        return entry(21, name, b"%%%%" + word(3, 20, code, a.size) + a.tobytes())
 
     def picture(a, kind, code, step, unit, sizes):
-        axis = lambda: group(
-            "", value("Origin", 6, "f", 0.0), value("Scale", 6, "f", step), text("Units", unit)
-        )
+        def axis():
+            return group(
+                "", value("Origin", 6, "f", 0.0), value("Scale", 6, "f", step), text("Units", unit)
+            )
+
         calibrations = group("Calibrations", group("Dimension", *(axis() for _ in sizes)))
         dimensions = group("Dimensions", *(value("", 5, "I", n) for n in sizes))
         return group(

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from microgen.cli import app
-from microgen.core import InputError, Micrograph, MicrogenError
+from microgen.core import InputError, MicrogenError, Micrograph
 from microgen.data.build import build, read_recipe
 from microgen.data.item import Simulated, paths, write_item
 from microgen.data.particles import ParticleRecipe

@@ -105,8 +105,9 @@ def test_training_offers_what_python_offers():
 
 
 def test_partial_crystals_ask_for_the_option():
-    from microgen.cli import simulate
     import inspect
+
+    from microgen.cli import simulate
 
     assert "partial" in inspect.signature(simulate).parameters
 

@@ -42,7 +42,10 @@ def test_sizes_alone(rows):
 
 def test_a_wrong_curve_is_noticed():
     "The same bound fails where d50 is assumed 10 % too low."
-    wrong = lambda d: counting.logistic(np.asarray(d) * 1.1)
+
+    def wrong(d):
+        return counting.logistic(np.asarray(d) * 1.1)
+
     law, held, n = counting.law_with("lognormal", 1.5, 0.5, counting.logistic), 0, 30
     for run in range(n):
         u = counting.fit_sizes(

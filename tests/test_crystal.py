@@ -49,7 +49,7 @@ def test_parent_of_the_ferroelectric_file_is_the_paraelectric_file(rare_earth):
     assert parent.get_space_group_info()[1] == 194
     found = parent.get_primitive_structure(tolerance=1e-3)
     assert len(found) == 10 and found.volume == pytest.approx(prototype.volume, rel=1e-4)
-    for view, zone in (
+    for view, _zone in (
         (columns(parent, parent=False), (1, 0, 0)),
         (columns(prototype, zone=(1, -1, 0)), None),
     ):

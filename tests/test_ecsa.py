@@ -185,7 +185,10 @@ def test_terms_sum_in_quadrature_and_switch_off_one_by_one(fit):
 def test_what_enters_where(fit):
     text = "charge_uC=45,method=hupd,mass_ug=4,area_cm2=0.196,density=21.45±0.5"
     mass, area = (ecsa(fit, f"{text},basis={b}", FIELD) for b in ("mass", "area"))
-    plus = lambda r, q: r.budget(q).set_index("source").plus_percent
+
+    def plus(r, q):
+        return r.budget(q).set_index("source").plus_percent
+
     assert plus(mass, "r_tot")["density"] > 0 == plus(area, "r_tot")["density"]
     assert (
         plus(area, "r_vis")[["d50", "family"]].max()
@@ -205,14 +208,19 @@ def test_what_enters_where(fit):
 
 def test_an_uncertain_curve_is_the_d50_term():
     d = observe(LAW, CURVE, 4000, np.random.default_rng(5))
-    term = lambda e: (
-        ecsa(
-            fit_sizes(d, DetectionCurve(2.6, 0.21, 0.98, np.diag([e, e, 0]) ** 2 if e else None)),
-            field_nm2=FIELD,
+
+    def term(e):
+        return (
+            ecsa(
+                fit_sizes(
+                    d, DetectionCurve(2.6, 0.21, 0.98, np.diag([e, e, 0]) ** 2 if e else None)
+                ),
+                field_nm2=FIELD,
+            )
+            .budget()
+            .plus_percent[2]
         )
-        .budget()
-        .plus_percent[2]
-    )
+
     assert term(0) == 0 < term(0.01) < term(0.03) and 2 < term(0.03) / term(0.01) < 4
 
 

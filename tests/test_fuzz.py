@@ -23,9 +23,12 @@ EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFF
 def mutate(good, rng):
     "One of six damages: flipped bits, overwritten bytes, a cut, an extreme number, deleted bytes, inserted bytes."
     raw = bytearray(good)
-    at = lambda: int(
-        rng.integers(min(len(raw), 512) if rng.random() < 0.5 else len(raw))
-    )  # half of them in the header
+
+    def at():
+        return int(
+            rng.integers(min(len(raw), 512) if rng.random() < 0.5 else len(raw))
+        )  # half of them in the header
+
     damage, i, n = rng.integers(6), at(), int(rng.integers(1, 65))
     if damage == 0:
         for _ in range(1 + n % 8):

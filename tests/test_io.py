@@ -6,7 +6,6 @@ import signal
 import struct
 import subprocess
 import sys
-import textwrap
 import time
 import tracemalloc
 import zlib
@@ -23,7 +22,6 @@ from samples import ENDING, FORMATS, HOW, PIXEL_NM, UNCALIBRATED
 import microgen
 from microgen import io
 from microgen.core import (
-    InputError,
     Micrograph,
     MissingExtra,
     ReadError,
@@ -579,7 +577,10 @@ def lies(folder):
     for version in (3, 4):
         wide = ">Q" if version == 4 else ">I"
         good = samples.dm(data, version=version)
-        field = lambda v: b"%%%%" + struct.pack(wide, 1) + struct.pack(wide, 5) + u4(v)
+
+        def field(v):
+            return b"%%%%" + struct.pack(wide, 1) + struct.pack(wide, 5) + u4(v)
+
         yield f"a.dm{version}", patched(patched(good, field(w), field(n)), field(h), field(n))
     yield (
         "a.ser",

@@ -155,7 +155,7 @@ def test_a_mirrored_batch_is_the_truth_of_the_mirrored_image(walls):
     assert moved.augment == ("mirror_lr", "mirror_ud", "turn")
     views = set()
     for _ in range(6):
-        for (m, l, w, i), (m2, l2, w2, i2) in zip(plain.train, moved.train):
+        for (m, l, _w, i), (m2, l2, _w2, i2) in zip(plain.train, moved.train):
             for k in range(len(l)):
                 (view,) = [
                     v
@@ -187,7 +187,7 @@ def test_real_images_of_other_pixel_size_join_simulated_ones(walls, tmp_path):
     tree(tmp_path, [f"s{k}.tif" for k in range(5)], (60, 60), pixel_size=0.06)
     dls = mixed_dls(walls, tmp_path, ratio=0.5, bs=4, size=48, device="cpu", seed=2)
     for _ in range(2):
-        for maps, label, wall, domain, image in dls.train:
+        for maps, label, _wall, domain, image in dls.train:
             assert int(domain.sum()) == 2 and image.shape == (4, 1, 48, 48)
             assert (
                 maps[domain == 1].abs().max() == 0

@@ -97,10 +97,16 @@ def test_frechet_and_kernel_distance_agree_with_torch_fidelity():
     fid = pytest.importorskip("torch_fidelity.metric_fid")
     kid = pytest.importorskip("torch_fidelity.metric_kid")
     x, y = RNG.normal(0, 1, (200, 32)), RNG.normal(0.2, 1.2, (200, 32))
-    stat = lambda v: {"mu": v.mean(0), "sigma": np.cov(v.T)}
+
+    def stat(v):
+        return {"mu": v.mean(0), "sigma": np.cov(v.T)}
+
     theirs = fid.fid_statistics_to_metric(stat(x), stat(y), False)["frechet_inception_distance"]
     assert sets.frechet_distance(x, y) == pytest.approx(theirs, rel=1e-4)
-    kernel = lambda a, b: (a @ b.T / 32 + 1) ** 3
+
+    def kernel(a, b):
+        return (a @ b.T / 32 + 1) ** 3
+
     assert sets.kernel_distance(x, y) == pytest.approx(
         kid.mmd2(kernel(x, x), kernel(x, y), kernel(y, y), unit_diagonal=False, mmd_est="unbiased")
     )
@@ -110,7 +116,9 @@ def test_fid_through_torchmetrics_with_the_same_network():
     tm = pytest.importorskip("torchmetrics.image.fid")
     net, a, b = features.random_extractor(dim=32), noise(60, 32), 1.2 * noise(60, 32, 1)
     window = features.intensity_window(a)
-    as_input = lambda v: torch.tensor((v - window[0]) / (window[1] - window[0]))[:, None]
+
+    def as_input(v):
+        return torch.tensor((v - window[0]) / (window[1] - window[0]))[:, None]
 
     class Wide(torch.nn.Module):
         num_features = 32
@@ -383,9 +391,11 @@ def test_intervals_of_whole_sets_hold_the_distance_of_many_images():
     "Nineteen of twenty should; the chance that fewer than 13 of 20 do is below 1e-6."
     from microgen.metrics.compare import global_table
 
-    make = lambda n, mean, seed: im.as_images(
-        np.random.default_rng(seed).normal(mean, 1, (n, 1, 1)) + noise(n, 16, seed + 1) / 4, 1.0
-    )
+    def make(n, mean, seed):
+        return im.as_images(
+            np.random.default_rng(seed).normal(mean, 1, (n, 1, 1)) + noise(n, 16, seed + 1) / 4, 1.0
+        )
+
     truth = im.intensity_distance(make(4000, 0, 0), make(4000, 2, 1))["wasserstein"]
     rows = [
         global_table(make(40, 0, 10 + 2 * k), make(40, 2, 500 + 2 * k), k)

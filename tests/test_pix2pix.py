@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("fastai")
 
-from microgen.core import InputError, Micrograph, MicrogenError
+from microgen.core import InputError, MicrogenError, Micrograph
 from microgen.data.build import build
 from microgen.data.files import list_images
 from microgen.data.load import mixed_dls, paired_dls
@@ -139,9 +139,10 @@ def test_the_domain_is_no_class(data):
     assert slots and not any(s.any() for s in slots)
     learn.model.about["domains"] = ["simulated", "real"]
     maps = batch(learn.dls)[0][:1]
-    draw = lambda label, domain: learn.model.sample(
-        1, (maps, label), rng=0, noise=False, domain=domain
-    )
+
+    def draw(label, domain):
+        return learn.model.sample(1, (maps, label), rng=0, noise=False, domain=domain)
+
     assert torch.equal(draw(0, "simulated"), draw(0, "real"))
     with torch.no_grad():
         learn.model.g.unet.up[-1].films[0].linear.weight[:, n] = 1
@@ -208,7 +209,10 @@ def test_properties_are_a_condition(data, tmp_path):
         float(model.g.unet.bottom.films[0].linear.weight[:, n + 1 : n + 3].detach().abs().min()) > 0
     )
     mean, sd = model.about["properties"]["dose"]
-    draw = lambda **kw: model.sample(2, (maps[0], 0), rng=0, noise=False, **kw)
+
+    def draw(**kw):
+        return model.sample(2, (maps[0], 0), rng=0, noise=False, **kw)
+
     assert torch.equal(draw(), draw(props={"dose": mean}))
     assert not torch.equal(draw(), draw(props={"dose": mean + 2 * sd}))
     assert torch.allclose(draw(props={"dose": [mean, mean + sd]})[0], draw()[0], atol=1e-5)

@@ -130,8 +130,9 @@ def test_four_commands_draw_walls(tmp_path):
 def test_the_commands_compare_like_with_like():
     "The walls that are drawn are those of the training, and not too few."
     simulate, _, sample, compare = [dict(zip(w, w[1:])) for w in commands(small=False)]
-    from microgen.cli import simulate as command
     import inspect
+
+    from microgen.cli import simulate as command
 
     trained = simulate.get("--walls", inspect.signature(command).parameters["walls"].default)
     assert set(sample["--walls"].split(",")) == set(trained.split(",")) and int(sample["--n"]) >= 48

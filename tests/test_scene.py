@@ -51,7 +51,10 @@ def test_any_settings():
     rng = np.random.default_rng(0)
     shapes = ("sphere", "ellipsoid", "cube", "faceted", "agglomerate")
     for k in range(30):
-        pick = lambda *o: o[rng.integers(len(o))]
+
+        def pick(*o):
+            return o[rng.integers(len(o))]
+
         px = float(10 ** rng.uniform(-1, 2))
         scene = Scene(
             size=(int(rng.integers(16, 120)), int(rng.integers(16, 120))),
@@ -151,9 +154,14 @@ def test_hidden_particles_stay_in_the_table():
 
 def test_small_particles_are_missed():
     "The share below the Rose criterion falls with size and with electrons."
-    missed = lambda **o: (lambda t: (t.snr < 5).mean())(
-        simulate_scene(Scene(size=400, n=300, pixel_size=1.0, probe_nm=1.5, gsd=1.2, **o), 2).table
-    )
+
+    def missed(**o):
+        return (lambda t: (t.snr < 5).mean())(
+            simulate_scene(
+                Scene(size=400, n=300, pixel_size=1.0, probe_nm=1.5, gsd=1.2, **o), 2
+            ).table
+        )
+
     by_size = [missed(median_nm=d, electrons=20.0) for d in (2.0, 5.0, 12.0)]
     assert by_size[0] > 0.9 > by_size[1] > by_size[2] and by_size[2] < 0.1
     assert missed(median_nm=4.0, electrons=200.0) < missed(median_nm=4.0, electrons=10.0)
@@ -162,7 +170,10 @@ def test_small_particles_are_missed():
 @pytest.mark.parametrize("name", PRESETS)
 def test_options_of_presets(name):
     "Gamma, charging and bars change the picture as they say, and neither particles nor their masks."
-    make = lambda **o: simulate_scene(scene_preset(name, size=(112, 128), **o), 2)
+
+    def make(**o):
+        return simulate_scene(scene_preset(name, size=(112, 128), **o), 2)
+
     plain, signal = make(), make(bits=None).image.data
     assert (make(gamma=0.7).image.data == grey_levels(signal, 0.7)).all()
     charged = make(charging=0.3, charging_px=20.0)

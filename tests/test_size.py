@@ -52,7 +52,10 @@ def test_size_error_against_quadrature(family):
     law, e = size_law(family, 9, 1.4), 0.1
     d = observe(law, CURVE, 25, np.random.default_rng(0))
     like = ThinnedLikelihood([Sizes(np.log(d), CURVE, response=SizeResponse(1.0, 0.0, e))])
-    seen = lambda x: float(np.exp(law.log_density([x])[0]) * CURVE(np.exp(x)))
+
+    def seen(x):
+        return float(np.exp(law.log_density([x])[0]) * CURVE(np.exp(x)))
+
     P = quad(seen, -2, 6, points=[2.0], epsabs=1e-12)[0]
     brute = sum(
         np.log(quad(lambda t: seen(t) * norm.pdf(x, t, e), x - 8 * e, x + 8 * e, epsabs=1e-12)[0])
@@ -167,9 +170,12 @@ def test_hard_cut():
     d = d[d > 7]
     x, cut = np.log(d), np.log(7)
     fit = fit_sizes(d, lambda d_nm: (d_nm > 7) * 1.0, families="lognormal")
-    loss = lambda t: (
-        -norm(t[0], np.exp(t[1])).logpdf(x).sum() + len(x) * norm(t[0], np.exp(t[1])).logsf(cut)
-    )
+
+    def loss(t):
+        return -norm(t[0], np.exp(t[1])).logpdf(x).sum() + len(x) * norm(t[0], np.exp(t[1])).logsf(
+            cut
+        )
+
     best = minimize(
         loss, [2.0, -1.0], method="Nelder-Mead", options={"xatol": 1e-6, "fatol": 1e-8}
     ).x
@@ -212,7 +218,10 @@ def test_two_magnifications_are_better_than_one():
     present = np.array([1500 / (1 - true_unseen(law, CURVE)), 400 / (1 - true_unseen(law, fine))])
     truth = 1 - 1900 / present.sum()
     assert both.unseen_number.low < truth < both.unseen_number.high
-    width = lambda u: u.high - u.low
+
+    def width(u):
+        return u.high - u.low
+
     assert width(both.unseen_number) < 0.7 * width(fit_sizes(coarse, CURVE).unseen_number)
 
 

@@ -22,10 +22,9 @@ import torch
 from torch import nn
 
 from microgen.train.adversarial import Parts, adversarial_learner, gan_losses, r1_penalty
-from microgen.train.core import EMA, NaNGuard, Repeat, random_state_kept, read_weights
 from microgen.train.checkpoint import read_checkpoint, write_checkpoint
+from microgen.train.core import EMA, random_state_kept, read_weights
 from microgen.train.run import train
-from microgen.train.watch import History
 
 ROOT = Path(__file__).resolve().parent.parent
 KILL_TRIALS = int(os.environ.get("MICROGEN_KILL_TRIALS", 3))
@@ -136,7 +135,7 @@ def kill_and_resume(out, rng, every, kills=2):
     done = 0
     for _ in range(kills):
         process = start(out, every=every, pause=0.02)
-        begun = steps_done(out)
+        steps_done(out)
         while process.poll() is None and not (out / "checkpoints").exists():
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 0.9))
@@ -305,7 +304,10 @@ def plain_learner(path, bs=8, width=8, data=0, **kw):
             nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)),
         )
     d, g = gan_losses("lsgan")
-    see = lambda m, b, y: m.d(torch.cat([b[0], y], 1))
+
+    def see(m, b, y):
+        return m.d(torch.cat([b[0], y], 1))
+
     return adversarial_learner(
         DataLoaders(DataLoader(items, bs=bs), DataLoader(items, bs=bs)),
         model,

@@ -121,13 +121,17 @@ def test_ended_without_its_result(tmp_path):
     "every, epochs, names", [(500, 1, [1, 4]), (3, 2, [1, 3, 6, 8]), (4, 1, [1, 4])]
 )
 def test_the_last_step_is_drawn(tmp_path, every, epochs, names):
-    draw = lambda m, xb, yb: (m(*xb).view(2, 4).clamp(0, 1) * 255).byte().numpy()
+    def draw(m, xb, yb):
+        return (m(*xb).view(2, 4).clamp(0, 1) * 255).byte().numpy()
+
     go(plain_learner(tmp_path), epochs, tmp_path / "r", preview_every=every, preview=draw)
     assert [int(p.stem) for p in sorted((tmp_path / "r/previews").iterdir())] == names
 
 
 def test_the_last_step_of_an_early_end_is_drawn_and_that_of_a_pause_is_not(tmp_path):
-    draw = lambda m, xb, yb: (m(*xb).view(2, 4).clamp(0, 1) * 255).byte().numpy()
+    def draw(m, xb, yb):
+        return (m(*xb).view(2, 4).clamp(0, 1) * 255).byte().numpy()
+
     how = dict(preview_every=500, preview=draw)
     go(
         plain_learner(tmp_path, lr=1e-12),

@@ -21,7 +21,6 @@ from microgen.stem.wall import (
     STATES,
     Domain,
     Network,
-    Sum,
     Vortex,
     Wall,
     bound_charge,
@@ -308,10 +307,13 @@ def test_truth_maps(crystal):
 
 def test_own_function_as_field(crystal):
     "Any function (y, x, z) -> (Q, phi) is a field"
-    mine = lambda y, x, z: (
-        np.ones(np.broadcast(y, x, z).shape),
-        np.pi / 6 * np.tanh(x - 2.5) + 0 * y + np.pi / 6,
-    )
+
+    def mine(y, x, z):
+        return (
+            np.ones(np.broadcast(y, x, z).shape),
+            np.pi / 6 * np.tanh(x - 2.5) + 0 * y + np.pi / 6,
+        )
+
     maps = truth_maps(crystal, mine, (100, 100), 0.05)
     assert 0.05 < maps["wall"].mean() < 0.9
     assert set(displace(crystal, mine).table.domain) == {"alpha-", "beta+"}

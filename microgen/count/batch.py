@@ -103,6 +103,7 @@ def count_images(
     Raises: InputError when there is no image, or the pixel size is none."""
     from joblib import Parallel, cpu_count, delayed
     from joblib.externals.loky import get_reusable_executor
+
     from microgen.progress import progress_bar
 
     if pixel_size is not None:
@@ -199,6 +200,7 @@ def explore_static(
 ) -> object:  # matplotlib Figure
     "Draw image, overlay and histogram of the diameters side by side."
     import matplotlib.pyplot as plt
+
     from microgen.plot import show
 
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.2), dpi=72, layout="constrained")

@@ -9,7 +9,7 @@ __all__ = ['hidden_by', 'beside']
 import numpy as np
 from scipy import ndimage as ndi
 
-from .contour import N_RAYS, Outlines, _COS, _SIN, edge_score, select, trace
+from .contour import _COS, _SIN, N_RAYS, Outlines, edge_score, select, trace
 from .propose import level_proposals, pyramid
 
 # %% ../../nbs/34c_count.beside.ipynb #8807b4d2

@@ -18,7 +18,7 @@ from scipy.spatial import cKDTree
 from scipy.special import ndtri
 
 from ..core import InputError, as_rng
-from .detect import Detection, Detector, detect
+from .detect import Detector, detect
 from .law import DetectionCurve, SizeResponse, fit_detection, fit_response
 from microgen.count.look import (
     Look,

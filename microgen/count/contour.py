@@ -138,7 +138,10 @@ def _trace(soft, y, x, r):
     np.minimum(fall / (np.abs(fall).mean((0, 1)) + 1e-6), 4, out=gain[:, 1:-1])
     path = steepest_path(gain)
     first = np.arange(N_RAYS)[:, None] * bright[0].size + np.arange(n)
-    at = lambda d: bright.ravel().take(first + n * np.clip(path + d, 0, len(_U) - 1))
+
+    def at(d):
+        return bright.ravel().take(first + n * np.clip(path + d, 0, len(_U) - 1))
+
     return path, np.maximum(at(-2), at(-4)) - (at(2) + at(4)) / 2
 
 # %% ../../nbs/34b_count.contour.ipynb #122f2531

@@ -79,7 +79,10 @@ def _ends(
 def _from_law(fit):  # -> {quantity: Estimate}, with errors of count, d50 and family
     level = fit.settings["level"]
     best, own, whole = _ends(*_fits(fit.images, fit.settings["families"]), level)
-    sure = lambda c: replace(c, covariance=None) if isinstance(c, DetectionCurve) else c
+
+    def sure(c):
+        return replace(c, covariance=None) if isinstance(c, DetectionCurve) else c
+
     known = [replace(i, curve=sure(i.curve)) for i in fit.images]
     fixed, count, _ = _ends(*_fits(known, [best["law"].family]), level)
     value = best["at"][3][0]
@@ -104,7 +107,10 @@ def _visible(
 ):  # visible surface, nm², and its surface-weighted diameter, nm, with the error of the count
     z, (d, n, var) = norm.ppf((1 + fit.settings["level"]) / 2), visible_sizes(fit.images)
     s, v = np.pi * d**2, np.pi * d**3
-    counted = lambda a: (z * float(np.sqrt(var @ a**2)),) * 2
+
+    def counted(a):
+        return (z * float(np.sqrt(var @ a**2)),) * 2
+
     return (
         Estimate(float(n @ s), {"count": counted(s / (n @ s))}),
         Estimate(float(n @ v / (n @ s)), {"count": counted(v / (n @ v) - s / (n @ s))}),
@@ -281,17 +287,23 @@ def _draw(result, quantity):
 # %% ../../nbs/37_count.ecsa.ipynb #0c5d5907
 def _stated(i):  # inputs in words
     named = {f.name: getattr(i, f.name) for f in fields(i) if getattr(i, f.name) is not None}
-    pair = lambda v: f"{v[0]:.6g}" + (f"±{v[1]:.2g}" if v[1] else "")
-    word = lambda v: (
-        pair(v) if isinstance(v, tuple) else f"{v:.3g}" if isinstance(v, float) else f"{v}"
-    )
+
+    def pair(v):
+        return f"{v[0]:.6g}" + (f"±{v[1]:.2g}" if v[1] else "")
+
+    def word(v):
+        return pair(v) if isinstance(v, tuple) else f"{v:.3g}" if isinstance(v, float) else f"{v}"
+
     return ", ".join(f"{k}={word(v)}" for k, v in named.items())
 
 
 def _rows(result):  # name, text of each quantity
     units = {"d32_nm": "nm", "geometric_m2_g": "m²/g", "geometric_cm2_cm2": "cm²/cm²"}
     units |= dict.fromkeys(("r_vis", "r_tot", "visible_share"), "")
-    unit = lambda k: f", {u}" if (u := units.get(k, result.unit)) else ""
+
+    def unit(k):
+        return f", {u}" if (u := units.get(k, result.unit)) else ""
+
     return [(_QUANTITIES[k] + unit(k), str(e)) for k, e in result.quantities().items()]
 
 
@@ -553,7 +565,10 @@ def compare_ecsa(
         raise InputError(
             f"{min(bad)} cannot be shared; choose among what is equal in both: {', '.join(equal)}."
         )
-    ratio = lambda k: getattr(a, k).without(*shared) / getattr(b, k).without(*shared)
+
+    def ratio(k):
+        return getattr(a, k).without(*shared) / getattr(b, k).without(*shared)
+
     measured = ratio("measured") if a.measured and b.measured else None
     visible, total = ratio("visible"), ratio("total")
     explained = [e / measured if measured else None for e in (visible, total)]

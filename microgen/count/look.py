@@ -15,7 +15,7 @@ from scipy.interpolate import RectBivariateSpline
 from scipy.special import ive
 
 from ..core import InputError, as_rng
-from .detect import Detection, _noise
+from .detect import _noise
 
 # %% ../../nbs/36a_count.look.ipynb #11634dbc
 @dataclass(frozen=True)
@@ -195,9 +195,10 @@ def _matched(
     r = np.maximum(np.hypot(y, x), 1e-6)
     c, s = (x * x - y * y) / r**2, 2 * x * y / r**2
     at = r / (1 + mine[4] * c + mine[5] * s) - d[o.who] / 2
-    mix = lambda pair, **by: (
-        face * (pair[0].ev(ln_d, at, **by) + theta[3] * pair[1].ev(ln_d, at, **by))
-    )
+
+    def mix(pair, **by):
+        return face * (pair[0].ev(ln_d, at, **by) + theta[3] * pair[1].ev(ln_d, at, **by))
+
     f = mix(drawn)
     sd = np.sqrt(o.noise**2 + o.gain * np.abs(f))
     rest = (o.grey - (1 + mine[0]) * f - mine[6] - mine[7] * o.y - mine[8] * o.x) / sd
@@ -355,7 +356,7 @@ def _fit(
         if k:
             sds = np.where(
                 np.isin(np.arange(9), _DIFFER),
-                _spread(own, np.array([np.diag(p[0]) for p in parts]), sds),
+                _spread(own, np.array([np.diag(p[0]) for p in parts]), sds),  # noqa: F821
                 _OWN,
             )
         theta, own, (parts, square) = _descend(o, theta, own, sds)
@@ -504,7 +505,10 @@ def size_shift(
     "Say how the fitted diameter of a particle moves with the look."
     s = np.linspace(-d_px / 2, 2 * look.blur_px + 2, 80)  # as far as `_patch`
     r = s + d_px / 2
-    f = lambda k, x=0.0: _signal(k, np.log([d_px]) + x, (r - d_px * np.exp(x) / 2)[None])[0]
+
+    def f(k, x=0.0):
+        return _signal(k, np.log([d_px]) + x, (r - d_px * np.exp(x) / 2)[None])[0]
+
     base, moved = f(look), np.stack([f(k) for k in _varied(look, by)])
     own = np.stack(
         [(f(look, by) - f(look, -by)) / (2 * by), base, np.ones_like(r)]

@@ -287,7 +287,10 @@ def level_proposals(
     with ThreadPoolExecutor(2) as pool:  # scipy.ndimage releases the interpreter
         low, high = pool.map(lambda part: np.median(seen[part]), (seen <= cut, seen > cut))
         there = valid if found is None else valid & ~found
-        above = lambda k: (flat > low + k * (high - low)) & there
+
+        def above(k):
+            return (flat > low + k * (high - low)) & there
+
         sure = above(2 * levels[0])
         cuts = pool.map(
             lambda k: _cut(_reaching(above(k), sure) if k < 2 * levels[0] else above(k), h), levels

@@ -311,7 +311,10 @@ def _frame(
         raise InputError(
             f"a particle of {d.max():.4g} nm does not fit into the field of view {h:.4g} x {w:.4g} nm; check the units."
         )
-    inside = lambda s: np.clip(1 - s / h, 0.02, 1) * np.clip(1 - s / w, 0.02, 1)
+
+    def inside(s):
+        return np.clip(1 - s / h, 0.02, 1) * np.clip(1 - s / w, 0.02, 1)
+
     return inside, 1 / inside(d)
 
 

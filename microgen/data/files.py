@@ -120,7 +120,10 @@ def warn(
 def _images(folder, deep=True):
     "Paths of a folder that are images by their name, hidden ones left out"
     found = folder.rglob("*") if deep else folder.iterdir()
-    shown = lambda p: not any(part.startswith(".") for part in p.relative_to(folder).parts)
+
+    def shown(p):
+        return not any(part.startswith(".") for part in p.relative_to(folder).parts)
+
     return sorted(p for p in found if p.suffix.lower() in SUFFIXES and shown(p))
 
 

@@ -77,7 +77,10 @@ class ParticleRecipe(DatasetRecipe):
 
 def _check(r):
     "Every setting as it should be, or one sentence."
-    put = lambda name, value: object.__setattr__(r, name, value)
+
+    def put(name, value):
+        return object.__setattr__(r, name, value)
+
     names = (
         (r.presets,)
         if isinstance(r.presets, str)

@@ -121,7 +121,10 @@ _RANGES = {
 
 def _check(r):
     "Every setting as it should be, or one sentence."
-    put = lambda name, value: object.__setattr__(r, name, value)
+
+    def put(name, value):
+        return object.__setattr__(r, name, value)
+
     put(
         "walls",
         (r.walls,)

@@ -14,9 +14,10 @@ import pandas as pd
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy
 
-from ..core import InputError, Micrograph, MicrogenError, MissingExtra, as_rng
+from ..core import InputError, MicrogenError, Micrograph, MissingExtra, as_rng
 from ..io import write_csv
 from .features import MissingWeights, inception_extractor, random_extractor
+from .gather import Loaded, load_set, match_sets
 from microgen.metrics.image import (
     SSIM_NAME,
     image_table,
@@ -28,7 +29,6 @@ from microgen.metrics.image import (
     show_values,
     ssim,
 )
-from .gather import Loaded, load_set, match_sets
 from .physics import bragg_transfer, physics_table
 from .sets import copy_test, feature_pair, half_samples, nearest, set_table
 from ..plot import show_grid
@@ -160,9 +160,10 @@ def compare(
     Raises: InputError when they cannot be compared: one image, other sizes, other pixel sizes, NaN, no files."""
     draw = np.random.default_rng(as_rng(rng).integers(2**63))
     seed = int(draw.integers(2**31))
-    load = lambda s, name: (
-        None if s is None else load_set(s, pixel_size, most, seed, name, standardise)
-    )
+
+    def load(s, name):
+        return None if s is None else load_set(s, pixel_size, most, seed, name, standardise)
+
     real, fake, seconds = (
         load(real, "real images"),
         load(fake, "generated images"),
@@ -323,7 +324,10 @@ def _physics(job, tables, notes):
     if known is None or known.tables is None or job.fake.images.pixel_size is None:
         return None
     n = min(job.most_physics, len(job.fake.names))
-    pictures = lambda s: [Micrograph(a, s.images.pixel_size) for a in s.images.data[:n]]
+
+    def pictures(s):
+        return [Micrograph(a, s.images.pixel_size) for a in s.images.data[:n]]
+
     reference = pictures(job.real) if job.paired else None
     truth = known.tables[:n], known.maps[:n] if known.maps else None
     table = physics_table(pictures(job.fake), *truth, job.structure, reference)
@@ -356,7 +360,10 @@ def _bragg(job, tables, notes):
     if job.structure is None or not (job.real.images.pixel_size and job.fake.images.pixel_size):
         return None
     n = min(job.most_physics, len(job.fake.names))
-    first = lambda s: s.images._replace(data=s.images.data[:n])
+
+    def first(s):
+        return s.images._replace(data=s.images.data[:n])
+
     try:
         table = bragg_transfer(first(job.real), first(job.fake), job.structure, paired=job.paired)
     except InputError as why:

@@ -88,7 +88,10 @@ class _RandomNet(nn.Module):
         super().__init__()
         rng = torch.Generator().manual_seed(int(seed))
         widths = [1, 16, 32, 64, dim // 2]
-        draw = lambda *shape: torch.randn(*shape, generator=rng)
+
+        def draw(*shape):
+            return torch.randn(*shape, generator=rng)
+
         kernels = [draw(o, i, 5, 5) * (2 / (25 * i)) ** 0.5 for i, o in zip(widths, widths[1:])]
         self.kernels = nn.ParameterList([nn.Parameter(k, False) for k in kernels])
         self.biases = nn.ParameterList([nn.Parameter(0.3 * draw(o), False) for o in widths[1:]])
@@ -126,7 +129,10 @@ def module_extractor(
         if isinstance(module, nn.Module)
         else None
     )
-    network = lambda x: module((2 * x - 1).to(place).repeat(1, channels, 1, 1))
+
+    def network(x):
+        return module((2 * x - 1).to(place).repeat(1, channels, 1, 1))
+
     return Extractor(name, f"FD({name})", network)
 
 # %% ../../nbs/51_metrics.features.ipynb #899dce72

@@ -13,8 +13,8 @@ import numpy as np
 
 from microgen.core import (
     InputError,
-    Micrograph,
     MicrogenError,
+    Micrograph,
     ReadError,
     UncalibratedError,
     as_rng,
@@ -73,9 +73,10 @@ def load_set(
     kept, listed = [m for m in found if m is not None], listed[good].reset_index(drop=True)
     known = all(m.metadata.get("pixel size") != "unknown" for m in kept)
     data = as_images(kept if known else [m.data for m in kept], pixel_size, f"{name} in {source}")
-    truth = lambda column, load: (
-        [load(p) for p in listed[column]] if listed[column].notna().all() else None
-    )
+
+    def truth(column, load):
+        return [load(p) for p in listed[column]] if listed[column].notna().all() else None
+
     labels = listed.label.tolist() if (listed.label != "").all() else None
     names, data = [p.name for p in listed.image], _standard(data, standardise)
     return Loaded(
@@ -149,7 +150,10 @@ def _same_classes(real, fake, seconds, notes):  # -> the same sets, of the class
     if real.labels is None or fake.labels is None or set(real.labels) == set(fake.labels):
         return real, fake, seconds
     shared = set(real.labels) & set(fake.labels)
-    names = lambda found: ", ".join(sorted(found)) or "none"
+
+    def names(found):
+        return ", ".join(sorted(found)) or "none"
+
     if not shared:
         notes.append(
             f"No class is in both sets (real: {names(set(real.labels))}; generated: {names(set(fake.labels))}): "
@@ -191,9 +195,10 @@ def _check_pair(real, fake):
 def _same_scenes(real, fake):  # both know their columns, and they are the same
     if real.tables is None or fake.tables is None or len(real.names) != len(fake.names):
         return False
-    same = lambda a, b: (
-        len(a) == len(b) and np.allclose(a[["y_nm", "x_nm"]], b[["y_nm", "x_nm"]], atol=0.05)
-    )
+
+    def same(a, b):
+        return len(a) == len(b) and np.allclose(a[["y_nm", "x_nm"]], b[["y_nm", "x_nm"]], atol=0.05)
+
     return all(same(a, b) for a, b in zip(real.tables, fake.tables))
 
 
@@ -211,7 +216,9 @@ def _equal(real, fake, rng, notes):  # -> the two sets with as many images each
 
 
 def _take(s, rows):
-    some = lambda v: None if v is None else [v[i] for i in rows]
+    def some(v):
+        return None if v is None else [v[i] for i in rows]
+
     return replace(
         s,
         images=s.images._replace(data=s.images.data[rows]),

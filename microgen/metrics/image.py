@@ -343,7 +343,10 @@ def ring_correlation(
     scale = a.pixel_size or b.pixel_size
     if scale is None:
         raise InputError("a correlation in 1/nm needs the pixel size: give pixel_size= in nm.")
-    mean = lambda v: _over_rings(v, a.data.shape[1:], scale)
+
+    def mean(v):
+        return _over_rings(v, a.data.shape[1:], scale)
+
     out = []
     for x, y in zip(a.data.astype(float), b.data.astype(float)):
         X, Y = _transform(x), _transform(y)

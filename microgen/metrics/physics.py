@@ -266,12 +266,16 @@ def structure_errors(
 def _phase_errors(pairs, table, maps, pixel_size):  # -> phi_error_deg, polarity_right
     "Median error of phi, and the share of all true R columns off the wall whose polarity is right: lost ones count as wrong."
     r = table[table.site == "R"]
-    sign = lambda phi: np.sign(-np.cos(3 * phi))
+
+    def sign(phi):
+        return np.sign(-np.cos(3 * phi))
+
     true = pairs[["y_nm_true", "x_nm_true"]].rename(columns=lambda c: c.removesuffix("_true"))
     phi = _at(maps["phi"], true, pixel_size)
-    off = lambda t: (
-        _at(maps["wall"], t, pixel_size) < 0.5 if "wall" in maps else np.ones(len(t), bool)
-    )
+
+    def off(t):
+        return _at(maps["wall"], t, pixel_size) < 0.5 if "wall" in maps else np.ones(len(t), bool)
+
     turn = np.angle(np.exp(3j * (pairs.phi_found - phi))) / 3
     judged = np.isfinite(pairs.phi_found)
     right = (sign(pairs.phi_found) == sign(phi)) & off(true) & judged

@@ -13,7 +13,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import bootstrap, mannwhitneyu
 
 from ..core import InputError, as_rng, check_finite
-from .features import Extractor, intensity_window, random_extractor
+from .features import intensity_window, random_extractor
 from .image import Estimate, as_images
 
 # %% ../../nbs/51b_metrics.sets.ipynb #7569e420
@@ -62,7 +62,10 @@ def frechet_infinity(
         raise InputError(f"{len(x)} images are too few to extrapolate from: give at least eight.")
     rng, inverse = as_rng(rng), np.linspace(4 / len(x), 1 / len(x), 6)
     sizes = np.rint(1 / inverse).astype(int) if sizes is None else np.asarray(sizes)
-    some = lambda v, n: v[rng.permutation(len(v))[:n]]
+
+    def some(v, n):
+        return v[rng.permutation(len(v))[:n]]
+
     values = [frechet_distance(some(x, n), some(y, n)) for n in sizes]
     return float(np.polyfit(1 / sizes, values, 1)[1])
 
@@ -77,7 +80,10 @@ def kernel_distance(
     Source: 10.48550/arXiv.1801.01401"""
     x, y = _features(x, y)
     n, kernel = len(x), lambda a, b: (a @ b.T / a.shape[1] + 1) ** degree
-    inner = lambda v: (lambda K: (K.sum() - np.trace(K)) / (n * (n - 1)))(kernel(v, v))
+
+    def inner(v):
+        return (lambda K: (K.sum() - np.trace(K)) / (n * (n - 1)))(kernel(v, v))
+
     return float(inner(x) + inner(y) - 2 * kernel(x, y).mean())
 
 # %% ../../nbs/51b_metrics.sets.ipynb #6141ec2f
@@ -119,7 +125,10 @@ def copy_test(
     if min(map(len, sets)) < 2:
         raise InputError("the copy test needs two images or more in each of the three sets.")
     a, b = (cdist(v, sets[0]).min(1) for v in (sets[2], sets[1]))
-    area = lambda a, b: mannwhitneyu(a, b).statistic / (len(a) * len(b))
+
+    def area(a, b):
+        return mannwhitneyu(a, b).statistic / (len(a) * len(b))
+
     n, m = len(a), len(b)
     z = (area(a, b) - 0.5) * np.sqrt(12 * n * m / (n + m + 1))
     interval = bootstrap(

@@ -86,9 +86,10 @@ def secondary_electrons(
     own = tone[f.owner] * (1 + s.edge * (np.minimum(f.rim, 5) - 1)) * np.maximum(lit, 0.1)
     below = support.ravel()[f.pixel]
     more = (own - below) * -np.expm1(-f.thick / s.escape_nm)
-    sum_up = lambda o: (
-        np.bincount(f.pixel, seen.weight * o, support.size).reshape(shape).astype(np.float32)
-    )
+
+    def sum_up(o):
+        return np.bincount(f.pixel, seen.weight * o, support.size).reshape(shape).astype(np.float32)
+
     image = support + sum_up(more)
     if s.shadow:
         height = surface * seen.through.reshape(shape) + sum_up(f.top)

@@ -245,12 +245,18 @@ def scatter(
     )
     alone = np.setdiff1d(np.arange(n), rest)
     at, placed = np.full((n, 2), np.nan), np.zeros(n, bool)
-    anywhere = lambda of: rng.random((len(of), 2)) * fov
+
+    def anywhere(of):
+        return rng.random((len(of), 2)) * fov
+
     _settle(alone[np.argsort(-r[alone])], anywhere, at, placed, r, overlap, fov, allowed)
     members, block = nuclei, max(len(nuclei), 1)
     while len(rest):
         new, rest = rest[:block], rest[block:]
-        grow = lambda of, m=members: _touching(of, m, at, r, packing, overlap, rng)
+
+        def grow(of, m=members):
+            return _touching(of, m, at, r, packing, overlap, rng)
+
         left = _settle(new, grow, at, placed, r, overlap, fov, allowed)
         _settle(left, anywhere, at, placed, r, overlap, fov, allowed)
         members, block = np.concatenate([members, np.setdiff1d(new, left)]), 1 + len(members) // 2

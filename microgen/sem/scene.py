@@ -89,9 +89,12 @@ def _people(s, pad, surface, there, rng):
         )
     d = law.draw(int(round(expected)) if s.n is not None else int(number.poisson(expected)), sizes)
     bodies, names = make_bodies(d, s.shape, s.aspect, s.tilt_deg, s.spheres, make)
-    pixel = lambda at: tuple(
-        np.clip(np.rint((at - margin) / px + pad).astype(int), 0, np.array(surface.shape) - 1).T
-    )
+
+    def pixel(at):
+        return tuple(
+            np.clip(np.rint((at - margin) / px + pad).astype(int), 0, np.array(surface.shape) - 1).T
+        )
+
     allowed = (lambda at: there[pixel(at)]) if there is not None and there.any() else None
     at = scatter(d, wide, s.clustering, s.cluster_size, s.packing, s.overlap, allowed, lie)
     outline = outlines(bodies, len(d))
@@ -146,9 +149,14 @@ def _clumps(s, shape, rng):
         bodies, np.c_[at / s.pixel_size, z], shape, s.pixel_size, s.escape_nm, beams=1
     )
     seen = stack_up(parts, shape[0] * shape[1], -1e9)
-    total = lambda o: (
-        np.bincount(seen.fragments.pixel, o, shape[0] * shape[1]).reshape(shape).astype(np.float32)
-    )
+
+    def total(o):
+        return (
+            np.bincount(seen.fragments.pixel, o, shape[0] * shape[1])
+            .reshape(shape)
+            .astype(np.float32)
+        )
+
     f, through = seen.fragments, seen.through.reshape(shape)
     signal = total(seen.weight * (1 + 0.5 * s.edge * (f.rim - 1))) + 0.5 * through
     return total(f.cover * f.thick), total(seen.weight * f.top), signal
@@ -247,7 +255,10 @@ def _truth(s, p, at, seen, more, signal, shape, pad, burnt, labels):
     row, column = f.pixel // shape[1] - pad, f.pixel % shape[1] - pad
     within = (row >= 0) & (row < h) & (column >= 0) & (column < w)
     bare = within & ~burnt[np.clip(row, 0, h - 1), np.clip(column, 0, w - 1)]
-    total = lambda o, where=bare: np.bincount(f.owner[where], o[where], n)
+
+    def total(o, where=bare):
+        return np.bincount(f.owner[where], o[where], n)
+
     area = np.pi / 4 * p.d**2 / px**2
     counts = (
         weight if s.mode == "se" else f.cover

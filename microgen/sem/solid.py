@@ -39,8 +39,13 @@ def _cut_ellipsoid(v, u, solid, escape_nm=None, reach=None):
     """Inside, top, and with an escape depth chord, rim and normal, of beams at (v, u) from the centres: arrays
     (..., n, p, p)."""
     A = np.asarray(solid[0], np.float32)[..., None, None]
-    a = lambda i, j: A[:, i, j]
-    schur = lambda i, j: a(i, j) - a(i, 2) * a(j, 2) / a(2, 2)
+
+    def a(i, j):
+        return A[:, i, j]
+
+    def schur(i, j):
+        return a(i, j) - a(i, 2) * a(j, 2) / a(2, 2)
+
     q = schur(0, 0) * (v * v) + u * (schur(1, 1) * u + 2 * schur(0, 1) * v)
     half = np.sqrt(np.maximum(1 - q, 0) / a(2, 2))
     top = half - (a(0, 2) * v + a(1, 2) * u) / a(2, 2)
@@ -138,9 +143,15 @@ def _pooled(bodies, at, half, fine, frame, lines, escape_nm):
     keep = (
         (share > 0) & ((row >= 0) & (row < h))[:, :, None] & ((column >= 0) & (column < w))[:, None]
     )
-    mean = lambda o: (o * hit).sum((0, 1))[keep] / (share[keep] * np.float32(fine**2))
+
+    def mean(o):
+        return (o * hit).sum((0, 1))[keep] / (share[keep] * np.float32(fine**2))
+
     top, *rest = (mean(o) for o in values)
-    spread = lambda o: np.broadcast_to(o[:, None, None], share.shape)[keep]
+
+    def spread(o):
+        return np.broadcast_to(o[:, None, None], share.shape)[keep]
+
     return Fragments(
         pixel[keep],
         spread(bodies.owner),

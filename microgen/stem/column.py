@@ -78,10 +78,13 @@ def find_columns(
 def _parabola(a, peaks):  # (H, W), (N, 2) pixel indices -> (N, 2) offset of the vertex, pixels
     "Sub-pixel offset of each peak from a parabola through it and its neighbours, axis by axis."
     p = np.pad(a, 1, mode="edge")
-    at = lambda dy, dx: p[peaks[:, 0] + 1 + dy, peaks[:, 1] + 1 + dx]
-    bend = lambda lo, hi: np.clip(
-        0.5 * (lo - hi) / np.minimum(lo + hi - 2 * at(0, 0), -1e-30), -0.5, 0.5
-    )
+
+    def at(dy, dx):
+        return p[peaks[:, 0] + 1 + dy, peaks[:, 1] + 1 + dx]
+
+    def bend(lo, hi):
+        return np.clip(0.5 * (lo - hi) / np.minimum(lo + hi - 2 * at(0, 0), -1e-30), -0.5, 0.5)
+
     return np.stack([bend(at(-1, 0), at(1, 0)), bend(at(0, -1), at(0, 1))], 1)
 
 
@@ -114,9 +117,10 @@ def _windows(
     h = [int(np.ceil(radius / p)) for p in px]
     pad = [n + int(np.ceil(0.3 / p)) for n, p in zip(h, px)]
     frame = [n + 2 * p for n, p in zip(shape, pad)]
-    centre = lambda v, i: np.clip(
-        np.rint(v / px[i]).astype(int) + pad[i], h[i], frame[i] - h[i] - 1
-    )[:, None]
+
+    def centre(v, i):
+        return np.clip(np.rint(v / px[i]).astype(int) + pad[i], h[i], frame[i] - h[i] - 1)[:, None]
+
     oy, ox = (np.arange(-n, n + 1) for n in h)
     gy, gx = centre(y, 0) + oy, centre(x, 1) + ox
     return SimpleNamespace(

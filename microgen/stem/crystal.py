@@ -20,7 +20,6 @@ from microgen.stem.structure import (
     _roles,
     load_structure,
     reference,
-    structures,
     trimer,
 )  # all found here too
 
@@ -306,7 +305,10 @@ def supercell(
             "the block is cut there and does not continue periodically.",
             stacklevel=2,
         )
-    whole = lambda s, p: s if p is None else np.ceil(s / p - 1e-9) * p
+
+    def whole(s, p):
+        return s if p is None else np.ceil(s / p - 1e-9) * p
+
     size = np.array([whole(10 * s, p) for s, p in zip((w, h, thickness), period)])
     return _block(structure, basis @ axes.T, axes, size)
 

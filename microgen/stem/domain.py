@@ -87,7 +87,10 @@ def _polar(
         c * c * rr + s * s * ii + 2 * c * s * ri,
         s * s * rr + c * c * ii - 2 * c * s * ri,
     )
-    root = lambda v: np.sqrt(np.maximum(v, 0)) + 0 * Q
+
+    def root(v):
+        return np.sqrt(np.maximum(v, 0)) + 0 * Q
+
     return np.mod(np.angle(z), 2 * np.pi) + 0 * Q, Q, root(across) / Q, root(along)
 
 # %% ../../nbs/13c_stem.domain.ipynb #c1da1f3c
@@ -165,7 +168,10 @@ def _fit_wall(
     theta = np.arctan2(slope[1], -slope[0])
     d = yx[:, 1] * np.sin(theta) - yx[:, 0] * np.cos(theta)
     start = 0.5 * (d[~right].max() + d[right].min()) if (~right).any() and right.any() else d.mean()
-    far = lambda side, value: np.angle(np.exp(1j * value[side]).mean())
+
+    def far(side, value):
+        return np.angle(np.exp(1j * value[side]).mean())
+
     known = np.isfinite(phi)
     left_phi, right_phi = far(~right & known, phi), far(right & known, phi)
     short = (right_phi - left_phi + np.pi) % (2 * np.pi) - np.pi
@@ -207,11 +213,15 @@ def _wall_rows(
         k = row == r
         if k.sum() < 5:
             continue
-        f = lambda s: (
-            (_wall_heights(p + np.r_[s[0], np.zeros(5)], yx[k], n[k], u0_pm, p0_pm) - u[k])
-            / np.hypot(se[k], 0.5)
-        )
-        g = lambda s: f(s) - f(s).mean()
+
+        def f(s):
+            return (
+                _wall_heights(p + np.r_[s[0], np.zeros(5)], yx[k], n[k], u0_pm, p0_pm) - u[k]
+            ) / np.hypot(se[k], 0.5)
+
+        def g(s):
+            return f(s) - f(s).mean()
+
         tries = [
             least_squares(g, [s], loss="soft_l1", f_scale=3.0, bounds=(-1.2, 1.2))
             for s in (-0.4, 0.0, 0.4)

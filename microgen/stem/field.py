@@ -207,9 +207,12 @@ class Wall(Field):
     def _steps(self, y):
         layer = self.layer_nm or LAYER_NM
         origin = self.center[0] if self.layer_y_nm is None else self.layer_y_nm
-        row = lambda y: np.rint(
-            (origin - y) / layer + 1e-6
-        )  # half-way between two rows: always the same one
+
+        def row(y):
+            return np.rint(
+                (origin - y) / layer + 1e-6
+            )  # half-way between two rows: always the same one
+
         return np.floor((row(y) - row(self.center[0])) / self.step_layers)
 
     def _evaluate(self, y, x, z):
@@ -255,7 +258,10 @@ class Vortex(Field):
             np.maximum(r, 1e-9) * KINK_WIDTH / (self.width_nm or wall_width()),
             np.sin(angle - middle),
         )
-        gd = lambda u: 2 * np.arctan(np.tanh(u / 2))
+
+        def gd(u):
+            return 2 * np.arctan(np.tanh(u / 2))
+
         local = middle + np.pi / 6 * gd(far * side) / gd(far / 2)
         dip = 1 - self.q_dip / np.cosh(np.minimum(far * np.abs(side), 30)) ** 2
         Q, phi = (
@@ -278,7 +284,10 @@ def winding(
     _need(phi.ndim == 2 and min(phi.shape) > 1, f"phi has shape {phi.shape}; give a plane (H, W).")
     if periodic:
         phi = np.pad(phi, ((0, 1), (0, 1)), mode="wrap")
-    wrap = lambda d: np.mod(d + np.pi, 2 * np.pi) - np.pi
+
+    def wrap(d):
+        return np.mod(d + np.pi, 2 * np.pi) - np.pi
+
     right, down = wrap(np.diff(phi, axis=1)), wrap(np.diff(phi, axis=0))
     turn = right[1:] - right[:-1] + down[:, :-1] - down[:, 1:]
     return np.rint(turn / (2 * np.pi)).astype(int)

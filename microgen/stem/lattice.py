@@ -73,9 +73,12 @@ def _align(
     )
     amplitude /= np.median(amplitude)
     df = 1 / (np.array(pad) * px)
-    sample = lambda q: ndimage.map_coordinates(
-        amplitude, [q[..., i] / df[i] + pad[i] // 2 for i in (0, 1)], order=1
-    )
+
+    def sample(q):
+        return ndimage.map_coordinates(
+            amplitude, [q[..., i] / df[i] + pad[i] // 2 for i in (0, 1)], order=1
+        )
+
     c, s = np.cos(rotations), np.sin(rotations)
     turn = (
         np.stack([c, -s, s, c], -1).reshape(-1, 1, 2, 2)
@@ -201,7 +204,10 @@ def reference_columns(
     inside = ((yx > -0.3) & (yx < m.fov + np.array(0.3))).all(1)
     motif, crystal, yx = motif[inside], crystal[inside], yx[inside]
     A = np.c_[crystal - centre, np.ones(len(crystal))]
-    affine = lambda: np.linalg.lstsq(A, yx, rcond=None)[0]
+
+    def affine():
+        return np.linalg.lstsq(A, yx, rcond=None)[0]
+
     for use in (_spanning(g), slice(None)):
         fit = affine()
         yx = A @ fit + _distortion(

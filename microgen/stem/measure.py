@@ -106,7 +106,7 @@ class Measurement:
         self,
         ax=None,  # matplotlib Axes; default: a new figure
         scale=8,  # magnification of the arrows
-    ) -> "Axes":  # matplotlib Axes, in nm
+    ) -> object:  # matplotlib Axes, in nm
         "Image, columns, displacements as arrows, walls as lines."
         from microgen.plot import show, show_arrows
 
@@ -116,7 +116,7 @@ class Measurement:
             if len(moved)
             else show(self.micrograph, ax=ax)
         )
-        for i, (site, part) in enumerate(t[~t.index.isin(moved.index)].groupby("site")):
+        for i, (_site, part) in enumerate(t[~t.index.isin(moved.index)].groupby("site")):
             ax.plot(
                 part.x_nm,
                 part.y_nm,
@@ -124,7 +124,7 @@ class Measurement:
                 ms=2,
                 color=("#ffd34d", "#7ee07e", "#d99bff", "#ffffff")[i % 4],
             )
-        for w, part in self.wall_rows.groupby("wall"):
+        for _, part in self.wall_rows.groupby("wall"):
             ax.errorbar(
                 part.x_nm, part.y_nm, xerr=part.x_se_nm, fmt="|", ms=10, color="#ffe14d", lw=1
             )

@@ -20,7 +20,6 @@ from microgen.stem.weight import (
     DETECTOR_MRAD,
     _rows,
     atomic_number,
-    calibration,
     outside_fit,
     rutherford,
 )

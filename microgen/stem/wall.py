@@ -26,7 +26,6 @@ from microgen.stem.field import (
     Wall,
     evaluate,
     field_from_dict,
-    winding,
 )
 from microgen.stem.order import (
     STATES,
@@ -382,7 +381,10 @@ def truth_maps(
 def _nearest(y, x, py, px):
     "Index of the point (y, x) nearest to each pixel: at once on a grid of rows and columns, by search in its gaps"
     rows, cols = np.unique(y.round(4)), np.unique(x.round(4))
-    search = lambda at: cKDTree(np.stack([y, x], -1)).query(at)[1]
+
+    def search(at):
+        return cKDTree(np.stack([y, x], -1)).query(at)[1]
+
     if len(rows) * len(cols) > 2 * len(y):
         return search(np.stack(np.broadcast_arrays(py, px), -1))
     index = np.full((len(rows), len(cols)), -1)

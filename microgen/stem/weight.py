@@ -8,7 +8,7 @@ __all__ = ['DETECTOR_MRAD', 'FITTED', 'atomic_number', 'thermal_nm', 'rutherford
 # %% ../../nbs/11c_stem.weight.ipynb #9376187d
 import json
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 import numpy as np
@@ -43,7 +43,7 @@ _Y_NM2 = (
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def atomic_number(
     element,  # symbol; a charge ("Mn3+") is ignored
 ) -> int:  # Z
@@ -164,7 +164,10 @@ def rutherford(
 
     Source: Rutherford's cross-section with the relativistic mass, Kirkland (2010), chapter 5.
     """
-    strength = lambda kV: (1 + kV / 510.99895) ** 2 * wavelength_nm(kV) ** 4
+
+    def strength(kV):
+        return (1 + kV / 510.99895) ** 2 * wavelength_nm(kV) ** 4
+
     return strength(voltage_kV) / strength(200.0)
 
 # %% ../../nbs/11c_stem.weight.ipynb #fe481ad6
