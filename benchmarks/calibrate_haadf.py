@@ -28,10 +28,11 @@ import pandas as pd
 import torch
 from scipy.optimize import least_squares, nnls
 
-from microgen.stem.crystal import load_structure, supercell
-from microgen.stem.probe import wavelength_nm
-from microgen.stem.render import Probe, sum_columns
-from microgen.stem.weight import thermal_nm
+from microgen.stem.crystal import supercell
+from microgen.stem.probe import Probe, wavelength_nm
+from microgen.stem.render import sum_columns
+from microgen.stem.scattering import thermal_nm
+from microgen.stem.structure import load_structure
 
 # YMnO3 at 300 K, Å: van Aken et al., Acta Cryst. C57, 230 (2001); R heights u0 cos(Phi + 2 pi n/3) + p0 cos 3 Phi
 A_FE, C = 6.1387, 11.4071

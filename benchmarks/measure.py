@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.spatial import cKDTree
 
 from microgen.core import InputError, Micrograph
-from microgen.data.walls import Recipe, simulate
+from microgen.kinds.walls.recipe import Recipe, simulate
 from microgen.stem.crystal import columns
 from microgen.stem.measure import measure
 from microgen.stem.render import haadf

@@ -11,7 +11,7 @@ import time
 import pandas as pd
 
 from microgen.data.build import build
-from microgen.data.particles import ParticleRecipe
+from microgen.kinds.particles.recipe import ParticleRecipe
 from microgen.sem.preset import PRESETS
 
 

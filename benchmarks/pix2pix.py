@@ -43,10 +43,9 @@ from microgen.core import Micrograph
 from microgen.data.build import build, read_recipe
 from microgen.data.condition import condition
 from microgen.data.files import list_images, scale
-from microgen.data.walls import TABLE, Recipe, draw
 from microgen.gan.pix2pix import spread
-from microgen.gan.run import train_pix2pix
-from microgen.io import read
+from microgen.io.files import read
+from microgen.kinds.walls.recipe import TABLE, Recipe, draw
 from microgen.metrics.features import random_extractor
 from microgen.metrics.image import ssim
 from microgen.metrics.physics import (
@@ -57,9 +56,10 @@ from microgen.metrics.physics import (
     structure_errors,
 )
 from microgen.metrics.sets import copy_test, feature_pair, half_samples, kernel_distance
+from microgen.models.train import train_pix2pix
 from microgen.nets.style import STYLE
 from microgen.plot import show
-from microgen.scan import acquire, mistilt
+from microgen.scan.acquire import acquire, mistilt
 from microgen.stem.crystal import columns
 from microgen.stem.render import haadf
 from microgen.stem.wall import displace, truth_maps

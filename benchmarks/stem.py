@@ -27,7 +27,8 @@ from scipy.ndimage import gaussian_filter
 
 from microgen.core import Micrograph
 from microgen.stem.crystal import columns
-from microgen.stem.render import Probe, haadf, haadf_batch
+from microgen.stem.probe import Probe
+from microgen.stem.render import haadf, haadf_batch
 from microgen.stem.wall import displace, wall
 
 PIXEL, SIDE = 0.02, 256
@@ -264,7 +265,7 @@ def complete(quick, row, found):
     "Rows of complete images: with scan and labels, and written to disk."
     try:
         from microgen.data.build import build
-        from microgen.data.walls import Recipe, simulate
+        from microgen.kinds.walls.recipe import Recipe, simulate
     except ImportError:
         return
     recipe = Recipe(n=240 if quick else 960, pixel_size=PIXEL, size=SIDE)

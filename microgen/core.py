@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['MicrogenError', 'InputError', 'UnitError', 'MissingExtra', 'ReadError', 'UncalibratedError', 'WriteError', 'require',
-           'as_rng', 'to_nm', 'check_positive', 'check_finite', 'check_image', 'Micrograph', 'as_micrograph']
+           'as_rng', 'to_nm', 'check_positive', 'check_finite', 'check_image', 'check_number', 'check_numbers',
+           'check_range', 'Micrograph', 'as_micrograph']
 
 # %% ../nbs/00_core.ipynb #c2d8501a
 import importlib
 import re
 import unicodedata
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from math import inf, isfinite
+from numbers import Integral, Number
 from pathlib import Path
 from types import ModuleType
 
@@ -216,6 +218,76 @@ def check_image(
     with np.errstate(over="ignore"):
         return check_finite(name, np.ascontiguousarray(array, np.float32))
 
+# %% ../nbs/00_core.ipynb #52b9e24e
+def _number(value):
+    "The value as a float; nan for what is no finite number."
+    good = isinstance(value, Number) and not isinstance(value, (bool, complex)) and isfinite(value)
+    return float(value) if good else float("nan")
+
+
+def _asked(low, high, whole, above):
+    "What to give: 'a number of at least 0 and at most 1'."
+    limits = [f"{'more than' if above else 'at least'} {low:g}"] if low > -inf else []
+    limits += [f"at most {high:g}"] if high < inf else []
+    return f"a {'whole' if whole else 'finite'} number" + (
+        f" of {' and '.join(limits)}" if limits else ""
+    )
+
+# %% ../nbs/00_core.ipynb #f2b79458
+def check_number(
+    name: str,  # of the setting, for the message
+    value,  # a number
+    low: float = -inf,  # the least that is allowed
+    high: float = inf,  # the most that is allowed
+    whole: bool = False,  # a whole number: an int comes back
+    above: bool = False,  # `low` itself is not allowed
+) -> float:  # the number; an int when it is to be whole
+    """Check one number.
+    Raises: InputError with what to give instead."""
+    number = _number(value)
+    if (
+        not low <= number <= high
+        or (above and number == low)
+        or (whole and not number.is_integer())
+    ):
+        raise InputError(f"{name} is {value!r}: give {_asked(low, high, whole, above)}.")
+    return int(number) if whole else number
+
+# %% ../nbs/00_core.ipynb #38beb05b
+def check_numbers(
+    name: str,  # of the setting, for the message
+    value,  # numbers
+) -> tuple:  # of floats
+    """Check a list of numbers.
+    Raises: InputError with what to give instead."""
+    numbers = [_number(v) for v in value] if isinstance(value, (tuple, list)) else [float("nan")]
+    if not all(map(isfinite, numbers)):
+        raise InputError(f"{name} is {value!r}: give finite numbers, such as (3, 1, 1).")
+    return tuple(numbers)
+
+# %% ../nbs/00_core.ipynb #dbdcff0d
+def check_range(
+    name: str,  # of the setting, for the message
+    value,  # a pair (low, high), or one number that is both
+    low: float = -inf,  # the least that is allowed
+    high: float = inf,  # the most that is allowed
+    whole: bool = False,  # whole numbers: ints come back
+    above: bool = False,  # `low` itself is not allowed
+) -> tuple:  # (low, high), low not above high
+    """Check a range.
+    Raises: InputError with what to give instead."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    try:
+        numbers = tuple(check_number(name, v, low, high, whole, above) for v in pair)
+    except InputError:
+        numbers = ()
+    if len(numbers) != 2 or numbers[0] > numbers[1]:
+        raise InputError(
+            f"{name} is {value!r}: give {_asked(low, high, whole, above)}, or a pair (low, high) of them "
+            "with low not above high."
+        )
+    return numbers
+
 # %% ../nbs/00_core.ipynb #c457c589
 def _pixel_size(pixel_size, unit="nm") -> tuple:
     "(py, px) in nm of one number or a pair."
@@ -330,9 +402,9 @@ class Micrograph:
         **kw,  # as `microgen.plot.show`
     ) -> object:  # matplotlib Axes, in nm
         "Draw the image with its scale bar."
-        import microgen
+        from microgen.plot import show
 
-        return microgen.plot.show(self, **kw)
+        return show(self, **kw)
 
     def save(
         self,
@@ -340,9 +412,9 @@ class Micrograph:
         bits: int = 32,  # 32 (float) or 16 (unsigned integer)
     ) -> Path:  # the file
         "Write a calibrated TIFF that ImageJ, HyperSpy and microgen read."
-        import microgen
+        from microgen.io.files import write_tiff
 
-        return microgen.io.write_tiff(path, self.data, self.pixel_size, self.metadata, bits)
+        return write_tiff(path, self.data, self.pixel_size, self.metadata, bits)
 
     def __array__(self, dtype=None, copy=None):
         return self.data.astype(dtype or np.float32, copy=bool(copy))

@@ -15,7 +15,7 @@ from pathlib import Path
 import microgen.chapters
 from .chapters.base import CHAPTERS, Chapter, Context, chapter
 from .core import InputError, MicrogenError
-from .io import make_folder, read
+from .io.files import make_folder, read
 from .report import Report, Section
 
 # %% ../nbs/97_tour.ipynb #39d0fddc

@@ -281,7 +281,7 @@ def write(folder, kind, data=None):
     elif kind in TIFFS:
         tiff(path, kind, data)
     elif kind == "tif":
-        from microgen.io import write_tiff
+        from microgen.io.files import write_tiff
 
         write_tiff(path, data, PIXEL_NM, {"sample": "made for a test"})
     else:

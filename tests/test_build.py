@@ -19,9 +19,9 @@ from microgen.cli import app
 from microgen.core import InputError, MicrogenError, Micrograph
 from microgen.data.build import build, read_recipe
 from microgen.data.item import Simulated, paths, write_item
-from microgen.data.particles import ParticleRecipe
-from microgen.data.walls import Recipe
-from microgen.io import read
+from microgen.io.files import read
+from microgen.kinds.particles.recipe import ParticleRecipe
+from microgen.kinds.walls.recipe import Recipe
 
 RECIPES = [
     Recipe(n=12, size=48, pixel_size=0.03, seed=5),

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from microgen.cli import app
 from microgen.core import Micrograph
-from microgen.io import write_tiff
+from microgen.io.files import write_tiff
 
 run = CliRunner().invoke
 
@@ -88,7 +88,7 @@ def test_training_offers_what_python_offers():
     import inspect
 
     from microgen.cli import train
-    from microgen.gan.run import train_pix2pix
+    from microgen.models.train import train_pix2pix
 
     same = {
         "model": "arch",

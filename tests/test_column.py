@@ -29,7 +29,7 @@ def stem():
 
 
 def real(path, **kwargs):
-    from microgen.io import read
+    from microgen.io.files import read
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -123,7 +123,7 @@ def test_a_wrong_structure_is_refused_or_warned_about(stem):
 
 @pytest.mark.parametrize("probe_source", (0.01, 0.035))
 def test_noise_free_columns_are_right_to_a_picometre(probe_source):
-    from microgen.stem.render import Probe
+    from microgen.stem.probe import Probe
 
     sample = displace(columns("YMnO3", fov=(2.4, 2.4), margin=0.6), wall("typeA", fov=(2.4, 2.4)))
     image = haadf(sample, 0.02, Probe(source_nm=probe_source))

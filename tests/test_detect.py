@@ -17,7 +17,7 @@ from microgen.count.batch import count_images, explore
 from microgen.count.detect import Detection, Detector, detect, save
 from microgen.count.propose import overlay_mask
 from microgen.count.sample import count_sample
-from microgen.io import read
+from microgen.io.files import read
 from microgen.sem.preset import scene_preset
 from microgen.sem.scene import simulate_scene
 

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from microgen.core import InputError
 from microgen.count.ecsa import LIMITS, compare_ecsa, ecsa
-from microgen.count.inputs import SOURCES, EcsaInputs, Estimate, contact_factor, ecsa_inputs, stated
+from microgen.count.electrode import (
+    SOURCES,
+    EcsaInputs,
+    Estimate,
+    contact_factor,
+    ecsa_inputs,
+    stated,
+)
 from microgen.count.law import DetectionCurve, fit_detection, size_law
 from microgen.count.size import fit_sizes
 

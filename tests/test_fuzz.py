@@ -11,7 +11,7 @@ import samples
 from samples import FORMATS, HOW, UNCALIBRATED
 
 from microgen.core import ReadError
-from microgen.io import read
+from microgen.io.files import read
 
 pytest.importorskip(
     "ncempy.io.dm", reason='the fuzz reads every format: pip install "microgen[em]"'

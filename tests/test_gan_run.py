@@ -21,10 +21,10 @@ from PIL import Image
 from microgen.core import InputError, ReadError
 from microgen.data.build import build
 from microgen.data.files import list_images
-from microgen.data.walls import Recipe
 from microgen.gan.pix2pix import Pix2Pix
-from microgen.gan.run import sample_run, train_pix2pix
-from microgen.io import read
+from microgen.io.files import read
+from microgen.kinds.walls.recipe import Recipe
+from microgen.models.train import sample_run, train_pix2pix
 from microgen.train.hub import load_model
 
 
@@ -101,7 +101,7 @@ def test_the_card_shows_the_last_preview(runs, model):
 
 def test_a_finished_run_is_not_judged_again(runs, data, monkeypatch):
     before = (runs / "film/model/facts.json").read_text()
-    monkeypatch.setattr("microgen.gan.run.judge", lambda *a, **k: pytest.fail("judged again"))
+    monkeypatch.setattr("microgen.models.train.judge", lambda *a, **k: pytest.fail("judged again"))
     learn = train_pix2pix(data, runs / "film", epochs=2, bs=8, judged=3, progress=False)
     assert learn.model.facts["metrics"] == json.loads(before)["metrics"]
     assert (runs / "film/model/facts.json").read_text() == before
@@ -206,7 +206,7 @@ sys.path.insert(0, {root!r})
 torch.set_num_threads(1)
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-import microgen.gan.run as run
+import microgen.models.train as run
 def noted(write):
     def one(path, *args):
         with open({log!r}, "a") as f: f.write(f"{{rank}} {{path.name}}\\n")

@@ -29,7 +29,7 @@ from microgen.core import (
     UnitError,
     WriteError,
 )
-from microgen.io import (
+from microgen.io.files import (
     atomic_folder,
     atomic_path,
     make_folder,
@@ -218,7 +218,7 @@ def test_an_atom_lattice_of_atomap_asks_for_its_unit(tmp_path):
     np.testing.assert_array_equal(read(path, pixel_size=PIXEL_NM).data, samples.image())
     import h5py
 
-    from microgen.formats import _atomap_images
+    from microgen.io.formats import _atomap_images
 
     with h5py.File(path) as f:
         ((name, data, scale, unit, _),) = _atomap_images(f, path)

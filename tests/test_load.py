@@ -19,8 +19,8 @@ from microgen.data.build import build
 from microgen.data.condition import CHANNELS, condition, move
 from microgen.data.files import list_images, split_by_group, split_images, unscale
 from microgen.data.load import image_dls, mixed_dls, paired_dls, unpaired_dls
-from microgen.data.walls import Recipe
-from microgen.io import read, write_tiff
+from microgen.io.files import read, write_tiff
+from microgen.kinds.walls.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

@@ -279,7 +279,7 @@ def test_two_halves_of_a_real_micrograph_lie_within_their_floor():
     import os
     from pathlib import Path
 
-    from microgen.io import read
+    from microgen.io.files import read
     from microgen.metrics.compare import compare
 
     if "MICROGEN_TEST_DATA" not in os.environ:
@@ -307,7 +307,7 @@ def test_two_halves_of_a_real_micrograph_lie_within_their_floor():
 def folders(tmp_path_factory):
     "Two small datasets with their truth: UP and typeC, and typeC alone, of a worse scan."
     from microgen.data.build import build
-    from microgen.data.walls import Recipe
+    from microgen.kinds.walls.recipe import Recipe
 
     out, same = tmp_path_factory.mktemp("sets"), dict(size=96, pixel_size=0.024)
     return (
@@ -342,7 +342,7 @@ def test_the_recipe_says_which_structure_is_measured(unlike):
 
 def test_only_classes_of_both_sets_are_compared(unlike, folders):
     from microgen.metrics.compare import compare
-    from microgen.metrics.gather import load_set
+    from microgen.metrics.match import load_set
 
     assert (
         "Compared are the classes that both sets have: typeC. Left out, real: UP; generated: none."

@@ -14,16 +14,16 @@ from microgen.core import InputError, MicrogenError, Micrograph
 from microgen.data.build import build
 from microgen.data.files import list_images
 from microgen.data.load import mixed_dls, paired_dls
-from microgen.data.walls import Recipe
 from microgen.gan.loss import d_terms, g_terms, generate
 from microgen.gan.pix2pix import Pix2Pix, pix2pix_learner, spread
 from microgen.gan.router import RouterPix2Pix, router_learner
-from microgen.gan.run import sample_run, train_pix2pix
-from microgen.io import read
+from microgen.io.files import read
+from microgen.kinds.walls.recipe import Recipe
 from microgen.metrics.physics import column_errors, rms_pm
+from microgen.models.train import sample_run, train_pix2pix
 from microgen.train.core import seed_everything
+from microgen.train.history import Fade
 from microgen.train.hub import load_model
-from microgen.train.watch import Fade
 
 SMALL = dict(config="small", base=8, depth=2, disc_base=8)
 

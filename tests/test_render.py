@@ -13,7 +13,8 @@ from scipy.special import j0
 
 from microgen.core import InputError
 from microgen.stem.probe import Probe, transfer, wavelength_nm
-from microgen.stem.render import atomic_number, calibration, haadf, haadf_batch, sum_columns
+from microgen.stem.render import haadf, haadf_batch, sum_columns
+from microgen.stem.scattering import atomic_number, calibration
 
 SHARP = Probe(source_nm=0.0)
 ABERRATED = Probe(

@@ -13,7 +13,7 @@ from scipy import ndimage
 from scipy.optimize import least_squares
 
 from microgen.core import InputError, Micrograph
-from microgen.scan import (
+from microgen.scan.settings import (
     PRESETS,
     Scan,
     acquire,

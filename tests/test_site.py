@@ -316,7 +316,7 @@ def test_every_link_resolves(pages, processed):
                 found.append(f"{name} links to {target}: no such heading on {page}")
     report(
         sorted(set(found)),
-        "write links relative to the notebook, with its file name: [walls](../11_stem.wall.ipynb#names).",
+        "write links relative to the notebook, with its file name: [walls](../19_stem.wall.ipynb#names).",
     )
     assert links > len(pages), "the pages hardly link to each other: was the HTML read?"
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from microgen.core import InputError
 from microgen.data.build import build
-from microgen.data.walls import Recipe
+from microgen.kinds.walls.recipe import Recipe
 from microgen.train.checkpoint import read_checkpoint
 from microgen.train.core import Diverged, read_weights
 from microgen.train.run import train
@@ -327,7 +327,7 @@ def test_pix2pix_killed_and_resumed_is_bitwise_the_same(walls, tmp_path):
 
 
 def test_pix2pix_refuses_another_model_and_another_dataset(walls, tmp_path):
-    from microgen.gan.run import train_pix2pix
+    from microgen.models.train import train_pix2pix
 
     out = tmp_path / "run"
 

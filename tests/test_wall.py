@@ -14,29 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microgen.core import InputError
-from microgen.stem.crystal import columns, load_structure
-from microgen.stem.field import evaluate
-from microgen.stem.wall import (
-    MAPS,
+from microgen.stem.crystal import columns
+from microgen.stem.field import Domain, Network, Vortex, Wall, evaluate, field_from_dict, winding
+from microgen.stem.order import (
     STATES,
-    Domain,
-    Network,
-    Vortex,
-    Wall,
-    bound_charge,
-    displace,
     displacement,
-    field_from_dict,
-    label,
     order_parameter,
     polarisation,
-    resolve,
     state_of,
-    truth_maps,
-    wall,
     wall_width,
-    winding,
 )
+from microgen.stem.structure import load_structure
+from microgen.stem.wall import MAPS, bound_charge, displace, label, resolve, truth_maps, wall
 
 angles = st.floats(0, 2 * np.pi)
 
