@@ -24,7 +24,7 @@ import numpy as np
 from scipy import ndimage as ndi
 from scipy.optimize import linear_sum_assignment
 
-from microgen.count import beside
+from microgen.count import neighbour
 from microgen.count.detect import Detector, detect
 from microgen.sem.preset import PRESETS, Scene, scene_preset
 from microgen.sem.scene import simulate_scene
@@ -162,13 +162,13 @@ GRID = dict(
 )
 
 
-def with_setting(image, hidden=beside._HIDDEN, **setting):
+def with_setting(image, hidden=neighbour._HIDDEN, **setting):
     "Detection with a setting, and with the share of an outline that one neighbour may hide."
-    usual, beside._HIDDEN = beside._HIDDEN, hidden
+    usual, neighbour._HIDDEN = neighbour._HIDDEN, hidden
     try:
         return detect(image, None, Detector(**setting))
     finally:
-        beside._HIDDEN = usual
+        neighbour._HIDDEN = usual
 
 
 def leave_one_out(folder):

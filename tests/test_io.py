@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from samples import ENDING, FORMATS, HOW, PIXEL_NM, UNCALIBRATED
 
 import microgen
-from microgen import io
+from microgen.io import files as io
 from microgen.core import (
     Micrograph,
     MissingExtra,
@@ -712,7 +712,7 @@ WRITERS = """
 import errno, os, resource, signal, sys
 from pathlib import Path
 import numpy as np, pandas as pd
-from microgen import io
+from microgen.io import files as io
 from microgen.core import WriteError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the kernel then answers EFBIG, as a full disk answers ENOSPC
 folder = Path(sys.argv[1])
@@ -780,7 +780,7 @@ def test_faults_at_each_step_of_an_atomic_write(fault, code, words, tmp_path, mo
 
 KILLED = """
 import sys, numpy as np
-from microgen import io
+from microgen.io import files as io
 data = np.random.default_rng(0).normal(size=(256, 256))
 io.write_tiff(sys.argv[1], data, 0.02)
 print("ready", flush=True)

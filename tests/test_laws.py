@@ -106,6 +106,14 @@ BRIDGES = {
 }  # Micrograph.show, Micrograph.save
 
 
+def comes_before(low, high):
+    "Is `low` a module that `high` may import: of lower number, or earlier in the same folder where they share one?"
+    if low.order != high.order:
+        return low.order < high.order
+    same_folder = low.module.rpartition(".")[0] == high.module.rpartition(".")[0]
+    return same_folder and low.name < high.name
+
+
 @each_room
 def test_law_1_imports_flow_forward(room):
     known = {r.module: r for r in ROOMS}
