@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from samples import ENDING, FORMATS, HOW, PIXEL_NM, UNCALIBRATED
 
 import microgen
-from microgen.io import files as io
 from microgen.core import (
     Micrograph,
     MissingExtra,
@@ -29,6 +28,7 @@ from microgen.core import (
     UnitError,
     WriteError,
 )
+from microgen.io import files as io
 from microgen.io.files import (
     atomic_folder,
     atomic_path,
