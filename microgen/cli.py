@@ -34,7 +34,7 @@ app = typer.Typer(
 
 def command(
     function,  # function with a comment beside each parameter; parameters without default are arguments
-) -> Callable:  # the same function, registered as a command of `app`
+) -> Callable:  # the same function, registered as a command of app
     "Make a command of a function: its comments become the help."
     words = docments(function, returns=False)
     params = [
@@ -125,8 +125,8 @@ def main():  # nothing: runs the command line
 @command
 def simulate(
     out: Path = Path("dataset"),  # folder to write
-    structure: str = "YMnO3",  # shipped name (see `microgen structures`) or CIF file
-    walls: str = "UP,DN,typeC",  # wall names, separated by commas (see `microgen walls`)
+    structure: str = "YMnO3",  # shipped name (see microgen structures) or CIF file
+    walls: str = "UP,DN,typeC",  # wall names, separated by commas (see microgen walls)
     shares: str = "",  # share of each wall, separated by commas; equal when not given
     n: int = 3000,  # images
     size: int = 256,  # pixels along each side
@@ -321,7 +321,7 @@ def _detector(detector, settings):
 @command
 def train(
     model: str,  # what to train: pix2pix
-    data: Path = Path("dataset"),  # dataset folder of `microgen simulate`
+    data: Path = Path("dataset"),  # dataset folder of microgen simulate
     real: Path | None = None,  # folder of real images that join without maps
     arch: str = "film",  # film, attention, router or plain
     epochs: int = 100,  # passes over the training images, earlier ones included
@@ -397,9 +397,9 @@ def _metric(row):
 
 @command
 def sample(
-    run: Path,  # run folder of `microgen train`, or a model folder
+    run: Path,  # run folder of microgen train, or a model folder
     maps: Path | None = None,  # dataset folder whose truth maps to draw
-    walls: str = "",  # instead: names of new walls, separated by commas (see `microgen walls`)
+    walls: str = "",  # instead: names of new walls, separated by commas (see microgen walls)
     n: int = 16,  # images
     out: Path = Path("samples"),  # dataset folder to write
     domain: str = "simulated",  # whose style: simulated, or real after a training with --real

@@ -240,7 +240,7 @@ def check_number(
     low: float = -inf,  # the least that is allowed
     high: float = inf,  # the most that is allowed
     whole: bool = False,  # a whole number: an int comes back
-    above: bool = False,  # `low` itself is not allowed
+    above: bool = False,  # low itself is not allowed
 ) -> float:  # the number; an int when it is to be whole
     """Check one number.
     Raises: InputError with what to give instead."""
@@ -272,7 +272,7 @@ def check_range(
     low: float = -inf,  # the least that is allowed
     high: float = inf,  # the most that is allowed
     whole: bool = False,  # whole numbers: ints come back
-    above: bool = False,  # `low` itself is not allowed
+    above: bool = False,  # low itself is not allowed
 ) -> tuple:  # (low, high), low not above high
     """Check a range.
     Raises: InputError with what to give instead."""
@@ -399,7 +399,7 @@ class Micrograph:
 
     def show(
         self,
-        **kw,  # as `microgen.plot.show`
+        **kw,  # as microgen.plot.show
     ) -> object:  # matplotlib Axes, in nm
         "Draw the image with its scale bar."
         from microgen.plot import show
@@ -466,7 +466,7 @@ def _of_napari(layer) -> tuple:
 def as_micrograph(
     obj,  # Micrograph, array or tensor (H, W) or (C, H, W), HyperSpy signal, xarray DataArray, napari layer
     pixel_size=None,  # one number or (py, px); needed for a plain array, and wins over what the object says
-    unit: str = "nm",  # unit of `pixel_size`
+    unit: str = "nm",  # unit of pixel_size
 ) -> Micrograph:  # the calibrated image
     """Take an image from wherever it is and give it its scale.
     Raises: UnitError when nobody knows the scale, InputError when it is no image."""

@@ -223,7 +223,7 @@ def doctor(
 
 
 def report(
-    checks: list[Check],  # what `doctor` returned
+    checks: list[Check],  # what doctor returned
 ) -> str:  # plain text: one line per check, remedies at the end
     "Write the checks as text to read or to paste into a question."
     mark = {"ok": "  ", "note": "- ", "problem": "! "}

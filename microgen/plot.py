@@ -107,7 +107,7 @@ def show_grid(
     titles=None,  # one text per image
     ncols=4,  # images in a row
     size=2.5,  # width or height of each, inches
-    **kw,  # as `show`
+    **kw,  # as show
 ) -> plt.Figure:  # the figure
     """Draw images side by side.
     Raises: InputError when there is none."""
@@ -149,11 +149,11 @@ def _colour_numbers(ax, x, y, values, by, size):
 # %% ../nbs/02_plot.ipynb #c2ad0b27
 def show_columns(
     image,  # Micrograph or array (H, W); None draws the columns alone
-    table,  # DataFrame with y_nm, x_nm and the column `by`
+    table,  # DataFrame with y_nm, x_nm and the column by
     by="element",  # the column that gives the colour
     ax=None,  # matplotlib Axes; default: a new figure
     size=12,  # area of a dot, points²
-    **kw,  # as `show`
+    **kw,  # as show
 ) -> plt.Axes:  # the axes, in nm
     """Draw columns on the image, coloured by what they are or by what was measured.
     Raises: InputError when the table lacks a column."""
@@ -195,7 +195,7 @@ def show_arrows(
     scale=10,  # how many times the arrows are longer than the displacements
     ax=None,  # matplotlib Axes; default: a new figure
     polar_deg=0.0,  # direction of +c for disp_pm, degrees counter-clockwise from up
-    **kw,  # as `show`
+    **kw,  # as show
 ) -> plt.Axes:  # the axes, in nm
     """Draw displacements as arrows, red up and blue down, enlarged `scale` times.
     Raises: InputError when the table holds no displacement."""
@@ -238,7 +238,7 @@ def show_mask(
     ax=None,  # matplotlib Axes; default: a new figure
     color="#ffb000",  # colour of the mask
     alpha=0.4,  # its opacity
-    **kw,  # as `show`
+    **kw,  # as show
 ) -> plt.Axes:  # the axes, in nm
     """Lay a transparent mask over the image.
     Raises: InputError when the shapes differ."""

@@ -46,7 +46,7 @@ class Section:
 
     def figure(
         self,
-        fig,  # matplotlib Figure, or anything with `.savefig`
+        fig,  # matplotlib Figure, or anything with .savefig
         caption: str = "",  # one line above the figure
         dpi: int = 90,  # dots per inch of the embedded PNG
     ) -> "Section":  # the section itself
@@ -90,7 +90,7 @@ class Report:
 
     title: str  # heading of the page
     lead: str = ""  # one sentence under it
-    sections: list = field(default_factory=list)  # `Section`s in reading order
+    sections: list = field(default_factory=list)  # Sections in reading order
 
     def html(
         self,
@@ -113,7 +113,7 @@ class Report:
 
     def save(
         self,
-        path,  # file to write, usually `…/report.html`
+        path,  # file to write, usually …/report.html
         seed=None,  # root seed that made the results
     ) -> Path:  # the file
         """Write the page to a file.

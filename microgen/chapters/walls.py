@@ -20,7 +20,7 @@ from ..stem.measure import measure
 
 # %% ../../nbs/96_chapters.walls.ipynb #86e61125
 def crossing_errors(
-    found,  # `Measurement` with wall_rows: where the wall crosses each row of R columns
+    found,  # Measurement with wall_rows: where the wall crosses each row of R columns
     maps,  # truth maps of the image, with phi
     about,  # its label, with phi_left and phi_right
 ) -> np.ndarray:  # distance along x between measured and true crossing of each row, nm
@@ -40,8 +40,8 @@ CELL_NM = 0.5316  # three columns along a row: a sqrt(3) / 2 of YMnO3
 
 
 def score(
-    one,  # `Simulated` image with its truth
-    found,  # `Measurement` of it
+    one,  # Simulated image with its truth
+    found,  # Measurement of it
 ) -> dict:  # one row of the tour's table
     "Compare a measurement with the truth."
     pairs = pair_columns(found.columns, one.table)

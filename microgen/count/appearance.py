@@ -327,7 +327,7 @@ def _descend(
 
 def _spread(
     own, known, sds
-):  # sd of what particles have of their own, from values shrunk by the prior `sds`, and their variances
+):  # sd of what particles have of their own, from values shrunk by the prior sds, and their variances
     noise = 1 / np.maximum(1 / known - 1 / sds**2, 1e-12)
     free, weight = own * noise / known, 1 / (noise + 0.01) ** 2
     return np.clip(
@@ -367,7 +367,7 @@ def _fit(
 def fitted_sizes(
     detection,  # Detection of the image, or of the image with injected particles
     look,  # Look
-    rows=None,  # (n,) which of `detection.particles`; None: all
+    rows=None,  # (n,) which of detection.particles; None: all
     steps: int = 12,  # at most so many of the fit
 ) -> (
     np.ndarray

@@ -96,7 +96,7 @@ def count_images(
     workers: int = -1,  # processes; -1 takes one per core
     progress: bool = True,  # show one bar
     then=None,  # function of (Detection, folder) that does more with each image; the dict it returns joins the row
-) -> pd.DataFrame:  # one row per file; column `error` says what stopped a file
+) -> pd.DataFrame:  # one row per file; column error says what stopped a file
     """Count the particles of many images in parallel; a file that fails is listed and does not stop the rest.
 
     What an earlier run wrote into the same folder is removed first.
@@ -216,7 +216,7 @@ def explore_static(
 
 # %% ../../nbs/40_count.batch.ipynb #ddee0c0b
 def explore(
-    image,  # as `detect` takes
+    image,  # as detect takes
     pixel_size=None,  # nm per pixel
 ) -> object:  # ipywidgets widget
     """Move the thresholds of the method and see image, overlay and histogram.

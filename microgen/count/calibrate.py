@@ -215,7 +215,7 @@ class Calibration:
 
 # %% ../../nbs/45_count.calibrate.ipynb #9a4943bb
 def calibrate(
-    image,  # Micrograph, array or HyperSpy signal, as for `detect`
+    image,  # Micrograph, array or HyperSpy signal, as for detect
     pixel_size=None,  # nm per pixel
     detector=Detector(),  # settings, the same that count the particles
     n=2000,  # particles to inject
@@ -327,7 +327,7 @@ def _unsure(
 
 # %% ../../nbs/45_count.calibrate.ipynb #8f92a3c3
 def show_calibration(
-    calibration,  # what `calibrate` returned
+    calibration,  # what calibrate returned
     bins=14,  # groups in which the share found is drawn
 ) -> plt.Figure:  # detection curve with its injections; measured against true size
     "Draw the share found in groups of size with the curve, and measured over true diameters."
@@ -357,16 +357,16 @@ def show_calibration(
 class HorvitzThompson:
     "Number of particles above a size, each found one counted 1/p times."
 
-    number: float  # of particles above `above`
+    number: float  # of particles above above
     se: float  # its standard error, with the curve known
-    above: float  # diameter above which more than `least` are found
+    above: float  # diameter above which more than least are found
     visible: float  # number found there, with edge weights
     curve: DetectionCurve  # the curve it rests on
 
     def fitted(
         self,
         law,  # SizeLaw of a fit
-    ) -> float:  # number of particles above `above` that the law expects, given those found there
+    ) -> float:  # number of particles above above that the law expects, given those found there
         "Number that a fitted law expects in the same range."
         d = np.exp(np.linspace(np.log(self.above), np.log(law.moment(3)) / 3 + 3, 2000))
         f = law.pdf(d) * d

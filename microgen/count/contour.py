@@ -99,7 +99,7 @@ class Outlines(NamedTuple):
 
 # %% ../../nbs/37_count.contour.ipynb #bcc3a415
 def trace(
-    octaves,  # as `count.propose.pyramid` returns
+    octaves,  # as count.propose.pyramid returns
     proposals,  # (N, ≥3): y, x, radius, in px
     polarity: int = 1,  # 1 for bright particles, -1 for dark ones
     chunk: int = 1000,  # proposals at a time: what the cache of a processor holds
@@ -309,11 +309,11 @@ def without_rafts(
     score,  # (N,)
     shape,  # (H, W)
     least: float = 0.0,  # lowest score
-    overlap: float = 0.35,  # as for `select`
+    overlap: float = 0.35,  # as for select
     larger: float = 2.0,  # an outline this many times wider than the median is questioned
     filled: float = 0.5,  # share of it that smaller ones must cover
     part: float = 0.4,  # least score of those, relative to its own
-) -> tuple:  # as `select`
+) -> tuple:  # as select
     "Select, and replace outlines around several particles by the particles."
     inside = _filled(outlines, score > least, shape)
     shared = shape, least, overlap, *_sampled(outlines, shape), inside

@@ -145,7 +145,7 @@ def _rising(levels) -> tuple:
 # %% ../../nbs/39_count.detect.ipynb #6ab1d5b0
 def recut(
     smooth,  # (H, W), particles bright
-    label,  # (H, W) int32, as `select` returns
+    label,  # (H, W) int32, as select returns
     outlines,  # of the labels, in their order
     valid,  # (H, W) bool, False on lettering
 ) -> np.ndarray:  # (H, W) int32
@@ -187,7 +187,7 @@ class Detection:
     "The particles of one image."
 
     micrograph: Micrograph  # the image
-    particles: pd.DataFrame  # one row per particle; lengths in `unit`
+    particles: pd.DataFrame  # one row per particle; lengths in unit
     labels: np.ndarray  # (H, W) int32: 0 ground, n the particle with id n
     summary: dict  # count, density, sizes, counting rule, settings, notes
     unit: str = "nm"  # "nm", or "px" where the image has no pixel size
@@ -214,7 +214,7 @@ class _View(NamedTuple):
     image: np.ndarray  # (H, W) float32, lettering replaced
     valid: np.ndarray  # (H, W) bool, False on lettering
     smooth: np.ndarray  # (H, W)
-    octaves: list  # as `pyramid` returns
+    octaves: list  # as pyramid returns
     noise: float  # standard deviation of the pixel noise
 
 

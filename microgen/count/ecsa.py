@@ -168,10 +168,10 @@ class Ecsa:
     geometric_cm2_cm2: (
         Estimate | None
     )  # area of all spheres per area of the field; None without field
-    visible: Estimate  # explained by the visible particles, in `unit`, contact factor included
-    extrapolated: Estimate  # explained by the unseen particles, in `unit`
-    total: Estimate  # explained by all, in `unit`
-    measured: Estimate | None  # in `unit`
+    visible: Estimate  # explained by the visible particles, in unit, contact factor included
+    extrapolated: Estimate  # explained by the unseen particles, in unit
+    total: Estimate  # explained by all, in unit
+    measured: Estimate | None  # in unit
     r_vis: Estimate | None  # visible / measured
     r_tot: Estimate | None  # total / measured
     visible_share: Estimate  # r_vis / r_tot: no contact factor, density or charge constant in it
@@ -200,7 +200,7 @@ class Ecsa:
 
     def show(
         self,
-        quantity: str = None,  # as for `budget`
+        quantity: str = None,  # as for budget
     ) -> plt.Figure:  # bars
         "Draw the error budget."
         return _draw(self, quantity)
@@ -380,9 +380,9 @@ def _plain(result):  # dataclass of Estimates -> for JSON
 
 # %% ../../nbs/47_count.ecsa.ipynb #7f084fbc
 def ecsa(
-    fit: SizeFit,  # what `fit_sizes` returned
+    fit: SizeFit,  # what fit_sizes returned
     inputs=None,  # EcsaInputs, text such as "m2_g=62,density=21.45", or a dict; None: geometry only
-    field_nm2=None,  # area of the field, nm²: `detection.summary["field_area_nm2"]`; several images: a list
+    field_nm2=None,  # area of the field, nm²: detection.summary["field_area_nm2"]; several images: a list
     unit: str = None,  # unit of the diameters; None: that of the fit; "px" is refused
     **over,  # single inputs, such as m2_g=62, density=21.45
 ) -> Ecsa:  # areas, explained ratios, intervals, budget

@@ -37,12 +37,12 @@ def hidden_by(
 
 # %% ../../nbs/38_count.neighbour.ipynb #1dcb3d9d
 def beside(
-    view,  # what has image, smooth (H, W), valid (H, W) bool and noise, as `count.detect` makes it
+    view,  # what has image, smooth (H, W), valid (H, W) bool and noise, as count.detect makes it
     flat,  # (H, W) ground removed, particles bright, smoothed
     found,  # outlines, score and label of the particles found: label n + 1 is the n-th
     polarity,  # 1 for bright particles, -1 for dark ones
     least,  # lowest score
-    d,  # settings, `count.detect.Detector`
+    d,  # settings, count.detect.Detector
     turns: int = 3,  # each finds the neighbours of those found before
 ) -> tuple:  # outlines, score and label of all, those found before first
     "Find the particles that touch others: what was found is taken out, and their rays that end on it do not count."

@@ -391,7 +391,7 @@ def noise_excess(
 
 # %% ../../nbs/36_count.propose.ipynb #4b6af4cb
 def blob_proposals(
-    octaves,  # as `pyramid` returns
+    octaves,  # as pyramid returns
     valid,  # (H, W) bool, False on lettering
     polarity: int = 1,  # 1 for bright particles, -1 for dark ones
     significance: float = 4.0,  # least response, in robust standard deviations of its scale, more where the image is noisier

@@ -94,7 +94,7 @@ class Sample:
         total = int(good.n_particles.sum()) if len(good) else 0
         return "\n".join([f"{total} particles in {len(good)} of {len(self.table)} images", *bad])
 
-    def particles(self) -> pd.DataFrame:  # particles.csv of all images, with the column `folder`
+    def particles(self) -> pd.DataFrame:  # particles.csv of all images, with the column folder
         "Read the particles of all images that were counted; no row where none could be."
         folders = self.table.folder[self.table.error == ""]
         parts = [pd.read_csv(self.out / f / "particles.csv").assign(folder=f) for f in folders]
@@ -179,7 +179,7 @@ def count_sample(
     out,  # folder: one folder per image, summary.csv, and sizes.json, sizes.png, ecsa.json … of all images together
     pixel_size=None,  # nm per pixel for all; default: what each file says
     calibrate: bool = True,  # inject particles into each image, and fit the sizes of all
-    ecsa=None,  # inputs of `microgen.count.ecsa.ecsa`: text such as "m2_g=62,density=21.45", EcsaInputs or a dict; needs the calibration
+    ecsa=None,  # inputs of microgen.count.ecsa.ecsa: text such as "m2_g=62,density=21.45", EcsaInputs or a dict; needs the calibration
     detector: Detector = Detector(),  # settings of the method
     n: int = 2000,  # particles injected into each image
     seed: int = 0,  # root seed of the injections

@@ -257,7 +257,7 @@ def _share(k, fits, low, high, floor, reason):  # one Unseen
 
 
 def visible_sizes(
-    images,  # Sizes of each image, such as `SizeFit.images`
+    images,  # Sizes of each image, such as SizeFit.images
 ) -> tuple:  # diameters (G,), nm; number found of each (G,), with edge weights; its variance (G,), of counting
     "Lay out what was found over true diameters."
     x, n, var = (np.concatenate(o) for o in zip(*map(true_sizes, images)))
@@ -489,7 +489,7 @@ def _family_table(fits):  # DataFrame, best first
 
 # %% ../../nbs/43_count.size.ipynb #c571cb8a
 def show_sizes(
-    fit: SizeFit,  # what `fit_sizes` returned
+    fit: SizeFit,  # what fit_sizes returned
     bins: int = 30,  # bars of the histogram
 ) -> plt.Figure:  # histogram with the law, detection curve, unseen shares
     "Draw the sizes with the fitted law and its unseen part, the detection curve, and the unseen shares."

@@ -40,7 +40,7 @@ SUFFIXES = (
 
 
 def list_images(
-    folder,  # dataset folder of `microgen simulate`, or a tree CLASS/Images/*.png, CLASS/*.png, *.png
+    folder,  # dataset folder of microgen simulate, or a tree CLASS/Images/*.png, CLASS/*.png, *.png
     group=None,  # what stays together: a column of metadata.csv, a function of the path, a regular expression
 ) -> (
     pd.DataFrame
@@ -202,7 +202,7 @@ def split_by_group(
 
 
 def split_images(
-    listed: pd.DataFrame,  # rows of `list_images`
+    listed: pd.DataFrame,  # rows of list_images
     valid: float = 0.2,  # share to hold back where there is no column split
     rng=0,  # seed or generator
 ) -> list:  # [train, valid] or [train, valid, test]: arrays of row numbers
@@ -254,7 +254,7 @@ def scale(
 
 def unscale(
     image,  # array or tensor in [-1, 1]
-    scaling,  # `dls.scaling`, or (low, high)
+    scaling,  # dls.scaling, or (low, high)
 ) -> np.ndarray:  # or tensor, as it came; in the units of the files
     "Undo `scale`; exact where nothing was cut."
     low, high = (scaling["low"], scaling["high"]) if isinstance(scaling, dict) else scaling
@@ -266,7 +266,7 @@ class Pixels:
 
     def __init__(
         self,
-        listed: pd.DataFrame,  # rows of `list_images`
+        listed: pd.DataFrame,  # rows of list_images
         size=None,  # height and width of crops, pixels; None is whole images, which then have one size
         channels: tuple = CHANNELS,  # condition channels
         pixel_size=None,  # nm, (py, px), to which images without maps are resampled; None is that of the first
@@ -395,7 +395,7 @@ class Pixels:
     def use(
         self,
         rows,  # row numbers of the training images
-    ) -> dict:  # how grey levels are scaled: mode, percentiles, low, high; `unscale` undoes it
+    ) -> dict:  # how grey levels are scaled: mode, percentiles, low, high; unscale undoes it
         "Take the limits of the grey levels from the training images."
         rows, domains = (
             np.asarray(rows),
@@ -429,7 +429,7 @@ class Pixels:
     def image(
         self,
         i: int,  # row number
-    ) -> np.ndarray:  # (1, h, w) float32 in [-1, 1], cropped at `corner`
+    ) -> np.ndarray:  # (1, h, w) float32 in [-1, 1], cropped at corner
         "One image, scaled."
         data = self._get(i)[0]
         return scale(data[self._window(data.shape)].astype(np.float32), *self.limits[i])[None]
@@ -437,14 +437,14 @@ class Pixels:
     def maps(
         self,
         i: int,  # row number
-    ) -> np.ndarray:  # (C, h, w) float32, cropped at `corner`
+    ) -> np.ndarray:  # (C, h, w) float32, cropped at corner
         "Condition channels of one image; zeros where it has no maps."
         return self._cut(self._get(i)[1], slice(None, -1), len(self.channels))
 
     def wall(
         self,
         i: int,  # row number
-    ) -> np.ndarray:  # (1, h, w) float32, 0 or 1, cropped at `corner`
+    ) -> np.ndarray:  # (1, h, w) float32, 0 or 1, cropped at corner
         "Mask of the wall of one image; zeros where it has no maps."
         return self._cut(self._get(i)[1], slice(-1, None), 1)
 

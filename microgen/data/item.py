@@ -165,7 +165,7 @@ class DatasetRecipe:
     @classmethod
     def from_dict(
         cls,
-        held,  # what `to_dict` gave, or its JSON
+        held,  # what to_dict gave, or its JSON
     ) -> "DatasetRecipe":  # the same recipe
         """Read a recipe back.
         Raises: InputError for a field that this kind does not have."""

@@ -157,16 +157,16 @@ def _properties(listed, names, rows):
 
 # %% ../../nbs/77_data.load.ipynb #719665b9
 def paired_dls(
-    folder,  # dataset folder of `microgen simulate`
+    folder,  # dataset folder of microgen simulate
     bs: int = 16,  # images in a batch
     size=None,  # height and width of random crops, pixels; None is whole images
-    channels: tuple = CHANNELS,  # condition channels, see `microgen.data.condition`
+    channels: tuple = CHANNELS,  # condition channels, see microgen.data.condition
     classes=None,  # names of classes to use; None is all
-    properties: tuple = (),  # numeric columns of metadata.csv: adds `props` after `label`
+    properties: tuple = (),  # numeric columns of metadata.csv: adds props after label
     augment="auto",  # names of operations, "auto" for those that the classes allow, () for none
     scaling: str = "image",  # limits of grey levels: of each "image", or of the "dataset"
     percentiles: tuple = (0.01, 99.99),  # of grey levels that become -1 and 1
-    group=None,  # what stays together where metadata.csv has no column split, see `list_images`
+    group=None,  # what stays together where metadata.csv has no column split, see list_images
     valid: float = 0.2,  # share held back there
     seed: int = 0,  # of split, order, crops and augmentation
     memory_gb: float = 4.0,  # images are kept in memory if they need less
@@ -222,7 +222,7 @@ def image_dls(
     augment="auto",  # names of operations; "auto" takes those that known walls allow, for other classes none
     scaling: str = "image",  # limits of grey levels: of each "image", or of the "dataset"
     percentiles: tuple = (0.01, 99.99),  # of grey levels that become -1 and 1
-    group=None,  # what stays together, see `list_images`
+    group=None,  # what stays together, see list_images
     valid: float = 0.2,  # share held back where the metadata do not say
     seed: int = 0,  # of split, order, crops and augmentation
     memory_gb: float = 4.0,  # images are kept in memory if they need less
@@ -278,7 +278,7 @@ def unpaired_dls(
     augment=(),  # names of operations that both domains allow
     scaling: str = "image",  # limits of grey levels: of each "image", or of each domain ("dataset")
     percentiles: tuple = (0.01, 99.99),  # of grey levels that become -1 and 1
-    group=None,  # what stays together, see `list_images`
+    group=None,  # what stays together, see list_images
     valid: float = 0.2,  # share held back where the metadata do not say
     seed: int = 0,  # of split, order, pairs, crops and augmentation
     memory_gb: float = 4.0,  # images are kept in memory if they need less
@@ -335,18 +335,18 @@ def _pairs(rng, a, b):
 
 # %% ../../nbs/77_data.load.ipynb #848238d7
 def mixed_dls(
-    sim,  # dataset folder of `microgen simulate`
+    sim,  # dataset folder of microgen simulate
     real,  # folder of real images
     ratio: float = 0.25,  # share of real images in a batch
     bs: int = 16,  # images in a batch
     size=None,  # height and width of random crops, pixels
-    channels: tuple = CHANNELS,  # condition channels, see `microgen.data.condition`
+    channels: tuple = CHANNELS,  # condition channels, see microgen.data.condition
     classes=None,  # names of simulated classes to use; None is all
     real_pixel_size=None,  # nm per pixel of real images whose files do not say
     augment="auto",  # names of operations, "auto" for those that the classes allow, () for none
     scaling: str = "image",  # limits of grey levels: of each "image", or of each domain ("dataset")
     percentiles: tuple = (0.01, 99.99),  # of grey levels that become -1 and 1
-    valid: float = 0.2,  # share of `sim` held back where its metadata.csv has no column split
+    valid: float = 0.2,  # share of sim held back where its metadata.csv has no column split
     seed: int = 0,  # of split, order, crops and augmentation
     memory_gb: float = 4.0,  # images are kept in memory if they need less
     num_workers: int | None = None,  # processes that read; default: none when images are in memory

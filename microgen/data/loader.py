@@ -26,7 +26,7 @@ class Loader(TfmdDL):
     def __init__(
         self,
         dataset,  # fastai's, of tuples of tensors
-        pixels=None,  # where crops are cut, `microgen.data.files.Pixels`
+        pixels=None,  # where crops are cut, microgen.data.files.Pixels
         fields: tuple = (),  # names of what is in a batch
         vocab=(),  # class names
         order=None,  # function of a generator (None: unshuffled) that lists an epoch's items; None is each once
@@ -69,7 +69,7 @@ class Loader(TfmdDL):
 
     def load_rng_state(
         self,
-        state: dict,  # what `rng_state` gave
+        state: dict,  # what rng_state gave
     ):
         """Go on where another loader stood.
         Raises: InputError when that loader had another seed."""

@@ -82,7 +82,7 @@ def read_batch(
 
 
 def generate(
-    model: nn.Module,  # `Pix2Pix`
+    model: nn.Module,  # Pix2Pix
     batch: tuple,  # (maps, label, [props,] wall, [domain,] image)
 ) -> (
     dict
@@ -117,7 +117,7 @@ def _judged(model, image, maps, paired):
 
 
 def d_terms(
-    mode: str = "lsgan",  # see `microgen.train.adversarial.gan_losses`
+    mode: str = "lsgan",  # see microgen.train.adversarial.gan_losses
 ) -> Callable:  # (model, batch, fakes) -> dict of scalars
     "The loss of the discriminator."
     adversarial = gan_losses(mode)[0]
@@ -131,7 +131,7 @@ def d_terms(
 
 
 def r1_term(
-    model: nn.Module,  # `Pix2Pix`
+    model: nn.Module,  # Pix2Pix
     batch: tuple,  # a batch
     fakes: dict,  # not used
 ) -> dict:  # {"r1": scalar}
@@ -142,7 +142,7 @@ def r1_term(
 
 def g_terms(
     weights: dict,  # name to weight; terms of weight 0 are not computed
-    mode: str = "lsgan",  # see `microgen.train.adversarial.gan_losses`
+    mode: str = "lsgan",  # see microgen.train.adversarial.gan_losses
     has_wall: bool = True,  # whether the true wall masks are known
 ) -> Callable:  # (model, batch, fakes) -> dict of scalars
     "The loss of the generator, term by term."

@@ -44,7 +44,7 @@ class Generator(nn.Module):
         depth: int = 4,  # how often the size is halved
         n_classes: int = 0,  # classes
         z_dim: int = len(STYLE),  # length of the latent variable; 0 for none
-        norm: str = "instance",  # see `microgen.nets.blocks.NORMS`
+        norm: str = "instance",  # see microgen.nets.blocks.NORMS
         seed: int = 0,  # seed of the weights
         n_props: int = 0,  # properties, such as the dose
     ):
@@ -81,7 +81,7 @@ class Pix2Pix(Parts, HubModel):
     def __init__(
         self,
         in_ch: int = 4,  # channels of the maps
-        arch="film",  # see `Generator`
+        arch="film",  # see Generator
         base: int = 64,  # channels of the generator at full size
         depth: int = 4,  # how often it halves the size
         n_classes: int = 0,  # classes
@@ -101,7 +101,7 @@ class Pix2Pix(Parts, HubModel):
 
     @staticmethod
     def generator(
-        *settings,  # of `Generator`, in order
+        *settings,  # of Generator, in order
     ) -> nn.Module:  # the generator
         "Make the generator; a model with another one replaces this."
         return Generator(*settings)
@@ -226,22 +226,22 @@ CONFIGS = {
 
 
 def pix2pix_learner(
-    dls: DataLoaders,  # of `microgen.data.load.paired_dls` or `mixed_dls`
+    dls: DataLoaders,  # of microgen.data.load.paired_dls or mixed_dls
     arch: str = "film",  # "plain", "film" or "attention"
-    config: str = "full",  # a size of `CONFIGS`
+    config: str = "full",  # a size of CONFIGS
     gan: str = "lsgan",  # "vanilla", "lsgan", "hinge" or "relativistic"
-    weights: dict | None = None,  # loss term to weight; missing ones as in `WEIGHTS`
+    weights: dict | None = None,  # loss term to weight; missing ones as in WEIGHTS
     r1: float = 0.0,  # weight of the gradient penalty, applied every 16th step
     norm: str = "instance",  # norm of both networks
     spectral_norm: bool = True,  # divide the discriminator's weights by their spectral norm
     seed: int = 0,  # seed of all weights
     model_class: type = Pix2Pix,  # a class with the same settings
     about: dict
-    | None = None,  # what the saved model should say of its data, beside what `dls` knows
+    | None = None,  # what the saved model should say of its data, beside what dls knows
     autocast: str | None = None,  # "bf16" for mixed precision, on GPU and CPU
     cbs=(),  # more callbacks
     **over,  # base, depth, n_layers, lr, disc_base: instead of those of the config
-) -> Learner:  # `.model.sample(n, cond)` draws; every loss term is in the history
+) -> Learner:  # .model.sample(n, cond) draws; every loss term is in the history
     """Make a fastai `Learner` that trains a generator from maps to images; `.weights` are those of the loss.
     Raises: InputError for an unknown name, for images that cannot be halved three times, and for real images with "plain"."""
     if config not in CONFIGS:
@@ -347,8 +347,8 @@ def _depth(depth, size):
 # %% ../../nbs/63_gan.pix2pix.ipynb #98c6abbd
 def begin_with(
     model: Pix2Pix,  # new model; changed in place
-    weights: dict,  # name to tensor, of `microgen.train.run.run_weights`
-    about: dict,  # `.about` of the model they come from
+    weights: dict,  # name to tensor, of microgen.train.run.run_weights
+    about: dict,  # .about of the model they come from
     source="the run",  # where they come from, for messages
 ) -> list:  # names of the parts of g that start fresh
     """Give a model the weights of another; a class that is new begins as the mean of those there were.
@@ -417,7 +417,7 @@ def show_attention(
 # %% ../../nbs/63_gan.pix2pix.ipynb #1d055bef
 def spread(
     images,  # (n, 1, H, W) or (n, H, W): draws or scans of one scene
-) -> pd.DataFrame:  # one row per image: the numbers of `STYLE`
+) -> pd.DataFrame:  # one row per image: the numbers of STYLE
     "Measure the style of each image, see `microgen.nets.style.statistics`."
     x = torch.as_tensor(images).float().reshape(-1, 1, *np.shape(images)[-2:])
     return pd.DataFrame(statistics(x).numpy(), columns=list(STYLE))

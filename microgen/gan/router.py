@@ -32,12 +32,12 @@ class Router(nn.Module):
     def __init__(
         self,
         in_ch: int,  # channels of the maps
-        experts,  # for each class a name of `EXPERTS`
+        experts,  # for each class a name of EXPERTS
         base: int = 64,  # channels at full size
         depth: int = 4,  # how often the size is halved
         n_classes: int = 0,  # classes
         z_dim: int = 4,  # length of the latent variable; 0 for none
-        norm: str = "instance",  # see `microgen.nets.blocks.NORMS`
+        norm: str = "instance",  # see microgen.nets.blocks.NORMS
         seed: int = 0,  # seed of the weights
         n_props: int = 0,  # properties, such as the dose
     ):
@@ -83,7 +83,7 @@ class Router(nn.Module):
         expert: str | None = None,  # this one for all images
     ) -> (
         Drawn
-    ):  # as of `UNet.draw`; the wall is what the expert with attention finds, for all images
+    ):  # as of UNet.draw; the wall is what the expert with attention finds, for all images
         "Send each image to its expert."
         told, wall = (label, z, noise, domain, props), self.experts["attention"].attention(maps)
         if expert is not None:
@@ -123,18 +123,18 @@ class RouterPix2Pix(Pix2Pix):
 
     @staticmethod
     def generator(
-        *settings,  # of `Router`, in order
+        *settings,  # of Router, in order
     ) -> nn.Module:  # the router
         "Make the router."
         return Router(*settings)
 
 # %% ../../nbs/64_gan.router.ipynb #978a6bcb
 def router_learner(
-    dls: DataLoaders,  # of `microgen.data.load.paired_dls` or `mixed_dls`
+    dls: DataLoaders,  # of microgen.data.load.paired_dls or mixed_dls
     experts: dict | None = None,  # class to "film" or "attention"; None: film for single domains
     explore: float = 0.2,  # share of the images that the other expert draws in training
-    **kwargs,  # of `microgen.gan.pix2pix.pix2pix_learner`
-) -> Learner:  # its model is a `RouterPix2Pix`
+    **kwargs,  # of microgen.gan.pix2pix.pix2pix_learner
+) -> Learner:  # its model is a RouterPix2Pix
     """Make a fastai `Learner` of the router.
     Raises: InputError for a class that the data do not have, or a share that is none."""
     if not 0 <= explore < 1:
@@ -152,8 +152,8 @@ def router_learner(
 
 @torch.no_grad()
 def expert_table(
-    model: Pix2Pix,  # a `RouterPix2Pix`
-    batches,  # batches of `microgen.data.load`, such as `dls.valid`; images without maps are left out
+    model: Pix2Pix,  # a RouterPix2Pix
+    batches,  # batches of microgen.data.load, such as dls.valid; images without maps are left out
     vocab,  # class names
 ) -> (
     pd.DataFrame
@@ -202,8 +202,8 @@ def _compare(scores, route, vocab):
 
 
 def reroute(
-    model: Pix2Pix,  # a `RouterPix2Pix`; changed in place
-    table: pd.DataFrame,  # of `expert_table`
+    model: Pix2Pix,  # a RouterPix2Pix; changed in place
+    table: pd.DataFrame,  # of expert_table
     vocab,  # class names
     only_clear: bool = True,  # leave classes whose difference is within two standard errors
 ) -> dict:  # class to expert

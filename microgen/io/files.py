@@ -190,7 +190,7 @@ def _version(package) -> str | None:
 def provenance(
     seed=None,  # root seed of the run
     **extra,  # what else made the output, such as settings or the recipe
-) -> dict:  # keys command, versions, seed, and those of `extra`
+) -> dict:  # keys command, versions, seed, and those of extra
     "Say how an output was made: command line, versions of the libraries, seed."
     name = Path(sys.argv[0] or "python").name
     command = "(notebook)" if name.startswith("ipykernel") else shlex.join([name, *sys.argv[1:]])
@@ -279,7 +279,7 @@ def _calibrated(path, raw, pixel_size, colour) -> Micrograph:
 
 # %% ../../nbs/07_io.files.ipynb #f23a8e77
 def read(
-    path,  # the file: .tif .png .jpg .bmp .dm3 .dm4 .ser .emd .mrc .hspy .hdf5; others with the extra `gpl`
+    path,  # the file: .tif .png .jpg .bmp .dm3 .dm4 .ser .emd .mrc .hspy .hdf5; others with the extra gpl
     pixel_size=None,  # nm per pixel, one number or (py, px); wins over what the file says
     *,
     frame: int | None = None,  # which image of a stack, from 0

@@ -78,7 +78,7 @@ def _summary(s, limits, scale):  # -> (N, bins + rings): histogram and spectrum 
     return np.hstack([counts, radial_spectrum(s.data, scale).power])
 
 
-def _distances(x, y, width):  # two arrays of `_summary`, width of a fine bin -> name -> distance
+def _distances(x, y, width):  # two arrays of _summary, width of a fine bin -> name -> distance
     n = _BINS * _FINE
     p, q = x[:, :n].sum(0), y[:, :n].sum(0)
     a, b = (v.reshape(_BINS, _FINE).sum(1) + 1 for v in (p, q))
@@ -144,11 +144,11 @@ def compare(
     real,  # real images: folder, array (N, H, W), list of Micrographs
     fake,  # generated images, likewise
     out=None,  # folder for report.html and the CSV tables
-    train=None,  # images that the generator was trained on: tests for copying, with `real` as unseen ones
-    ceiling=None,  # second real scans of the scenes of `real`, in the same order
+    train=None,  # images that the generator was trained on: tests for copying, with real as unseen ones
+    ceiling=None,  # second real scans of the scenes of real, in the same order
     paired=None,  # does the i-th image of both show the same scene? None: yes when their true columns agree
     structure=None,  # name or CIF of an h-RMnO3: order parameter, walls, Bragg reflections; None: that of the recipes
-    extractors=None,  # list of `Extractor`s; None: the random network, and Inception where its weights lie ready
+    extractors=None,  # list of Extractors; None: the random network, and Inception where its weights lie ready
     pixel_size=None,  # nm per pixel of all images; wins over what files say
     standardise=False,  # bring every image to mean 0 and standard deviation 1: contrast is not compared
     most=1000,  # images of each set at most

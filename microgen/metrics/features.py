@@ -32,7 +32,7 @@ class Extractor:
 
     def __call__(
         self,
-        images,  # N images, as `as_images` takes them
+        images,  # N images, as as_images takes them
         window,  # (low, high) intensities that become 0 and 1: those of the real images, for both sets
         batch=32,  # images at a time
     ) -> np.ndarray:  # (N, D) float64
@@ -137,7 +137,7 @@ def module_extractor(
 
 # %% ../../nbs/79_metrics.features.ipynb #899dce72
 def run_extractor(
-    model,  # model of a run, with its discriminator `.d`, or such a discriminator: layers in a row, the last one its verdict
+    model,  # model of a run, with its discriminator .d, or such a discriminator: layers in a row, the last one its verdict
     name="run",  # for tables; the distance is then called FD(name), never FID
 ) -> Extractor:  # FD(name), the mean of each feature over the image
     """Features from the discriminator of a trained run.
@@ -184,7 +184,7 @@ def inception_path() -> Path:  # where torch keeps downloaded weights: $TORCH_HO
 
 
 def download_inception(
-    path=None,  # file to write; None: `inception_path()`
+    path=None,  # file to write; None: inception_path()
 ) -> Path:  # the file
     "Download the Inception weights (91 MB) and check them."
     from torch.hub import download_url_to_file
@@ -212,7 +212,7 @@ def _checked(path):  # the file, when it is the right one
 
 
 def inception_extractor(
-    weights=None,  # file of the weights; None: `inception_path()`
+    weights=None,  # file of the weights; None: inception_path()
 ) -> Extractor:  # FID, 2048 features
     """The Inception network of the FID, on grey images repeated to three 8-bit channels.
     Raises: MissingWeights naming URL, hash and path; InputError for another file; MissingExtra.

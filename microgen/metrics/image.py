@@ -357,7 +357,7 @@ def ring_correlation(
 
 
 def ring_limit(
-    frc,  # what `ring_correlation` gives
+    frc,  # what ring_correlation gives
     threshold=1 / 7,  # correlation that still counts as signal
     z=4.0,  # standard errors that it must exceed, too
 ) -> np.ndarray:  # (N,) last frequency above both, 1/nm; NaN where none is

@@ -125,7 +125,7 @@ def _read_maps(path):  # -> name -> (H, W)
 def match_sets(
     real: Loaded,  # real images
     fake: Loaded,  # generated images
-    seconds=None,  # Loaded: second scans of the scenes of `real`
+    seconds=None,  # Loaded: second scans of the scenes of real
     paired=None,  # does the i-th image of both show the same scene? None: yes when their true columns agree
     rng=0,  # draws the images that stay
     notes: list | None = None,  # sentences on what was left out are added here

@@ -76,7 +76,7 @@ def _beyond(
 # %% ../../nbs/81_metrics.physics.ipynb #87942f7a
 def column_errors(
     image,  # Micrograph: generated or real
-    table,  # its condition: true columns, as `start_columns` takes them
+    table,  # its condition: true columns, as start_columns takes them
     reach_nm=0.06,  # further away a column is another one, nm
     rim_nm=0.25,  # width of the rim that is not scored, nm
 ) -> (
@@ -129,7 +129,7 @@ def _inner(t, m, rim):  # table, Micrograph, nm -> bool: away from the edge
 
 
 def rms_pm(
-    errors,  # what `column_errors` gives
+    errors,  # what column_errors gives
 ) -> float:  # root mean square of dy and dx over the found columns, pm per axis
     "Error of position, one number per image, per axis as the bound is."
     return (
@@ -206,7 +206,7 @@ def _true_walls(
 
 
 def wall_errors(
-    found,  # `Measurement` of the image
+    found,  # Measurement of the image
     table,  # true columns
     structure,  # name, CIF or Structure of an h-RMnO3
 ) -> dict:  # walls (true), walls_found, wall_error_nm (median over rows), width_error_nm; NaN without a wall
@@ -370,7 +370,7 @@ def physics_table(
     maps=None,  # N dicts of truth maps
     structure=None,  # name, CIF or Structure of an h-RMnO3; None: positions only
     reference=None,  # N real scans of the same scenes: the bound is theirs
-) -> pd.DataFrame:  # one row per image: found_share, extra, rms_pm, bound_pm, ratio, and with structure what `structure_errors` gives
+) -> pd.DataFrame:  # one row per image: found_share, extra, rms_pm, bound_pm, ratio, and with structure what structure_errors gives
     """Compare generated images with their conditions, one row an image.
     Raises: InputError when numbers of images and tables differ."""
     maps, reference = maps or [None] * len(images), reference or [None] * len(images)

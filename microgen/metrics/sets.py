@@ -206,7 +206,7 @@ def half_samples(
 def set_table(
     real,  # N images
     fake,  # N images
-    extractor=None,  # `Extractor`; None: the random network
+    extractor=None,  # Extractor; None: the random network
     repeats=40,  # random halvings
     k=5,  # neighbours
     rng=0,  # seed
@@ -237,7 +237,7 @@ def set_table(
 def feature_pair(
     real,  # images
     fake,  # images
-    extractor,  # `Extractor`
+    extractor,  # Extractor
 ) -> tuple:  # (N, D) and (M, D) features; other than Inception's centred and scaled to unit mean variance of the real ones
     "Features of two sets through one window of intensity."
     window = intensity_window(real)

@@ -28,7 +28,7 @@ from ..stem.structure import trimer
 
 # %% ../../nbs/91_models.judge.ipynb #e86dc25a
 def truth_of(
-    row,  # of `microgen.data.files.list_images`, an image with truth
+    row,  # of microgen.data.files.list_images, an image with truth
 ) -> tuple:  # (maps, table): name to (H, W), and the true columns
     "Read the truth of one image of a dataset folder."
     stack = read(row["maps"])
@@ -119,8 +119,8 @@ NAMES = {
 
 @torch.no_grad()
 def judge(
-    model: nn.Module,  # draws truth maps: `Pix2Pix` or a router
-    dls: DataLoaders,  # of `paired_dls` or `mixed_dls`; its last part is judged
+    model: nn.Module,  # draws truth maps: Pix2Pix or a router
+    dls: DataLoaders,  # of paired_dls or mixed_dls; its last part is judged
     n: int = 16,  # scenes at most
     minutes: float = 2.0,  # no scene begins later than that
     rng: int = 0,  # seed of the draws and the intervals

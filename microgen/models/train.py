@@ -74,7 +74,7 @@ MODELS = ("film", "attention", "router", "plain")
 def config_for(
     size: tuple,  # height and width, pixels
     cuda: bool | None = None,  # whether there is a GPU; None looks
-) -> str:  # a name of `microgen.gan.pix2pix.CONFIGS`
+) -> str:  # a name of microgen.gan.pix2pix.CONFIGS
     "The size of network that fits images and machine."
     cuda = torch.cuda.is_available() if cuda is None else cuda
     if max(size) <= 64:
@@ -83,7 +83,7 @@ def config_for(
 
 
 def train_pix2pix(
-    data,  # dataset folder of `microgen simulate`
+    data,  # dataset folder of microgen simulate
     out,  # run folder; an existing run continues
     real=None,  # folder of real images that join without maps
     model: str = "film",  # "film", "attention", "router" or "plain"
@@ -92,7 +92,7 @@ def train_pix2pix(
     bs: int = 8,  # images in a batch
     config: str | None = None,  # size of the networks; None chooses by image size and machine
     gan: str = "lsgan",  # adversarial loss: "vanilla", "lsgan", "hinge" or "relativistic"
-    weights: dict | None = None,  # loss term to weight, see `microgen.gan.loss.WEIGHTS`
+    weights: dict | None = None,  # loss term to weight, see microgen.gan.loss.WEIGHTS
     lr: float | None = None,  # learning rate of the generator; None is that of the config
     ratio: float = 0.25,  # share of real images in a batch
     real_pixel_size: float | None = None,  # nm per pixel of real images whose files do not say
@@ -113,7 +113,7 @@ def train_pix2pix(
     gamma: float = 0.0,  # gamma of training images varies by factors exp(±gamma)
     judged: int = 16,  # held-out scenes whose drawings are measured for the model card; 0 for none
     progress: bool = True,  # show a bar with time left and, in a notebook, the previews
-) -> Learner:  # trained; `.stopped` says why it ended early
+) -> Learner:  # trained; .stopped says why it ended early
     """Train a generator of images from truth maps, into a run folder, and judge it by held-out scenes.
     Raises: InputError for what is wrong with data or settings, one sentence each."""
     if model not in MODELS:
@@ -315,7 +315,7 @@ def _given(about, folder, n):
 
 
 def sample_run(
-    run,  # run folder, or a folder that `save_pretrained` wrote
+    run,  # run folder, or a folder that save_pretrained wrote
     maps=None,  # dataset folder whose truth maps to draw
     walls=None,  # instead: name, or names, of new walls, such as "typeC"
     n: int = 16,  # images
@@ -325,7 +325,7 @@ def sample_run(
     noise: bool = True,  # draw the pixel noise
     domain: str = "simulated",  # whose style: "simulated", or "real" after a training with real images
     props: dict
-    | None = None,  # property to number, in the units of metadata.csv, for a run trained with `properties`
+    | None = None,  # property to number, in the units of metadata.csv, for a run trained with properties
     progress: bool = True,  # show a bar with time left
 ) -> Path:  # the dataset folder
     """Draw images of new walls or of given maps, and write them as a dataset folder with their truth.

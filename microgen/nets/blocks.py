@@ -19,9 +19,9 @@ NORMS = ("instance", "group", "batch", "none")
 
 
 def norm_layer(
-    name: str,  # one of `NORMS`
+    name: str,  # one of NORMS
     channels: int,  # channels of the features
-) -> nn.Module:  # the layer; `nn.Identity` for "none"
+) -> nn.Module:  # the layer; nn.Identity for "none"
     """Make a normalisation layer by name.
     Raises: InputError for an unknown name."""
     if name == "instance":
@@ -70,7 +70,7 @@ def initialise(
 
 def parametrized(
     layer: nn.Module,  # any layer
-) -> bool:  # True for a layer of `spectral`
+) -> bool:  # True for a layer of spectral
     "Does the layer divide its weight by its spectral norm?"
     return hasattr(layer, "parametrizations") and "weight" in layer.parametrizations
 
@@ -99,7 +99,7 @@ def code_length(
     n_classes: int,  # classes the network knows; 0 for none
     z_dim: int,  # length of z; 0 for none
     n_props: int = 0,  # properties
-) -> int:  # length of the vector of `code`; 0 for a network that is told nothing
+) -> int:  # length of the vector of code; 0 for a network that is told nothing
     "One slot per class, one for the domain, then the properties, then z."
     told = n_classes + n_props + z_dim
     return told + 1 if told else 0
@@ -114,7 +114,7 @@ def code(
     domain=None,  # (B,) 0 simulated, 1 real; None is simulated
     props=None,  # (B, n_props) of mean 0 and standard deviation 1; None is the mean
     n_props: int = 0,  # properties the network knows
-) -> torch.Tensor:  # (B, `code_length`)
+) -> torch.Tensor:  # (B, code_length)
     """Write class, domain, properties and latent variable as one vector, in this order; zeros for what is not given.
     Raises: InputError for a class, properties or a z that the network does not know."""
     n = like.shape[0]
@@ -150,7 +150,7 @@ class FiLM(nn.Module):
     def __init__(
         self,
         channels: int,  # channels of the features
-        n_code: int,  # length of the vector of `code`
+        n_code: int,  # length of the vector of code
     ):
         super().__init__()
         self.linear = zeroed(nn.Linear(n_code, 2 * channels))
@@ -185,8 +185,8 @@ class Block(nn.Module):
         self,
         n_in: int,  # channels in
         n_out: int,  # channels out
-        n_code: int = 0,  # length of the vector of `code`; 0 for no FiLM
-        norm: str = "instance",  # one of `NORMS`
+        n_code: int = 0,  # length of the vector of code; 0 for no FiLM
+        norm: str = "instance",  # one of NORMS
     ):
         super().__init__()
         bias = norm in ("none", None)  # a norm takes the mean, and with it a bias, away
@@ -236,7 +236,7 @@ class WallAttention(nn.Module):
     def gate(
         self,
         h: torch.Tensor,  # (B, channels, H, W) features
-        logits: torch.Tensor,  # (B, 1, H, W), as `forward` gives them; their sigmoid is the mask
+        logits: torch.Tensor,  # (B, 1, H, W), as forward gives them; their sigmoid is the mask
     ) -> torch.Tensor:  # (B, channels, H, W)
         "Add the branch where the mask is open."
         return h + torch.sigmoid(logits) * self.branch(h)
@@ -248,7 +248,7 @@ class PixelNoise(nn.Module):
     def __init__(
         self,
         channels: int,  # channels of the features
-        n_code: int = 0,  # length of the vector of `code`; 0 for none
+        n_code: int = 0,  # length of the vector of code; 0 for none
         start: float = 0.05,  # standard deviation before training
     ):
         super().__init__()

@@ -54,7 +54,7 @@ class UNet(nn.Module):
         depth: int = 4,  # how often the size is halved
         n_classes: int = 0,  # classes; 0 for none
         z_dim: int = 0,  # length of the latent variable; 0 for none
-        norm: str = "instance",  # see `microgen.nets.blocks.NORMS`
+        norm: str = "instance",  # see microgen.nets.blocks.NORMS
         attention: bool = False,  # gate the last features at walls
         seed: int = 0,  # seed of the weights
         n_props: int = 0,  # properties, such as the dose
@@ -109,7 +109,7 @@ class UNet(nn.Module):
     def features(
         self,
         maps: torch.Tensor,  # (B, in_ch, H, W)
-        c: torch.Tensor,  # (B, n_code) vector of `code`
+        c: torch.Tensor,  # (B, n_code) vector of code
     ) -> torch.Tensor:  # (B, base, H, W)
         "The features of which the image is made."
         h, skips = self.stem(maps), []
@@ -152,7 +152,7 @@ class PatchGAN(nn.Module):
         in_ch: int,  # channels of the maps and of the image together
         base: int = 64,  # channels of the first layer; doubled in each next, at most 8 times
         n_layers: int = 3,  # layers that halve the size: 1, 2, 3, 4 give fields of 16, 34, 70, 142 px
-        norm: str = "instance",  # see `microgen.nets.blocks.NORMS`
+        norm: str = "instance",  # see microgen.nets.blocks.NORMS
         spectral_norm: bool = False,  # divide each weight by its spectral norm
         seed: int = 0,  # seed of the weights
     ):

@@ -163,7 +163,7 @@ def dirty(
 
 # %% ../../nbs/12_scan.acquire.ipynb #4293d258
 def mistilt(
-    columns,  # Columns (`microgen.stem.crystal`) with depth_nm in its table
+    columns,  # Columns (microgen.stem.crystal) with depth_nm in its table
     tilt_mrad,  # angle between zone axis and beam, mrad
     azimuth_deg=0.0,  # direction towards which deeper atoms move, degrees from +x towards +y
 ) -> object:  # Columns, shifted about mid-thickness

@@ -36,7 +36,7 @@ class Scan:
     shear: float = 0.0  # shift along x per unit of y
     scale_y: float = 0.0  # relative error of the scan height
     scale_x: float = 0.0  # relative error of the scan width
-    mistilt_mrad: float = 0.0  # crystal against beam, mrad; `mistilt` applies it to the columns
+    mistilt_mrad: float = 0.0  # crystal against beam, mrad; mistilt applies it to the columns
     mistilt_deg: float = 0.0  # direction towards which depth moves, degrees from +x towards +y
     contamination: float = (
         0.0  # mean signal of contamination, fraction of the mean signal of the specimen
@@ -56,7 +56,7 @@ class Scan:
     row_wave_px: float = 10.0  # their period, rows
     row_noise: float = 0.0  # white noise on some rows: half width, fraction of the image's range
     row_share: float = 0.1  # share of rows that carry it
-    roll_px: float = 0.0  # greatest shift of every `roll_every`-th row, pixels
+    roll_px: float = 0.0  # greatest shift of every roll_every-th row, pixels
     roll_every: int = 5  # rows from one shifted row to the next
 
     def __post_init__(self):
@@ -81,7 +81,7 @@ class Scan:
     @classmethod
     def from_json(
         cls,
-        text,  # what `to_json` wrote, or the dict it stands for
+        text,  # what to_json wrote, or the dict it stands for
     ) -> "Scan":  # the same settings
         "Read settings from JSON."
         return _scan(**(json.loads(text) if isinstance(text, str) else text))

@@ -67,7 +67,7 @@ def warp_image(
     image,  # (H + 2 rim, W + 2 rim), a band-limited image
     d,  # field (2, H, W), nm
     pixel_size,  # nm per pixel: float or (y, x)
-    rim=0,  # pixels of `image` around the scanned field, on each side
+    rim=0,  # pixels of image around the scanned field, on each side
     smear=(
         0.0,
         0.0,

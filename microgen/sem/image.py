@@ -69,7 +69,7 @@ def _smooth(image, sigma_px):
 
 
 def secondary_electrons(
-    seen,  # Seen (`microgen.sem.solid`): what each pixel sees of the particles
+    seen,  # Seen (microgen.sem.solid): what each pixel sees of the particles
     tone,  # (n,) signal of a flat piece of each particle; 1 is white
     support,  # (H, W) signal of the bare support
     surface,  # (H, W) height of the support, nm

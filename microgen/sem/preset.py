@@ -133,7 +133,7 @@ class Scene:
     @classmethod
     def from_json(
         cls,
-        text,  # what `to_json` wrote, or the dict it stands for
+        text,  # what to_json wrote, or the dict it stands for
     ) -> "Scene":  # the same settings
         """Read settings from JSON.
         Raises: InputError for what is no JSON object, an unknown setting, or a value out of its limits."""

@@ -50,7 +50,7 @@ def _pixel_noise(image):  # (H, W) -> standard deviation of pixel-to-pixel noise
 
 
 def find_columns(
-    micrograph,  # Micrograph, or anything `as_micrograph` takes
+    micrograph,  # Micrograph, or anything as_micrograph takes
     spacing_nm=None,  # shortest distance between columns, nm (None: estimated from the image)
 ) -> pd.DataFrame:  # y_nm, x_nm, intensity (smoothed value at the peak), brightest first
     """Find bright columns in an image, to a fraction of a pixel.
@@ -309,7 +309,7 @@ def _standard_errors(s, k=16):  # state -> (N, n) standard errors of y, x, heigh
 
 # %% ../../nbs/24_stem.column.ipynb #cad60196
 def fit_columns(
-    micrograph,  # Micrograph, or anything `as_micrograph` takes
+    micrograph,  # Micrograph, or anything as_micrograph takes
     start,  # DataFrame with y_nm, x_nm; optional: element (one profile each), fixed (bool), n_atoms
     sigma_nm=None,  # first guess of the columns' sigma, nm (None: from the spacing)
     widths="shared",  # "shared": one profile per element; "column": times a width of each column

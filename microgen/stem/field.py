@@ -45,7 +45,7 @@ def _plain(v):
 
 
 def evaluate(
-    field,  # a `Field`, or any function (y_nm, x_nm, z_nm) -> (Q, phi)
+    field,  # a Field, or any function (y_nm, x_nm, z_nm) -> (Q, phi)
     y_nm,  # image row, nm, any shape
     x_nm,  # image column, nm, broadcast against y_nm
     z_nm=0.0,  # depth below the middle plane of the specimen, nm
@@ -128,7 +128,7 @@ class Wall(Field):
     phi_right: float  # radians; above, when normal_deg is 0
     normal_deg: float = 90.0  # angle between wall normal and c, degrees
     center: tuple = (2.5, 2.5)  # (y, x) of a point of the wall at mid-depth, nm
-    width_nm: float | None = None  # 10-90 % width of each kink; None = `wall_width(normal_deg)`
+    width_nm: float | None = None  # 10-90 % width of each kink; None = wall_width(normal_deg)
     step: float = 0.0  # shift per step towards +x going up, in R columns
     step_layers: int = 1  # R layers (c/2) per step
     split_nm: float = 0.0  # distance between the elementary kinks of a larger jump
@@ -142,9 +142,9 @@ class Wall(Field):
         0.0  # angle between wall plane and beam; positive moves it to the right with depth
     )
     column_nm: float | None = (
-        None  # spacing of R columns along a row; None = the crystal's, or `COLUMN_NM`
+        None  # spacing of R columns along a row; None = the crystal's, or COLUMN_NM
     )
-    layer_nm: float | None = None  # spacing of R rows (c/2); None = the crystal's, or `LAYER_NM`
+    layer_nm: float | None = None  # spacing of R rows (c/2); None = the crystal's, or LAYER_NM
     layer_y_nm: float | None = None  # y of one R row; None = the crystal's
     name: str = ""  # label
 
@@ -235,7 +235,7 @@ class Vortex(Field):
     sign: int = 1  # +1 vortex, -1 antivortex
     phi0: float = 0.0  # phi to the right of the core, a multiple of pi/3
     rotation_deg: float = 0.0  # turns the six walls, degrees counter-clockwise
-    width_nm: float | None = None  # 10-90 % width of a wall that contains c; None = `wall_width()`
+    width_nm: float | None = None  # 10-90 % width of a wall that contains c; None = wall_width()
     core_nm: float | None = (
         None  # xi_Q of Q = tanh(r / xi_Q) in the plane; None = from the Landau constants
     )
@@ -372,7 +372,7 @@ _FIELDS = {o.__name__: o for o in (Domain, Wall, Vortex, Network, Sum)}
 
 
 def field_from_dict(
-    d: dict,  # what `to_dict` gave, for example read from JSON
+    d: dict,  # what to_dict gave, for example read from JSON
 ) -> Field:  # the field again
     """Field from its plain dict.
 

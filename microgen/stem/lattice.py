@@ -164,7 +164,7 @@ _SMALLEST = 1.5  # nm: below, the search for Fourier peaks has no frequency near
 
 
 def reference_columns(
-    micrograph,  # Micrograph, or anything `as_micrograph` takes
+    micrograph,  # Micrograph, or anything as_micrograph takes
     structure,  # pymatgen Structure, shipped name or path of a CIF file
     zone=(1, 0, 0),  # zone axis [u, v, w]
     up=(0, 0, 1),  # crystal direction that points up in the image
@@ -227,7 +227,7 @@ def assign(
     micrograph,  # the Micrograph it belongs to
     structure,  # pymatgen Structure, shipped name or path of a CIF file
     tolerance_nm=0.09,  # farther from the expected place a column gets no name, nm
-    **kwargs,  # zone, up, rotation_deg of `reference_columns`
+    **kwargs,  # zone, up, rotation_deg of reference_columns
 ) -> pd.DataFrame:  # the table with element, site, trimer, layer, yc_nm, xc_nm; element "" where nothing is expected
     """Name the columns of an image after a structure.
 
@@ -340,7 +340,7 @@ def sublattices(
 
 def _name(
     out, left, yx, bright, index, net, nets, grain
-):  # writes site, indices and ideal places of one grain into `out`
+):  # writes site, indices and ideal places of one grain into out
     "Split each net by the parity that separates bright from dim, then name the parts by brightness."
     parts = []
     for n in nets:

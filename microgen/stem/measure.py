@@ -169,11 +169,11 @@ class Measurement:
 
 # %% ../../nbs/27_stem.measure.ipynb #bede3750
 def measure(
-    micrograph,  # Micrograph, or anything `as_micrograph` takes
+    micrograph,  # Micrograph, or anything as_micrograph takes
     structure=None,  # pymatgen Structure, shipped name or path of a CIF file; None: sublattices by brightness
     smooth_nm=0.3,  # radius of the frame that displacements refer to, nm
     triples=None,  # 1, 3 or 9 triples for one value of (Q, phi); None: the fewest that err by less than 4°, or 9
-    **kwargs,  # zone, up, rotation_deg of `reference_columns`
+    **kwargs,  # zone, up, rotation_deg of reference_columns
 ) -> Measurement:  # tables of columns and walls, maps
     """Measure the columns of an image: positions, displacements and, for h-RMnO3, order parameter and walls.
 

@@ -133,7 +133,7 @@ def transfer(
     probe,  # Probe
     q,  # spatial frequency, 1/nm: float, array or tensor of any shape
     angle=0.0,  # azimuth of q, rad, from +x towards +y; matters with astigmatism only
-) -> torch.Tensor:  # same shape as q, without unit; 1 at q = 0, 0 beyond `probe.limit`
+) -> torch.Tensor:  # same shape as q, without unit; 1 at q = 0, 0 beyond probe.limit
     """The incoherent optical transfer function of a probe, differentiable in all its parameters.
 
     Source: Kirkland (2010), chapter 3; Nellist and Pennycook, 10.1016/S0304-3991(99)00017-0.

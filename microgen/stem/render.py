@@ -269,7 +269,7 @@ def haadf_batch(
     shape,  # pixels (H, W)
     pixel_size,  # nm per pixel: float or (y, x)
     probe=Probe(),  # one Probe, or a list of B
-    calibration="auto",  # see `calibration`
+    calibration="auto",  # see calibration
     device=None,  # torch device; None: CPU
 ) -> torch.Tensor:  # (B, H, W) float32: fraction of the incident beam on the detector
     """HAADF images of many sets of columns.
@@ -321,7 +321,7 @@ def haadf(
     pixel_size=0.02,  # nm per pixel: float or (y, x)
     probe=Probe(),  # Probe
     shape=None,  # pixels (H, W); None: the whole field of view
-    calibration="auto",  # see `calibration`
+    calibration="auto",  # see calibration
     device=None,  # torch device that renders; None: CPU
 ) -> Micrograph:  # fraction of the incident beam, float32
     """The HAADF image of columns.

@@ -199,7 +199,7 @@ def outside_fit(
     elements,  # symbols
     thickness_nm,  # crystal thickness, nm
     probe,  # Probe
-    source="auto",  # calibration, see `calibration`
+    source="auto",  # calibration, see calibration
 ) -> str | None:  # one sentence, or None where the table holds or is not used
     "Say what lies more than a tenth outside the fit of the shipped table."
     if not (isinstance(source, str) and _is_manganite(elements)):

@@ -316,7 +316,7 @@ def _column_trimer(x, n):
 
 # %% ../../nbs/19_stem.wall.ipynb #d0a28f5c
 def displace(
-    columns,  # `Columns` of an h-RMnO3 crystal
+    columns,  # Columns of an h-RMnO3 crystal
     field,  # (y_nm, x_nm, z_nm) -> (Q, phi)
     mn_o_pm: float = 0.0,  # column-to-column shift of the Mn-O layers against R, pm (16 was measured)
 ) -> Columns:  # y_nm, x_nm moved; table gains y0_nm, x0_nm, disp_pm, Q, phi, domain
@@ -351,11 +351,11 @@ MAPS = ("Q", "phi", "disp_pm", "polarisation", "wall")
 
 
 def truth_maps(
-    columns,  # `Columns` of an h-RMnO3 crystal, displaced or not
+    columns,  # Columns of an h-RMnO3 crystal, displaced or not
     field,  # (y_nm, x_nm, z_nm) -> (Q, phi)
     shape,  # (H, W), pixels
     pixel_size,  # nm, one number or (py, px)
-) -> dict:  # name -> (H, W) float32, the names of `MAPS`
+) -> dict:  # name -> (H, W) float32, the names of MAPS
     """Truth maps of the image of a field, averaged over depth.
 
     Raises: InputError when the crystal has no trimerised R columns in this view.

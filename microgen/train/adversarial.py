@@ -128,7 +128,7 @@ class Optimisers:
 
     def load_state_dict(
         self,
-        state: dict,  # what `state_dict` gave
+        state: dict,  # what state_dict gave
     ):
         "Take moments and hyper-parameters from a checkpoint."
         for n, o in self.opts.items():
@@ -170,7 +170,7 @@ class AdversarialTrainer(Callback):
         weights: dict
         | None = None,  # name -> factor in the loss, 1 where missing; "g_adv" wins over "adv"
         d_reg: Callable
-        | None = None,  # like d_loss: penalties of d, such as R1, for every `reg_every`th step
+        | None = None,  # like d_loss: penalties of d, such as R1, for every reg_everyth step
         reg_every: int = 16,  # steps
         autocast: str | None = None,  # None for float32, "bf16" for bfloat16 on CPU and GPU
         n_disc: int = 1,  # steps of d for each of g
@@ -350,7 +350,7 @@ class AdversarialTrainer(Callback):
 
     def load_state(
         self,
-        state: dict,  # what `state` gave
+        state: dict,  # what state gave
     ):
         "Go on where the run was stopped."
         self.accumulate = state["accumulate"]
@@ -366,7 +366,7 @@ def image_l1(
 
 def adversarial_learner(
     dls,  # fastai DataLoaders
-    model: nn.Module,  # has `g` and `d`, such as `Parts`; its forward draws
+    model: nn.Module,  # has g and d, such as Parts; its forward draws
     generate: Callable,  # (model, batch) -> fakes
     d_loss: Callable,  # (model, batch, detached fakes) -> {name: scalar}
     g_loss: Callable,  # (model, batch, fakes) -> {name: scalar}
@@ -374,7 +374,7 @@ def adversarial_learner(
     lr: float = 2e-4,  # of g
     betas=(0.5, 0.999),  # of Adam
     lr_d: float | None = None,  # of d; None for the same
-    d_reg: Callable | None = None,  # penalties of d for every `reg_every`th step
+    d_reg: Callable | None = None,  # penalties of d for every reg_everyth step
     reg_every: int = 16,  # steps
     autocast: str | None = None,  # None or "bf16"
     n_disc: int = 1,  # steps of d for each of g
@@ -382,7 +382,7 @@ def adversarial_learner(
     loss_func: Callable = image_l1,  # (pred, *targets) -> scalar, of the validation
     cbs=(),  # more callbacks
     **kwargs,  # to fastai's Learner: metrics, path, ...
-) -> Learner:  # fit it, or give it to `microgen.train.run.train`
+) -> Learner:  # fit it, or give it to microgen.train.run.train
     "A fastai `Learner` that trains a generator against a discriminator."
     step = AdversarialTrainer(
         generate, d_loss, g_loss, weights, d_reg, reg_every, autocast, n_disc, accumulate

@@ -60,7 +60,7 @@ def pack(
 
 
 def unpack(
-    tree,  # what `pack` gave
+    tree,  # what pack gave
     tensors: dict,  # name -> tensor
 ) -> object:  # the state; tuples have become lists, arrays tensors
     "Put the tensors back."
@@ -338,7 +338,7 @@ class BestBy(Callback):
 
     def load_state(
         self,
-        state: dict,  # what `state` gave
+        state: dict,  # what state gave
     ):
         "Go on where the run was stopped."
         self.best, self.since = state["best"], state["since"]

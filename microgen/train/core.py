@@ -49,7 +49,7 @@ def random_state() -> dict:  # generator name -> its state, tensors, arrays and 
 
 
 def set_random_state(
-    state: dict,  # what `random_state` gave, possibly through a file
+    state: dict,  # what random_state gave, possibly through a file
 ):
     "Put the global generators back."
     version, words, gauss = state["python"]
@@ -73,7 +73,7 @@ def seed_everything(
 
 @contextmanager
 def random_state_kept(
-    *key: int,  # with a key the block starts from `seed_everything(*key)`
+    *key: int,  # with a key the block starts from seed_everything(*key)
 ) -> Iterator:  # a context manager
     "Run a block and leave the global generators as they were before it."
     before = random_state()
@@ -214,7 +214,7 @@ class Averaged(nn.Module):
         if self.ema is None:
             self.ema = deepcopy(self.g).eval().requires_grad_(False)
 
-    def best_g(self) -> nn.Module:  # the twin in evaluation mode, `g` while training
+    def best_g(self) -> nn.Module:  # the twin in evaluation mode, g while training
         "The network to draw with."
         return self.g if self.training or self.ema is None else self.ema
 
@@ -278,7 +278,7 @@ class EMA(Callback):
 
     def load_state(
         self,
-        state: dict,  # what `state` gave
+        state: dict,  # what state gave
     ):
         "Go on where the run was stopped."
         self.seen, self.new, self.count = state["seen"], state["new"], state["count"]
@@ -351,7 +351,7 @@ class NaNGuard(Callback):
 
     def load_state(
         self,
-        state: dict,  # what `state` gave
+        state: dict,  # what state gave
     ):
         "Go on where the run was stopped."
         self.events, self.good, self.steps = state["events"], state["good"], state.get("steps", [])

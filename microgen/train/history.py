@@ -247,7 +247,7 @@ class History(Callback):
 
     def load_state(
         self,
-        state: dict,  # what `state` gave
+        state: dict,  # what state gave
     ):
         "Cut the file back to where the checkpoint was."
         self.n_rows, self.start = state["rows"], time.perf_counter() - state["seconds"]

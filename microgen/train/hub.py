@@ -212,7 +212,7 @@ def _check_class(cls, folder):
 
 
 def load_model(
-    folder,  # run folder, or a folder that `save_pretrained` wrote
+    folder,  # run folder, or a folder that save_pretrained wrote
 ) -> HubModel:  # in evaluation mode
     """Load a model of microgen whose class is not known beforehand.
     Raises: ReadError when there is no model, InputError when it is none of microgen's."""

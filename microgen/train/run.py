@@ -82,7 +82,7 @@ def _parts(model):  # names of the outer two levels
 
 def run_weights(
     run,  # a run folder, a folder with model.safetensors, or a .safetensors file
-) -> dict:  # name -> tensor, the averaged weights as those of `g`
+) -> dict:  # name -> tensor, the averaged weights as those of g
     """The weights to start another training from: the result, or else the last checkpoint.
     Raises: ReadError when there are none."""
     run = Path(run)
@@ -242,14 +242,14 @@ def train(
     ema: float | None = None,  # half-life of the average weights, images
     fade: float | None = None,  # share of the steps after which the learning rates fall to zero
     preview_every: int | None = 500,  # steps
-    preview: Callable | None = None,  # what to draw, see `Preview`
+    preview: Callable | None = None,  # what to draw, see Preview
     checkpoint_minutes: float = 10,  # between checkpoints
     checkpoint_every: int | None = None,  # steps between checkpoints, instead of minutes
     shown: bool = True,  # previews in the notebook
     cbs=(),  # more callbacks
 ) -> (
     Learner
-):  # the learner; its model is the result. `learn.stopped` says why it stopped early, or is empty
+):  # the learner; its model is the result. learn.stopped says why it stopped early, or is empty
     """Train into a folder, so that nothing is ever lost.
     Raises: InputError when the folder holds another model or other data; Diverged; MicrogenError when memory is short."""
     options = {k: v for k, v in locals().items() if k not in ("learn", "out", "config", "cbs")}

@@ -21,7 +21,7 @@ from ...sem.scene import simulate_scene
 class ParticleRecipe(DatasetRecipe):
     "What to simulate: micrographs of nanoparticles, by presets and settings of the scene, and how many."
 
-    presets: tuple = ("gold_on_carbon",)  # names, see `microgen.sem.preset.PRESETS`
+    presets: tuple = ("gold_on_carbon",)  # names, see microgen.sem.preset.PRESETS
     n: int = 1000  # images
     size: int = 512  # pixels along each side
     pixel_size: float | tuple | None = None  # nm, or a range; None is that of each preset
@@ -41,7 +41,7 @@ class ParticleRecipe(DatasetRecipe):
 
     def scene(
         self,
-        preset,  # one of `presets`
+        preset,  # one of presets
     ) -> Scene:  # ranges and numbers
         "The scene of one preset, with the settings of this recipe on top."
         over = dict(self.settings) | {"size": self.size}

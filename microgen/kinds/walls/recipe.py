@@ -30,13 +30,13 @@ class Recipe(DatasetRecipe):
     "What to simulate: walls in STEM images, by structure, optics and scan, and how many."
 
     structure: str = "YMnO3"  # shipped name, or path of a CIF
-    walls: tuple = ("UP", "DN", "typeC")  # wall names, see `microgen.stem.wall.resolve`
+    walls: tuple = ("UP", "DN", "typeC")  # wall names, see microgen.stem.wall.resolve
     n: int = 3000  # images
     size: int = 256  # pixels along each side
     pixel_size: float = 0.015  # nm
     preset: str = "typical"  # scan preset: ideal, good, typical or poor
     seed: int = 0  # root seed
-    shares: tuple | None = None  # share of each wall, same order as `walls`; None is equal shares
+    shares: tuple | None = None  # share of each wall, same order as walls; None is equal shares
     splits: tuple = (0.8, 0.1, 0.1)  # shares of train, valid and test
     thickness_nm: tuple = (5.0, 10.0)  # range of specimen thickness
     rotation_deg: tuple = (-1.0, 1.0)  # range of the lattice's rotation in the image
@@ -176,12 +176,12 @@ class Draw(NamedTuple):
     split: str  # train, valid or test
     fov: tuple  # height and width that are simulated: the image and its rim, nm
     rim: int  # pixels around the image that the scan may reach
-    field: object  # order-parameter field (`microgen.stem.wall`)
+    field: object  # order-parameter field (microgen.stem.wall)
     thickness: float  # thickness asked for, nm
     rotation: float  # of the lattice, degrees
     origin: tuple  # (y, x) of the crystal's origin, nm
     probe: Probe  # optics
-    scan: object  # settings of its scan (`microgen.scan.acquire.Scan`)
+    scan: object  # settings of its scan (microgen.scan.acquire.Scan)
     rng: object  # generator that the scan continues with
 
 
