@@ -236,8 +236,7 @@ def pix2pix_learner(
     spectral_norm: bool = True,  # divide the discriminator's weights by their spectral norm
     seed: int = 0,  # seed of all weights
     model_class: type = Pix2Pix,  # a class with the same settings
-    about: dict
-    | None = None,  # what the saved model should say of its data, beside what dls knows
+    about: dict | None = None,  # what the saved model should say of its data, beside what dls knows
     autocast: str | None = None,  # "bf16" for mixed precision, on GPU and CPU
     cbs=(),  # more callbacks
     **over,  # base, depth, n_layers, lr, disc_base: instead of those of the config

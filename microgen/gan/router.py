@@ -81,9 +81,7 @@ class Router(nn.Module):
         domain=None,  # (B,) 0 simulated, 1 real
         props=None,  # (B, n_props)
         expert: str | None = None,  # this one for all images
-    ) -> (
-        Drawn
-    ):  # as of UNet.draw; the wall is what the expert with attention finds, for all images
+    ) -> Drawn:  # as of UNet.draw; the wall is what the expert with attention finds, for all images
         "Send each image to its expert."
         told, wall = (label, z, noise, domain, props), self.experts["attention"].attention(maps)
         if expert is not None:
