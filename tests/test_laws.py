@@ -851,6 +851,31 @@ def test_law_8_sees_through_assignments():
     assert "show" not in asserted([code("show(z)\nassert 1")])
 
 
+# --- 9. What is general names no kind of image
+
+GENERAL = ("data", "train", "nets", "gan", "diffusion", "metrics", "models", "enough")
+PARTICULAR = ("stem", "sem", "ebsd", "count", "kinds")
+KIND_WORDS = re.compile(r"(?<![a-z])(wall|particle|grain|atom)s?(?![a-z])", re.I)  # a column is one of a table too
+
+
+@each_room
+def test_law_9_what_is_general_names_no_kind(room):
+    if room.module.split(".")[1] not in GENERAL:
+        return
+    found = []
+    for cell, source, tree in room.exported:
+        for node, module in imports(tree):
+            if module.startswith("microgen.") and module.split(".")[1] in PARTICULAR:
+                found.append(f"{room.at(cell, node)} imports {module}")
+        for line in source.splitlines():
+            if m := KIND_WORDS.search(line):
+                found.append(f"{room.at(cell)} says {m[0]!r}: `{line.strip()[:90]}`")
+    report(
+        found,
+        "ask the kind (microgen.kind.Kind) for what is particular; say it there, not in what all kinds share.",
+    )
+
+
 # --- Habits: nothing private in the project
 
 
