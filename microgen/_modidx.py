@@ -2,8 +2,8 @@
 
 d = { 'settings': { 'branch': 'main',
                 'doc_baseurl': '/microgen',
-                'doc_host': 'https://microgen.github.io',
-                'git_url': 'https://github.com/microgen/microgen',
+                'doc_host': 'https://microgen--em.github.io',
+                'git_url': 'https://github.com/microgen--em/microgen',
                 'lib_path': 'microgen'},
   'syms': { 'microgen.chapters.base': { 'microgen.chapters.base.Chapter': ('chapters.base.html#chapter', 'microgen/chapters/base.py'),
                                         'microgen.chapters.base.Context': ('chapters.base.html#context', 'microgen/chapters/base.py'),
