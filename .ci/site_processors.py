@@ -240,6 +240,7 @@ def plain(text):
     text = re.sub(r"!\[[^\]]*\]\([^)]*\)(\{[^}]*\})?", "", text)
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
     text = re.sub(r"<[^>]+>", "", text)
+    text = re.sub(r"\\([A-Za-z]+)", r" \1 ", text)  # \phi and other commands of formulas
     text = re.sub(r"[`*$\\{}^]|(?<!\w)_|_(?!\w)", "", text)
     return " ".join(text.replace('"', "'").split())
 

@@ -41,9 +41,7 @@ from microgen.io.files import (
     write_tiff,
 )
 
-pytest.importorskip(
-    "ncempy.io.dm", reason="these tests read every format: pip install ncempy h5py"
-)
+pytest.importorskip("ncempy.io.dm", reason="these tests read every format: pip install ncempy h5py")
 ROOT = Path(__file__).resolve().parent.parent
 CALIBRATED = [f for f in FORMATS if f not in UNCALIBRATED]
 

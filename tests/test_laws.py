@@ -202,6 +202,18 @@ def test_law_2_export_and_clean_leave_no_difference(tmp_path):
     )
 
 
+@pytest.mark.parametrize("words", [("check",), ("format", "--check")], ids=" ".join)
+def test_law_2_ruff_leaves_no_difference(words):
+    pytest.importorskip("ruff", reason="pip install ruff")
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *words, "."], cwd=ROOT, capture_output=True, text=True
+    )
+    report(
+        done.stdout.splitlines()[-30:] if done.returncode else [],
+        "run `ruff check --fix .` and `ruff format .`, then nbdev_export.",
+    )
+
+
 def test_law_2_every_module_comes_from_a_notebook():
     known = {ROOT / (r.module.replace(".", "/") + ".py") for r in ROOMS}
     found = [
@@ -543,7 +555,9 @@ def test_law_5_nothing_installs_microgen_from_pypi():
             continue
         if path == Path(__file__).resolve() or not path.is_file():
             continue
-        for n, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for n, line in enumerate(
+            path.read_text(encoding="utf-8", errors="replace").splitlines(), 1
+        ):
             place = f"{path.relative_to(ROOT)}:{n}"
             # A page may warn of it: `pip install microgen` beside the words "another project".
             warned = re.search("another project|mesh|of the same name", line)
