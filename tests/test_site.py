@@ -531,7 +531,8 @@ def links_of(notebook):
 def processed_notebooks(processed):
     "Every processed notebook by its path."
     paths = sorted(processed.rglob("*.ipynb"))
-    return {p.relative_to(processed).as_posix(): nbformat.read(p, as_version=4) for p in paths}
+    read = nbformat.v4.reads  # nbdev leaves marks of its own, which a validation would report
+    return {p.relative_to(processed).as_posix(): read(p.read_text(encoding="utf-8")) for p in paths}
 
 
 def test_links_of_names_lead_to_these_names(processed_notebooks):
@@ -548,7 +549,7 @@ def test_links_of_names_lead_to_these_names(processed_notebooks):
             fits = fits if anchor else module.endswith(name.removeprefix("microgen."))
             if not fits:
                 found.append(f"nbs/{path}: `{word}` links to {target}")
-            if module == "cli" and "cli" not in path:
+            if module == "cli" and "cli" not in path + word:
                 found.append(f"nbs/{path}: `{word}` links to the command line")
     report(found, "see find_symbol in .ci/site_processors.py.")
     assert n > 200, f"only {n} names became links"
