@@ -1,6 +1,7 @@
 """What nbdev does to a notebook before it becomes a page, in our own way; settings.ini names these processors.
 
-- LinkNames: a name in backticks links to what it means, and a word that may mean anything links to nothing.
+- LinkNames: a name in backticks links to what it means, and a word that may mean anything links to nothing;
+  a class shows the fields that it holds.
 - DescribePictures: every picture has an alternative text.
 - FoldTests: tests in library pages are folded, and the site's search leaves them out.
 - ListPublicNames: the page that opens the reference.
@@ -61,10 +62,15 @@ def patched_class(function):
     return ast.unparse(function.args.args[0].annotation)
 
 
+@cache
+def code_of(module):
+    "Source of a module."
+    return (package() / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+
+
 def symbols_of(module):
     "Public functions, classes and methods of one module."
-    path = package() / (module.replace(".", "/") + ".py")
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = ast.parse(code_of(module))
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for node in tree.body:
         if not isinstance(node, kinds) or node.name.startswith("_"):
@@ -85,6 +91,32 @@ def symbols():
     "Every public symbol by module and name: {('stem.wall', 'displace'): Symbol}."
     found = [symbol for module in notebook_of() for symbol in symbols_of(module)]
     return {(symbol.module, symbol.name): symbol for symbol in found}
+
+
+def is_record(node):
+    "Is a class a dataclass or a NamedTuple, whose fields are its signature?"
+    marks = [ast.unparse(mark) for mark in node.decorator_list + node.bases]
+    return any(re.match(r"dataclass|NamedTuple", mark) for mark in marks)
+
+
+def field_table(module, name):
+    "Markdown table of the public fields of a dataclass or NamedTuple, with the comments beside them, or ''."
+    lines = code_of(module).splitlines()
+    rows = []
+    for node in ast.parse(code_of(module)).body:
+        if not isinstance(node, ast.ClassDef) or node.name != name or not is_record(node):
+            continue
+        for entry in node.body:
+            if not isinstance(entry, ast.AnnAssign) or entry.target.id.startswith("_"):
+                continue
+            last = lines[entry.end_lineno - 1].encode()[entry.end_col_offset :].decode()
+            comment = re.sub(r"^\s*#\s*", "", last).strip()
+            comment = re.sub(r"([*~$^<\\])", r"\\\1", comment)  # plain text, no Markdown
+            default = f" = {ast.unparse(entry.value)}" if entry.value else ""
+            form = f"{entry.target.id}: {ast.unparse(entry.annotation)}{default}"
+            row = [f"`{form}`", comment]
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    return "\n".join(["| field | what it is |", "|---|---|", *rows]) if rows else ""
 
 
 @cache
@@ -219,7 +251,10 @@ class LinkNames(Processor):
         style = 'target="_blank" style="float:right; font-size:smaller"'
         text = re.sub(r"^\[source\]\(.*\n+", "", text, flags=re.M)
         text = text.replace("---\n\n", f"---\n\n[source]({url}){{{style}}}\n\n", 1)
-        return self.linkify(text, symbol.name)
+        text = re.sub(r"^(Raises|Source):", r"\n**\1:**", text, flags=re.M)
+        fields = field_table(self.module, symbol.name)
+        text = self.linkify(text, symbol.name)
+        return f"{text}\n\n{fields}" if fields else text
 
     def cell(self, cell):
         if cell.cell_type == "markdown":

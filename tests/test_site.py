@@ -567,6 +567,23 @@ def test_signatures_hold_no_links(processed_notebooks):
     report(found, "links belong into docstrings; in a comment of a parameter write no backticks.")
 
 
+def test_a_class_shows_its_fields(processed_notebooks):
+    cells = processed_notebooks["98_doctor.ipynb"].cells
+    (cell,) = [c for c in cells if c.source.endswith("show_doc(Check)")]
+    text = "".join(cell.outputs[0].data["text/markdown"])
+    assert "| `state: str = 'ok'` | " in text and "\n### Check\n" in text
+    shown = [
+        "".join(output.get("data", {}).get("text/markdown", ""))
+        for notebook in processed_notebooks.values()
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if cell.cell_type == "code" and "show_doc(" in cell.source
+    ]
+    here = address.read_address()
+    sourced = [f"[source]({here.git_url}/blob/{here.branch}/microgen/" in text for text in shown]
+    assert sum(sourced) > 0.95 * len(sourced) > 100, "show_doc leads to the source"
+
+
 def test_no_page_shows_the_file_of_a_notebook(pages):
     found = []
     for name, html in pages.items():
