@@ -3,8 +3,8 @@
 python .ci/address.py          rewrites what differs
 python .ci/address.py --check  names what differs, and exits with 1
 
-A tutorial gets a line of badges under its title and a cell that installs the package (its extras are kept);
-nbs/index.ipynb gets the badges where the comment <!-- badges --> stands. Links to the site, to the
+A tutorial gets a line of badges under the comment <!-- badges --> and a cell that installs the package (its
+extras are kept); nbs/index.ipynb gets the badges alone. Links to the site, to the
 repository and to its files on GitHub, Colab and Kaggle get the account of settings.ini.
 """
 
@@ -123,10 +123,12 @@ def new_cell(kind, name, text):
 
 
 def set_badges(cells, line):
-    "Write the badges into the cell that holds the comment; without one, into a new cell under the title."
+    "Write the badges under the comment, whose cell may hold more; without one, into a new cell under the title."
+    old = re.compile(rf"^{BADGES}$(\n\[!\[.*)?", re.M)
     for cell in cells:
-        if cell["cell_type"] == "markdown" and source(cell).startswith(BADGES):
-            cell["source"] = line.splitlines(keepends=True)
+        if cell["cell_type"] == "markdown" and old.search(source(cell)):
+            text = old.sub(lambda _: line, source(cell))
+            cell["source"] = text.splitlines(keepends=True)
             return
     cells.insert(1, new_cell("markdown", "badges", line.splitlines(keepends=True)))
 
@@ -149,9 +151,8 @@ def derived_notebook(path, text, address, root=ROOT):
     "A notebook with its links, badges and install cell."
     where = path.relative_to(root / "nbs")
     is_tutorial = where.parts[0] == "tutorials"
-    is_index = where.name == "index.ipynb"
     text = relink(text, address)
-    if not (is_tutorial or is_index):
+    if not is_tutorial and BADGES not in text:
         return text
     notebook = json.loads(text)
     opened = path.relative_to(root) if is_tutorial else Path("nbs/tutorials/01_quick_start.ipynb")

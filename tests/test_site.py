@@ -194,6 +194,9 @@ def test_address_rewrites_what_it_should():
     before = [address.source(c) for c in cells]
     address.set_badges(cells, before[1])
     address.set_install(cells, here)
+    cells[1]["source"] = ["Before.\n\n", "<!-- badges -->\n", "[![old](a)](b)\n", "\n", "After."]
+    address.set_badges(cells, before[1])
+    assert address.source(cells[1]) == f"Before.\n\n{before[1]}\n\nAfter."
     assert len(cells) == 4 and "microgen[em] @ git+https://github.com/me/" in address.source(
         cells[2]
     )
@@ -205,6 +208,12 @@ def test_a_tutorial_opens_in_colab_and_installs(path):
     here, name = address.read_address(), path.relative_to(ROOT).as_posix()
     assert address.BADGES in cells[1].source, "the badges stand under the title"
     assert here.colab(name) in cells[1].source and here.kaggle(name) in cells[1].source
+    for cell in cells:
+        badges = (
+            re.search(r"^\[!\[.*$", cell.source, re.M) if cell.cell_type == "markdown" else None
+        )
+        after = cell.source[badges.end() :] if badges else ""
+        assert not after or after.startswith("\n\n"), "a paragraph begins after an empty line"
     first = next(c for c in cells if c.cell_type == "code")
     assert f"@ git+{here.git_url}" in first.source and "eval: false" in first.source, (
         "the first code cell installs the package: run `python .ci/address.py`"
