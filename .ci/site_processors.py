@@ -42,11 +42,17 @@ def package():
     return get_config().lib_path
 
 
+def file_of(module):
+    "Source file of a module."
+    return package() / (module.replace(".", "/") + ".py")
+
+
 @cache
 def notebook_of():
     "Library notebook of each module: {'stem.wall': Path('19_stem.wall.ipynb')}."
     paths = sorted(get_config().nbs_path.glob("[0-9]*.ipynb"))
-    return {re.sub(r"^\d+[a-zA-Z0-9]*_", "", path.stem): Path(path.name) for path in paths}
+    named = {re.sub(r"^\d+[a-zA-Z0-9]*_", "", path.stem): Path(path.name) for path in paths}
+    return {module: path for module, path in named.items() if file_of(module).exists()}
 
 
 def summary(node):
@@ -65,7 +71,7 @@ def patched_class(function):
 @cache
 def code_of(module):
     "Source of a module."
-    return (package() / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+    return file_of(module).read_text(encoding="utf-8")
 
 
 def symbols_of(module):
