@@ -223,7 +223,7 @@ def explore(
     Raises: MissingExtra without ipywidgets."""
     from microgen.core import require
 
-    w = require("ipywidgets", "all")
+    w = require("ipywidgets", "ipywidgets")
     import matplotlib.pyplot as plt
 
     d = Detector()
