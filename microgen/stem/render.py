@@ -18,10 +18,10 @@ from ..core import InputError, Micrograph
 from .probe import Probe, transfer, wavelength_nm
 from microgen.stem.scattering import (
     DETECTOR_MRAD,
-    _rows,
     atomic_number,
     outside_fit,
     rutherford,
+    scatterers,
 )
 
 # %% ../../nbs/23_stem.render.ipynb #379ad0ec
@@ -297,7 +297,7 @@ def haadf_batch(
 def _render(frame, columns_list, probes, source, device):
     points = [_points(c) for c in columns_list]
     _check_pixel(points[0], frame.pixel_size, frame.shape)
-    tables = [_rows(list(p), c.thickness_nm, source) for p, c in zip(points, columns_list)]
+    tables = [scatterers(list(p), c.thickness_nm, source) for p, c in zip(points, columns_list)]
     series = 0
     for element in sorted(set().union(*points)):
         held = _pad([p.get(element, np.zeros((0, 3))) for p in points])

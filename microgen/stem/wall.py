@@ -200,7 +200,9 @@ def wall(
         cls, particular = _SCENES[kind.lower()]
         settings |= particular
     else:
-        found = resolve(kind) if isinstance(kind, str) else WallKind(*_numbers("kind", kind, (2, 3, 4)))
+        found = (
+            resolve(kind) if isinstance(kind, str) else WallKind(*_numbers("kind", kind, (2, 3, 4)))
+        )
         settings |= found._asdict()
         settings |= dict(step=found.step * chance.sense, phi=found.phi_left)
         one_domain = np.isclose(np.cos(found.phi_left - found.phi_right), 1, atol=1e-12)
@@ -494,7 +496,9 @@ _LABEL = (
 
 def label(
     field: Field,  # field of the image
-) -> dict:  # label, field, phi_left, phi_right, delta_phi, normal_deg, width_nm, ..., charge, character
+) -> (
+    dict
+):  # label, field, phi_left, phi_right, delta_phi, normal_deg, width_nm, ..., charge, character
     """Label of a field: its name and the numbers behind it; None where a number has no meaning."""
     name = field.name or ("sum" if isinstance(field, Sum) else _name_of(field))
     found = dict(label=name, field=type(field).__name__)
