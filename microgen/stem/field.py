@@ -295,7 +295,7 @@ class Vortex(Field):
         wall_angle = (np.floor(angle / (np.pi / 3)) + 0.5) * np.pi / 3  # of the nearest wall
 
         wall_nm = self.width_nm or wall_width()
-        core_nm = self.core_nm or landau_lengths()[2]
+        core_nm = self.core_nm or landau_lengths().xi_Q
         r = np.maximum(radius, 1e-9) * KINK_WIDTH / wall_nm  # in lengths xi of the kink
         side = np.sin(angle - wall_angle)  # r * side: distance from the nearest wall
 
