@@ -12,7 +12,7 @@ from difflib import get_close_matches
 
 from ..core import InputError, as_rng
 from .image import BARS
-from .particle import FAMILIES, SHAPES, SizeLaw
+from .particle import FAMILIES, SHAPES, DiameterLaw
 
 # %% ../../nbs/31_sem.preset.ipynb #95803a14
 @dataclass(frozen=True)
@@ -106,14 +106,14 @@ class Scene:
         return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
     @property
-    def sizes(self) -> SizeLaw:  # numbers only
+    def sizes(self) -> DiameterLaw:  # numbers only
         "The size law."
         others = (
-            ((self.second_share, SizeLaw(self.law, self.second_nm, self.second_gsd)),)
+            ((self.second_share, DiameterLaw(self.law, self.second_nm, self.second_gsd)),)
             if self.second_share
             else ()
         )
-        return SizeLaw(self.law, self.median_nm, self.gsd, others)
+        return DiameterLaw(self.law, self.median_nm, self.gsd, others)
 
     def draw(
         self,

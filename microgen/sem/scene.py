@@ -25,7 +25,7 @@ from microgen.sem.image import (
 )
 from .particle import make_bodies, scatter
 from .preset import PRESETS, Scene, as_scene, scene_preset
-from .solid import fragments, label_image, outlines, stack_up
+from .solid import fragments, label_image, silhouettes, stack_up
 
 # %% ../../nbs/32_sem.scene.ipynb #0ed18a58
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ def _people(s, pad, surface, there, rng):
         raise InputError(
             f"Scene: {expected:.0f} particles are too many; lower density_um2 or the field."
         )
-    d = law.draw(int(round(expected)) if s.n is not None else int(number.poisson(expected)), sizes)
+    d = law.sample(
+        int(round(expected)) if s.n is not None else int(number.poisson(expected)), sizes
+    )
     bodies, names = make_bodies(d, s.shape, s.aspect, s.tilt_deg, s.spheres, make)
 
     def pixel(at):
@@ -97,7 +99,7 @@ def _people(s, pad, surface, there, rng):
 
     allowed = (lambda at: there[pixel(at)]) if there is not None and there.any() else None
     at = scatter(d, wide, s.clustering, s.cluster_size, s.packing, s.overlap, allowed, lie)
-    outline = outlines(bodies, len(d))
+    outline = silhouettes(bodies, len(d))
     depth = np.where(sink.random(len(d)) < s.buried, sink.uniform(0, s.burial, len(d)), 0.0)
     z = surface[pixel(at)] + (0.5 - depth) * outline.height
     return _People(d, bodies, names, outline, (at - margin) / px + pad, z, depth)
