@@ -15,10 +15,10 @@ import pandas as pd
 from ..core import InputError, Micrograph, as_rng
 from microgen.sem.image import (
     blur,
+    burn_in,
     charge,
     count_electrons,
     grey_levels,
-    overlay,
     secondary_electrons,
     texture,
     transmitted,
@@ -200,7 +200,7 @@ def simulate_scene(
     parts = fragments(p.bodies, np.c_[p.at, p.z], base.shape, px, s.escape_nm, lines)
     seen = stack_up(parts, base.size, _ground(s, surface), s.escape_nm)
     signal, more = _signal(s, seen, base, surface, len(p.d), pad, tones)
-    drawn, burnt = overlay((h, w), px, s.bar, s.letter, ink)
+    drawn, burnt = burn_in((h, w), px, s.bar, s.letter, ink)
     grey = count_electrons(signal, s.electrons, s.detector, s.noise_px, noise)
     grey = grey_levels(np.where(burnt, _over(grey, drawn, s.bar), grey), s.gamma, s.bits)
     labels = np.where(burnt, 0, label_image(seen, base.shape)[pad : pad + h, pad : pad + w])
