@@ -189,7 +189,7 @@ def simulate_scene(
     """Simulate one micrograph of particles with its exact truth.
     Raises: InputError for settings that cannot be simulated."""
     drawing, scan, people, ground, tones, noise, ink = _streams(rng, 7)
-    s = as_scene(scene).draw(drawing)
+    s = as_scene(scene).sample(drawing)
     (h, w), px = s.frame, s.pixel_size
     pad = int(np.ceil(4 * s.probe_nm * np.sqrt(s.astigmatism) / px)) + 2
     base, surface, there = _support(s, (h + 2 * pad, w + 2 * pad), ground)
