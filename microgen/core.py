@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MicrogenError', 'InputError', 'UnitError', 'MissingExtra', 'ReadError', 'UncalibratedError', 'WriteError', 'require',
-           'as_rng', 'to_nm', 'check_positive', 'check_finite', 'check_image', 'check_number', 'check_numbers',
-           'check_range', 'Micrograph', 'as_micrograph']
+           'as_rng', 'split_rng', 'to_nm', 'check_positive', 'check_finite', 'check_image', 'check_number',
+           'check_numbers', 'check_range', 'Micrograph', 'as_micrograph']
 
 # %% ../nbs/00_core.ipynb #c2d8501a
 import importlib
@@ -104,6 +104,15 @@ def as_rng(
         f"rng={rng!r} is no seed; give an integer from 0 up, a NumPy Generator or SeedSequence, "
         "or a torch Generator."
     )
+
+# %% ../nbs/00_core.ipynb #414271e5
+def split_rng(
+    rng,  # int, Generator, SeedSequence or None, as for as_rng
+    n: int,  # how many
+) -> list:  # of n independent np.random.Generator
+    "Split one seed into independent generators; a generator that is given moves on by one number."
+    seed = np.random.SeedSequence(int(as_rng(rng).integers(2**63)))
+    return [np.random.default_rng(child) for child in seed.spawn(n)]
 
 # %% ../nbs/00_core.ipynb #b63f98fb
 _NM = {
