@@ -205,7 +205,7 @@ def draw(
     probe = Probe(
         voltage_kV=recipe.voltage_kV, semiangle_mrad=recipe.semiangle_mrad, defocus_nm=defocus
     )
-    scan = preset(recipe.preset).draw(rng)
+    scan = preset(recipe.preset).sample(rng)
     return Draw(
         label, split, (side, side), rim, field, thickness, rotation, origin, probe, scan, rng
     )
