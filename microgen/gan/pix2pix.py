@@ -356,7 +356,7 @@ def _about(dls):
     return {
         "vocab": list(dls.vocab),
         "channels": list(dls.channels),
-        "pixel_size": list(dls.pixel_size),
+        "pixel_size": list(dls.pixel_size) if dls.pixel_size else None,
         "scaling": dls.scaling,
         "size": list(batch.image.shape[-2:]),
         "domains": list(DOMAINS if "domain" in dls.fields else DOMAINS[:1]),

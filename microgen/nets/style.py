@@ -30,7 +30,6 @@ def statistics(
     """Measure the numbers of `STYLE` in each image, differentiably.
     Source: Immerkaer 1996, doi 10.1006/cviu.1996.0060 (the noise)."""
     image = luminance(image)
-    level = image.mean((1, 2, 3))
     # the difference of two Laplacians sees the noise alone; divided by 6 it has norm 1
     mask = image.new_tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
     noise_var = F.conv2d(image, mask[None, None]).square().mean((1, 2, 3))
@@ -43,6 +42,7 @@ def statistics(
     contrast = signal_var.clamp_min(1e-8).sqrt()
     noise = noise_var.clamp_min(1e-8).sqrt()
     slope = slope_var.clamp_min(1e-8).sqrt()
+    level = image.mean((1, 2, 3))
     return torch.stack([level, contrast, noise, slope / contrast], 1)
 
 # %% ../../nbs/52_nets.style.ipynb #7d2ba25f
