@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['MicrogenError', 'InputError', 'UnitError', 'MissingExtra', 'ReadError', 'UncalibratedError', 'WriteError', 'require',
            'as_rng', 'to_nm', 'check_positive', 'check_finite', 'check_image', 'check_number', 'check_numbers',
-           'check_range', 'Micrograph', 'as_micrograph']
+           'check_range', 'Micrograph', 'as_micrograph', 'Estimate', 'mean_estimate']
 
 # %% ../nbs/00_core.ipynb #c2d8501a
 import importlib
 import re
 import unicodedata
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import inf, isfinite
 from numbers import Integral, Number
 from pathlib import Path
@@ -488,3 +488,46 @@ def as_micrograph(
     if own is None:
         own = tuple(to_nm(s, u) for s, u in zip(scale, units or (None, None)))
     return Micrograph(data, own, source=kind)
+
+# %% ../nbs/00_core.ipynb #d3606297
+@dataclass(frozen=True)
+class Estimate:
+    "A number with its interval, the number of images behind it and, where there is one, its floor."
+
+    name: str  # what it is, with the convention
+    value: float  # the number
+    low: float  # lower end of its 95 % interval
+    high: float  # upper end
+    n: int  # images (of each side)
+    floor: float = np.nan  # the same number for real against real, same n
+
+    def row(self) -> dict:  # name, value, low, high, n, floor
+        "The estimate as one row of a table."
+        return asdict(self)
+
+    def __str__(self):
+        floor = "" if np.isnan(self.floor) else f", real against real {self.floor:.3g}"
+        return f"{self.name}: {self.value:.3g} ({self.low:.3g} to {self.high:.3g}, N = {self.n}{floor})"
+
+# %% ../nbs/00_core.ipynb #8b6d4efe
+def mean_estimate(
+    values,  # (N,) one number per image
+    name="mean",  # what it is
+    rng=0,  # seed of the bootstrap
+    n_boot=999,  # resamples
+) -> Estimate:  # mean and 95 % bootstrap interval (percentile); no interval for a single image
+    """Summarise one number per image.
+    Raises: InputError when there is none that is finite."""
+    from scipy.stats import bootstrap
+
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        raise InputError(f"{name}: there is no finite value to average.")
+    low, high = np.nan, np.nan
+    if len(values) > 1:
+        resampled = bootstrap(
+            (values,), np.mean, n_resamples=n_boot, method="percentile", random_state=as_rng(rng)
+        )
+        low, high = resampled.confidence_interval
+    return Estimate(name, float(values.mean()), float(low), float(high), len(values))
