@@ -17,9 +17,9 @@ from fastai.data.core import DataLoaders
 from torch import nn
 
 from ..core import InputError, Micrograph
-from ..data.condition import condition
 from ..data.files import scale
 from ..io.files import read
+from ..kinds.walls.condition import condition
 from ..kinds.walls.recipe import Recipe
 from ..metrics.image import mean_estimate, ssim
 from ..metrics.physics import column_errors, rms_pm, structure_errors

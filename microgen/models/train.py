@@ -20,13 +20,13 @@ from fastai.learner import Learner
 
 from ..core import InputError, Micrograph, ReadError
 from ..data.build import read_recipe
-from ..data.condition import condition
 from ..data.files import list_images, unscale
 from ..data.item import Simulated, paths, write_item
 from ..data.load import mixed_dls, paired_dls
 from ..gan.pix2pix import begin_with, pix2pix_learner
 from ..gan.router import RouterPix2Pix, expert_table, router_learner
 from ..io.files import provenance, read, write_csv, write_json
+from ..kinds.walls.condition import condition
 from ..kinds.walls.recipe import TABLE, Recipe, draw
 from .judge import judge, truth_of
 from ..progress import progress_bar
