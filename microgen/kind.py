@@ -118,6 +118,8 @@ class Kind:
         True  # an image may have three channels; of other kinds colour files are averaged to grey
     )
     channels = ()  # condition channels that a network is given unless others are named
+    table_channels = ()  # those of them that are made of the table
+    table_columns = ("y_nm", "x_nm")  # without which no object of a table is described
     focus = None  # the condition channel, 0 or 1, that attention may learn from
     directed = ()  # columns of metadata.csv that a mirror would change
     classes_are = "classes"  # what the recipe calls its classes, such as "walls"
@@ -153,6 +155,16 @@ def condition(
             f"{self.name} have no condition channel {channels[0]!r}: nothing but their pixels is known."
         )
     return np.zeros((0, *shape), np.float32)
+
+
+@patch
+def has_channel(
+    self: Kind,
+    name: str,  # of a condition channel
+    truth: Truth,  # maps and table of one image
+) -> bool:  # True or False
+    "Can the channel be made of this truth? A channel that is a map needs the map."
+    return truth.maps is not None and name in truth.maps
 
 # %% ../nbs/01_kind.ipynb #b8fa2ca1
 @patch
