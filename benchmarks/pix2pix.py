@@ -48,7 +48,7 @@ from microgen.kinds.walls.condition import condition
 from microgen.kinds.walls.recipe import TABLE, Recipe, draw
 from microgen.metrics.features import random_extractor
 from microgen.metrics.image import ssim
-from microgen.metrics.physics import (
+from microgen.kinds.walls.evaluate import (
     bragg_transfer,
     column_errors,
     position_bound,

@@ -24,7 +24,8 @@ from microgen.data.files import list_images
 from microgen.gan.pix2pix import Pix2Pix
 from microgen.io.files import read
 from microgen.kinds.walls.recipe import Recipe
-from microgen.models.train import sample_run, train_pix2pix
+from microgen.models.sample import sample_run
+from microgen.models.train import train_pix2pix
 from microgen.train.hub import load_model
 
 

@@ -19,8 +19,9 @@ from microgen.gan.pix2pix import Pix2Pix, pix2pix_learner, spread
 from microgen.gan.router import RouterPix2Pix, router_learner
 from microgen.io.files import read
 from microgen.kinds.walls.recipe import Recipe
-from microgen.metrics.physics import column_errors, rms_pm
-from microgen.models.train import sample_run, train_pix2pix
+from microgen.kinds.walls.evaluate import column_errors, rms_pm
+from microgen.models.sample import sample_run
+from microgen.models.train import train_pix2pix
 from microgen.train.core import seed_everything
 from microgen.train.history import Fade
 from microgen.train.hub import load_model
