@@ -18,8 +18,8 @@ from microgen.gan.loss import d_terms, g_terms, generate
 from microgen.gan.pix2pix import Pix2Pix, pix2pix_learner, spread
 from microgen.gan.router import RouterPix2Pix, router_learner
 from microgen.io.files import read
+from microgen.kinds.walls.evaluate import column_errors, rms_pm
 from microgen.kinds.walls.recipe import Recipe
-from microgen.metrics.physics import column_errors, rms_pm
 from microgen.models.train import sample_run, train_pix2pix
 from microgen.train.core import seed_everything
 from microgen.train.history import Fade

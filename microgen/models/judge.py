@@ -16,13 +16,13 @@ import torch
 from fastai.data.core import DataLoaders
 from torch import nn
 
-from ..core import InputError, Micrograph
+from ..core import InputError, Micrograph, mean_estimate
 from ..data.files import scale
 from ..io.files import read
 from ..kinds.walls.condition import condition
+from ..kinds.walls.evaluate import column_errors, rms_pm, structure_errors
 from ..kinds.walls.recipe import Recipe
-from ..metrics.image import mean_estimate, ssim
-from ..metrics.physics import column_errors, rms_pm, structure_errors
+from ..metrics.image import ssim
 from ..progress import progress_bar
 from ..stem.structure import trimer
 
