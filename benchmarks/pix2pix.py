@@ -41,10 +41,10 @@ import matplotlib.pyplot as plt
 
 from microgen.core import Micrograph
 from microgen.data.build import build, read_recipe
-from microgen.data.condition import condition
 from microgen.data.files import list_images, scale
 from microgen.gan.pix2pix import spread
 from microgen.io.files import read
+from microgen.kinds.walls.condition import condition
 from microgen.kinds.walls.recipe import TABLE, Recipe, draw
 from microgen.metrics.features import random_extractor
 from microgen.metrics.image import ssim
