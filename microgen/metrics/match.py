@@ -20,8 +20,7 @@ from microgen.core import (
     as_rng,
 )
 from ..data.build import read_recipe
-from ..data.condition import read_table
-from ..data.files import list_images
+from ..data.files import list_images, read_table
 from ..io.files import read
 from ..kind import KINDS, Kind, Truth, kind, kind_of
 from .image import ImageSet, as_images
