@@ -31,9 +31,8 @@ class Look:
     noise: float = 1.0  # sd of the noise of the ground, grey values
     tones: tuple = (1.0,)  # relative brightness of particles, to draw from
     aspects: tuple = (1.0,)  # their aspect ratios, to draw from
-    covariance: tuple | None = (
-        None  # (4, 4) of ln depth, ln blur, ln face, rim / face; None: the look is known exactly
-    )
+    # (4, 4) of ln depth, ln blur, ln face, rim / face; None: the look is known exactly
+    covariance: tuple | None = None
 
 # %% ../../nbs/44_count.appearance.ipynb #54a18f00
 def stamp(

@@ -32,9 +32,8 @@ class EcsaInputs:
     mass_ug: tuple | None = None  # mass of the metal (not of the powder) on the electrode, µg
     m2_g: tuple | None = None  # measured ECSA per gram of metal
     roughness: tuple | None = None  # measured ECSA per geometric area, cm²/cm²
-    contact: tuple | None = (
-        None  # share of a particle's surface that the support leaves free, 0.5 to 1
-    )
+    # share of a particle's surface that the support leaves free, 0.5 to 1
+    contact: tuple | None = None
     density: tuple | None = None  # of the metal, g/cm³; platinum 21.45
     size_percent: float = 2.0  # error that all diameters share, standard deviation, %
     basis: str | None = None  # compare per "mass" or per "area"; None: mass where it is known
@@ -188,9 +187,8 @@ class Estimate:
     "A positive number with its interval, and how much of that comes from each source."
 
     value: float  # NaN when refused
-    terms: dict = field(
-        default_factory=dict
-    )  # source -> distances in ln to the lower and to the upper limit
+    # source -> distances in ln to the lower and to the upper limit
+    terms: dict = field(default_factory=dict)
     refused: str | None = None  # why there is a bound in place of a value
     bound: tuple = (0.0, np.inf)  # when refused: lowest and highest value
 

@@ -22,9 +22,8 @@ class DetectionCurve:
     d50: float  # diameter found half as often as a large one, nm
     width: float  # sd of the step in ln d; the 10-90 % band is 2.56 widths
     upper: float = 1.0  # share found of large particles, in (0, 1]
-    covariance: tuple | None = (
-        None  # (3, 3) of (ln d50, ln width, logit upper); None: the curve is known exactly
-    )
+    # (3, 3) of (ln d50, ln width, logit upper); None: the curve is known exactly
+    covariance: tuple | None = None
 
     def __post_init__(self):
         check_positive("d50", self.d50), check_positive("width", self.width)

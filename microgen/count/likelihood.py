@@ -42,9 +42,8 @@ class Sizes:
 
     x: np.ndarray  # (N,) ln d as measured, d in nm
     curve: object  # DetectionCurve, or any function of d_nm
-    inside: object = (
-        None  # function of d_nm: share of such particles that lie wholly in the frame, or None
-    )
+    # function of d_nm: share of such particles that lie wholly in the frame, or None
+    inside: object = None
     weight: np.ndarray | None = None  # (N,) edge weights, 1/inside
     response: SizeResponse | None = None  # how sizes are measured; None: without error
     least: float = 0.0  # sizes whose curve lies lower were left out

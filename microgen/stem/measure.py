@@ -84,7 +84,6 @@ class Measurement:
     "What was measured in one micrograph."
 
     # one row for each column: y_nm, x_nm, element, site, disp_pm, phi, Q, standard errors, ...
-
     columns: pd.DataFrame
     walls: pd.DataFrame  # one row for each wall: y_nm, x_nm, normal_deg, width_nm, phi_left, phi_right, standard errors, ...
     # one row for each crossing of a wall and a row of R columns: y_nm, x_nm, x_se_nm, wall
@@ -92,9 +91,8 @@ class Measurement:
     maps: dict  # name -> (H, W) float32: disp_pm; for h-RMnO3 Q and phi too
     micrograph: Micrograph  # the image
     model: np.ndarray  # (H, W) the fitted image
-    settings: dict = field(
-        default_factory=dict
-    )  # structure, affine map, noise of the detector, steps of the fit
+    # structure, affine map, noise of the detector, steps of the fit
+    settings: dict = field(default_factory=dict)
 
     def __repr__(self):
         structure = self.settings.get("structure") or "no structure"

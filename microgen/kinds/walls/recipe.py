@@ -46,9 +46,8 @@ class Recipe(DatasetRecipe):
     voltage_kV: float = 200.0  # acceleration voltage
     semiangle_mrad: float = 22.0  # convergence semi-angle
     partial: bool = False  # accept partly occupied sites: 0.75 of a site is 0.75 of an atom
-    cif: tuple = field(
-        default=(), repr=False
-    )  # the structure's file and its text, read when not given
+    # the structure's file and its text, read when not given
+    cif: tuple = field(default=(), repr=False)
 
     kind = "walls"
 
