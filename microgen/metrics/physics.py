@@ -15,8 +15,14 @@ from scipy.spatial import cKDTree
 from ..core import InputError, Micrograph, as_micrograph, as_rng
 from .image import as_images, radial_spectrum
 from ..stem.column import find_columns, fit_columns
-from ..stem.lattice import _fourier, _motif, _peaks, _taper, reference_columns
-from ..stem.measure import _add_order, measure
+from microgen.stem.lattice import (
+    fourier_coefficients,
+    hann_window,
+    projected_motif,
+    reference_columns,
+    strongest_reflections,
+)
+from ..stem.measure import add_order, measure
 from ..stem.structure import load_structure, trimer
 
 # %% ../../nbs/81_metrics.physics.ipynb #898ac2cc
@@ -202,7 +208,7 @@ def _true_walls(
     keep = np.flatnonzero(t.trimer < 0).tolist() + where.tolist()
     t = t.assign(disp_pm=t.disp_pm.to_numpy().copy())
     t.iloc[where, t.columns.get_loc("disp_pm")] = pairs.disp_pm_true.to_numpy()
-    return _add_order(t.iloc[keep].reset_index(drop=True), constants, None)[1]
+    return add_order(t.iloc[keep].reset_index(drop=True), constants, None)[1]
 
 
 def wall_errors(
@@ -334,14 +340,14 @@ def bragg_transfer(
 def _reflections(
     structure, fov, q_max
 ):  # -> (G, 2) indices, (G, 2) 1/nm in the crystal frame, main or superlattice
-    motif, net = _motif(structure, fov, (1, 0, 0), (0, 0, 1))
+    motif, net = projected_motif(structure, fov, (1, 0, 0), (0, 0, 1))
     hk = np.stack(np.meshgrid(np.arange(-15, 16), np.arange(-15, 16), indexing="ij"), -1).reshape(
         -1, 2
     )
     g = hk @ net
     half = (g[:, 0] > 1e-6) | ((np.abs(g[:, 0]) < 1e-6) & (g[:, 1] > 1e-6))
     keep = half & (np.hypot(*g.T) < q_max)
-    main = _peaks(motif, net, 400)[0]
+    main = strongest_reflections(motif, net, 400)[0]
     is_main = cKDTree(main).query(g[keep])[0] < 1e-6
     return hk[keep], g[keep], np.where(is_main, "main", "superlattice")
 
@@ -353,10 +359,10 @@ def _lattice(image, scale, structure):  # -> (2, 2): image vector = T @ crystal 
 def _coefficients(
     image, scale, g, T
 ):  # -> (G,) Fourier coefficients; white noise of variance s² has |F|² = s²
-    w = _taper(image.shape)
-    return _fourier((image - image.mean()) * w, np.array(scale), g @ np.linalg.inv(T)) / np.sqrt(
-        (w**2).sum()
-    )
+    w = hann_window(image.shape)
+    return fourier_coefficients(
+        (image - image.mean()) * w, np.array(scale), g @ np.linalg.inv(T)
+    ) / np.sqrt((w**2).sum())
 
 
 def _white(data, scale):  # (N, H, W) -> variance of the white part, from the highest frequencies
