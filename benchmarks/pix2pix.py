@@ -41,20 +41,20 @@ import matplotlib.pyplot as plt
 
 from microgen.core import Micrograph
 from microgen.data.build import build, read_recipe
-from microgen.data.condition import condition
 from microgen.data.files import list_images, scale
 from microgen.gan.pix2pix import spread
 from microgen.io.files import read
-from microgen.kinds.walls.recipe import TABLE, Recipe, sample
-from microgen.metrics.features import random_extractor
-from microgen.metrics.image import ssim
-from microgen.metrics.physics import (
+from microgen.kinds.walls.condition import condition
+from microgen.kinds.walls.evaluate import (
     bragg_transfer,
     column_errors,
     position_bound,
     rms_pm,
     structure_errors,
 )
+from microgen.kinds.walls.recipe import TABLE, Recipe, sample_values
+from microgen.metrics.features import random_extractor
+from microgen.metrics.image import ssim
 from microgen.metrics.sets import copy_test, feature_pair, half_samples, kernel_distance
 from microgen.models.train import train_pix2pix
 from microgen.nets.style import STYLE
@@ -90,7 +90,7 @@ def scenes(folder, n):
 
 def scan_again(recipe, index):
     "A second scan of one scene: same specimen, optics and settings; other motion and noise."
-    d, px = sample(recipe, index), recipe.pixel_size
+    d, px = sample_values(recipe, index), recipe.pixel_size
     shape = (recipe.size + 2 * d.rim,) * 2
     crystal = columns(
         recipe.structure, d.fov, d.thickness_nm, origin=d.origin, rotation_deg=d.rotation_deg
@@ -112,10 +112,10 @@ def scan_again(recipe, index):
 
 def other_microscopes(recipe, index, n):
     "Scans of one scene, each with optics, thickness and settings of another image: (n, H, W) in [-1, 1]."
-    scene, out = sample(recipe, index), []
+    scene, out = sample_values(recipe, index), []
     shape = (recipe.size + 2 * scene.rim,) * 2
     for k in range(n):
-        other = sample(recipe, k)
+        other = sample_values(recipe, k)
         crystal = columns(
             recipe.structure,
             scene.fov,
