@@ -15,7 +15,7 @@ from scipy.interpolate import RectBivariateSpline
 from scipy.special import ive
 
 from ..core import InputError, as_rng
-from .detect import _noise
+from .detect import noise_sd
 
 # %% ../../nbs/44_count.appearance.ipynb #11634dbc
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ _NOTHING = "no whole particle was found, so nothing shows how one looks here; ca
 
 
 def _grey_noise(detection, face):
-    return max(_noise(detection.micrograph.data, detection.labels == 0), 0.01 * abs(face))
+    return max(noise_sd(detection.micrograph.data, detection.labels == 0), 0.01 * abs(face))
 
 
 def _look(theta, scale):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'make_folder', 'atomic_folder', 'write_text', 'write_json', 'write_csv', 'write_parquet', 'provenance',
-           'write_tiff', 'read']
+           'write_tiff', 'calibrated', 'read']
 
 # %% ../../nbs/07_io.files.ipynb #89a6b4f4
 import errno
@@ -37,7 +37,7 @@ from microgen.core import (
     check_image,
     to_nm,
 )
-from .base import NoScale, Unreadable, plain
+from .base import NoScale, Raw, Unreadable, plain
 from .formats import reader_of
 
 # %% ../../nbs/07_io.files.ipynb #594e6fd0
@@ -266,8 +266,14 @@ def _without_colour_axis(data, colour) -> np.ndarray:
     )
 
 # %% ../../nbs/07_io.files.ipynb #a4d9dd66
-def _calibrated(path, raw, pixel_size, colour) -> Micrograph:
-    "The micrograph of what a reader found; the user's pixel size wins over the file's."
+def calibrated(
+    path,  # the file
+    raw: Raw,  # what a reader found in it
+    pixel_size=None,  # nm per pixel, one number or (py, px); wins over what the file says
+    colour: bool = False,  # keep colour as (3, H, W) instead of its luminance
+) -> Micrograph:  # float32 image with its pixel size
+    """Make the micrograph of what a reader found.
+    Raises: NoScale when neither the file nor the user gives a pixel size."""
     if pixel_size is None and raw.scale is None:
         raise NoScale(f"it holds no pixel size: {_THREE_WAYS}")
     if pixel_size is None:
@@ -298,7 +304,7 @@ def read(
             raise Unreadable("it is a folder; name one file in it")
         if not path.stat().st_size:
             raise Unreadable("it is empty")
-        return _calibrated(path, load(path, max_bytes, frame, dataset), given, colour)
+        return calibrated(path, load(path, max_bytes, frame, dataset), given, colour)
     except MissingExtra:
         raise
     except (NoScale, UnitError) as e:
