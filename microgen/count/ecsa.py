@@ -20,7 +20,7 @@ from ..core import InputError, check_positive
 from .electrode import SOURCES, EcsaInputs, ErrorBudget, ecsa_inputs, stated
 from .law import FAMILIES, DetectionCurve
 from .likelihood import ThinnedLikelihood
-from .size import SizeFit, envelope, fit_family, visible_sizes
+from .size import SizeFit, envelope, fit_family, text_figure, visible_sizes
 from ..io.base import plain
 from ..io.files import provenance, write_csv, write_json
 
@@ -232,7 +232,7 @@ class Ecsa:
     ) -> plt.Figure:  # bars
         "Plot the error budget."
         if quantity is None and not _answers(self):
-            return _sentence(f"No error budget: {self.refused}.")
+            return text_figure(f"No error budget: {self.refused}.")
         return _plot_budget(self, _chosen(self, quantity))
 
     def report(self) -> str:  # Markdown
@@ -294,13 +294,6 @@ def _budget_table(quantity):
         100 * np.append(share, share.sum()),
     ]
     return pd.DataFrame(dict(zip(_COLUMNS, columns)))
-
-
-def _sentence(text):
-    "A figure that says in words why there is none."
-    fig = plt.figure(figsize=(5.5, 1))
-    fig.text(0.02, 0.5, text, wrap=True, va="center", fontsize=9)
-    return fig
 
 
 def _plot_budget(result, name):

@@ -414,6 +414,14 @@ def _chi2_sum_tail(x, weights):
     return float(np.clip(0.5 + wave.mean() * u[-1] / np.pi, 0, 1))
 
 
+def _anderson_darling(z):
+    "A^2 of n numbers that should be uniform: -n - sum (2 i - 1) (ln z_i + ln(1 - z_(n + 1 - i))) / n."
+    z = np.clip(np.sort(z), 1e-12, 1 - 1e-12)
+    n = len(z)
+    odd = 2 * np.arange(1, n + 1) - 1
+    return -n - np.sum(odd * (np.log(z) + np.log1p(-z[::-1]))) / n
+
+
 def goodness_of_fit(
     like: ThinnedLikelihood,  # the likelihood
     images,  # [Sizes] it was made of
@@ -434,14 +442,11 @@ def goodness_of_fit(
         density = at.observed[0] / at.observed.sum()
         score = at.observed_score[0]
         cdf = np.cumsum(density) - density / 2
-        # A^2 = -n - sum (2 i - 1) (ln z_i + ln(1 - z_{n + 1 - i})) / n
-        z = np.clip(np.sort(np.interp(image.x, like.x, cdf)), 1e-12, 1 - 1e-12)
-        n = len(z)
-        odd = 2 * np.arange(1, n + 1) - 1
-        statistic -= n + np.sum(odd * (np.log(z) + np.log1p(-z[::-1]))) / n
+        statistic += _anderson_darling(np.interp(image.x, like.x, cdf))
         mean = (score * density).sum(1, keepdims=True)
         by_parameter = np.cumsum((score - mean) * density, axis=1)
-        absorbed.append(np.sqrt(n) * np.array([np.interp(u, cdf, row) for row in by_parameter]))
+        at_nodes = np.array([np.interp(u, cdf, row) for row in by_parameter])
+        absorbed.append(np.sqrt(on_grid.n) * at_nodes)
     absorbed = np.concatenate(absorbed, axis=1)
     bridge = np.minimum(u[:, None], u) - u[:, None] * u  # Brownian
     free = np.kron(np.eye(len(images)), bridge)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Unseen', 'SizeFit', 'FamilyFit', 'fit_family', 'Envelope', 'envelope', 'VisibleSizes', 'visible_sizes', 'fit_sizes',
-           'size_axis', 'show_sizes']
+           'size_axis', 'text_figure', 'show_sizes']
 
 # %% ../../nbs/43_count.size.ipynb #bd029c91
 from dataclasses import asdict, dataclass, replace
@@ -573,6 +573,15 @@ def size_axis(
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(plt.NullFormatter())
+
+
+def text_figure(
+    text: str,  # a sentence
+) -> plt.Figure:  # as wide as a plot, one line high
+    "Say in a figure why there is no plot."
+    fig = plt.figure(figsize=(5.5, 1))
+    fig.text(0.02, 0.5, text, wrap=True, va="center", fontsize=9)
+    return fig
 
 
 def _as_measured(found, image, d):
