@@ -234,7 +234,7 @@ def explore(
     Raises: MissingExtra without ipywidgets."""
     from microgen.core import require
 
-    widgets = require("ipywidgets", "all")
+    widgets = require("ipywidgets", "ipywidgets")
     import matplotlib.pyplot as plt
     from IPython.display import display
 

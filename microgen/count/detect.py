@@ -45,41 +45,23 @@ class Detector:
     Raises: InputError for a value out of range."""
 
     polarity: str = "auto"  # "bright" or "dark" particles; "auto" takes the stronger outlines
-    support: str = (
-        "auto"  # "even" ground, "uneven" support with texture or thickness; "auto" measures it
-    )
+    support: str = "auto"  # "even" or "uneven" (texture or thickness); "auto" measures it
     smooth_px: float = 1.0  # Gaussian smoothing before levels are cut
     smallest_px: float = 3.0  # least diameter
     largest: float = 1 / 3  # largest diameter, fraction of the shorter side
     ground_window: float = 1 / 3  # window of the ground, fraction of the shorter side
     ground_percentile: float = 10  # per cent of the window that is darker than the ground
-    levels: tuple = (
-        0.15,
-        0.3,
-        0.45,
-        0.6,
-        0.8,
-        1.0,
-        1.2,
-    )  # cuts, median ground = 0, median particle = 1
+    levels: tuple = (0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.2)  # cuts: ground 0, median particle 1
     h: float = 0.15  # saddle that splits touching particles, fraction of the summit of the distance transform
     significance: float = 4.0  # least response of a blob, robust standard deviations of its scale, more where noise is stronger
-    noise_window: float = (
-        1 / 16
-    )  # window in which the noise is compared, fraction of the shorter side
-    ray_quantile: float = (
-        0.3  # share of the rays that may be weaker than the contrast of a particle
-    )
+    noise_window: float = 1 / 16  # where the noise is compared, fraction of the shorter side
+    ray_quantile: float = 0.3  # share of rays that may be weaker than a particle's contrast
     roundness: float = 3.0  # power of the circularity in the score
-    accept: float = (
-        0.4  # least score on an even ground, relative to the median over the area of the particles
-    )
+    accept: float = 0.4  # least score on an even ground, relative to the median over the area
     accept_blob: float = 0.33  # least score on an uneven support, relative to the thirty best
     material: float = 0.5  # least contrast per diameter on an uneven support, relative to the median of the accepted
     least_snr: float = 4.0  # least score in standard deviations of the pixel noise, reduced by the length of the outline
-    least_snr_blob: float = (
-        2.0  # the same on an uneven support, where the significance of a blob has its own limit
-    )
+    least_snr_blob: float = 2.0  # the same on an uneven support; significance limits blobs too
     overlap: float = 0.35  # share of a particle that better ones may cover
     rivals: float = 0.15  # most places of the opposite polarity that stand out of an uneven support as well, per particle
     margin: float = 1.25  # what stands out as well: a score down to this factor below that of three quarters of the particles

@@ -269,15 +269,7 @@ def distinct(
 def level_proposals(
     flat,  # (H, W) ground removed, particles bright, smoothed
     valid,  # (H, W) bool, False on lettering
-    levels=(
-        0.15,
-        0.3,
-        0.45,
-        0.6,
-        0.8,
-        1.0,
-        1.2,
-    ),  # cuts, from the median ground (0) to the median particle (1) of Otsu's split
+    levels=(0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.2),  # cuts: median ground 0, median particle 1
     h: float = 0.15,  # depth of the saddle between touching particles, fraction of the summit
     found=None,  # (H, W) bool, True on particles that were found before; their pixels are left out
 ) -> np.ndarray:  # (N, 3): y, x, radius, in px
