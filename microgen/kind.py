@@ -238,9 +238,8 @@ def evaluate(
 @patch
 def compare_sets(
     self: Kind,
-    real: np.ndarray,  # (N, H, W) real images
-    fake: np.ndarray,  # (N, H, W) generated images
-    pixel_size: tuple,  # (py, px), nm
+    real: list,  # N Micrographs, each with its scale: real images
+    fake: list,  # N Micrographs: generated images
     context: object = None,  # of `context`
     paired: bool = False,  # do the i-th images show the same scene?
 ) -> (
@@ -300,7 +299,8 @@ def kind_of(
     if not file.exists():
         return Kind()
     try:
-        name = json.loads(file.read_text(encoding="utf-8")).get("kind", "walls")
+        held = json.loads(file.read_text(encoding="utf-8"))
+        name = held.get("kind", "walls")  # the first microgen knew walls only and did not say so
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
             f"{file} cannot be read ({error}): copy the dataset again, or remove the file to use the images alone."
