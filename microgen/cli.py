@@ -409,7 +409,7 @@ def sample(
     seed: int = 0,  # of walls, latent variables and noise
 ):
     "Draw images of new walls, or of given maps, with a trained generator."
-    from microgen.models.train import sample_run
+    from microgen.models.sample import sample_run
 
     props = dict(map(_setting, prop or ())) or None
     folder = sample_run(
