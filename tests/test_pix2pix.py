@@ -11,6 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("fastai")
 
+from microgen.metrics.physics import column_errors, rms_pm
+
 from microgen.core import InputError, MicrogenError, Micrograph
 from microgen.data.build import build
 from microgen.data.files import list_images
@@ -20,7 +22,6 @@ from microgen.gan.pix2pix import Pix2Pix, pix2pix_learner, spread
 from microgen.gan.router import RouterPix2Pix, router_learner
 from microgen.io.files import read
 from microgen.kinds.walls.recipe import Recipe
-from microgen.metrics.physics import column_errors, rms_pm
 from microgen.models.pix2pix import Pix2PixModel, RouterModel
 from microgen.models.sample import sample_run
 from microgen.models.train import train_model
