@@ -478,7 +478,7 @@ def test_the_discriminator_of_a_run_is_an_extractor():
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory):
+def particle_sets(tmp_path_factory):
     "Three small datasets of particles, the third of larger ones."
     from microgen.data.build import build
     from microgen.kinds.particles.recipe import ParticleRecipe
@@ -492,10 +492,12 @@ def counted(tmp_path_factory):
     return made
 
 
-def test_two_datasets_of_particles_are_compared(counted, tmp_path):
+def test_two_datasets_of_particles_are_compared(particle_sets, tmp_path):
     from microgen.metrics.compare import compare
 
-    found = compare(counted["real"], counted["fake"], tmp_path / "report", most_evaluated=6)
+    found = compare(
+        particle_sets["real"], particle_sets["fake"], tmp_path / "report", most_evaluated=6
+    )
     means = found.tables["evaluation_means"].set_index("metric")
     assert means.value["f1"] > 0.6 and means.low["f1"] <= means.value["f1"] <= means.high["f1"]
     assert {"evaluation.csv", "sizes_of_the_particles.csv"} <= {p.name for p in found.out.iterdir()}
@@ -503,32 +505,34 @@ def test_two_datasets_of_particles_are_compared(counted, tmp_path):
     assert "particles counted over particles asked for" in page and "column" not in page
 
 
-def test_larger_particles_are_told_from_smaller_ones(counted):
+def test_larger_particles_are_told_from_smaller_ones(particle_sets):
     from microgen.metrics.compare import compare
 
-    found = compare(counted["real"], counted["larger"], most_evaluated=6)
+    found = compare(particle_sets["real"], particle_sets["larger"], most_evaluated=6)
     sizes = found.tables["sizes_of_the_particles"].set_index("measure")
     median = sizes.loc["median diameter, nm"]
     assert median.generated_low > median.real_high
-    same = compare(counted["real"], counted["real"], most_evaluated=3)
+    same = compare(particle_sets["real"], particle_sets["real"], most_evaluated=3)
     assert "evaluation_real" in same.tables and "pairs" in same.tables  # the truth agrees: pairs
     distance = same.tables["sizes_of_the_particles"].set_index("measure").generated.iloc[-1]
     assert distance == 0
 
 
-def test_sets_of_different_kinds_are_compared_as_plain_images(counted, folders):
+def test_sets_of_different_kinds_are_compared_as_plain_images(particle_sets, folders):
     from microgen.metrics.compare import compare
     from microgen.metrics.match import kind_of_sets
 
     notes = []
-    assert kind_of_sets([counted["real"], folders[0]], notes=notes).name == "images"
+    assert kind_of_sets([particle_sets["real"], folders[0]], notes=notes).name == "images"
     assert notes == [
         "The sets are of different kinds (particles, walls): they are compared as plain images."
     ]
-    as_plain = compare(counted["real"], counted["fake"], kind="images", most_evaluated=2)
+    as_plain = compare(
+        particle_sets["real"], particle_sets["fake"], kind="images", most_evaluated=2
+    )
     assert "evaluation" not in as_plain.tables
     with pytest.raises(InputError, match="leave structure= out"):
-        compare(counted["real"], counted["fake"], structure="YMnO3")
+        compare(particle_sets["real"], particle_sets["fake"], structure="YMnO3")
     with pytest.raises(InputError, match="no kind of image"):
         compare(*folders, kind="cats")
 
