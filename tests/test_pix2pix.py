@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("fastai")
 
-from microgen.metrics.physics import column_errors, rms_pm
+from microgen.kinds.walls.evaluate import column_errors, rms_pm
 
 from microgen.core import InputError, MicrogenError, Micrograph
 from microgen.data.build import build
@@ -21,6 +21,7 @@ from microgen.gan.loss import d_terms, g_terms, generate
 from microgen.gan.pix2pix import Pix2Pix, pix2pix_learner, spread
 from microgen.gan.router import RouterPix2Pix, router_learner
 from microgen.io.files import read
+from microgen.kinds.walls.evaluate import column_errors, rms_pm
 from microgen.kinds.walls.recipe import Recipe
 from microgen.models.pix2pix import Pix2PixModel, RouterModel
 from microgen.models.sample import sample_run
