@@ -11,8 +11,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("fastai")
 
-from microgen.kinds.walls.evaluate import column_errors, rms_pm
-
 from microgen.core import InputError, MicrogenError, Micrograph
 from microgen.data.build import build
 from microgen.data.files import list_images
