@@ -356,38 +356,36 @@ def bragg_transfer(
     paired=True,  # the i-th images show the same scene
     # h, k, q_1_nm, kind, snr_real, transfer (amplitude ratio), phase_deg (rms; NaN when not paired)
 ) -> pd.DataFrame:
-    """Amplitude and phase of every visible Bragg reflection, generated against real.
+    """Amplitude ratio and rms phase of every visible Bragg reflection, generated against real; NaN when not paired.
     Raises: InputError when sets do not pair up, or the lattice is not in the real images."""
     real = as_images(real, pixel_size)
     fake = as_images(fake, pixel_size)
-    scale = real.pixel_size or fake.pixel_size
-    if scale is None:
-        raise InputError("Bragg reflections need the pixel size: give pixel_size= in nm.")
     if paired and len(real.data) != len(fake.data):
         raise InputError(
             f"{len(real.data)} real and {len(fake.data)} generated images make no pairs."
         )
+    scale = real.pixel_size or fake.pixel_size
+    if scale is None:
+        raise InputError("Bragg reflections need the pixel size: give pixel_size= in nm.")
     height, width = real.data.shape[1:]
     fov = (height * scale[0], width * scale[1])
-    just_below_nyquist = 0.45 / max(scale)
-    asked = reflections(structure, fov, just_below_nyquist)
+    below_nyquist = 0.45 / max(scale)
+    asked = reflections(structure, fov, below_nyquist)
 
-    lattices_real = [_lattice(image, scale, structure) for image in real.data]
-    if paired:
-        lattices_fake = lattices_real
-    else:
-        lattices_fake = [_lattice(image, scale, structure) for image in fake.data]
-    F_real = _coefficients(real.data, scale, asked.g, lattices_real)
-    F_fake = _coefficients(fake.data, scale, asked.g, lattices_fake)
+    lattices = [_lattice(image, scale, structure) for image in real.data]
+    F_real = _coefficients(real.data, scale, asked.g, lattices)
+    if not paired:
+        lattices = [_lattice(image, scale, structure) for image in fake.data]
+    F_fake = _coefficients(fake.data, scale, asked.g, lattices)
 
-    noise_real = _white_noise(real.data, scale)
-    power_real = np.mean(np.abs(F_real) ** 2, 0) - noise_real
-    power_fake = np.mean(np.abs(F_fake) ** 2, 0) - _white_noise(fake.data, scale)
-    visible = power_real > 8 * noise_real + 1e-4 * power_real.max()
+    noise = _white_noise(real.data, scale)
+    power_real = np.mean(np.abs(F_real) ** 2, axis=0) - noise
+    power_fake = np.mean(np.abs(F_fake) ** 2, axis=0) - _white_noise(fake.data, scale)
     transfer = np.sqrt(np.maximum(power_fake, 0) / np.maximum(power_real, 1e-300))
     phase = np.full(len(asked.g), np.nan)
     if paired:
-        phase = np.sqrt(np.mean(np.angle(F_fake * F_real.conj()) ** 2, 0))  # rad, rms
+        turn = np.angle(F_fake * F_real.conj())
+        phase = np.sqrt(np.mean(turn**2, axis=0))  # rad, rms over the images
 
     table = pd.DataFrame(
         {
@@ -395,11 +393,12 @@ def bragg_transfer(
             "k": asked.hk[:, 1],
             "q_1_nm": np.hypot(asked.g[:, 0], asked.g[:, 1]),
             "kind": asked.kind,
-            "snr_real": power_real / noise_real,
+            "snr_real": power_real / noise,
             "transfer": transfer,
             "phase_deg": np.degrees(phase),
         }
     )
+    visible = power_real > 8 * noise + 1e-4 * power_real.max()
     return table[visible].sort_values("q_1_nm", ignore_index=True)
 
 
