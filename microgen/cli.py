@@ -257,7 +257,6 @@ def _setting(text, option="--setting"):
         return name, value
     return name, tuple(values) if len(values) > 1 else values[0]
 
-
 # %% ../nbs/99_cli.ipynb #e8abb5af
 @command
 def measure(

@@ -300,7 +300,8 @@ def kind_of(
     if not file.exists():
         return Kind()
     try:
-        name = json.loads(file.read_text(encoding="utf-8")).get("kind", "walls")
+        held = json.loads(file.read_text(encoding="utf-8"))
+        name = held.get("kind", "walls")  # the first microgen knew walls only and did not say so
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
             f"{file} cannot be read ({error}): copy the dataset again, or remove the file to use the images alone."

@@ -18,7 +18,7 @@ import pandas as pd
 from ..core import InputError, MicrogenError, require
 from .item import DatasetRecipe, paths
 from ..io.files import make_folder, provenance, write_csv, write_json
-from ..kind import kind
+from ..kind import kind_of
 from ..progress import progress_bar
 
 # %% ../../nbs/74_data.build.ipynb #3a5faa27
@@ -33,14 +33,14 @@ def read_recipe(
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
         recipe = held["recipe"]
-        name = held.get("kind", "walls")  # the first microgen knew walls only and did not say so
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError):
         recipe = None
     if recipe is None:
         raise InputError(f"{folder} holds no readable recipe.json: name the folder of a dataset.")
-    recipe_class = kind(name).recipe()
+    kind = kind_of(folder)
+    recipe_class = kind.recipe()
     if recipe_class is None:
-        raise InputError(f"{file} is of kind {name!r}, of which microgen simulates no images.")
+        raise InputError(f"{file} is of kind {kind.name!r}, of which microgen simulates no images.")
     return recipe_class.from_dict(recipe)
 
 # %% ../../nbs/74_data.build.ipynb #e8dc47aa

@@ -188,6 +188,9 @@ def read_table(
         table = pd.read_parquet(path, columns=columns)
     except (OSError, ValueError) as e:
         raise ReadError(path, "parquet", f"{str(e).splitlines()[0]}; {again}") from e
+    for name in known:
+        if name not in table and columns is None:
+            raise ReadError(path, "parquet", f"it lacks the column {name}; {again}")
     for name in table.columns.intersection(known):
         values = table[name]
         bad = ~np.isfinite(values) if values.dtype.kind == "f" else values.isna()

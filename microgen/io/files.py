@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'make_folder', 'atomic_folder', 'write_text', 'write_json', 'write_csv', 'write_parquet', 'provenance',
-           'write_tiff', 'read']
+           'write_tiff', 'calibrated', 'read']
 
 # %% ../../nbs/07_io.files.ipynb #89a6b4f4
 import errno
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from microgen.core import (
-    _THREE_WAYS,
+    HOW_TO_CALIBRATE,
     InputError,
     MicrogenError,
     Micrograph,
@@ -33,11 +33,11 @@ from microgen.core import (
     UncalibratedError,
     UnitError,
     WriteError,
-    _pixel_size,
+    as_pixel_size,
     check_image,
     to_nm,
 )
-from .base import NoScale, Unreadable, plain
+from .base import NoScale, Raw, Unreadable, plain
 from .formats import reader_of
 
 # %% ../../nbs/07_io.files.ipynb #594e6fd0
@@ -229,7 +229,7 @@ def write_tiff(
     Raises: InputError when the data are no image, UnitError without a pixel size, WriteError."""
     import tifffile
 
-    data, (py, px) = check_image(data, "data"), _pixel_size(pixel_size)
+    data, (py, px) = check_image(data, "data"), as_pixel_size(pixel_size)
     if bits not in (16, 32):
         raise InputError(f"bits={bits!r} must be 32 (float) or 16 (unsigned integer).")
     (pixels, slope, offset) = _as_16_bit(data) if bits == 16 else (data, 1.0, 0.0)
@@ -266,14 +266,20 @@ def _without_colour_axis(data, colour) -> np.ndarray:
     )
 
 # %% ../../nbs/07_io.files.ipynb #a4d9dd66
-def _calibrated(path, raw, pixel_size, colour) -> Micrograph:
-    "The micrograph of what a reader found; the user's pixel size wins over the file's."
+def calibrated(
+    path,  # the file
+    raw: Raw,  # what a reader found in it
+    pixel_size=None,  # nm per pixel, one number or (py, px); wins over what the file says
+    colour: bool = False,  # keep colour as (3, H, W) instead of its luminance
+) -> Micrograph:  # float32 image with its pixel size
+    """Make the micrograph of what a reader found.
+    Raises: NoScale when neither the file nor the user gives a pixel size."""
     if pixel_size is None and raw.scale is None:
-        raise NoScale(f"it holds no pixel size: {_THREE_WAYS}")
+        raise NoScale(f"it holds no pixel size: {HOW_TO_CALIBRATE}")
     if pixel_size is None:
         pixel_size = tuple(to_nm(s, u) for s, u in zip(raw.scale, raw.unit))
         if not all(0 < p < np.inf for p in pixel_size):
-            raise NoScale(f"its pixel size is {raw.scale[0]:g} {raw.unit[0]}: {_THREE_WAYS}")
+            raise NoScale(f"its pixel size is {raw.scale[0]:g} {raw.unit[0]}: {HOW_TO_CALIBRATE}")
     data = _without_colour_axis(raw.data, colour) if raw.colours_last else raw.data
     return Micrograph(data, pixel_size, raw.metadata, str(path))
 
@@ -289,7 +295,7 @@ def read(
 ) -> Micrograph:  # float32 image, pixel size in nm, metadata, source
     """Read a micrograph with its calibration.
     Raises: ReadError naming file, reader and cause (UncalibratedError without a pixel size), MissingExtra."""
-    path, given = Path(path), None if pixel_size is None else _pixel_size(pixel_size)
+    path, given = Path(path), None if pixel_size is None else as_pixel_size(pixel_size)
     reader, load = reader_of(path)
     try:
         if not path.exists():
@@ -298,7 +304,7 @@ def read(
             raise Unreadable("it is a folder; name one file in it")
         if not path.stat().st_size:
             raise Unreadable("it is empty")
-        return _calibrated(path, load(path, max_bytes, frame, dataset), given, colour)
+        return calibrated(path, load(path, max_bytes, frame, dataset), given, colour)
     except MissingExtra:
         raise
     except (NoScale, UnitError) as e:

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ..core import require, to_nm
-from .base import Raw, Unreadable, _dataset_of, _frame_of, check_size, plain
+from .base import Raw, Unreadable, check_size, choose_dataset, choose_frame, plain
 
 # %% ../../nbs/06_io.formats.ipynb #1fc33579
 def _scale_dm_tags(page, tif):
@@ -126,7 +126,7 @@ def _tiff_pixels(path, tif, series, max_bytes, frame):
     shape, n, itemsize = sizes[kept:], prod(sizes[:kept]), series.dtype.itemsize
     check_size(shape, itemsize, max_bytes)
     check_size([prod(series.keyframe.chunks)], itemsize, max_bytes)
-    k, size, each = _frame_of(n, frame), prod(shape) * itemsize, len(series.pages) // n
+    k, size, each = choose_frame(n, frame), prod(shape) * itemsize, len(series.pages) // n
     if series.dataoffset is not None and n > 1:
         start = series.dataoffset + k * size
         check_size(shape, itemsize, max_bytes, end - start)
@@ -147,7 +147,9 @@ def _load_tiff(path, max_bytes, frame, dataset) -> Raw:
             raise Unreadable(
                 "its list of pages has no end: it is damaged"
             )  # tifffile would follow it for ever
-        series = tif.series[_dataset_of(range(len(tif.series)), 0 if dataset is None else dataset)]
+        series = tif.series[
+            choose_dataset(range(len(tif.series)), 0 if dataset is None else dataset)
+        ]
         page, axes = series.keyframe, [a for a in series.axes if a in "YXSC"]
         data, found = _tiff_pixels(path, tif, series, max_bytes, frame), None
         if "S" in axes:
@@ -336,7 +338,7 @@ def _hdf5_pixels(data, frames_last, max_bytes, frame):
         check_size(data.chunks, data.dtype.itemsize, max_bytes)
     if not data.id.get_storage_size():
         raise Unreadable("it declares an image but stores no pixel of it: it is truncated")
-    k = _frame_of(prod(stack), frame)
+    k = choose_frame(prod(stack), frame)
     return data[..., k] if frames_last else data[np.unravel_index(k, stack) if stack else ()]
 
 # %% ../../nbs/06_io.formats.ipynb #782cc6f2
@@ -349,7 +351,7 @@ def _load_hdf5(path, max_bytes, frame, dataset) -> Raw:
             raise Unreadable(
                 "it holds no image in the layout of HyperSpy, atomap, Berkeley's EMD or Velox"
             )
-        _, data, scale, unit, metadata = found[_dataset_of([f[0] for f in found], dataset)]
+        _, data, scale, unit, metadata = found[choose_dataset([f[0] for f in found], dataset)]
         pixels = _hdf5_pixels(data, "Data/Image" in file and data.ndim == 3, max_bytes, frame)
         with suppress(KeyError):
             return Raw(pixels, scale, unit, metadata())
@@ -410,13 +412,19 @@ def _load_dm(path, max_bytes, frame, dataset) -> Raw:
     }
     keys = sorted(kinds, key=lambda k: (len(k), k))
     real = [k for k in keys if kinds[k] != 23] or keys  # 23 is a thumbnail's packed colour
-    key = real[_dataset_of([str(tags.get(f"{k}.Name", k.split(".")[-1])) for k in real], dataset)]
+    key = real[
+        choose_dataset([str(tags.get(f"{k}.Name", k.split(".")[-1])) for k in real], dataset)
+    ]
     code, shape, offset, scale, unit = _dm_image(tags, key)
     if code not in _DM_TYPES:
         raise Unreadable(
             f"its pixels are of DigitalMicrograph's type {code}, which microgen does not read"
         )
-    kind, k, size = np.dtype(_DM_TYPES[code]), _frame_of(prod(shape[:-2]), frame), prod(shape[-2:])
+    kind, k, size = (
+        np.dtype(_DM_TYPES[code]),
+        choose_frame(prod(shape[:-2]), frame),
+        prod(shape[-2:]),
+    )
     start = offset + k * size * kind.itemsize
     check_size(shape[-2:], kind.itemsize, max_bytes, os.path.getsize(path) - start)
     data = np.fromfile(path, kind.base, size * prod(kind.shape), offset=start)
@@ -437,7 +445,7 @@ def _load_ser(path, max_bytes, frame, dataset) -> Raw:
     with require("ncempy.io.ser", "em").fileSER(path) as file:
         if int(file.head["DataTypeID"]) != 0x4122:
             raise Unreadable("it holds spectra, no image")
-        k = _frame_of(int(file.head["ValidNumberElements"]), frame)
+        k = choose_frame(int(file.head["ValidNumberElements"]), frame)
         start = int(file.head["DataOffsetArray"][k])
         with path.open("rb") as f:
             f.seek(start + 40)
@@ -466,7 +474,7 @@ def _load_mrc(path, max_bytes, frame, dataset) -> Raw:
         )
     if n < 1 or extended < 0:
         raise Unreadable(f"it declares {n} images behind {extended} bytes")
-    k = _frame_of(n, frame)
+    k = choose_frame(n, frame)
     start = 1024 + extended + k * width * height * itemsize
     check_size((height, width), itemsize, max_bytes, os.path.getsize(path) - start)
     with require("ncempy.io.mrc", "em").fileMRC(path) as file:
@@ -491,11 +499,11 @@ def _load_other(path, max_bytes, frame, dataset) -> Raw:
         if len(d["axes"]) > 1
     ]
     titles = [d["metadata"].get("General", {}).get("title") or i for i, d in enumerate(found)]
-    chosen = found[_dataset_of(titles, dataset)]
+    chosen = found[choose_dataset(titles, dataset)]
     data, axes = chosen["data"], chosen["axes"][-2:]
     check_size(data.shape[-2:], data.dtype.itemsize, max_bytes)
     k = (
-        np.unravel_index(_frame_of(prod(data.shape[:-2]), frame), data.shape[:-2])
+        np.unravel_index(choose_frame(prod(data.shape[:-2]), frame), data.shape[:-2])
         if data.ndim > 2
         else ()
     )

@@ -21,7 +21,8 @@ from ..core import InputError, Micrograph
 from ..data.files import scale
 from ..io.files import read
 from ..kind import Kind, Truth
-from ..metrics.image import mean_estimate, ssim
+from ..core import mean_estimate
+from ..metrics.image import ssim
 from .model import TrainingData
 from ..progress import progress_bar
 

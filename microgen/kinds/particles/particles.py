@@ -7,10 +7,13 @@ __all__ = ['Particles']
 
 # %% ../../../nbs/86_kinds.particles.particles.ipynb #9658b795
 import numpy as np
+from fastcore.basics import patch
 
-from ...core import InputError
+from ...core import InputError, Micrograph
 from ...kind import SYMMETRIES, Kind, Truth
 from .condition import CHANNELS, condition
+from .evaluate import MEASURES, size_tables
+from .evaluate import evaluate as evaluate_image
 
 # %% ../../../nbs/86_kinds.particles.particles.ipynb #29d64506
 class Particles(Kind):
@@ -22,6 +25,7 @@ class Particles(Kind):
     channels = CHANNELS
     focus = "border"
     classes_are = "presets"
+    measures = MEASURES
 
     def recipe(self) -> type:  # a DatasetRecipe
         "The recipe of which images are simulated."
@@ -58,3 +62,28 @@ class Particles(Kind):
     ) -> tuple:  # names of operations
         "All mirrors and rotations: no class of particles has a direction."
         return tuple(SYMMETRIES)
+
+# %% ../../../nbs/86_kinds.particles.particles.ipynb #c1bdff62
+@patch
+def evaluate(
+    self: Particles,
+    image: Micrograph,  # generated or real
+    truth: Truth,  # what it was asked to show
+    context: object = None,  # not needed
+    reference: Micrograph = None,  # not needed
+) -> dict:  # measure to number
+    "Compare an image with its mask: particles found, counted, sized."
+    return evaluate_image(image, truth, context, reference)
+
+
+@patch
+def compare_sets(
+    self: Particles,
+    real: np.ndarray,  # (N, H, W)
+    fake: np.ndarray,  # (N, H, W)
+    pixel_size: tuple,  # (py, px), nm
+    context: object = None,  # not needed
+    paired: bool = False,  # not needed
+) -> dict:  # heading to (table, caption)
+    "Numbers and sizes of the particles, generated against real."
+    return size_tables(real, fake, pixel_size, context, paired)

@@ -22,7 +22,7 @@ from ...scan.settings import preset
 from ...stem.crystal import columns
 from ...stem.probe import Probe
 from ...stem.render import check_pixel, haadf
-from ...stem.structure import _shipped, load_structure, partial_sites, structure_of
+from ...stem.structure import load_structure, partial_sites, shipped_files, structure_of
 from ...stem.wall import displace, label, truth_maps, wall
 
 # %% ../../../nbs/85_kinds.walls.recipe.ipynb #762277ff
@@ -202,7 +202,7 @@ def _check(r):
 def _held(structure, max_bytes=2**24):
     "The file of a structure and its text; nothing for a shipped one, and for a file that is none or too large for one."
     file = Path(structure)
-    if structure in _shipped() or not file.is_file() or file.stat().st_size > max_bytes:
+    if structure in shipped_files() or not file.is_file() or file.stat().st_size > max_bytes:
         return ()
     return structure, file.read_text(encoding="utf-8", errors="replace")
 
@@ -248,7 +248,7 @@ def draw(
     probe = Probe(
         voltage_kV=recipe.voltage_kV, semiangle_mrad=recipe.semiangle_mrad, defocus_nm=defocus
     )
-    scan = preset(recipe.preset).draw(rng)
+    scan = preset(recipe.preset).sample(rng)
     return Draw(
         label, split, (side, side), rim, field, thickness, rotation, origin, probe, scan, rng
     )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ...core import InputError
+from ...core import InputError, Micrograph
 from ...kind import Kind, Truth
 from microgen.kinds.walls.condition import (
     CHANNELS,
@@ -22,6 +22,8 @@ from microgen.kinds.walls.condition import (
     move_maps,
     move_table,
 )
+from .evaluate import MEASURES, bragg_tables, crystal_of
+from .evaluate import evaluate as evaluate_image
 from .recipe import Recipe
 
 # %% ../../../nbs/85_kinds.walls.walls.ipynb #67c3f201
@@ -46,6 +48,7 @@ class Walls(Kind):
         "inclination_deg",
     )
     classes_are = "walls"
+    measures = MEASURES
     takes_structure = True
 
     def recipe(self) -> type:  # a DatasetRecipe
@@ -122,3 +125,39 @@ def move_truth(
     except InputError:
         label = ""
     return Truth(maps, table, label)
+
+# %% ../../../nbs/85_kinds.walls.walls.ipynb #b8f40009
+@patch
+def context(
+    self: Walls,
+    recipe=None,  # Recipe of the images, or None
+    structure=None,  # a shipped name, a CIF or a pymatgen Structure instead
+) -> object:  # the crystal, where it has a polarity; None: positions only
+    "The crystal that the images show."
+    return crystal_of(recipe, structure)
+
+
+@patch
+def evaluate(
+    self: Walls,
+    image: Micrograph,  # generated or real
+    truth: Truth,  # what it was asked to show
+    context: object = None,  # the crystal
+    reference: Micrograph = None,  # a scan of the same scene, whose bound counts
+) -> dict:  # measure to number
+    "Compare an image with its truth: columns, displacements, order, walls."
+    return evaluate_image(image, truth, context, reference)
+
+
+@patch
+def compare_sets(
+    self: Walls,
+    real: np.ndarray,  # (N, H, W)
+    fake: np.ndarray,  # (N, H, W)
+    pixel_size: tuple,  # (py, px), nm
+    context: object = None,  # the crystal
+    paired: bool = False,  # do the i-th images show the same scene?
+) -> dict:  # heading to (table, caption)
+    """Bragg reflections, generated against real.
+    Raises: InputError when the lattice is not in the real images."""
+    return bragg_tables(real, fake, pixel_size, context, paired)
