@@ -238,9 +238,8 @@ def evaluate(
 @patch
 def compare_sets(
     self: Kind,
-    real: np.ndarray,  # (N, H, W) real images
-    fake: np.ndarray,  # (N, H, W) generated images
-    pixel_size: tuple,  # (py, px), nm
+    real: list,  # N Micrographs, each with its scale: real images
+    fake: list,  # N Micrographs: generated images
     context: object = None,  # of `context`
     paired: bool = False,  # do the i-th images show the same scene?
 ) -> (

@@ -941,7 +941,9 @@ def test_law_8_sees_through_assignments():
 
 GENERAL = ("data", "train", "nets", "gan", "diffusion", "metrics", "models", "enough")
 PARTICULAR = ("stem", "sem", "ebsd", "count", "kinds")
-KIND_WORDS = re.compile(r"(?<![a-z])(wall|particle|grain|atom)s?(?![a-z])", re.I)  # a column is one of a table too
+KIND_WORDS = re.compile(
+    r"(?<![a-z])(wall|particle|grain|atom)s?(?![a-z])", re.I
+)  # a column is one of a table too
 
 
 @each_room

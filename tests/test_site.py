@@ -4,6 +4,7 @@ Quarto prints a warning for a broken link and still exits with 0; here it is a f
 """
 
 import ast
+import builtins
 import importlib.util
 import os
 import re
@@ -306,6 +307,43 @@ def test_title_cell(path):
     assert not extra, (
         f"{path.name}: nbdev drops what follows title and summary in the first cell, begin a new cell: {extra[0][:80]!r}"
     )
+
+
+def bound_names(tree):
+    "Names that a piece of code makes: by import, definition, assignment, loop, argument."
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {(a.asname or a.name).split(".")[0] for a in node.names}
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            names.add(node.id)
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(NBS.glob("[0-9]*.ipynb")), ids=lambda p: p.stem)
+def test_cells_that_import_run_alone(path):
+    "Building the site runs a library notebook's exported cells and those with an import, and no others."
+    known, found = set(dir(builtins)) | {"__name__", "display", "get_ipython"}, []
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type != "code" or re.search(r"^#\|\s*eval:\s*false", cell.source, re.M):
+            continue
+        tree = code(cell.source)
+        is_exported = re.search(r"^#\|\s*export", cell.source, re.M)
+        imports = any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree))
+        if not is_exported and not imports:
+            continue
+        known |= bound_names(tree)
+        if is_exported:
+            continue
+        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        found += [f"nbs/{path.name} [cell {cell.id}] needs {name}" for name in used - known]
+    report(found, "give the imports a cell of their own.")
 
 
 def draws(tree):

@@ -104,9 +104,7 @@ class Pix2Pix(Parts, HubModel):
         n_props: int = 0,  # properties, such as the dose
         out_ch: int = 1,  # channels of the image, 1 or 3
     ):
-        g = self.generator(
-            in_ch, arch, base, depth, n_classes, z_dim, norm, seed, n_props, out_ch
-        )
+        g = self.generator(in_ch, arch, base, depth, n_classes, z_dim, norm, seed, n_props, out_ch)
         d = PatchGAN(in_ch + out_ch, disc_base, n_layers, norm, spectral_norm, seed + 1)
         super().__init__(g, d)
         self.out_ch = out_ch

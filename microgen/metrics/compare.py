@@ -170,7 +170,9 @@ def evaluation_table(
     truths,  # N Truths: what each image was asked to show
     context=None,  # what the evaluations share, of kind.context
     references=None,  # N real images of the same scenes
-) -> pd.DataFrame:  # one row per image, one column per measure; no column where the kind measures nothing
+) -> (
+    pd.DataFrame
+):  # one row per image, one column per measure; no column where the kind measures nothing
     "Evaluate every image of a set against its truth."
     references = references or [None] * len(images)
     rows = []
@@ -243,9 +245,7 @@ def compare(
         notes.append(
             "Every image was brought to mean 0 and standard deviation 1: contrast is not compared."
         )
-    real, fake, seconds, paired = match_sets(
-        real, fake, seconds, paired, draw, notes, compared_as
-    )
+    real, fake, seconds, paired = match_sets(real, fake, seconds, paired, draw, notes, compared_as)
     real, fake = _both_in_colour(real, fake, notes)
     job = _Job(
         kind=compared_as,
@@ -355,7 +355,7 @@ def _write(out, tables, report, seed):
 def _overview(job, tables, notes):
     "Pictures, intensities, spectra."
     real, fake, scale = job.real.images, job.fake.images, job.pixel_size
-    if scale is None:
+    if job.real.scales is None and job.fake.scales is None:
         notes.append(
             "No pixel size is known: frequencies are in 1/px, and no image is compared with its truth."
         )
@@ -450,18 +450,18 @@ def _evaluation(job, tables, notes):
     truths = job.fake.truths
     if truths is None and job.paired:
         truths = job.real.truths
-    if truths is None or job.fake.images.pixel_size is None:
+    if truths is None or job.fake.scales is None:
         return []
     n = job.n_evaluated
     truths = truths[:n]
-    references = _micrographs(job.real.images, n) if job.paired else None
-    generated = _micrographs(job.fake.images, n)
+    generated = job.fake.micrographs(n)
+    references = job.real.micrographs(n) if job.paired and job.real.scales else None
     table = evaluation_table(job.kind, generated, truths, job.context, references)
     if table.empty:
         return []
     section = Section("Do the images show what they were asked for?")
     tables["evaluation"] = table.assign(image=job.fake.names[:n])
-    if job.paired:
+    if references is not None:
         own = evaluation_table(job.kind, references, truths, job.context)
         tables["evaluation_real"] = own
         tables["evaluation_real_means"] = evaluation_means(own, job.seed)
@@ -478,12 +478,6 @@ def _evaluation(job, tables, notes):
     return [section]
 
 
-def _micrographs(images, n):
-    "The first n images, with their scale."
-    pixels = images.data if images.colour is None else images.colour
-    return [Micrograph(image, images.pixel_size) for image in pixels[:n]]
-
-
 def _explained(means, kind):
     "With what each measure means."
     return means.assign(meaning=means.metric.map(kind.measures).fillna(""))
@@ -491,13 +485,12 @@ def _explained(means, kind):
 
 def _whole_sets(job, tables, notes):
     "What the kind can say of two sets as wholes."
-    real, fake, n = job.real.images, job.fake.images, job.n_evaluated
-    if real.pixel_size is None or fake.pixel_size is None:
+    if job.real.scales is None or job.fake.scales is None:
         return []
+    real = job.real.micrographs(job.n_evaluated)
+    fake = job.fake.micrographs(job.n_evaluated)
     try:
-        found = job.kind.compare_sets(
-            real.data[:n], fake.data[:n], real.pixel_size, job.context, job.paired
-        )
+        found = job.kind.compare_sets(real, fake, job.context, job.paired)
     except InputError as why:
         notes.append(f"Measurements of whole sets of {job.kind.name} are left out: {why}")
         return []

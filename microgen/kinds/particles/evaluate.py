@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.stats import ks_2samp
 
 from ...core import InputError, Micrograph, as_rng
-from ...count.detect import Detection, detect
+from ...count.detect import detect
 from ...kind import Truth
 
 # %% ../../../nbs/86_kinds.particles.evaluate.ipynb #95b5dec5
@@ -57,7 +57,9 @@ def evaluate(
     truth: Truth,  # what it was asked to show: maps with the labels "particle"; a table with id and diameter_nm
     context=None,  # not needed: particles are counted without prior knowledge
     reference: Micrograph = None,  # not needed: evaluate it itself to know the ceiling
-) -> dict:  # MEASURES, asked and counted (numbers of particles); NaN where the image does not show it
+) -> (
+    dict
+):  # MEASURES, asked and counted (numbers of particles); NaN where the image does not show it
     """Compare one image with the particles it was asked to show.
     Raises: InputError when image and mask have different sizes."""
     if truth.maps is None or "particle" not in truth.maps:
@@ -194,17 +196,16 @@ def size_distance(
 
 # %% ../../../nbs/86_kinds.particles.evaluate.ipynb #f01b0813
 def size_tables(
-    real,  # (N, H, W) real images
-    fake,  # (N, H, W) generated images
-    pixel_size,  # (py, px), nm
-    context=None,  # not needed
-    paired=False,  # not needed
+    real,  # N Micrographs: real images
+    fake,  # N Micrographs: generated images
     rng=0,  # seed of the intervals
     n_boot=499,  # resamples of whole images
-) -> dict:  # heading to (table, caption); a row per measure with real, generated and their 95 % intervals
+) -> (
+    dict
+):  # heading to (table, caption); a row per measure with real, generated and their 95 % intervals
     "Compare the particles of two sets of images: how many, how large."
-    a = [population(Micrograph(image, pixel_size)) for image in real]
-    b = [population(Micrograph(image, pixel_size)) for image in fake]
+    a = [population(image) for image in real]
+    b = [population(image) for image in fake]
     rng = as_rng(rng)
     of_real, of_fake, distances, floors = [], [], [], []
     for _ in range(n_boot):

@@ -8,9 +8,10 @@ __all__ = ['Particles']
 # %% ../../../nbs/86_kinds.particles.particles.ipynb #9658b795
 import numpy as np
 
-from ...core import InputError
+from ...core import InputError, Micrograph
 from ...kind import SYMMETRIES, Kind, Truth
 from .condition import CHANNELS, condition
+from .evaluate import MEASURES, evaluate, size_tables
 
 # %% ../../../nbs/86_kinds.particles.particles.ipynb #29d64506
 class Particles(Kind):
@@ -22,6 +23,7 @@ class Particles(Kind):
     channels = CHANNELS
     focus = "border"
     classes_are = "presets"
+    measures = MEASURES
 
     def recipe(self) -> type:  # a DatasetRecipe
         "The recipe of which images are simulated."
@@ -58,3 +60,24 @@ class Particles(Kind):
     ) -> tuple:  # names of operations
         "All mirrors and rotations: no class of particles has a direction."
         return tuple(SYMMETRIES)
+
+    def evaluate(
+        self,
+        image: Micrograph,  # generated or real image
+        truth: Truth,  # what it was asked to show: maps with "particle", and a table
+        context: object = None,  # not needed
+        reference: Micrograph = None,  # not needed
+    ) -> dict:  # measure to number; NaN where an image shows none
+        """Count an image and compare it with its mask, see microgen.kinds.particles.evaluate.
+        Raises: InputError when image and mask have different sizes."""
+        return evaluate(image, truth, context, reference)
+
+    def compare_sets(
+        self,
+        real: list,  # N Micrographs: real images
+        fake: list,  # N Micrographs: generated images
+        context: object = None,  # not needed
+        paired: bool = False,  # not needed
+    ) -> dict:  # heading to (table, caption)
+        "Compare number and size of the particles of two sets."
+        return size_tables(real, fake)

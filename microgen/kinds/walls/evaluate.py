@@ -27,7 +27,9 @@ from ...stem.structure import load_structure, trimer
 def start_columns(
     table,  # condition: y_nm, x_nm, element; optional site, disp_pm (along up)
     edge=None,  # (y, x) of the last pixel, nm: the lattice is continued beyond it, to 0.2 nm
-) -> pd.DataFrame:  # y_nm, x_nm without displacement, y_true_nm, x_true_nm, element, site, disp_pm, fixed
+) -> (
+    pd.DataFrame
+):  # y_nm, x_nm without displacement, y_true_nm, x_true_nm, element, site, disp_pm, fixed
     """Where a fit of the asked-for columns starts.
     Raises: InputError when the table lacks positions or elements."""
     missing = {"y_nm", "x_nm", "element"} - set(getattr(table, "columns", ()))
@@ -86,7 +88,9 @@ def column_errors(
     table,  # its condition: true columns, as start_columns takes them
     reach_nm=0.06,  # further away a column is another one, nm
     rim_nm=0.25,  # width of the rim that is not scored, nm
-) -> pd.DataFrame:  # one row per strong column asked for: place, element, site, disp_pm, found, dy_pm, dx_pm, se_pm
+) -> (
+    pd.DataFrame
+):  # one row per strong column asked for: place, element, site, disp_pm, found, dy_pm, dx_pm, se_pm
     """Find the asked-for columns again, and measure how far they are from where they should be.
     Raises: InputError when image and table do not belong together."""
     m = as_micrograph(image)
@@ -352,7 +356,9 @@ def bragg_transfer(
     structure,  # name, CIF or Structure
     pixel_size=None,  # nm per pixel; wins over what the images say
     paired=True,  # the i-th images show the same scene
-) -> pd.DataFrame:  # h, k, q_1_nm, kind, snr_real, transfer (amplitude ratio), phase_deg (rms; NaN when not paired)
+) -> (
+    pd.DataFrame
+):  # h, k, q_1_nm, kind, snr_real, transfer (amplitude ratio), phase_deg (rms; NaN when not paired)
     """Amplitude and phase of every visible Bragg reflection, generated against real.
     Raises: InputError when sets do not pair up, or the lattice is not in the real images."""
     real = as_images(real, pixel_size)
@@ -463,13 +469,16 @@ def evaluate(
     truth: Truth,  # what it was asked to show: table of columns; maps with phi and wall
     crystal=None,  # an h-RMnO3, see crystal_of; None: positions only
     reference: Micrograph = None,  # a real scan of the same scene: the bound is its
-) -> dict:  # MEASURES, columns (asked for), walls and walls_found; NaN where the image does not show it
+) -> (
+    dict
+):  # MEASURES, columns (asked for), walls and walls_found; NaN where the image does not show it
     """Compare one image with what it was asked to show.
     Raises: InputError when image and table do not belong together."""
     if truth.table is None:
         return {}
     if np.ptp(image.data) == 0:
-        return {"columns": len(truth.table), "found_share": 0.0, "rms_pm": np.nan}
+        nothing = {"columns": len(truth.table), "found_share": 0.0, "rms_pm": np.nan}
+        return nothing if crystal is None else nothing | {"polarity_right": 0.0}
     errors = column_errors(image, truth.table)
     bound = stated_bound(errors) if reference is None else position_bound(reference, truth.table)
     values = {
@@ -486,9 +495,8 @@ def evaluate(
 
 # %% ../../../nbs/85_kinds.walls.evaluate.ipynb #4ccb8d0e
 def bragg_tables(
-    real,  # (N, H, W) real images
-    fake,  # (N, H, W) generated images
-    pixel_size,  # (py, px), nm
+    real,  # N Micrographs: real images
+    fake,  # N Micrographs: generated images
     crystal=None,  # an h-RMnO3, see crystal_of; None: no table
     paired=False,  # do the i-th images show the same scene?
 ) -> dict:  # heading to (table, caption)
@@ -496,7 +504,7 @@ def bragg_tables(
     Raises: InputError when the lattice is not in the images."""
     if crystal is None:
         return {}
-    table = bragg_transfer(real, fake, crystal, pixel_size, paired)
+    table = bragg_transfer(real, fake, crystal, paired=paired)
     return {"Bragg reflections": (table, "Amplitude ratio and rms phase, generated against real")}
 
 # %% ../../../nbs/85_kinds.walls.evaluate.ipynb #7745bb8a

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ...core import InputError
+from ...core import InputError, Micrograph
 from ...kind import Kind, Truth
 from microgen.kinds.walls.condition import (
     CHANNELS,
@@ -22,6 +22,7 @@ from microgen.kinds.walls.condition import (
     move_maps,
     move_table,
 )
+from .evaluate import MEASURES, bragg_tables, crystal_of, evaluate
 from .recipe import Recipe
 
 # %% ../../../nbs/85_kinds.walls.walls.ipynb #67c3f201
@@ -46,11 +47,23 @@ class Walls(Kind):
         "inclination_deg",
     )
     classes_are = "walls"
+    measures = MEASURES
     takes_structure = True
 
     def recipe(self) -> type:  # a DatasetRecipe
         "The recipe of which images are simulated."
         return Recipe
+
+    def evaluate(
+        self,
+        image: Micrograph,  # generated or real image
+        truth: Truth,  # what it was asked to show: a table of columns, and maps
+        context: object = None,  # crystal, of the method context; None: positions only
+        reference: Micrograph = None,  # a real scan of the same scene: the bound is its
+    ) -> dict:  # measure to number; NaN where the image does not show it
+        """Compare an image with its truth, see microgen.kinds.walls.evaluate.
+        Raises: InputError when image and table do not belong together."""
+        return evaluate(image, truth, context, reference)
 
     def condition(
         self,
@@ -122,3 +135,27 @@ def move_truth(
     except InputError:
         label = ""
     return Truth(maps, table, label)
+
+# %% ../../../nbs/85_kinds.walls.walls.ipynb #a530ecfe
+@patch
+def context(
+    self: Walls,
+    recipe=None,  # Recipe of the images, or None
+    structure=None,  # name, CIF or Structure that a user gave instead
+) -> object:  # pymatgen Structure of an h-RMnO3; None where neither is one
+    """Say by which crystal images are measured, see microgen.kinds.walls.evaluate.crystal_of.
+    Raises: InputError when the user's structure is no h-RMnO3."""
+    return crystal_of(recipe, structure)
+
+
+@patch
+def compare_sets(
+    self: Walls,
+    real: list,  # N Micrographs: real images
+    fake: list,  # N Micrographs: generated images
+    context: object = None,  # of the method context; None: no table
+    paired: bool = False,  # do the i-th images show the same scene?
+) -> dict:  # heading to (table, caption)
+    """Compare the Bragg reflections of two sets.
+    Raises: InputError when the lattice is not in the images."""
+    return bragg_tables(real, fake, context, paired)
