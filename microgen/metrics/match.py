@@ -20,9 +20,9 @@ from microgen.core import (
     as_rng,
 )
 from ..data.build import read_recipe
-from ..data.files import list_images, read_table
+from ..data.files import list_images, read_truth
 from ..io.files import read
-from ..kind import KINDS, Kind, Truth, kind, kind_of
+from ..kind import KINDS, Kind, kind, kind_of
 from .image import ImageSet, as_images
 
 # %% ../../nbs/82_metrics.match.ipynb #5f59d451
@@ -33,6 +33,7 @@ class Loaded:
     images: ImageSet  # N images
     names: list  # file names, or numbers
     truths: list | None = None  # Truth of each image; None unless every image has one
+    scales: list | None = None  # (py, px) of each image, nm; None unless every image has one
     notes: list = field(default_factory=list)  # sentences for the report
     labels: list | None = None  # class of each image
     kind: Kind = Kind()  # what a folder says of itself; plain images where nothing does
@@ -52,8 +53,21 @@ class Loaded:
             images=self.images.take(rows),
             names=some(self.names),
             truths=some(self.truths),
+            scales=some(self.scales),
             labels=some(self.labels),
         )
+
+    def micrographs(
+        self,
+        n,  # how many
+    ) -> list:  # Micrographs, each with its own scale
+        """The first images, one by one.
+        Raises: InputError when their scale is not known."""
+        if self.scales is None:
+            raise InputError("The pixel size of these images is not known: give pixel_size= in nm.")
+        images = self.images
+        pixels = images.data if images.colour is None else images.colour
+        return [Micrograph(image, scale) for image, scale in zip(pixels[:n], self.scales)]
 
 
 def load_set(
@@ -70,7 +84,9 @@ def load_set(
         images = as_images(source, pixel_size, name)
         if standardise:
             images = standardised(images)
-        return Loaded(images, [str(i) for i in range(len(images.data))])
+        n = len(images.data)
+        scales = None if images.pixel_size is None else [images.pixel_size] * n
+        return Loaded(images, [str(i) for i in range(n)], scales=scales)
     notes = []
     listed = list_images(source)
     if len(listed) > most:
@@ -87,15 +103,25 @@ def load_set(
         bad = (~readable).sum()
         notes.append(f"{bad} of {len(micrographs)} {name} cannot be read and are left out.")
     listed = listed[readable].reset_index(drop=True)
-    images = _as_one_set([m for m in micrographs if m is not None], pixel_size, f"{name} in {source}")
-    truths = [_read_truth(row) for _, row in listed.iterrows()]
+    own_kind = kind_of(source)
+    truths = [read_truth(row, own_kind.table_columns) for _, row in listed.iterrows()]
+    known = all(truth.maps is not None or truth.table is not None for truth in truths)
+    micrographs = [m for m in micrographs if m is not None]
+    if any(m.metadata.get("pixel size") == "unknown" for m in micrographs):
+        scales = None
+    else:
+        scales = [m.pixel_size for m in micrographs]
+    in_one_array = [m.data for m in _all_grey_or_all_colour(micrographs)]
+    called = f"{name} in {source}"
+    images = as_images(in_one_array, _common_scale(scales, known, called, notes), called)
     return Loaded(
         images=standardised(images) if standardise else images,
         names=[path.name for path in listed.image],
-        truths=None if None in truths else truths,
+        truths=truths if known else None,
+        scales=scales,
         notes=notes,
         labels=listed.label.tolist() if (listed.label != "").all() else None,
-        kind=kind_of(source),
+        kind=own_kind,
         recipe=_recipe(source),
     )
 
@@ -113,32 +139,32 @@ def _read(path, pixel_size):
     return replace(m, data=m.data[0]) if is_grey else m
 
 
-def _as_one_set(micrographs, pixel_size, name):
-    "All of them as an ImageSet: in colour when one of them is, without a scale when one of them has none."
-    if len({m.data.ndim for m in micrographs}) > 1:
-        in_colour = []
-        for m in micrographs:
-            data = np.repeat(m.data[None], 3, axis=0) if m.data.ndim == 2 else m.data
-            in_colour.append(replace(m, data=data))
-        micrographs = in_colour
-    if any(m.metadata.get("pixel size") == "unknown" for m in micrographs):
-        return as_images([m.data for m in micrographs], pixel_size, name)
-    return as_images(micrographs, pixel_size, name)
+def _all_grey_or_all_colour(micrographs):
+    "Micrographs of one number of channels: grey ones among colour ones are repeated."
+    if len({m.data.ndim for m in micrographs}) == 1:
+        return micrographs
+    in_colour = []
+    for m in micrographs:
+        data = np.repeat(m.data[None], 3, axis=0) if m.data.ndim == 2 else m.data
+        in_colour.append(replace(m, data=data))
+    return in_colour
 
 
-def _read_truth(row):
-    "What a dataset folder knows of one image; None where it knows nothing."
-    if row.maps is None and row.table is None:
+def _common_scale(scales, simulated, name, notes):
+    "The pixel size of all images; None where there is no common one, which only datasets with their truth may have."
+    if scales is None:
         return None
-    maps, table = None, None
-    if row.table is not None:
-        table = read_table(row.table)
-    if row.maps is not None:
-        stack = read(row.maps, 1.0)
-        names = stack.metadata["channels"]
-        planes = stack.data if stack.data.ndim == 3 else stack.data[None]
-        maps = dict(zip(names, planes))
-    return Truth(maps, table, row.label)
+    smallest, largest = min(scales), max(scales)
+    if np.allclose(smallest, largest, rtol=1e-3):
+        return scales[0]
+    if not simulated:
+        raise InputError(
+            f"{name} have pixel sizes from {smallest} to {largest} nm: resample them to one."
+        )
+    notes.append(
+        f"{name} have pixel sizes from {smallest[0]:.3g} to {largest[0]:.3g} nm: frequencies are in 1/px."
+    )
+    return None
 
 
 def _recipe(folder):
@@ -151,7 +177,9 @@ def _recipe(folder):
 
 def standardised(
     images: ImageSet,  # N images
-) -> ImageSet:  # each with mean 0 and standard deviation 1; colour is moved and stretched with its luminance
+) -> (
+    ImageSet
+):  # each with mean 0 and standard deviation 1; colour is moved and stretched with its luminance
     "Take differences of brightness and contrast out of a set."
     mean = images.data.mean((1, 2), keepdims=True)
     centred = images.data - mean
@@ -177,7 +205,9 @@ def kind_of_sets(
     known = {kind_of(folder) for folder in folders} - {Kind()}
     if len(known) > 1:
         names = ", ".join(sorted(k.name for k in known))
-        notes.append(f"The sets are of different kinds ({names}): they are compared as plain images.")
+        notes.append(
+            f"The sets are of different kinds ({names}): they are compared as plain images."
+        )
         return Kind()
     if structure is not None and not known:
         known = {k for k in map(kind, KINDS) if k.takes_structure}

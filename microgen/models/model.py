@@ -281,7 +281,9 @@ class Model(Options):
         "What else `microgen.train.run.train` is told."
         return {}
 
-    def chosen_by(self) -> str | None:  # the metric whose best epoch is the result; None: the last epoch
+    def chosen_by(
+        self,
+    ) -> str | None:  # the metric whose best epoch is the result; None: the last epoch
         "Decide what best_by=auto means."
         return "valid_loss" if self.best_by == "auto" else self.best_by
 

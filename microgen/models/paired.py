@@ -132,7 +132,7 @@ class PairedModel(Model):
         scenes = given_scenes(data, asked) if asked.maps else new_scenes(data, asked)
         for index, scene in enumerate(scenes):
             rng = np.random.default_rng([asked.seed, index])
-            yield self.generate(network, data, scene, asked, rng) 
+            yield self.generate(network, data, scene, asked, rng)
 
     def generate(
         self,

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from ..core import InputError
 from microgen.nets.blocks import (
     Block,
-    PixelNoise,
     FocusGate,
+    PixelNoise,
     code,
     code_length,
     grow,

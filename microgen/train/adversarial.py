@@ -582,12 +582,16 @@ GAN_MODES = ("vanilla", "lsgan", "hinge", "relativistic")
 
 def gan_losses(
     mode: str = "vanilla",  # one of GAN_MODES
-) -> tuple:  # d(real logits, fake logits) -> dict of scalars; g(fake logits, real logits=None) -> scalar
+) -> (
+    tuple
+):  # d(real logits, fake logits) -> dict of scalars; g(fake logits, real logits=None) -> scalar
     """The adversarial terms: cross-entropy, least squares, hinge, or relativistic pairs (real logits in g too).
     Raises: InputError for another name.
     Source: 10.48550/arXiv.1406.2661, arXiv.1611.04076, arXiv.1705.02894, arXiv.2501.05441"""
     if mode not in GAN_MODES:
-        raise InputError(f"mode={mode!r} is no adversarial loss; choose from {', '.join(GAN_MODES)}.")
+        raise InputError(
+            f"mode={mode!r} is no adversarial loss; choose from {', '.join(GAN_MODES)}."
+        )
 
     def d_terms(real, fake):
         real = real.float()

@@ -239,7 +239,9 @@ class MustTrain(Callback):
         self.steps = 0
         self.moved = False
         if not any(p.requires_grad for p in self.learn.model.parameters()):
-            raise InputError("All of the model is frozen, so there is nothing to train; free a part of it.")
+            raise InputError(
+                "All of the model is frozen, so there is nothing to train; free a part of it."
+            )
 
     def before_batch(self):
         "Count the batches that are used."
@@ -257,7 +259,9 @@ class MustTrain(Callback):
         """Look back on the epoch.
         Raises: InputError when nothing was trained."""
         guard = getattr(self.learn, "na_n_guard", None)
-        refused = guard is not None and guard.steps  # steps that were not finite have their own word
+        refused = (
+            guard is not None and guard.steps
+        )  # steps that were not finite have their own word
         if self.moved or not self.batches or refused:
             return
         if self.steps:
@@ -518,7 +522,8 @@ class TimeBudget(Callback):
 
     def __init__(
         self,
-        hours: float | None = None,  # of training until it stops by itself, to be resumed; None for no limit
+        hours: float
+        | None = None,  # of training until it stops by itself, to be resumed; None for no limit
     ):
         self.hours = hours
         self.begin = 0.0  # seconds, on the monotonic clock

@@ -170,9 +170,7 @@ def _run_callbacks(out, options, preview):
         return cbs
     if options.preview_every:
         pictures = out / "previews"
-        cbs.append(
-            Preview(pictures, options.preview_every, make=preview, shown=options.shown)
-        )
+        cbs.append(Preview(pictures, options.preview_every, make=preview, shown=options.shown))
     cbs.append(History(out / "history.csv"))
     return cbs
 
@@ -408,7 +406,9 @@ def train(
     checkpoint_every: int | None = None,  # steps between checkpoints, instead of minutes
     shown: bool = True,  # previews in the notebook
     cbs=(),  # more callbacks
-) -> Learner:  # the learner; its model is the result. learn.stopped says why it stopped early, or is empty
+) -> (
+    Learner
+):  # the learner; its model is the result. learn.stopped says why it stopped early, or is empty
     """Train into a folder, so that nothing is ever lost.
     Raises: InputError when the folder holds another model or other data, or when nothing trains; Diverged; MicrogenError when memory is short."""
     options = RunOptions(

@@ -7,13 +7,11 @@ __all__ = ['Particles']
 
 # %% ../../../nbs/86_kinds.particles.particles.ipynb #9658b795
 import numpy as np
-from fastcore.basics import patch
 
 from ...core import InputError, Micrograph
 from ...kind import SYMMETRIES, Kind, Truth
 from .condition import CHANNELS, condition
-from .evaluate import MEASURES, size_tables
-from .evaluate import evaluate as evaluate_image
+from .evaluate import MEASURES, evaluate, size_tables
 
 # %% ../../../nbs/86_kinds.particles.particles.ipynb #29d64506
 class Particles(Kind):
@@ -63,27 +61,23 @@ class Particles(Kind):
         "All mirrors and rotations: no class of particles has a direction."
         return tuple(SYMMETRIES)
 
-# %% ../../../nbs/86_kinds.particles.particles.ipynb #c1bdff62
-@patch
-def evaluate(
-    self: Particles,
-    image: Micrograph,  # generated or real
-    truth: Truth,  # what it was asked to show
-    context: object = None,  # not needed
-    reference: Micrograph = None,  # not needed
-) -> dict:  # measure to number
-    "Compare an image with its mask: particles found, counted, sized."
-    return evaluate_image(image, truth, context, reference)
+    def evaluate(
+        self,
+        image: Micrograph,  # generated or real image
+        truth: Truth,  # what it was asked to show: maps with "particle", and a table
+        context: object = None,  # not needed
+        reference: Micrograph = None,  # not needed
+    ) -> dict:  # measure to number; NaN where an image shows none
+        """Count an image and compare it with its mask, see microgen.kinds.particles.evaluate.
+        Raises: InputError when image and mask have different sizes."""
+        return evaluate(image, truth, context, reference)
 
-
-@patch
-def compare_sets(
-    self: Particles,
-    real: np.ndarray,  # (N, H, W)
-    fake: np.ndarray,  # (N, H, W)
-    pixel_size: tuple,  # (py, px), nm
-    context: object = None,  # not needed
-    paired: bool = False,  # not needed
-) -> dict:  # heading to (table, caption)
-    "Numbers and sizes of the particles, generated against real."
-    return size_tables(real, fake, pixel_size, context, paired)
+    def compare_sets(
+        self,
+        real: list,  # N Micrographs: real images
+        fake: list,  # N Micrographs: generated images
+        context: object = None,  # not needed
+        paired: bool = False,  # not needed
+    ) -> dict:  # heading to (table, caption)
+        "Compare number and size of the particles of two sets."
+        return size_tables(real, fake)

@@ -22,8 +22,7 @@ from microgen.kinds.walls.condition import (
     move_maps,
     move_table,
 )
-from .evaluate import MEASURES, bragg_tables, crystal_of
-from .evaluate import evaluate as evaluate_image
+from .evaluate import MEASURES, bragg_tables, crystal_of, evaluate
 from .recipe import Recipe
 
 # %% ../../../nbs/85_kinds.walls.walls.ipynb #67c3f201
@@ -54,6 +53,17 @@ class Walls(Kind):
     def recipe(self) -> type:  # a DatasetRecipe
         "The recipe of which images are simulated."
         return Recipe
+
+    def evaluate(
+        self,
+        image: Micrograph,  # generated or real image
+        truth: Truth,  # what it was asked to show: a table of columns, and maps
+        context: object = None,  # crystal, of the method context; None: positions only
+        reference: Micrograph = None,  # a real scan of the same scene: the bound is its
+    ) -> dict:  # measure to number; NaN where the image does not show it
+        """Compare an image with its truth, see microgen.kinds.walls.evaluate.
+        Raises: InputError when image and table do not belong together."""
+        return evaluate(image, truth, context, reference)
 
     def condition(
         self,
@@ -126,38 +136,26 @@ def move_truth(
         label = ""
     return Truth(maps, table, label)
 
-# %% ../../../nbs/85_kinds.walls.walls.ipynb #b8f40009
+# %% ../../../nbs/85_kinds.walls.walls.ipynb #a530ecfe
 @patch
 def context(
     self: Walls,
     recipe=None,  # Recipe of the images, or None
-    structure=None,  # a shipped name, a CIF or a pymatgen Structure instead
-) -> object:  # the crystal, where it has a polarity; None: positions only
-    "The crystal that the images show."
+    structure=None,  # name, CIF or Structure that a user gave instead
+) -> object:  # pymatgen Structure of an h-RMnO3; None where neither is one
+    """Say by which crystal images are measured, see microgen.kinds.walls.evaluate.crystal_of.
+    Raises: InputError when the user's structure is no h-RMnO3."""
     return crystal_of(recipe, structure)
-
-
-@patch
-def evaluate(
-    self: Walls,
-    image: Micrograph,  # generated or real
-    truth: Truth,  # what it was asked to show
-    context: object = None,  # the crystal
-    reference: Micrograph = None,  # a scan of the same scene, whose bound counts
-) -> dict:  # measure to number
-    "Compare an image with its truth: columns, displacements, order, walls."
-    return evaluate_image(image, truth, context, reference)
 
 
 @patch
 def compare_sets(
     self: Walls,
-    real: np.ndarray,  # (N, H, W)
-    fake: np.ndarray,  # (N, H, W)
-    pixel_size: tuple,  # (py, px), nm
-    context: object = None,  # the crystal
+    real: list,  # N Micrographs: real images
+    fake: list,  # N Micrographs: generated images
+    context: object = None,  # of the method context; None: no table
     paired: bool = False,  # do the i-th images show the same scene?
 ) -> dict:  # heading to (table, caption)
-    """Bragg reflections, generated against real.
-    Raises: InputError when the lattice is not in the real images."""
-    return bragg_tables(real, fake, pixel_size, context, paired)
+    """Compare the Bragg reflections of two sets.
+    Raises: InputError when the lattice is not in the images."""
+    return bragg_tables(real, fake, context, paired)
