@@ -19,8 +19,8 @@ from microgen.gan.loss import d_terms, g_terms, generate
 from microgen.gan.pix2pix import Pix2Pix, pix2pix_learner, spread
 from microgen.gan.router import RouterPix2Pix, router_learner
 from microgen.io.files import read
+from microgen.kinds.walls.evaluate import column_errors, rms_pm
 from microgen.kinds.walls.recipe import Recipe
-from microgen.metrics.physics import column_errors, rms_pm
 from microgen.models.pix2pix import Pix2PixModel, RouterModel
 from microgen.models.sample import sample_run
 from microgen.models.train import train_model

@@ -17,11 +17,10 @@ import torch
 from fastai.data.core import DataLoaders
 from torch import nn
 
-from ..core import InputError, Micrograph
+from ..core import InputError, Micrograph, mean_estimate
 from ..data.files import scale
 from ..io.files import read
 from ..kind import Kind, Truth
-from ..core import mean_estimate
 from ..metrics.image import ssim
 from .model import TrainingData
 from ..progress import progress_bar
