@@ -48,7 +48,9 @@ def main():
                 path.write_bytes(picture)
     if old and "--check" in sys.argv:
         names = ", ".join(old)
-        sys.exit(f"nbs/images/{names}: not what the tutorial shows; run `python .ci/first_pictures.py`")
+        sys.exit(
+            f"nbs/images/{names}: not what the tutorial shows; run `python .ci/first_pictures.py`"
+        )
     if old:
         print("wrote", *old)
 

@@ -224,7 +224,7 @@ def test_the_bib_entry_agrees_with_the_citation_file():
 
 
 def test_the_changelog_page_shows_the_file():
-    (cell,) = cells("changelog.ipynb", "code")
+    cell = cells("changelog.ipynb", "code")[-1]
     (shown,) = [o.data["text/markdown"] for o in cell.outputs if "text/markdown" in o.data]
     title, _, body = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("\n")
     assert title == "# Changelog" and shown.strip() == body.strip(), (
@@ -292,5 +292,7 @@ def test_the_english_of_a_page(name):
 def test_no_page_installs_another_project(name):
     "The name on PyPI is not ours."
     everything = "\n".join(c.source for c in cells(name))
-    found = re.findall(r"pip install[^\n`&]*?[ \"']microgen(?:\[[\w,]*\])?[\"']?(?!\S| @)", everything)
+    found = re.findall(
+        r"pip install[^\n`&]*?[ \"']microgen(?:\[[\w,]*\])?[\"']?(?!\S| @)", everything
+    )
     report([f"nbs/{name}: {line}" for line in found], "install from a clone: pip install .")
