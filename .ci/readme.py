@@ -14,14 +14,8 @@ import nbformat
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def page_of(path):
-    "Name of the page that nbdev makes of a notebook: 'tutorials/01_walls.ipynb' gives 'tutorials/walls.html'."
-    path = Path(path)
-    return (
-        path.with_name(re.sub(r"^\d+[a-zA-Z0-9]*_", "", path.name)).with_suffix(".html").as_posix()
-    )
+sys.path.insert(0, str(ROOT / ".ci"))  # also for nbdev, which imports site_processors by name
+from address import page_of  # noqa: E402
 
 
 def link(match, site):

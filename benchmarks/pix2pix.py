@@ -41,20 +41,20 @@ import matplotlib.pyplot as plt
 
 from microgen.core import Micrograph
 from microgen.data.build import build, read_recipe
-from microgen.data.condition import condition
 from microgen.data.files import list_images, scale
 from microgen.gan.pix2pix import spread
 from microgen.io.files import read
-from microgen.kinds.walls.recipe import TABLE, Recipe, draw
-from microgen.metrics.features import random_extractor
-from microgen.metrics.image import ssim
-from microgen.metrics.physics import (
+from microgen.kinds.walls.condition import condition
+from microgen.kinds.walls.evaluate import (
     bragg_transfer,
     column_errors,
     position_bound,
     rms_pm,
     structure_errors,
 )
+from microgen.kinds.walls.recipe import TABLE, Recipe, draw
+from microgen.metrics.features import random_extractor
+from microgen.metrics.image import ssim
 from microgen.metrics.sets import copy_test, feature_pair, half_samples, kernel_distance
 from microgen.models.train import train_pix2pix
 from microgen.nets.style import STYLE

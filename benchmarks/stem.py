@@ -254,7 +254,7 @@ def rows(quick):
     try:
         peers = abtem_seconds(quick)
     except ImportError:
-        print('abTEM is missing: pip install "microgen[dev]" for its rows')
+        print("abTEM is missing: pip install abtem for its rows")
         return
     limit, error = phonon_limit()
     for name, (needed, how) in peers.items():

@@ -36,6 +36,10 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "metrics.compare": ["compare"],
         "train.hub": ["load_model"],
         "gan.pix2pix": ["pix2pix_learner"],
-        "models.train": ["train_pix2pix", "sample_run"],
+        "models.model": ["Model", "Options"],
+        "models.pix2pix": ["Pix2PixModel", "RouterModel"],
+        "models.train": ["train_model"],
+        "models.sample": ["sample_run"],
+        "models.run": ["load_run"],
     },
 )

@@ -14,9 +14,10 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import ListedColormap
 from matplotlib_scalebar.scalebar import ScaleBar
 
-from .core import InputError, Micrograph, _pixel_size, check_positive
+from .core import InputError, Micrograph, as_pixel_size, check_positive
 
 # %% ../nbs/02_plot.ipynb #f3e420d4
+# Entered around artists only: around the first figure it would undo matplotlib's choice of a backend.
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -24,24 +25,26 @@ _STYLE = {
     "image.origin": "upper",
     "legend.fontsize": 8,
 }
-# It is entered around artists only: around the first figure it would undo matplotlib's choice of a backend.
 
 # %% ../nbs/02_plot.ipynb #fc0c59cc
-def _drawable(image, pixel_size) -> tuple:
-    "Array that matplotlib draws, and (py, px) in nm or None."
+def _as_picture(image, pixel_size) -> tuple:
+    "Array (H, W) or (H, W, 3) for matplotlib, and (py, px) in nm or None."
     if isinstance(image, Micrograph):
-        image, pixel_size = image.data, pixel_size or image.pixel_size
+        pixel_size = pixel_size or image.pixel_size
+        image = image.data
     data = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image)
-    data = data[0] if data.ndim == 3 and data.shape[0] == 1 else data
+    if data.ndim == 3 and data.shape[0] == 1:
+        data = data[0]
     if data.ndim == 3 and data.shape[0] == 3 and data.shape[-1] != 3:
         data = np.moveaxis(data, 0, -1)
     if data.ndim == 3 and data.shape[-1] == 3:
-        data = np.clip(data if data.dtype == np.uint8 or data.max() <= 1 else data / 255, 0, 255)
+        from_0_to_1 = data.dtype == np.uint8 or data.max() <= 1
+        data = np.clip(data if from_0_to_1 else data / 255, 0, 255)
     elif data.ndim != 2:
         raise InputError(
-            f"an image of shape {data.shape} cannot be drawn; show one channel, image[i]."
+            f"an image of shape {data.shape} cannot be plotted; show one channel, image[i]."
         )
-    return data, _pixel_size(pixel_size) if pixel_size is not None else None
+    return data, None if pixel_size is None else as_pixel_size(pixel_size)
 
 # %% ../nbs/02_plot.ipynb #6b5db3c5
 def _limits(data, vmin, vmax, cmap):
@@ -56,47 +59,57 @@ def _limits(data, vmin, vmax, cmap):
     return low if vmin is None else vmin, high if vmax is None else vmax
 
 # %% ../nbs/02_plot.ipynb #5d312709
-def _axes(ax, shape, pixel, size):
+def _axes(ax, shape, pixel_size, size):
     "The axes given, or new ones in the shape of the image, `size` inches wide or high."
     if ax is not None:
         return ax
-    h, w = np.array(shape[:2]) * (pixel or (1, 1))
-    figsize = np.clip(size * np.array([w, h]) / max(h, w), 1.2, None)
-    return plt.subplots(figsize=figsize, dpi=72, layout="constrained")[1]
+    height, width = np.array(shape[:2]) * (pixel_size or (1, 1))
+    figsize = size * np.array([width, height]) / max(height, width)
+    _, ax = plt.subplots(figsize=np.clip(figsize, 1.2, None), dpi=72, layout="constrained")
+    return ax
+
+
+def _add_scale_bar(ax):
+    "A white scale bar on a grey box, lower right."
+    bar = ScaleBar(
+        1,
+        "nm",
+        location="lower right",
+        border_pad=0.3,
+        length_fraction=0.3,
+        color="white",
+        box_color="black",
+        box_alpha=0.45,
+        font_properties={"size": 9},
+    )
+    ax.add_artist(bar)
 
 # %% ../nbs/02_plot.ipynb #d0645e93
 def show(
     image,  # Micrograph, or array (H, W), (3, H, W), (H, W, 3)
-    pixel_size=None,  # nm per pixel, one number or (py, px); an array without it is drawn without scale bar
-    ax=None,  # matplotlib Axes to draw into; default: a new small figure
+    pixel_size=None,  # nm per pixel, one number or (py, px); an array without it has no scale bar
+    ax=None,  # matplotlib Axes; default: a new small figure
     title=None,  # text above
     cmap="gray",  # matplotlib colour map
-    scalebar=True,  # draw the scale bar
+    scalebar=True,  # add the scale bar
     size=3,  # longer side of a new figure, inches
     vmin=None,  # value of black; default: the 0.1 percentile for grey images, else the minimum
     vmax=None,  # value of white; default: the 99.9 percentile for grey images, else the maximum
 ) -> plt.Axes:  # the axes, in nm
-    """Draw an image with its scale bar, in nm, centre of pixel (0, 0) at the origin.
+    """Plot an image with its scale bar, in nm, centre of pixel (0, 0) at the origin.
     Raises: InputError when the array is no image."""
-    data, pixel = _drawable(image, pixel_size)
-    py, px = pixel or (1.0, 1.0)
-    ax, (h, w) = _axes(ax, data.shape, pixel, size), data.shape[:2]
+    data, pixel_size = _as_picture(image, pixel_size)
+    height, width = data.shape[:2]
+    py, px = pixel_size or (1.0, 1.0)
+    ax = _axes(ax, data.shape, pixel_size, size)
     vmin, vmax = _limits(data, vmin, vmax, cmap)
-    extent = (-px / 2, (w - 0.5) * px, (h - 0.5) * py, -py / 2)
+    extent = (-px / 2, (width - 0.5) * px, (height - 0.5) * py, -py / 2)
     with plt.rc_context(_STYLE):
         ax.imshow(data, cmap=cmap, vmin=vmin, vmax=vmax, extent=extent)
         if title:
             ax.set_title(title)
-    if scalebar and pixel:
-        style = {
-            "color": "white",
-            "box_color": "black",
-            "box_alpha": 0.45,
-            "font_properties": {"size": 9},
-        }
-        ax.add_artist(
-            ScaleBar(1, "nm", location="lower right", border_pad=0.3, length_fraction=0.3, **style)
-        )
+    if scalebar and pixel_size:
+        _add_scale_bar(ax)
     ax.set_axis_off()
     return ax
 
@@ -109,116 +122,141 @@ def show_grid(
     size=2.5,  # width or height of each, inches
     **kw,  # as show
 ) -> plt.Figure:  # the figure
-    """Draw images side by side.
+    """Plot images side by side.
     Raises: InputError when there is none."""
     if isinstance(images, dict):
         titles, images = list(images), list(images.values())
     images = list(images)
     if not images:
         raise InputError("there is no image to show; give a list with at least one.")
+    if titles is None:
+        titles = [None] * len(images)
+
+    # all panels have the shape of the first image, with room for a title
+    first, pixel = _as_picture(images[0], pixel_size)
+    height, width = np.array(first.shape[:2]) * (pixel or (1, 1))
+    inches = size / max(height, width)
     ncols = min(ncols, len(images))
-    data, pixel = _drawable(images[0], pixel_size)
-    h, w = np.array(data.shape[:2]) * (pixel or (1, 1))
-    rows, unit = -(-len(images) // ncols), size / max(h, w)
-    figsize = (ncols * w * unit, rows * (h * unit + 0.2))
+    nrows = -(-len(images) // ncols)
     fig, axs = plt.subplots(
-        rows, ncols, figsize=figsize, dpi=72, layout="constrained", squeeze=False
+        nrows,
+        ncols,
+        figsize=(ncols * width * inches, nrows * (height * inches + 0.2)),
+        dpi=72,
+        layout="constrained",
+        squeeze=False,
     )
-    for ax in axs.flat[len(images) :]:
-        ax.set_axis_off()
-    for ax, one, title in zip(
-        axs.flat, images, titles if titles is not None else [None] * len(images)
-    ):
-        show(one, pixel_size, ax=ax, title=title, **kw)
+    for ax, image, title in zip(axs.flat, images, titles):
+        show(image, pixel_size, ax=ax, title=title, **kw)
+    for unused in axs.flat[len(images) :]:
+        unused.set_axis_off()
     return fig
 
 # %% ../nbs/02_plot.ipynb #832a2589
-def _colour_numbers(ax, x, y, values, by, size):
-    "Scatter with a colour bar: cyclic for angles, diverging for signed numbers, else sequential."
-    top = float(np.nanmax(np.abs(values))) if len(values) else 1.0
+def _require_columns(table, *names):
+    "Refuse a table that lacks a column."
+    missing = [name for name in names if name not in table]
+    if missing:
+        raise InputError(
+            f"the table lacks {', '.join(missing)}; it has {', '.join(map(str, table))}."
+        )
+
+
+def _image_below(image, table, ax, kw):
+    "Axes with the image, or with a frame that holds the table when there is no image."
+    if image is not None:
+        ax = show(image, ax=ax, **kw)
+        ax.set_autoscale_on(False)  # columns of the rim do not widen the picture
+        return ax
+    height = max(float(np.max(table["y_nm"])), 1e-3)
+    width = max(float(np.max(table["x_nm"])), 1e-3)
+    return show(np.zeros((2, 2)), (height / 2, width / 2), ax=ax, cmap="gray_r", **kw)
+
+
+def _plot_numbers(ax, x, y, values, by, size):
+    "Dots with a colour bar: cyclic for angles, diverging for signed numbers, else sequential."
+    largest = float(np.nanmax(np.abs(values))) if len(values) else 1.0
     if by.startswith("phi"):
-        values, style = values % (2 * np.pi), {"cmap": phase_cmap(), "vmin": 0, "vmax": 2 * np.pi}
+        values = values % (2 * np.pi)
+        style = {"cmap": phase_cmap(), "vmin": 0, "vmax": 2 * np.pi}
     elif np.nanmin(values, initial=0) < 0:
-        style = {"cmap": "RdBu_r", "vmin": -top, "vmax": top}
+        style = {"cmap": "RdBu_r", "vmin": -largest, "vmax": largest}
     else:
         style = {"cmap": "viridis"}
     dots = ax.scatter(x, y, c=values, s=size, linewidths=0, **style)
     ax.figure.colorbar(dots, ax=ax, label=by, shrink=0.8)
-    return dots
+
+
+def _plot_words(ax, x, y, words, size):
+    "Dots with a colour for each word, and a legend."
+    for i, word in enumerate(sorted(set(words))):
+        these = words == word
+        ax.scatter(x[these], y[these], s=size, label=word, color=f"C{i % 10}", linewidths=0)
+    with plt.rc_context(_STYLE):
+        ax.legend(loc="upper right", borderpad=0.3, handletextpad=0.2, framealpha=0.7)
 
 # %% ../nbs/02_plot.ipynb #c2ad0b27
 def show_columns(
-    image,  # Micrograph or array (H, W); None draws the columns alone
+    image,  # Micrograph or array (H, W); None shows the columns alone
     table,  # DataFrame with y_nm, x_nm and the column by
     by="element",  # the column that gives the colour
     ax=None,  # matplotlib Axes; default: a new figure
     size=12,  # area of a dot, points²
     **kw,  # as show
 ) -> plt.Axes:  # the axes, in nm
-    """Draw columns on the image, coloured by what they are or by what was measured.
+    """Plot columns on the image, coloured by what they are or by what was measured.
     Raises: InputError when the table lacks a column."""
     _require_columns(table, "y_nm", "x_nm", by)
-    ax = _under(image, table, ax, kw)
-    x, y, values = (np.asarray(table[c]) for c in ("x_nm", "y_nm", by))
-    if values.dtype.kind in "fiu" and by not in ("trimer", "layer", "domain"):
-        _colour_numbers(ax, x, y, values.astype(float), by, size)
+    ax = _image_below(image, table, ax, kw)
+    x, y, values = np.asarray(table["x_nm"]), np.asarray(table["y_nm"]), np.asarray(table[by])
+    is_number = values.dtype.kind in "fiu" and by not in ("trimer", "layer", "domain")
+    if is_number:
+        _plot_numbers(ax, x, y, values.astype(float), by, size)
     else:
-        for i, name in enumerate(sorted(set(map(str, values)))):
-            of = values.astype(str) == name
-            ax.scatter(x[of], y[of], s=size, label=name, color=f"C{i % 10}", linewidths=0)
-        with plt.rc_context(_STYLE):
-            ax.legend(loc="upper right", borderpad=0.3, handletextpad=0.2, framealpha=0.7)
+        _plot_words(ax, x, y, values.astype(str), size)
     return ax
 
-# %% ../nbs/02_plot.ipynb #74e1c5de
-def _require_columns(table, *names):
-    "Refuse a table that lacks a column."
-    if missing := [n for n in names if n not in table]:
-        raise InputError(
-            f"the table lacks {', '.join(missing)}; it has {', '.join(map(str, table))}."
-        )
-
-# %% ../nbs/02_plot.ipynb #8e88ea7b
-def _under(image, table, ax, kw):
-    "Axes with the image, or with a frame that holds the table when there is no image."
-    if image is not None:
-        ax = show(image, ax=ax, **kw)
-        ax.set_autoscale_on(False)  # columns of the rim do not widen the picture
-        return ax
-    h, w = (max(float(np.max(table[c])), 1e-3) for c in ("y_nm", "x_nm"))
-    return show(np.zeros((2, 2)), (h / 2, w / 2), ax=ax, cmap="gray_r", **kw)
-
 # %% ../nbs/02_plot.ipynb #56c3be13
+def _displacements(table, polar_deg):
+    "Displacements dy, dx in nm: from the reference positions, or disp_pm along +c."
+    if {"y0_nm", "x0_nm"} <= set(table):
+        dy = np.asarray(table["y_nm"], float) - np.asarray(table["y0_nm"], float)
+        dx = np.asarray(table["x_nm"], float) - np.asarray(table["x0_nm"], float)
+        return dy, dx
+    _require_columns(table, "disp_pm")
+    along_c = 1e-3 * np.asarray(table["disp_pm"], float)
+    direction = np.radians(polar_deg)
+    return -along_c * np.cos(direction), -along_c * np.sin(direction)
+
+
 def show_arrows(
-    image,  # Micrograph or array (H, W); None draws the arrows alone
+    image,  # Micrograph or array (H, W); None shows the arrows alone
     table,  # DataFrame with y_nm, x_nm and y0_nm, x0_nm (reference), or disp_pm along +c
     scale=10,  # how many times the arrows are longer than the displacements
     ax=None,  # matplotlib Axes; default: a new figure
     polar_deg=0.0,  # direction of +c for disp_pm, degrees counter-clockwise from up
     **kw,  # as show
 ) -> plt.Axes:  # the axes, in nm
-    """Draw displacements as arrows, red up and blue down, enlarged `scale` times.
+    """Plot displacements as arrows, red up and blue down, enlarged `scale` times.
     Raises: InputError when the table holds no displacement."""
-    _require_columns(
-        table, "y_nm", "x_nm", *(() if {"y0_nm", "x0_nm"} <= set(table) else ("disp_pm",))
-    )
+    _require_columns(table, "y_nm", "x_nm")
+    dy, dx = _displacements(table, polar_deg)
     check_positive("scale", scale)
-    y, x = (np.asarray(table[c], float) for c in ("y_nm", "x_nm"))
-    if {"y0_nm", "x0_nm"} <= set(table):
-        dy, dx = y - np.asarray(table["y0_nm"], float), x - np.asarray(table["x0_nm"], float)
-    else:
-        turn, u = np.radians(polar_deg), 1e-3 * np.asarray(table["disp_pm"], float)
-        dy, dx = -u * np.cos(turn), -u * np.sin(turn)
-    ax, real = _under(image, table, ax, kw), np.isfinite(dy) & np.isfinite(dx)
-    colour = np.where(dy[real] <= 0, "#ff5a4d", "#5db2ff")
-    style = {
-        "angles": "xy",
-        "scale_units": "xy",
-        "scale": 1 / scale,
-        "width": 0.008,
-        "pivot": "mid",
-    }
-    ax.quiver(x[real], y[real], dx[real], dy[real], color=colour, **style)
+    y, x = np.asarray(table["y_nm"], float), np.asarray(table["x_nm"], float)
+    ax = _image_below(image, table, ax, kw)
+    known = np.isfinite(dy) & np.isfinite(dx)
+    ax.quiver(
+        x[known],
+        y[known],
+        dx[known],
+        dy[known],
+        color=np.where(dy[known] <= 0, "#ff5a4d", "#5db2ff"),
+        angles="xy",
+        scale_units="xy",
+        scale=1 / scale,
+        width=0.008,
+        pivot="mid",
+    )
     ax.text(
         0.02,
         0.98,
@@ -244,45 +282,45 @@ def show_mask(
     Raises: InputError when the shapes differ."""
     mask = np.asarray(mask) != 0
     ax = show(image, ax=ax, **kw)
-    drawn = ax.images[-1]
-    if mask.shape != drawn.get_array().shape[:2]:
-        shape = drawn.get_array().shape[:2]
+    picture = ax.images[-1]
+    shape = picture.get_array().shape[:2]
+    if mask.shape != shape:
         raise InputError(f"the mask has shape {mask.shape}, the image {shape}; they must agree.")
-    flat = np.ma.masked_where(~mask, mask)
-    style = {"extent": drawn.get_extent(), "interpolation": "nearest"}
-    ax.imshow(flat, cmap=ListedColormap([color]), alpha=alpha, **style)
+    ax.imshow(
+        np.ma.masked_where(~mask, mask),
+        cmap=ListedColormap([color]),
+        alpha=alpha,
+        extent=picture.get_extent(),
+        interpolation="nearest",
+    )
     return ax
 
 # %% ../nbs/02_plot.ipynb #677bc5b2
-_L, _C = (
-    0.75,
-    0.124,
-)  # Oklab lightness and chroma: the most colourful ring that sRGB holds at this lightness
+# the most colourful ring that sRGB holds at this lightness
+_LIGHTNESS, _CHROMA = 0.75, 0.124  # Oklab
 
 # %% ../nbs/02_plot.ipynb #31036b40
+# Source: B. Ottosson, https://bottosson.github.io/posts/oklab
+_LMS_OF_LAB = [
+    [1, 0.3963377774, 0.2158037573],
+    [1, -0.1055613458, -0.0638541728],
+    [1, -0.0894841775, -1.2914855480],
+]
+_RGB_OF_LMS = np.array(
+    [
+        [4.0767416621, -1.2684380046, -0.0041960863],
+        [-3.3077115913, 2.6097574011, -0.7034186147],
+        [0.2309699292, -0.3413193965, 1.7076147010],
+    ]
+)
+
+
 def _srgb(lightness, a, b) -> np.ndarray:
-    "Oklab to sRGB in [0, 1] (B. Ottosson, https://bottosson.github.io/posts/oklab)."
-    lms = (
-        np.stack(
-            [
-                lightness + 0.3963377774 * a + 0.2158037573 * b,
-                lightness - 0.1055613458 * a - 0.0638541728 * b,
-                lightness - 0.0894841775 * a - 1.2914855480 * b,
-            ],
-            -1,
-        )
-        ** 3
-    )
-    linear = lms @ np.array(
-        [
-            [4.0767416621, -1.2684380046, -0.0041960863],
-            [-3.3077115913, 2.6097574011, -0.7034186147],
-            [0.2309699292, -0.3413193965, 1.7076147010],
-        ]
-    )
-    return np.where(
-        linear > 0.0031308, 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055, 12.92 * linear
-    )
+    "Oklab to sRGB in [0, 1]."
+    roots = [one * lightness + of_a * a + of_b * b for one, of_a, of_b in _LMS_OF_LAB]
+    linear = np.stack(roots, -1) ** 3 @ _RGB_OF_LMS
+    bright = 1.055 * np.maximum(linear, 1e-9) ** (1 / 2.4) - 0.055
+    return np.where(linear > 0.0031308, bright, 12.92 * linear)
 
 # %% ../nbs/02_plot.ipynb #b4dcd838
 def phase_rgb(
@@ -293,9 +331,9 @@ def phase_rgb(
     Source: equation above; Oklab, https://bottosson.github.io/posts/oklab"""
     Q, phi = np.broadcast_arrays(np.clip(np.asarray(Q, float), 0, 1), np.asarray(phi, float))
     hue = phi + 0.4  # puts the six states on six colours that have names
-    return np.clip(_srgb(Q * _L, Q * _C * np.cos(hue), Q * _C * np.sin(hue)), 0, 1).astype(
-        np.float32
-    )
+    chroma = Q * _CHROMA
+    rgb = _srgb(Q * _LIGHTNESS, chroma * np.cos(hue), chroma * np.sin(hue))
+    return np.clip(rgb, 0, 1).astype(np.float32)
 
 # %% ../nbs/02_plot.ipynb #154f7115
 def phase_cmap() -> ListedColormap:  # cyclic, for values from 0 to 2π
@@ -303,20 +341,33 @@ def phase_cmap() -> ListedColormap:  # cyclic, for values from 0 to 2π
     return ListedColormap(phase_rgb(1, np.linspace(0, 2 * np.pi, 361)[:-1]), name="phase")
 
 # %% ../nbs/02_plot.ipynb #850652fc
-_NAMES = ("α−", "β+", "γ−", "α+", "β−", "γ+")  # the six states of an h-RMnO3 at multiples of 60°
+_STATES = ("α−", "β+", "γ−", "α+", "β−", "γ+")  # the six states of an h-RMnO3 at multiples of 60°
 
 # %% ../nbs/02_plot.ipynb #93b99d03
 def _wheel(ax, labels):
     "Colour wheel: angle counter-clockwise from the right, amplitude from the centre."
-    v, u = np.mgrid[1:-1:101j, -1:1:101j]
-    r = np.hypot(u, v)
-    disc = np.dstack([phase_rgb(r, np.arctan2(v, u)), r <= 1])
+    y, x = np.mgrid[1:-1:101j, -1:1:101j]
+    radius = np.hypot(x, y)
+    opaque = radius <= 1
+    disc = np.dstack([phase_rgb(radius, np.arctan2(y, x)), opaque])
     ax.imshow(disc, extent=(-1, 1, -1, 1), interpolation="bilinear")
     for k, name in enumerate(labels):
-        y, x = 1.35 * np.sin(k * np.pi / 3), 1.35 * np.cos(k * np.pi / 3)
-        ax.text(x, y, name, ha="center", va="center", fontsize=8)
+        angle = k * np.pi / 3
+        ax.text(
+            1.35 * np.cos(angle), 1.35 * np.sin(angle), name, ha="center", va="center", fontsize=8
+        )
     ax.set(xlim=(-1.7, 1.7), ylim=(-1.7, 1.7), aspect="equal")
     ax.set_axis_off()
+
+
+def _wheel_beside(ax, labels):
+    "A colour wheel of 1.2 inches to the right of the axes."
+    box = ax.get_position()
+    width = ax.figure.get_figwidth() * box.width  # inches
+    height = ax.figure.get_figheight() * box.height
+    wide = 1.2 / width  # share of the axes
+    high = wide * width / height
+    _wheel(ax.inset_axes([1.02, 0.5 - high / 2, wide, high]), labels)
 
 # %% ../nbs/02_plot.ipynb #d91ca948
 def show_phase(
@@ -325,25 +376,22 @@ def show_phase(
     pixel_size=None,  # nm per pixel, one number or (py, px)
     ax=None,  # matplotlib Axes; default: a new figure with a colour wheel
     title=None,  # text above
-    wheel=None,  # draw the colour wheel at the right; default: only in a new figure
-    labels=_NAMES,  # names at 0°, 60°, …, 300°
+    wheel=None,  # add the colour wheel at the right; default: only in a new figure
+    labels=_STATES,  # names at 0°, 60°, …, 300°
     size=3,  # longer side of a new figure, inches
 ) -> plt.Axes:  # the axes, in nm
-    "Draw an order parameter (Q, Φ) in one picture, with a colour wheel as its key."
+    "Plot an order parameter (Q, Φ) in one picture, with a colour wheel as its key."
     wheel = ax is None if wheel is None else wheel
     Q = np.broadcast_to(Q, np.shape(phi))
     if ax is None:
-        pixel = _pixel_size(pixel_size) if pixel_size is not None else (1, 1)
-        h, w = np.array(np.shape(phi)) * pixel * size / max(np.array(np.shape(phi)) * pixel)
-        ax = plt.subplots(figsize=(w + 1.3 * wheel, max(h, 1.3)), dpi=72, layout="constrained")[1]
+        pixel = (1, 1) if pixel_size is None else as_pixel_size(pixel_size)
+        fov = np.array(np.shape(phi)) * pixel
+        height, width = fov * size / max(fov)
+        figsize = (width + 1.3 * wheel, max(height, 1.3))
+        _, ax = plt.subplots(figsize=figsize, dpi=72, layout="constrained")
     show(phase_rgb(Q, phi), pixel_size, ax=ax, title=title)
     if wheel:
-        box = ax.get_position()
-        side = 1.2 / (ax.figure.get_figwidth() * box.width)
-        high = (
-            side * ax.figure.get_figwidth() * box.width / (ax.figure.get_figheight() * box.height)
-        )
-        _wheel(ax.inset_axes([1.02, 0.5 - high / 2, side, high]), labels)
+        _wheel_beside(ax, labels)
     return ax
 
 # %% ../nbs/02_plot.ipynb #56398077
@@ -352,6 +400,7 @@ def to_png(
     dpi=72,  # dots per inch
 ) -> bytes:  # PNG; the same figure gives the same bytes
     "Turn a figure into the bytes of a PNG, without date or version inside."
-    fig, out = getattr(fig, "figure", fig), BytesIO()
-    fig.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
-    return out.getvalue()
+    fig = getattr(fig, "figure", fig)
+    png = BytesIO()
+    fig.savefig(png, format="png", dpi=dpi, metadata={"Software": None})
+    return png.getvalue()

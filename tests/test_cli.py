@@ -83,25 +83,32 @@ def test_warnings_are_sentences(tmp_path):
     assert done.stderr == "microgen: one word\n" and done.returncode == 0, done.stderr
 
 
-def test_training_offers_what_python_offers():
-    "Every setting of train_pix2pix has an option."
-    import inspect
+@pytest.mark.parametrize("name", ["pix2pix", "router"])
+def test_training_offers_what_python_offers(name):
+    "Every option of a model is one of the command line, with its comment and its default."
+    import dataclasses
 
-    from microgen.cli import train
-    from microgen.models.train import train_pix2pix
+    from microgen.cli import comments_of, train_command
+    from microgen.models.model import model_named
 
-    same = {
-        "model": "arch",
-        "real_pixel_size": "pixel_size",
-        "weights": "weight",
-        "autocast": "bf16",
-    }
-    offered = set(inspect.signature(train).parameters)
-    asked = {same.get(name, name) for name in inspect.signature(train_pix2pix).parameters} - {
-        "progress",
-        "judged",
-    }
-    assert asked <= offered, asked - offered
+    model = model_named(name)
+    offered = {parameter.name: parameter for parameter in train_command(model).params}
+    comments = comments_of(model)
+    for option in dataclasses.fields(model):
+        assert offered[option.name].help.startswith(comments[option.name])
+        if option.type in (int, float, str, bool):
+            assert offered[option.name].default == option.default
+
+
+def test_help_says_what_a_model_and_a_run_offer(tmp_path):
+    listed = go("train", "--help")
+    assert listed.exit_code == 0 and "pix2pix" in listed.output and "router" in listed.output
+    asked = go("train", "router", "--help")
+    assert asked.exit_code == 0 and "--explore" in asked.output and "--arch" not in asked.output
+    nobody = go("train", "pix3pix")
+    assert nobody.exit_code == 1 and "choose among pix2pix, router" in nobody.output
+    nothing = go("sample", tmp_path / "nothing", "--n", 3)
+    assert nothing.exit_code == 1 and "no model" in nothing.output
 
 
 def test_partial_crystals_ask_for_the_option():
@@ -161,7 +168,7 @@ def test_options_reach_the_training(tmp_path):
     assert done.exit_code == 0, done.output
     settings = json.loads((tmp_path / "run/config.json").read_text())["settings"]
     assert (
-        settings["autocast"] == "bf16"
+        settings["bf16"] is True
         and settings["weights"]["adv"] == 0.01
         and settings["contrast"] == settings["gamma"] == 0.1
     )

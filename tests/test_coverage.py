@@ -23,7 +23,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def cluster():
-    distributed = pytest.importorskip("distributed", reason="pip install microgen[dist]")
+    distributed = pytest.importorskip("distributed", reason="pip install dask[distributed]")
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
     ) as two_slots:

@@ -13,9 +13,7 @@ from samples import FORMATS, HOW, UNCALIBRATED
 from microgen.core import ReadError
 from microgen.io.files import read
 
-pytest.importorskip(
-    "ncempy.io.dm", reason='the fuzz reads every format: pip install "microgen[em]"'
-)
+pytest.importorskip("ncempy.io.dm", reason="the fuzz reads every format: pip install ncempy h5py")
 N = 500
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
 

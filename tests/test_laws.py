@@ -202,6 +202,18 @@ def test_law_2_export_and_clean_leave_no_difference(tmp_path):
     )
 
 
+@pytest.mark.parametrize("words", [("check",), ("format", "--check")], ids=" ".join)
+def test_law_2_ruff_leaves_no_difference(words):
+    pytest.importorskip("ruff", reason="pip install ruff")
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *words, "."], cwd=ROOT, capture_output=True, text=True
+    )
+    report(
+        done.stdout.splitlines()[-30:] if done.returncode else [],
+        "run `ruff check --fix .` and `ruff format .`, then nbdev_export.",
+    )
+
+
 def test_law_2_every_module_comes_from_a_notebook():
     known = {ROOT / (r.module.replace(".", "/") + ".py") for r in ROOMS}
     found = [
@@ -488,9 +500,8 @@ def test_law_5_no_module_loads_gpl_packages():
 
 
 def test_law_5_extras_of_require_exist():
-    extras = {
-        k.removesuffix("_requirements") for k in settings() if k.endswith("_requirements")
-    } | {"all"}
+    extras = {k.removesuffix("_requirements") for k in settings() if k.endswith("_requirements")}
+    packages = {re.match(r"[\w-]+", need).group() for need in settings()["requirements"].split()}
     found = []
     for room in ROOMS:
         for cell, _, tree in room.exported:
@@ -501,18 +512,79 @@ def test_law_5_extras_of_require_exist():
                     and len(node.args) == 2
                 ):
                     extra = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
-                    if extra is not None and extra not in extras:
+                    if extra is not None and extra not in extras | packages:
                         found.append(
                             f"{room.at(cell, node)}: no extra {extra!r} in settings.ini ({sorted(extras)})"
                         )
     report(found, "add NAME_requirements to settings.ini, or name an extra that exists.")
 
 
-def test_law_5_missing_extra_names_the_pip_command():
+def test_law_5_missing_extra_names_the_packages():
     from microgen.core import MissingExtra, require
 
-    with pytest.raises(MissingExtra, match=r'pip install "microgen\[em\]"'):
+    with pytest.raises(MissingExtra, match="pip install ncempy h5py$"):
         require("a_module_that_nobody_has", "em")
+
+
+def test_law_5_core_knows_the_extras_of_settings():
+    from microgen.core import EXTRAS
+
+    cfg = settings()
+    stated = {
+        key.removesuffix("_requirements"): tuple(cfg[key].split())
+        for key in cfg
+        if key.endswith("_requirements") and key != "dev_requirements"
+    }
+    assert EXTRAS == stated, "write the extras of settings.ini into EXTRAS of nbs/00_core.ipynb"
+
+
+# What tells somebody to install microgen from PyPI, where the name belongs to another project:
+# `pip install microgen`, `pip install "microgen[em]"`, `uv add microgen`, but not `microgen @ git+https://...`
+FROM_PYPI = re.compile(
+    r"(pip3? install|uv add|uvx|pipx install|conda install)\s"  # a command of an installer,
+    r"([^\n`|;&]*\s)?"  # its options and other packages,
+    r"[\"'\\]*microgen(\[[\w,]+\])?[\"'\\]*"  # the bare name, with or without an extra,
+    r"(?!\s*@)(?=[\s\"'`.,;)]|$)"  # and no address behind it
+)
+
+
+def test_law_5_nothing_installs_microgen_from_pypi():
+    found = []
+    for path in [*tracked()]:
+        if path.suffix not in {".py", ".ipynb", ".md", ".yml", ".yaml", ".cff", ".ini", ""}:
+            continue
+        if path == Path(__file__).resolve() or not path.is_file():
+            continue
+        for n, line in enumerate(
+            path.read_text(encoding="utf-8", errors="replace").splitlines(), 1
+        ):
+            place = f"{path.relative_to(ROOT)}:{n}"
+            # A page may warn of it: `pip install microgen` beside the words "another project".
+            warned = re.search("another project|mesh|of the same name", line)
+            if len(line) < 5000 and FROM_PYPI.search(line) and not warned:
+                found.append(f"{place}: {line.strip()[:100]}")
+    report(
+        found,
+        "name the packages (`pip install ncempy h5py`), or the repository (`pip install .`): "
+        "the name microgen on PyPI belongs to another project.",
+    )
+
+
+@pytest.mark.parametrize(
+    "line, bad",
+    [
+        ("pip install microgen", True),
+        ('pip install "microgen[em]"      # reads .dm4', True),
+        ('%pip install -q "microgen[metrics]"', True),
+        ("pip install -U microgen.", True),
+        ('pip install -q "microgen @ git+https://github.com/o/microgen"', False),
+        ("pip install . && microgen tour --out tour", False),
+        ('pip install ".[em]"', False),
+        ("pip install ncempy h5py", False),
+    ],
+)
+def test_law_5_sees_an_install_from_pypi(line, bad):
+    assert bool(FROM_PYPI.search(line)) is bad, line
 
 
 def test_law_5_gpl_stays_out_of_the_requirements():
@@ -739,6 +811,20 @@ def test_law_7_every_public_function_is_documented(room):
 
 
 @each_room
+def test_law_7_comments_hold_no_backticks(room):
+    found = []
+    for cell, source, _ in room.exported:
+        for line in source.splitlines():
+            comment = re.search(r"[,(:=)\w]\s+# (.*)$", line)
+            if comment and "`" in comment.group(1):
+                found.append(f"{room.at(cell)} `{line.strip()[:90]}`")
+    report(
+        found,
+        "write the name without backticks: the comment stands inside the signature on the site, where no mark-up is read.",
+    )
+
+
+@each_room
 def test_law_7_raises_is_written(room):
     found = []
     for cell, _, tree in room.exported:
@@ -849,6 +935,33 @@ def test_law_8_every_exported_name_is_asserted(room):
 def test_law_8_sees_through_assignments():
     assert asserted([code("x = make()\ny = x.sum()\nassert y > 0\nshow(z)")]) >= {"make", "x", "y"}
     assert "show" not in asserted([code("show(z)\nassert 1")])
+
+
+# --- 9. What is general names no kind of image
+
+GENERAL = ("data", "train", "nets", "gan", "diffusion", "metrics", "models", "enough")
+PARTICULAR = ("stem", "sem", "ebsd", "count", "kinds")
+KIND_WORDS = re.compile(
+    r"(?<![a-z])(wall|particle|grain|atom)s?(?![a-z])", re.I
+)  # a column is one of a table too
+
+
+@each_room
+def test_law_9_what_is_general_names_no_kind(room):
+    if room.module.split(".")[1] not in GENERAL:
+        return
+    found = []
+    for cell, source, tree in room.exported:
+        for node, module in imports(tree):
+            if module.startswith("microgen.") and module.split(".")[1] in PARTICULAR:
+                found.append(f"{room.at(cell, node)} imports {module}")
+        for line in source.splitlines():
+            if m := KIND_WORDS.search(line):
+                found.append(f"{room.at(cell)} says {m[0]!r}: `{line.strip()[:90]}`")
+    report(
+        found,
+        "ask the kind (microgen.kind.Kind) for what is particular; say it there, not in what all kinds share.",
+    )
 
 
 # --- Habits: nothing private in the project

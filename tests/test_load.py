@@ -16,10 +16,10 @@ import torch
 
 from microgen.core import InputError, ReadError
 from microgen.data.build import build
-from microgen.data.condition import CHANNELS, condition, move
 from microgen.data.files import list_images, split_by_group, split_images, unscale
 from microgen.data.load import image_dls, mixed_dls, paired_dls, unpaired_dls
 from microgen.io.files import read, write_tiff
+from microgen.kinds.walls.condition import CHANNELS, condition, move
 from microgen.kinds.walls.recipe import Recipe
 
 

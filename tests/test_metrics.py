@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from microgen.core import InputError, Micrograph
-from microgen.metrics import features, physics, sets
+from microgen.kinds.walls import evaluate as physics
+from microgen.metrics import features, sets
 from microgen.metrics import image as im
 
 RNG = np.random.default_rng(0)
@@ -242,9 +243,9 @@ def test_errors_reach_the_bound_and_not_below():
 
 @pytest.mark.parametrize(
     "bad",
-    [[], [np.zeros((4, 4)), np.zeros((5, 5))], np.zeros((2, 3, 8, 8)), np.full((2, 8, 8), np.inf)],
+    [[], [np.zeros((4, 4)), np.zeros((5, 5))], np.zeros((2, 2, 8, 8)), np.full((2, 8, 8), np.inf)],
 )
-def test_what_is_no_set_of_grey_images_is_refused_in_one_sentence(bad):
+def test_what_is_no_set_of_images_is_refused_in_one_sentence(bad):
     with pytest.raises(InputError) as why:
         im.as_images(bad)
     assert "\n" not in str(why.value)
@@ -331,13 +332,18 @@ def unlike(folders):
     "Their comparison, without a word about structure or classes."
     from microgen.metrics.compare import compare
 
-    return compare(*folders, folders[0].parent / "report", most_physics=2)
+    return compare(*folders, folders[0].parent / "report", most_evaluated=2)
 
 
 def test_the_recipe_says_which_structure_is_measured(unlike):
-    assert unlike.tables["physics"].polarity_right.between(0, 1).all()
-    assert unlike.tables["physics"].phi_error_deg.notna().any() and len(unlike.tables["bragg"]) > 3
-    assert {"bragg.csv", "physics_means.csv"} <= {p.name for p in unlike.out.iterdir()}
+    assert unlike.tables["evaluation"].polarity_right.between(0, 1).all()
+    assert (
+        unlike.tables["evaluation"].phi_error_deg.notna().any()
+        and len(unlike.tables["bragg_reflections"]) > 3
+    )
+    assert {"bragg_reflections.csv", "evaluation_means.csv"} <= {
+        p.name for p in unlike.out.iterdir()
+    }
 
 
 def test_only_classes_of_both_sets_are_compared(unlike, folders):
@@ -353,7 +359,7 @@ def test_only_classes_of_both_sets_are_compared(unlike, folders):
     walls = real.images._replace(
         data=real.images.data[[k for k, name in enumerate(real.labels) if name == "typeC"]]
     )
-    alone = compare(walls, folders[1], structure="YMnO3", most_physics=2)
+    alone = compare(walls, folders[1], structure="YMnO3", most_evaluated=2)
     assert alone.tables["intensity_and_spectrum"].equals(unlike.tables["intensity_and_spectrum"])
 
 
@@ -365,7 +371,7 @@ def test_sets_without_a_common_class_are_compared_and_told_apart(folders, tmp_pa
     renamed = shutil.copytree(folders[1], tmp_path / "renamed")
     meta = pd.read_csv(renamed / "metadata.csv")
     meta.assign(label="lab").to_csv(renamed / "metadata.csv", index=False)
-    found = compare(renamed, folders[1], paired=False, most_physics=1)
+    found = compare(renamed, folders[1], paired=False, most_evaluated=1)
     assert any(
         "No class is in both sets (real: lab; generated: typeC)" in note for note in found.notes
     )
@@ -379,10 +385,10 @@ def test_every_number_of_whole_sets_and_of_physics_has_an_interval(unlike):
         and (table.low < table.high).all()
     )
     assert (table.floor_low <= table.floor).all() and (table.n == 2).all()
-    means = unlike.tables["physics_means"].set_index("metric")
+    means = unlike.tables["evaluation_means"].set_index("metric")
     assert (means.low <= means.value).all() and (means.value <= means.high).all()
     assert (
-        means.value["rms_pm"] == pytest.approx(unlike.tables["physics"].rms_pm.mean())
+        means.value["rms_pm"] == pytest.approx(unlike.tables["evaluation"].rms_pm.mean())
         and means.n["rms_pm"] == 2
     )
 

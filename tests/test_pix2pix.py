@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -18,9 +19,11 @@ from microgen.gan.loss import d_terms, g_terms, generate
 from microgen.gan.pix2pix import Pix2Pix, pix2pix_learner, spread
 from microgen.gan.router import RouterPix2Pix, router_learner
 from microgen.io.files import read
+from microgen.kinds.walls.evaluate import column_errors, rms_pm
 from microgen.kinds.walls.recipe import Recipe
-from microgen.metrics.physics import column_errors, rms_pm
-from microgen.models.train import sample_run, train_pix2pix
+from microgen.models.pix2pix import Pix2PixModel, RouterModel
+from microgen.models.sample import sample_run
+from microgen.models.train import train_model
 from microgen.train.core import seed_everything
 from microgen.train.history import Fade
 from microgen.train.hub import load_model
@@ -40,7 +43,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "run"
-    train_pix2pix(data, out, epochs=2, bs=4, progress=False)
+    train_model(Pix2PixModel(epochs=2, bs=4), data, out, progress=False)
     return out
 
 
@@ -273,7 +276,7 @@ def test_the_weights_in_effect_are_saved(data, tmp_path):
 
 
 def test_router_is_one_model_with_a_table(data, tmp_path):
-    learn = train_pix2pix(data, tmp_path / "run", model="router", epochs=1, bs=4, progress=False)
+    learn = train_model(RouterModel(epochs=1, bs=4), data, tmp_path / "run", progress=False)
     assert isinstance(learn.model, RouterPix2Pix)
     table = pd.read_csv(tmp_path / "run/experts.csv")
     assert {"label", "film", "attention", "winner", "draws"} <= set(table)
@@ -281,12 +284,11 @@ def test_router_is_one_model_with_a_table(data, tmp_path):
 
 
 def test_stopped_and_continued_is_the_same(data, tmp_path):
-    whole = train_pix2pix(data, tmp_path / "whole", epochs=2, bs=4, progress=False, seed=3)
-    part = train_pix2pix(
-        data, tmp_path / "part", epochs=2, bs=4, progress=False, seed=3, max_hours=1e-9
-    )
+    model = Pix2PixModel(epochs=2, bs=4, seed=3)
+    whole = train_model(model, data, tmp_path / "whole", progress=False)
+    part = train_model(replace(model, max_hours=1e-9), data, tmp_path / "part", progress=False)
     assert part.stopped
-    part = train_pix2pix(data, tmp_path / "part", epochs=2, bs=4, progress=False, seed=3)
+    part = train_model(model, data, tmp_path / "part", progress=False)
     assert not part.stopped
     for (name, a), b in zip(whole.model.state_dict().items(), part.model.state_dict().values()):
         assert torch.equal(a, b), name
@@ -304,15 +306,15 @@ def test_samples_are_a_dataset(run, tmp_path):
 
 def test_progress_shows_time_left(run, tmp_path, capsys):
     sample_run(run, walls="typeC", n=2, out=tmp_path / "new", progress=True)
-    assert re.search(r"drawing.*2/2.*left", capsys.readouterr().out)
+    assert re.search(r"sampling.*2/2.*left", capsys.readouterr().out)
 
 
 def test_bad_input_is_one_sentence(run, data, tmp_path):
     cases = [
-        lambda: train_pix2pix(tmp_path / "none", tmp_path / "r"),
-        lambda: train_pix2pix(data, tmp_path / "r", model="gan"),
-        lambda: train_pix2pix(data, tmp_path / "r", epochs=0),
-        lambda: train_pix2pix(data, run, model="attention", epochs=3, bs=4, progress=False),
+        lambda: train_model(Pix2PixModel(), tmp_path / "none", tmp_path / "r"),
+        lambda: Pix2PixModel(arch="gan"),
+        lambda: Pix2PixModel(epochs=0),
+        lambda: train_model(Pix2PixModel(arch="attention", epochs=3, bs=4), data, run, False),
         lambda: sample_run(run, walls="typeC", maps=data, out=tmp_path / "s"),
         lambda: sample_run(tmp_path, walls="typeC", out=tmp_path / "s"),
         lambda: sample_run(run, walls="typeC", n=0, out=tmp_path / "s"),
@@ -331,7 +333,7 @@ def test_a_damaged_image_stops_with_its_name(data, tmp_path):
     first = list_images(bad).image[0]
     first.write_bytes(b"no image")
     with pytest.raises(MicrogenError, match=first.name):
-        train_pix2pix(bad, tmp_path / "r", epochs=1, progress=False)
+        train_model(Pix2PixModel(epochs=1), bad, tmp_path / "r", progress=False)
 
 
 def test_no_maps_is_said(data, tmp_path):
@@ -339,5 +341,5 @@ def test_no_maps_is_said(data, tmp_path):
     folder.mkdir(parents=True)
     for k, path in enumerate(list_images(data).image[:4]):
         shutil.copy(path, folder / f"{k}.tif")
-    with pytest.raises(InputError, match="no truth maps"):
-        train_pix2pix(tmp_path / "plain", tmp_path / "r", epochs=1, progress=False)
+    with pytest.raises(InputError, match="nothing but pixels"):
+        train_model(Pix2PixModel(epochs=1), tmp_path / "plain", tmp_path / "r", progress=False)

@@ -13,17 +13,8 @@ from scipy import ndimage
 from scipy.optimize import least_squares
 
 from microgen.core import InputError, Micrograph
-from microgen.scan.settings import (
-    PRESETS,
-    Scan,
-    acquire,
-    detect,
-    electrons,
-    mistilt,
-    preset,
-    rim_px,
-    scan_field,
-)
+from microgen.scan.acquire import acquire, detector_counts, electrons, mistilt, rim_px, scan_field
+from microgen.scan.settings import PRESETS, Scan, preset
 from microgen.stem.crystal import columns
 from microgen.stem.probe import Probe
 from microgen.stem.render import haadf
@@ -113,7 +104,7 @@ SHAKY = ("walk_pm", "mains_pm", "line_jitter_pm", "dwell_jitter_pm")
 def table_error_pm(specimen, name, effects):
     "Noise-free scan: rms of table minus fitted Gaussians (y, x), less the bias of the fit on the still image; and the settings."
     cols, ideal, _, rim = specimen
-    s = preset(name).draw(2)
+    s = preset(name).sample(2)
     s = Scan(**{k: getattr(s, k) for k in effects})
     got, still = (acquire(ideal, scan, 5, table=cols.table, rim=rim) for scan in (s, Scan()))
     high, wide = (n * PX - 0.25 for n in SHAPE)
@@ -198,7 +189,7 @@ def test_rolled_rows_move_every_fifth_row(specimen):
 @pytest.mark.parametrize("dose", [1e3, 1e4, 1e5, 1e6])
 def test_poisson_at_every_dose(dose):
     s = Scan(dose_e_A2=dose)
-    counts = detect(np.full((600, 600), 0.03, np.float32), s, PX, 1)
+    counts = detector_counts(np.full((600, 600), 0.03, np.float32), s, PX, 1)
     mean = 0.03 * electrons(s, PX)
     assert abs(counts.mean() / mean - 1) < 5 / (600 * mean**0.5)
     assert abs(counts.var() / counts.mean() - 1) < 0.02
@@ -234,16 +225,16 @@ def test_mistilt_of_a_whole_crystal(specimen):
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
-def test_presets_survive_json_and_draw_inside_their_ranges(name):
+def test_presets_survive_json_and_sample_inside_their_ranges(name):
     s = PRESETS[name]
     assert Scan.from_json(json.loads(json.dumps(json.loads(s.to_json())))) == s
     for seed in range(20):
-        one = s.draw(seed)
+        one = s.sample(seed)
         assert Scan.from_json(one.to_json()) == one
         for k in Scan.__dataclass_fields__:
-            value, drawn = getattr(s, k), getattr(one, k)
-            assert not isinstance(drawn, tuple)
-            assert value[0] <= drawn <= value[1] if isinstance(value, tuple) else drawn == value
+            value, sampled = getattr(s, k), getattr(one, k)
+            assert not isinstance(sampled, tuple)
+            assert value[0] <= sampled <= value[1] if isinstance(value, tuple) else sampled == value
 
 
 ANYTHING = st.one_of(
@@ -265,7 +256,7 @@ def test_any_value_is_taken_or_refused_in_one_sentence(name, value):
         assert name in str(error) and "\n" not in str(error)
     else:
         assert Scan.from_json(s.to_json()) == s
-        assert not isinstance(getattr(s.draw(0), name), tuple)
+        assert not isinstance(getattr(s.sample(0), name), tuple)
 
 
 @settings(max_examples=25, deadline=None)

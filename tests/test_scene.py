@@ -19,7 +19,7 @@ from microgen.sem.scene import simulate_scene
 def check(r):
     "What holds for every scene, whatever its settings."
     h, w = r.scene.frame
-    assert r.image.data.shape == r.labels.shape == r.overlay.shape == r.clean.shape == (h, w)
+    assert r.image.data.shape == r.labels.shape == r.burnt_in.shape == r.clean.shape == (h, w)
     assert r.image.data.dtype == np.float32 and r.labels.dtype == np.int32
     assert np.isfinite(r.image.data).all() and np.isfinite(r.clean).all()
     if r.scene.bits == 8:
@@ -35,7 +35,7 @@ def check(r):
     )
     assert (t.minor_nm <= t.major_nm + 1e-9).all()
     assert (np.bincount(r.labels.ravel(), minlength=len(t) + 1)[1:] == t.area_px).all()
-    assert not r.labels[r.overlay].any()
+    assert not r.labels[r.burnt_in].any()
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -182,9 +182,9 @@ def test_options_of_presets(name):
     ).any()
     for bar in BARS[1:]:
         burnt = make(bar=bar, letter="(a)")
-        assert burnt.overlay.any() and not burnt.labels[burnt.overlay].any()
-        assert (burnt.image.data[~burnt.overlay] == plain.image.data[~burnt.overlay]).all()
-        assert ((burnt.labels > 0) == ((plain.labels > 0) & ~burnt.overlay)).all()
+        assert burnt.burnt_in.any() and not burnt.labels[burnt.burnt_in].any()
+        assert (burnt.image.data[~burnt.burnt_in] == plain.image.data[~burnt.burnt_in]).all()
+        assert ((burnt.labels > 0) == ((plain.labels > 0) & ~burnt.burnt_in)).all()
         for b in (burnt, plain):
             check(b)
 

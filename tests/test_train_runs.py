@@ -327,16 +327,18 @@ def test_pix2pix_killed_and_resumed_is_bitwise_the_same(walls, tmp_path):
 
 
 def test_pix2pix_refuses_another_model_and_another_dataset(walls, tmp_path):
-    from microgen.models.train import train_pix2pix
+    from microgen.models.pix2pix import Pix2PixModel
+    from microgen.models.train import train_model
 
     out = tmp_path / "run"
 
     def line(data=walls[0], **kw):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            return train_pix2pix(data, out, epochs=kw.pop("epochs", 2), bs=4, progress=False, **kw)
+            model = Pix2PixModel(epochs=kw.pop("epochs", 2), bs=4, **kw)
+            return train_model(model, data, out, progress=False)
 
     line(epochs=1)
-    assert "model was film and is attention" in refused(out, lambda: line(model="attention"))
+    assert "arch was film and is attention" in refused(out, lambda: line(arch="attention"))
     assert "other data" in refused(out, lambda: line(walls[2]))
     assert not line().stopped

@@ -65,7 +65,8 @@ def training_chapter(
     "Train a small generator on simulated walls, and draw walls it has not seen."
     from microgen.data.build import build
     from microgen.kinds.walls.recipe import Recipe
-    from microgen.models.train import train_pix2pix
+    from microgen.models.pix2pix import Pix2PixModel
+    from microgen.models.train import train_model
 
     epochs, n = (2, 24) if tour.quick else (epochs, 60)
     name = f"training/seed_{tour.seed}"  # another seed is another dataset; the same one goes on where it was
@@ -75,15 +76,11 @@ def training_chapter(
     data = build(recipe, tour.out / name / f"{n}_walls", workers=1, progress=tour.progress)
     run = tour.out / name / f"run_{n}_{epochs}"
     with _one_thread():
-        learn = train_pix2pix(
+        learn = train_model(
+            Pix2PixModel(epochs=epochs, bs=6, config="small", seed=tour.seed, judged=0),
             data,
             run,
-            epochs=epochs,
-            bs=6,
-            config="small",
-            seed=tour.seed,
-            judged=0,
-            progress=tour.progress,
+            tour.progress,
         )
     ssim = pd.read_csv(run / "history.csv").ssim.dropna()
     return (

@@ -11,8 +11,8 @@ import pandas as pd
 
 from .base import Context, chapter
 from ..io.files import write_csv
+from ..kinds.walls.evaluate import pair_columns
 from ..kinds.walls.recipe import Recipe, simulate
-from ..metrics.physics import pair_columns
 from ..plot import show, show_grid
 from ..progress import progress_bar
 from ..report import Section

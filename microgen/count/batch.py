@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core import InputError, MicrogenError, ReadError, UncalibratedError, check_positive
 from .detect import Detection, Detector, detect, overlay, save
-from ..io.files import _calibrated, read, write_csv
+from ..io.files import calibrated, read, write_csv
 from ..io.formats import reader_of
 
 # %% ../../nbs/40_count.batch.ipynb #5f44303e
@@ -83,7 +83,7 @@ def _with_gaps(path, pixel_size, why):
         raise why
     raw = replace(raw, data=np.where(bad, np.median(raw.data[~bad]), raw.data))
     known = pixel_size is not None or raw.scale is not None
-    image = _calibrated(path, raw, pixel_size if known else 1.0, False)
+    image = calibrated(path, raw, pixel_size if known else 1.0, False)
     data = np.where(bad.any(-1) if raw.colours_last else bad, np.nan, image.data)
     return data, image.pixel_size if known else None
 
@@ -223,7 +223,7 @@ def explore(
     Raises: MissingExtra without ipywidgets."""
     from microgen.core import require
 
-    w = require("ipywidgets", "all")
+    w = require("ipywidgets", "ipywidgets")
     import matplotlib.pyplot as plt
 
     d = Detector()

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPLITS', 'Simulated', 'paths', 'write_item', 'plan', 'DatasetRecipe']
 
-# %% ../../nbs/73_data.item.ipynb #46ee6d7d
+# %% ../../nbs/73_data.item.ipynb #70fc1e21
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -17,16 +17,17 @@ import pandas as pd
 
 from ..core import InputError, Micrograph
 from ..io.files import write_parquet, write_tiff
+from ..kind import Truth, kind
 
-# %% ../../nbs/73_data.item.ipynb #c55622fa
+# %% ../../nbs/73_data.item.ipynb #fc21beb2
 class Simulated(NamedTuple):
     "An image with its exact truth."
 
     image: Micrograph  # what the detector gives
     maps: (
-        dict  # name to (H, W) array of one type: float32 values, or whole numbers that name objects
-    )
-    table: pd.DataFrame  # every object in the image; lengths in nm, from the centre of pixel (0, 0)
+        dict | None
+    )  # name to (H, W) array of one type: float32 values, or whole numbers that name objects
+    table: pd.DataFrame | None  # every object; lengths in nm, from the centre of pixel (0, 0)
     about: dict  # label, split and parameters as plain numbers and names: one row of metadata.csv
 
 
@@ -35,41 +36,51 @@ def paths(
     index: int,  # which image
 ) -> tuple:  # paths of its image, maps and table
     "Say where the files of one image lie."
-    name, shard = f"{index:06d}", f"{index // 10000:02d}"
-    image, maps = (Path(out) / kind / shard / f"{name}.tif" for kind in ("images", "maps"))
-    return image, maps, Path(out) / "tables" / f"{name}.parquet"
+    out = Path(out)
+    name = f"{index:06d}"
+    shard = f"{index // 10_000:02d}"
+    image = out / "images" / shard / f"{name}.tif"
+    maps = out / "maps" / shard / f"{name}.tif"
+    table = out / "tables" / f"{name}.parquet"
+    return image, maps, table
 
-# %% ../../nbs/73_data.item.ipynb #4ed01d97
+# %% ../../nbs/73_data.item.ipynb #52715f98
 def write_item(
     out,  # dataset folder
     index: int,  # which image
     one: Simulated,  # the image with its truth
     bits: int = 32,  # of the image: 32, or 16 for grey levels, which are then deflated without loss
 ) -> int:  # the index
-    "Write the table, the maps and, last, the image of one item."
+    "Write the table and the maps, where there are some, and last the image of one item."
     image_path, maps_path, table_path = paths(out, index)
-    image, maps = one.image, np.stack(list(one.maps.values()))
-    masks = maps.dtype.kind in "iu" and maps.max() < 2**16
-    write_parquet(table_path, one.table)
-    write_tiff(
-        maps_path,
-        maps if len(maps) > 1 else maps[0],
-        image.pixel_size,
-        {"channels": list(one.maps)},
-        bits=16 if masks else 32,
-        compress=True,
-    )
+    image = one.image
+    if one.table is not None:
+        write_parquet(table_path, one.table)
+    if one.maps:
+        maps = np.stack(list(one.maps.values()))
+        name_objects = maps.dtype.kind in "iu" and maps.max() < 2**16
+        write_tiff(
+            maps_path,
+            maps if len(maps) > 1 else maps[0],
+            image.pixel_size,
+            {"channels": list(one.maps)},
+            bits=16 if name_objects else 32,
+            compress=True,
+        )
     write_tiff(image_path, image.data, image.pixel_size, image.metadata, bits, compress=bits == 16)
     return index
 
-# %% ../../nbs/73_data.item.ipynb #e54b5bb5
+# %% ../../nbs/73_data.item.ipynb #4eeb1199
 SPLITS = ("train", "valid", "test")
 
 
 def _counts(shares, n):
+    "Whole numbers that sum to n, in the ratio of the shares: the largest remainders are rounded up."
     exact = np.asarray(shares, float) / sum(shares) * n
     counts = np.floor(exact).astype(int)
-    counts[np.argsort(counts - exact, kind="stable")[: n - counts.sum()]] += 1
+    by_remainder = np.argsort(counts - exact, kind="stable")
+    missing = n - counts.sum()
+    counts[by_remainder[:missing]] += 1
     return counts
 
 
@@ -83,28 +94,42 @@ def plan(
 ) -> tuple:  # (labels, splits): two tuples of n names, one per image
     "Give every image its label and its split."
     rng = np.random.default_rng([seed, 2**31])
-    labels = rng.permutation(
-        np.repeat(np.arange(len(names)), _counts(shares or (1,) * len(names), n))
-    )
+    shares = shares or (1,) * len(names)
+    labels = np.repeat(np.arange(len(names)), _counts(shares, n))
+    labels = rng.permutation(labels)
     parts = np.empty(n, int)
     for label in range(len(names)):
         members = np.flatnonzero(labels == label)
-        parts[members] = rng.permutation(np.repeat(np.arange(3), _counts(splits, len(members))))
+        parts_of_label = np.repeat(np.arange(3), _counts(splits, len(members)))
+        parts[members] = rng.permutation(parts_of_label)
     return tuple(names[i] for i in labels), tuple(SPLITS[i] for i in parts)
 
-# %% ../../nbs/73_data.item.ipynb #2cc4c7ae
+# %% ../../nbs/73_data.item.ipynb #47aac97a
 class DatasetRecipe:
     "What to simulate and how many: what `build` needs to know of any kind of dataset."
 
-    kind = ""  # the name of the kind in recipe.json
+    kind = ""  # name of the kind, as recipe.json has it
+    bits = 32  # of an image: 32, or 16 for grey levels
+
+    @property
+    def classes_field(self) -> str:  # name of a field
+        "The field that holds the class names: what the kind calls its classes."
+        return kind(self.kind).classes_are
 
     @property
     def classes(self) -> tuple:  # names
         "Names among which the images are shared: the labels."
-        raise NotImplementedError
+        return getattr(self, self.classes_field)
 
     def rehearse(self) -> None:
         "Meet, before anything is written, the errors that making an image would meet."
+
+    def simulate(
+        self,
+        index: int,  # which image, from 0
+    ) -> Simulated:  # image, maps, table and row of the metadata
+        "Simulate one item."
+        raise NotImplementedError(f"{type(self).__name__} does not say how an item is simulated.")
 
     def make(
         self,
@@ -112,15 +137,43 @@ class DatasetRecipe:
         index: int,  # which image
     ) -> int:  # the index
         "Simulate and write one item."
-        raise NotImplementedError
+        return write_item(out, index, self.simulate(index), self.bits)
 
     def row(
         self,
         out,  # dataset folder, in which the item lies
         index: int,  # which image
     ) -> dict:  # split, label and parameters
-        "Describe one item: its row of the metadata."
-        raise NotImplementedError
+        "Describe one item: its row of the metadata, as its image file holds it."
+        raise NotImplementedError(f"{type(self).__name__} does not say what the metadata hold.")
+
+    def truth(
+        self,
+        index: int,  # which image
+    ) -> Truth:  # maps, table and class
+        "What item `index` shows; a recipe that needs no image for it has a shorter way."
+        one = self.simulate(index)
+        return Truth(one.maps, one.table, one.about["label"])
+
+    def facts(self) -> dict:  # name to text
+        "What a model card says of the simulation."
+        return {self.classes_field.capitalize(): ", ".join(self.classes), "Seed": self.seed}
+
+    def asking(
+        self,
+        classes=None,  # names; None: the same
+        n: int | None = None,  # images
+        seed: int | None = None,  # root seed
+        size: int | None = None,  # pixels along each side
+    ) -> "DatasetRecipe":  # a recipe of the same material and imaging
+        """The same recipe for other classes, another number, seed or size.
+        Raises: InputError for a class that there is not."""
+        new = {"n": n, "seed": seed, "size": size}
+        new = {name: value for name, value in new.items() if value is not None}
+        if classes is not None:
+            new[self.classes_field] = (classes,) if isinstance(classes, str) else tuple(classes)
+            new["shares"] = None
+        return replace(self, **new)
 
     def plan(
         self,
@@ -146,14 +199,12 @@ class DatasetRecipe:
             raise InputError(f"size is {self.size} px: use at least 32 px.")
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}: use a whole number from 0.")
-        shares, names = self.shares, self.classes
-        if shares is not None and (
-            len(shares) != len(names) or min(shares) < 0 or not sum(shares) > 0
-        ):
+        names = self.classes
+        if self.shares is not None and not _are_shares(self.shares, len(names)):
             raise InputError(
-                f"shares {shares} do not fit {names}: give one non-negative number for each."
+                f"shares {self.shares} do not fit {names}: give one non-negative number for each."
             )
-        if len(self.splits) != 3 or min(self.splits) < 0 or not sum(self.splits) > 0:
+        if not _are_shares(self.splits, 3):
             raise InputError(
                 f"splits {self.splits} are not three non-negative shares of {', '.join(SPLITS)}."
             )
@@ -177,5 +228,13 @@ class DatasetRecipe:
         return cls(**{key: _tuples(value) for key, value in held.items()})
 
 
+def _are_shares(numbers, n):
+    "Are these n numbers from 0 up, not all of them 0?"
+    return len(numbers) == n and min(numbers) >= 0 and sum(numbers) > 0
+
+
 def _tuples(value):
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+    "Lists as tuples, at any depth."
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(_tuples(one) for one in value)

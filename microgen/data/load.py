@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['paired_dls', 'image_dls', 'unpaired_dls', 'mixed_dls']
 
-# %% ../../nbs/77_data.load.ipynb #efba04e8
+# %% ../../nbs/77_data.load.ipynb #102715b9
 from functools import partial
 from os import cpu_count
 
@@ -16,11 +16,12 @@ from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
 
 from ..core import InputError, check_positive
-from .condition import CHANNELS, allowed
 from .files import Pixels, list_images, split_images, warn
-from .loader import DIRECTED, Augment, Loader
+from .loader import Augment, Loader
+from ..kind import Kind, kind_of, symmetry
+from ..kind import kind as find_kind
 
-# %% ../../nbs/77_data.load.ipynb #0de14296
+# %% ../../nbs/77_data.load.ipynb #a570ab06
 class _Field:
     "Getter of one field of the batch: row number to tensor."
 
@@ -30,28 +31,31 @@ class _Field:
     def __call__(self, i):
         if self.name.startswith("image"):
             return torch.from_numpy(self.pixels.image(i))
-        if self.name in ("maps", "wall"):
-            return torch.from_numpy(getattr(self.pixels, self.name)(i))
+        if self.name == "maps":
+            return torch.from_numpy(self.pixels.maps(i))
+        if self.name == "focus":
+            return torch.from_numpy(self.pixels.focus(i))
         return torch.as_tensor(self.values[i])
 
 
 def _loaders(
-    pixels,
-    parts,
-    fields,
+    pixels,  # Pixels of all images
+    parts,  # [train, valid] or [train, valid, test]: row numbers
+    fields,  # names of what is in a batch
+    n_inputs,  # how many of them are inputs
+    *,
     vocab,
-    augment,
+    ops,
     bs,
     seed,
-    values=None,
-    n_inp=None,
-    orders=(),
+    values=None,  # name to (n, ...) values of fields that are no pixels
+    orders=(),  # functions of a generator for train, valid, ..., see Loader
     num_workers=None,
     device=None,
     contrast=0.0,
     gamma=0.0,
 ):
-    "DataLoaders of these fields; `orders`: functions of a generator for train, valid, ..., see `Loader`"
+    "DataLoaders of these fields."
     orders = [*orders, *[None] * (len(parts) - len(orders))]
     n = len(orders[0](np.random.default_rng(0)) if orders[0] else parts[0])
     if bs > n:
@@ -59,17 +63,18 @@ def _loaders(
         bs = n
     if num_workers is None:
         num_workers = 0 if pixels.keeps else min(8, cpu_count() or 1)
-    seen = [name for name in fields if name != "image_b"]
-    getters = [_Field(name, pixels, (values or {}).get(name)) for name in seen]
+    _check_square(ops, pixels)
+    read_fields = [name for name in fields if name != "image_b"]  # a pair reads the image twice
+    getters = [_Field(name, pixels, (values or {}).get(name)) for name in read_fields]
+    augment = Augment(fields, ops, pixels.channels, vocab, contrast, gamma, pixels.kind)
     block = DataBlock(
-        [TransformBlock] * len(seen),
+        [TransformBlock] * len(read_fields),
         getters=getters,
-        splitter=lambda items: [p.tolist() for p in parts],
-        n_inp=n_inp,
+        splitter=lambda items: [part.tolist() for part in parts],
+        n_inp=n_inputs,
         dl_type=Loader,
-        batch_tfms=[Augment(fields, augment, pixels.channels, vocab, contrast, gamma)],
+        batch_tfms=[augment],
     )
-    each = [{"order": order} for order in orders]
     scaling = pixels.use(parts[0])
     dls = block.dataloaders(
         list(range(len(pixels))),
@@ -80,25 +85,45 @@ def _loaders(
         seed=seed,
         num_workers=num_workers,
         device=device,
-        dl_kwargs=each,
+        dl_kwargs=[{"order": order} for order in orders],
     )
-    dls.fields, dls.vocab, dls.channels, dls.scaling = (
-        tuple(fields),
-        list(vocab),
-        pixels.channels,
-        scaling,
-    )
-    dls.seed, dls.augment = seed, tuple(augment)
-    dls.pixel_size = pixels.pixel_size and tuple(map(float, pixels.pixel_size))
-    dls.has_wall = "wall" in pixels.names
+    dls.kind = pixels.kind
+    dls.fields = tuple(fields)
+    dls.vocab = list(vocab)
+    dls.channels = pixels.channels
+    dls.n_channels = pixels.n_channels
+    dls.has_focus = pixels.has_focus
+    dls.scaling = scaling
+    dls.pixel_size = pixels.pixel_size and tuple(float(p) for p in pixels.pixel_size)
+    dls.seed = seed
+    dls.augment = tuple(ops)
+    dls.properties = {}
     return dls
 
 
+def _check_square(ops, pixels):
+    "Quarter turns need square crops of square pixels."
+    turning = [op for op in ops if symmetry(op).needs_square]
+    if not turning:
+        return
+    height, width = pixels.crop
+    if height != width:
+        raise InputError(
+            f"{turning[0]} needs square images, these have {height} × {width} pixels: give size= for square "
+            "crops, or leave it out of the augmentation."
+        )
+    if pixels.pixel_size and not np.isclose(*pixels.pixel_size, rtol=0.01):
+        raise InputError(
+            f"{turning[0]} needs square pixels, these are {pixels.pixel_size} nm: leave it out of the augmentation."
+        )
+
+
 def _vocab(listed, parts, classes=None):
-    "Class names in order, and the class of each row; every class needs training images"
+    "Class names in order, and the class of each row; every class needs training images."
     names = list(classes) if classes else sorted(set(listed["label"]))
     labels = pd.Categorical(listed["label"], names).codes.astype(np.int64)
-    counts = np.bincount(labels[parts[0]][labels[parts[0]] >= 0], minlength=len(names))
+    training = labels[parts[0]]
+    counts = np.bincount(training[training >= 0], minlength=len(names))
     if 0 in counts:
         raise InputError(
             f"The class {names[int(counts.argmin())]!r} has no image to train on: add images, "
@@ -107,24 +132,30 @@ def _vocab(listed, parts, classes=None):
     return names, labels
 
 
-def _chosen(augment, vocab, known, properties=()):
-    "Names of the operations that are meant"
-    if isinstance(augment, str) and augment != "auto":
-        augment = (augment,)
-    ops = (allowed(vocab) if known else ()) if isinstance(augment, str) else tuple(augment or ())
-    if directed := [p for p in properties if p in DIRECTED]:
-        if isinstance(augment, str):
+def _operations(augment, kind, vocab, pixels, properties=()):
+    "Names of the operations that are meant: given ones, or with 'auto' those that the kind allows."
+    directed = [name for name in properties if name in kind.directed]
+    if augment == "auto":
+        if directed:
             return ()
-        if ops:
-            raise InputError(
-                f"The property {directed[0]!r} has a direction, which {ops[0]} would change: "
-                "leave out one of the two."
-            )
+        height, width = pixels.crop
+        square = height == width and (
+            not pixels.pixel_size or np.isclose(*pixels.pixel_size, rtol=0.01)
+        )
+        return tuple(
+            op for op in kind.symmetries(tuple(vocab)) if square or not symmetry(op).needs_square
+        )
+    ops = (augment,) if isinstance(augment, str) else tuple(augment or ())
+    if directed and ops:
+        raise InputError(
+            f"The property {directed[0]!r} has a direction, which {ops[0]} would change: "
+            "leave out one of the two."
+        )
     return ops
 
 
 def _only(listed, classes):
-    "Rows of these classes"
+    "Rows of these classes."
     if not classes:
         return listed
     if unknown := [c for c in classes if c not in set(listed["label"])]:
@@ -136,34 +167,35 @@ def _only(listed, classes):
 
 
 def _properties(listed, names, rows):
-    "(n, P) float32 of mean 0 and standard deviation 1 over the training rows, and the numbers behind it"
+    "(n, P) float32 of mean 0 and standard deviation 1 over the training rows, and the numbers behind it."
     for name in names:
         if name not in listed or not pd.api.types.is_numeric_dtype(listed[name]):
             numeric = [c for c in listed if pd.api.types.is_numeric_dtype(listed[c])]
             raise InputError(
-                f"{name!r} is no number of the metadata: choose among "
-                f"{', '.join(numeric) or 'none'}."
+                f"{name!r} is no number of the metadata: choose among {', '.join(numeric) or 'none'}."
             )
-        if (bad := ~np.isfinite(listed[name].to_numpy(float))).any():
+        missing = int((~np.isfinite(listed[name].to_numpy(float))).sum())
+        if missing:
             raise InputError(
-                f"{name!r} is missing or infinite for {int(bad.sum())} images: choose classes "
+                f"{name!r} is missing or infinite for {missing} images: choose classes "
                 "that have it, or another property."
             )
     values = listed[list(names)].to_numpy(float)
-    mean, std = values[rows].mean(0), values[rows].std(0)
+    mean = values[rows].mean(0)
+    std = values[rows].std(0)
     std[std == 0] = 1
-    numbers = {n: (float(m), float(s)) for n, m, s in zip(names, mean, std)}
+    numbers = {name: (float(m), float(s)) for name, m, s in zip(names, mean, std)}
     return ((values - mean) / std).astype(np.float32), numbers
 
-# %% ../../nbs/77_data.load.ipynb #719665b9
+# %% ../../nbs/77_data.load.ipynb #bc010300
 def paired_dls(
     folder,  # dataset folder of microgen simulate
     bs: int = 16,  # images in a batch
     size=None,  # height and width of random crops, pixels; None is whole images
-    channels: tuple = CHANNELS,  # condition channels, see microgen.data.condition
+    channels: tuple | None = None,  # condition channels; None is those of the kind
     classes=None,  # names of classes to use; None is all
     properties: tuple = (),  # numeric columns of metadata.csv: adds props after label
-    augment="auto",  # names of operations, "auto" for those that the classes allow, () for none
+    augment="auto",  # names of operations, "auto" for those that the kind allows, () for none
     scaling: str = "image",  # limits of grey levels: of each "image", or of the "dataset"
     percentiles: tuple = (0.01, 99.99),  # of grey levels that become -1 and 1
     group=None,  # what stays together where metadata.csv has no column split, see list_images
@@ -175,33 +207,38 @@ def paired_dls(
     contrast: float = 0.0,  # contrast of training images varies by factors exp(±contrast)
     gamma: float = 0.0,  # gamma of training images varies by factors exp(±gamma)
     progress: bool = False,  # show progress while reading
-) -> DataLoaders:  # batches (maps, label, wall, image); also .fields .vocab .channels .pixel_size .scaling .has_wall
+    kind: Kind | str | None = None,  # what the images show; None is what the folder says
+) -> DataLoaders:  # batches (maps, label, focus, image)
     """Load images with their truth, to learn the way from the one to the other.
     Raises: InputError, one sentence each, for what is wrong with the folder or the arguments."""
     check_positive("bs", bs)
+    kind = kind_of(folder) if kind is None else find_kind(kind)
     listed = _only(list_images(folder, group), classes)
     if listed["maps"].isna().any():
         raise InputError(
             f"{folder} holds no truth maps: make a dataset with microgen simulate, or load "
             "images alone with image_dls."
         )
+    if not kind.channels and not channels:
+        raise InputError(
+            f"{folder} does not say what its maps show ({kind.name}), so no condition can be made of them: "
+            "give kind=, or load images alone with image_dls."
+        )
     parts = split_images(listed, valid, seed)
     vocab, labels = _vocab(listed, parts, classes)
     props, numbers = _properties(listed, properties, parts[0])
-    fields = ("maps", "label", *(("props",) if properties else ()), "wall", "image")
-    ops = _chosen(augment, vocab, True, properties)
-    pixels = Pixels(listed, size, channels, None, scaling, percentiles, memory_gb, progress)
-    values = {"label": labels, "props": props}
+    pixels = Pixels(listed, size, channels, None, scaling, percentiles, memory_gb, progress, kind)
+    fields = ("maps", "label", *(("props",) if properties else ()), "focus", "image")
     dls = _loaders(
         pixels,
         parts,
         fields,
-        vocab,
-        ops,
-        bs,
-        seed,
-        values,
         len(fields) - 2,
+        vocab=vocab,
+        ops=_operations(augment, kind, vocab, pixels, properties),
+        bs=bs,
+        seed=seed,
+        values={"label": labels, "props": props},
         num_workers=num_workers,
         device=device,
         contrast=contrast,
@@ -210,7 +247,7 @@ def paired_dls(
     dls.properties = numbers
     return dls
 
-# %% ../../nbs/77_data.load.ipynb #f9efb5a9
+# %% ../../nbs/77_data.load.ipynb #64eaa8cf
 def image_dls(
     folder,  # dataset folder, or a tree CLASS/Images/*.png, CLASS/*.png, *.png
     bs: int = 16,  # images in a batch
@@ -219,7 +256,7 @@ def image_dls(
     properties: tuple = (),  # numeric columns of metadata.csv that are a condition too
     pixel_size=None,  # nm per pixel, for files that do not say or say it wrongly
     classes=None,  # names of classes to use; None is all
-    augment="auto",  # names of operations; "auto" takes those that known walls allow, for other classes none
+    augment="auto",  # names of operations, "auto" for those that the kind allows
     scaling: str = "image",  # limits of grey levels: of each "image", or of the "dataset"
     percentiles: tuple = (0.01, 99.99),  # of grey levels that become -1 and 1
     group=None,  # what stays together, see list_images
@@ -231,28 +268,29 @@ def image_dls(
     contrast: float = 0.0,  # contrast of training images varies by factors exp(±contrast)
     gamma: float = 0.0,  # gamma of training images varies by factors exp(±gamma)
     progress: bool = False,  # show progress while reading
+    kind: Kind | str | None = None,  # what the images show; None is what the folder says
+    colour="auto",  # True, False, or "auto": as the kind says
 ) -> DataLoaders:  # batches (image,), (label, image), (props, image) or (label, props, image)
     """Load images, with their classes and properties where asked for.
     Raises: InputError, one sentence each, for what is wrong with the folder or the arguments."""
     check_positive("bs", bs)
-    listed = _imageless(_only(list_images(folder, group), classes), pixel_size)
+    kind = kind_of(folder) if kind is None else find_kind(kind)
+    listed = _without_truth(_only(list_images(folder, group), classes), pixel_size)
     parts = split_images(listed, valid, seed)
     vocab, labels = _vocab(listed, parts, classes)
     props, numbers = _properties(listed, properties, parts[0])
+    pixels = Pixels(listed, size, (), None, scaling, percentiles, memory_gb, progress, kind, colour)
     fields = (*(("label",) if label else ()), *(("props",) if properties else ()), "image")
-    ops = _chosen(augment, vocab, True, properties)
-    pixels = Pixels(listed, size, CHANNELS, None, scaling, percentiles, memory_gb, progress)
-    values = {"label": labels, "props": props}
     dls = _loaders(
         pixels,
         parts,
         fields,
-        vocab,
-        ops,
-        bs,
-        seed,
-        values,
         max(1, len(fields) - 1),
+        vocab=vocab,
+        ops=_operations(augment, kind, vocab, pixels, properties),
+        bs=bs,
+        seed=seed,
+        values={"label": labels, "props": props},
         num_workers=num_workers,
         device=device,
         contrast=contrast,
@@ -262,12 +300,12 @@ def image_dls(
     return dls
 
 
-def _imageless(listed, pixel_size):
-    "The same images without their truth, with the pixel size that is given"
+def _without_truth(listed, pixel_size):
+    "The same images without their truth, with the pixel size that is given."
     listed = listed.assign(maps=None, table=None)
     return listed if pixel_size is None else listed.assign(pixel_size_nm=float(pixel_size))
 
-# %% ../../nbs/77_data.load.ipynb #4e4bbc95
+# %% ../../nbs/77_data.load.ipynb #ff3341b1
 def unpaired_dls(
     a,  # folder of the first domain
     b,  # folder of the second domain
@@ -285,65 +323,70 @@ def unpaired_dls(
     num_workers: int | None = None,  # processes that read; default: none when images are in memory
     device=None,  # default: the GPU where there is one
     progress: bool = False,  # show progress while reading
+    kind: Kind | str | None = None,  # what the images show; None is what folder `a` says
+    colour="auto",  # True, False, or "auto": as the kind says
 ) -> DataLoaders:  # batches (image_a, image_b)
     """Load two sets of images that do not correspond, paired anew in each epoch.
     Raises: InputError, one sentence each, for what is wrong with the folders or the arguments."""
     check_positive("bs", bs)
-    folders = (a, pixel_size_a), (b, pixel_size_b)
-    listed, parts = _join([_imageless(list_images(f, group), p) for f, p in folders], valid, seed)
-    pixels = Pixels(listed, size, CHANNELS, None, scaling, percentiles, memory_gb, progress)
-    sides = [[np.flatnonzero(listed["domain"].to_numpy()[p] == d) for d in (0, 1)] for p in parts]
-    orders = [partial(_pairs, a=one, b=two) for one, two in sides]
+    kind = kind_of(a) if kind is None else find_kind(kind)
+    list_a = _without_truth(list_images(a, group), pixel_size_a)
+    list_b = _without_truth(list_images(b, group), pixel_size_b)
+    listed, parts = _join(list_a, list_b, valid, seed)
+    pixels = Pixels(listed, size, (), None, scaling, percentiles, memory_gb, progress, kind, colour)
+    domain = listed["domain"].to_numpy()
+    orders = []
+    for part in parts:
+        of_a, of_b = (np.flatnonzero(domain[part] == d) for d in (0, 1))
+        orders.append(partial(_pairs, a=of_a, b=of_b))
     return _loaders(
         pixels,
         parts,
         ("image_a", "image_b"),
-        (),
-        tuple(augment),
-        bs,
-        seed,
-        None,
         1,
-        orders,
-        num_workers,
-        device,
+        vocab=(),
+        ops=_operations(augment, kind, (), pixels),
+        bs=bs,
+        seed=seed,
+        orders=orders,
+        num_workers=num_workers,
+        device=device,
     )
 
 
-def _join(lists, valid, seed):
-    "Two tables as one with a column domain, each split by itself"
-    each = [split_images(one, valid, seed) for one in lists]
-    parts = [np.concatenate([p, len(lists[0]) + q]) for p, q in zip(*each)]
-    return pd.concat(
-        [one.assign(domain=d) for d, one in enumerate(lists)], ignore_index=True
-    ), parts
+def _join(list_a, list_b, valid, seed):
+    "Two tables as one with a column domain, each split by itself."
+    parts_a = split_images(list_a, valid, seed)
+    parts_b = split_images(list_b, valid, seed)
+    parts = [np.concatenate([p, len(list_a) + q]) for p, q in zip(parts_a, parts_b)]
+    listed = pd.concat([list_a.assign(domain=0), list_b.assign(domain=1)], ignore_index=True)
+    return listed, parts
 
 
 def _cycle(rng, members, n):
-    "n of the members, each as often as any other to within one, shuffled where there is a generator"
-    rounds = [
-        members if rng is None else rng.permutation(members) for _ in range(-(-n // len(members)))
-    ]
+    "n of the members, each as often as any other to within one, shuffled where there is a generator."
+    n_rounds = -(-n // len(members))
+    rounds = [members if rng is None else rng.permutation(members) for _ in range(n_rounds)]
     return np.concatenate(rounds)[:n]
 
 
 def _pairs(rng, a, b):
-    "Order of an epoch: each pair of places in a and in b as one number; sorted where it is not shuffled"
+    "Order of an epoch: each pair of places in a and in b as one number; sorted where it is not shuffled."
     n = max(len(a), len(b))
-    pairs = (_cycle(rng, a, n) * (len(a) + len(b)) + _cycle(rng, b, n)).tolist()
-    return sorted(pairs) if rng is None else pairs
+    pairs = _cycle(rng, a, n) * (len(a) + len(b)) + _cycle(rng, b, n)
+    return sorted(pairs.tolist()) if rng is None else pairs.tolist()
 
-# %% ../../nbs/77_data.load.ipynb #848238d7
+# %% ../../nbs/77_data.load.ipynb #1d0db9d7
 def mixed_dls(
     sim,  # dataset folder of microgen simulate
     real,  # folder of real images
     ratio: float = 0.25,  # share of real images in a batch
     bs: int = 16,  # images in a batch
     size=None,  # height and width of random crops, pixels
-    channels: tuple = CHANNELS,  # condition channels, see microgen.data.condition
+    channels: tuple | None = None,  # condition channels; None is those of the kind
     classes=None,  # names of simulated classes to use; None is all
     real_pixel_size=None,  # nm per pixel of real images whose files do not say
-    augment="auto",  # names of operations, "auto" for those that the classes allow, () for none
+    augment="auto",  # names of operations, "auto" for those that the kind allows, () for none
     scaling: str = "image",  # limits of grey levels: of each "image", or of each domain ("dataset")
     percentiles: tuple = (0.01, 99.99),  # of grey levels that become -1 and 1
     valid: float = 0.2,  # share of sim held back where its metadata.csv has no column split
@@ -354,7 +397,8 @@ def mixed_dls(
     contrast: float = 0.0,  # contrast of training images varies by factors exp(±contrast)
     gamma: float = 0.0,  # gamma of training images varies by factors exp(±gamma)
     progress: bool = False,  # show progress while reading
-) -> DataLoaders:  # batches (maps, label, wall, domain, image), in validation simulated ones only
+    kind: Kind | str | None = None,  # what the images show; None is what `sim` says
+) -> DataLoaders:  # batches (maps, label, focus, domain, image), in validation simulated ones only
     """Load simulated images with their truth and real ones without, in one batch.
     Raises: InputError, one sentence each, for what is wrong with the folders or the arguments."""
     n_real = int(round(ratio * bs))
@@ -363,54 +407,52 @@ def mixed_dls(
             f"ratio={ratio} of a batch of {bs} is {n_real} real images: choose a ratio and bs "
             "that give at least one of each kind."
         )
-    simulated, others = (
-        _only(list_images(sim), classes),
-        _training(_imageless(list_images(real), real_pixel_size), real),
-    )
+    kind = kind_of(sim) if kind is None else find_kind(kind)
+    simulated = _only(list_images(sim), classes)
     if simulated["maps"].isna().any():
         raise InputError(f"{sim} holds no truth maps: make it with microgen simulate.")
+    others = _training(_without_truth(list_images(real), real_pixel_size), real)
     listed = pd.concat([simulated.assign(domain=0), others.assign(domain=1)], ignore_index=True)
     domain = listed["domain"].to_numpy()
     train, *held = split_images(simulated, valid, seed)
     parts = [np.concatenate([train, np.flatnonzero(domain)]), *held]
-    vocab, labels = _vocab(
-        listed, parts, classes and [*classes, *sorted(set(others["label"]) - set(classes))]
-    )
-    ops = _chosen(augment, sorted(set(simulated["label"])), True)
-    pixels = Pixels(listed, size, channels, None, scaling, percentiles, memory_gb, progress)
-    one, two = (np.flatnonzero(domain[parts[0]] == d) for d in (0, 1))
-    n = len(one) // (bs - n_real) * bs
-    if not n:
+    named = None
+    if classes:
+        named = [*classes, *sorted(set(others["label"]) - set(classes))]
+    vocab, labels = _vocab(listed, parts, named)
+    pixels = Pixels(listed, size, channels, None, scaling, percentiles, memory_gb, progress, kind)
+    of_sim, of_real = (np.flatnonzero(domain[parts[0]] == d) for d in (0, 1))
+    n_batches = len(of_sim) // (bs - n_real)
+    if not n_batches:
         raise InputError(
-            f"{len(one)} simulated training images do not fill a batch of {bs}: simulate "
+            f"{len(of_sim)} simulated training images do not fill a batch of {bs}: simulate "
             "more, or give a smaller bs."
         )
-    mixture = partial(_mixture, sim=one, real=two, bs=bs, n_real=n_real)
     dls = _loaders(
         pixels,
         parts,
-        ("maps", "label", "wall", "domain", "image"),
-        vocab,
-        ops,
-        bs,
-        seed,
-        {"label": labels, "domain": domain},
+        ("maps", "label", "focus", "domain", "image"),
         2,
-        [mixture],
-        num_workers,
-        device,
-        contrast,
-        gamma,
+        vocab=vocab,
+        ops=_operations(augment, kind, sorted(set(simulated["label"])), pixels),
+        bs=bs,
+        seed=seed,
+        values={"label": labels, "domain": domain},
+        orders=[partial(_mixture, sim=of_sim, real=of_real, bs=bs, n_real=n_real)],
+        num_workers=num_workers,
+        device=device,
+        contrast=contrast,
+        gamma=gamma,
     )
     dls.paired = True, False
     return dls
 
 
 def _training(listed, folder):
-    "Rows that may train, each with a class"
-    used = (
-        listed[listed["split"] == "train"].reset_index(drop=True) if "split" in listed else listed
-    )
+    "Rows that may train, each with a class."
+    used = listed
+    if "split" in listed:
+        used = listed[listed["split"] == "train"].reset_index(drop=True)
     if not len(used):
         raise InputError(
             f"No image in {folder} has split 'train' in metadata.csv: give some of the {len(listed)} "
@@ -420,11 +462,11 @@ def _training(listed, folder):
 
 
 def _mixture(rng, sim, real, bs, n_real):
-    "Order of an epoch: in each batch the same share of real images; unshuffled, each image once"
+    "Order of an epoch: in each batch the same share of real images; unshuffled, each image once."
     if rng is None:
         return list(range(len(sim) + len(real)))
-    n = len(sim) // (bs - n_real)
-    sims, reals = (
-        _cycle(rng, m, n * k).reshape(n, k) for m, k in ((sim, bs - n_real), (real, n_real))
-    )
+    n_sim = bs - n_real
+    n_batches = len(sim) // n_sim
+    sims = _cycle(rng, sim, n_batches * n_sim).reshape(n_batches, n_sim)
+    reals = _cycle(rng, real, n_batches * n_real).reshape(n_batches, n_real)
     return rng.permuted(np.hstack([sims, reals]), axis=1).ravel().tolist()

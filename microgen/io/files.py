@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'make_folder', 'atomic_folder', 'write_text', 'write_json', 'write_csv', 'write_parquet', 'provenance',
-           'write_tiff', 'read']
+           'write_tiff', 'calibrated', 'read']
 
 # %% ../../nbs/07_io.files.ipynb #89a6b4f4
 import errno
@@ -20,11 +20,12 @@ from contextlib import contextmanager, suppress
 from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from microgen.core import (
-    _THREE_WAYS,
+    HOW_TO_CALIBRATE,
     InputError,
     MicrogenError,
     Micrograph,
@@ -33,11 +34,11 @@ from microgen.core import (
     UncalibratedError,
     UnitError,
     WriteError,
-    _pixel_size,
+    as_pixel_size,
     check_image,
     to_nm,
 )
-from .base import NoScale, Unreadable, plain
+from .base import NoScale, Raw, Unreadable, plain
 from .formats import reader_of
 
 # %% ../../nbs/07_io.files.ipynb #594e6fd0
@@ -54,9 +55,11 @@ _CURE = {
 
 # %% ../../nbs/07_io.files.ipynb #1de6daae
 def _why(error) -> str:
-    "What stopped the writing, and the remedy; NumPy gives a full disk no number: '22500 requested and 14220 written'."
-    short = error.errno is None and re.search(r"requested and \d+ written", str(error))
-    return _CURE.get(errno.ENOSPC if short else error.errno, error.strerror or str(error))
+    "What stopped the writing, and the remedy."
+    # NumPy gives a full disk no number: '22500 requested and 14220 written'
+    if error.errno is None and re.search(r"requested and \d+ written", str(error)):
+        return _CURE[errno.ENOSPC]
+    return _CURE.get(error.errno, error.strerror or str(error))
 
 # %% ../../nbs/07_io.files.ipynb #fc72d986
 def _to_disk(path, directory=False):
@@ -114,13 +117,15 @@ def atomic_folder(
     """Write the files of a folder all or none: write into the folder it yields, and they take their places on success.
     Raises: WriteError when the disk is full or a folder cannot be made; the old files are intact."""
     path = Path(path).absolute()
-    made = [p for p in (path, *path.parents) if not os.path.exists(p)]
+    new_folders = [p for p in (path, *path.parents) if not os.path.exists(p)]
     temporary = path / f".{uuid.uuid4().hex[:12]}.tmp"
     try:
         make_folder(path)
         yield make_folder(temporary)
-        for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            os.replace(file, make_folder(path / file.parent.relative_to(temporary)) / file.name)
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                place = make_folder(path / file.parent.relative_to(temporary))
+                os.replace(file, place / file.name)
     except WriteError as e:
         raise WriteError(path, e.cause) from e
     except MicrogenError:
@@ -130,8 +135,8 @@ def atomic_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
-            for p in made:
-                p.rmdir()  # goes no further than the first that holds something
+            for folder in new_folders:
+                folder.rmdir()  # goes no further than the first that holds something
 
 # %% ../../nbs/07_io.files.ipynb #54121081
 def write_text(
@@ -149,9 +154,8 @@ def write_json(
     obj,  # dicts, lists, numbers, text, arrays, dataclasses
 ) -> Path:  # the file
     "Write JSON atomically: two spaces of indent, keys in the order given, NaN as null."
-    return write_text(
-        path, json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    text = json.dumps(plain(obj), indent=2, ensure_ascii=False, allow_nan=False)
+    return write_text(path, text + "\n")
 
 # %% ../../nbs/07_io.files.ipynb #24e3c588
 def write_csv(
@@ -192,29 +196,43 @@ def provenance(
     **extra,  # what else made the output, such as settings or the recipe
 ) -> dict:  # keys command, versions, seed, and those of extra
     "Say how an output was made: command line, versions of the libraries, seed."
-    name = Path(sys.argv[0] or "python").name
-    command = "(notebook)" if name.startswith("ipykernel") else shlex.join([name, *sys.argv[1:]])
     from microgen import __version__
 
-    versions = {"microgen": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
-    versions |= {p: _version(p) for p in _RECORDED}
+    name = Path(sys.argv[0] or "python").name
+    in_notebook = name.startswith("ipykernel")
+    command = "(notebook)" if in_notebook else shlex.join([name, *sys.argv[1:]])
+    python = ".".join(map(str, sys.version_info[:3]))
+    versions = {"microgen": __version__, "python": python}
+    for package in _RECORDED:
+        versions[package] = _version(package)
     return {"command": command, "versions": versions, "seed": seed, **extra}
 
 # %% ../../nbs/07_io.files.ipynb #6a08d9bb
 def _as_ratio(value) -> tuple:
     "The fraction of two 31-bit integers that is nearest to a positive number."
-    top = 2**31 - 1  # readers that take them for signed integers agree
-    f = Fraction(value).limit_denominator(max(1, min(top, int(top / max(value, 1e-9)))))
-    return f.numerator, f.denominator
+    largest = 2**31 - 1  # readers that take them for signed integers agree
+    largest_denominator = int(largest / max(value, 1e-9))  # so that the numerator fits as well
+    largest_denominator = max(1, min(largest, largest_denominator))
+    fraction = Fraction(value).limit_denominator(largest_denominator)
+    return fraction.numerator, fraction.denominator
 
 # %% ../../nbs/07_io.files.ipynb #3d06af57
-def _as_16_bit(data) -> tuple:
-    "uint16 image, slope and offset: data = offset + slope * image; whole numbers in range stay as they are."
+class _Scaled(NamedTuple):
+    "An image in whole numbers: data = offset + slope * pixels."
+
+    pixels: np.ndarray  # uint16
+    slope: float
+    offset: float
+
+
+def _as_16_bit(data) -> _Scaled:
+    "Whole numbers in range stay as they are; other values fill the range."
     low, high = float(data.min()), float(data.max())
     if 0 <= low and high <= 65535 and not (data % 1).any():
-        return data.astype(np.uint16), 1.0, 0.0
+        return _Scaled(data.astype(np.uint16), 1.0, 0.0)
     slope = (high - low) / 65535 or 1.0
-    return np.round((data.astype(np.float64) - low) / slope).astype(np.uint16), slope, low
+    pixels = np.round((data.astype(np.float64) - low) / slope)
+    return _Scaled(pixels.astype(np.uint16), slope, low)
 
 # %% ../../nbs/07_io.files.ipynb #64ac0e7b
 def write_tiff(
@@ -229,25 +247,33 @@ def write_tiff(
     Raises: InputError when the data are no image, UnitError without a pixel size, WriteError."""
     import tifffile
 
-    data, (py, px) = check_image(data, "data"), _pixel_size(pixel_size)
+    data = check_image(data, "data")
+    py, px = as_pixel_size(pixel_size)
     if bits not in (16, 32):
         raise InputError(f"bits={bits!r} must be 32 (float) or 16 (unsigned integer).")
-    (pixels, slope, offset) = _as_16_bit(data) if bits == 16 else (data, 1.0, 0.0)
-    about = json.dumps(plain(metadata or {}), ensure_ascii=False)
-    extra = {"unit": "nm", "axes": "YX" if data.ndim == 2 else "CYX", "Info": about}
-    if (slope, offset) != (1.0, 0.0):
-        extra |= {"cf": 0, "c0": repr(offset), "c1": repr(slope), "vunit": "a.u."}
-    tags = [(code, "s", 0, "nm", True) for code in (65003, 65004)]
-    tags += [(code, "d", 1, v, True) for code, v in ((65009, px), (65010, py))]
-    per_nm = _as_ratio(1 / px), _as_ratio(1 / py)
-    with atomic_path(path) as p:
+    scaled = _as_16_bit(data) if bits == 16 else _Scaled(data, 1.0, 0.0)
+    imagej = {
+        "unit": "nm",
+        "axes": "YX" if data.ndim == 2 else "CYX",
+        "Info": json.dumps(plain(metadata or {}), ensure_ascii=False),
+    }
+    if (scaled.slope, scaled.offset) != (1.0, 0.0):  # a line that gives the values back
+        line = {"cf": 0, "c0": repr(scaled.offset), "c1": repr(scaled.slope), "vunit": "a.u."}
+        imagej |= line
+    digital_micrograph = [
+        (65003, "s", 0, "nm", True),
+        (65004, "s", 0, "nm", True),
+        (65009, "d", 1, px, True),
+        (65010, "d", 1, py, True),
+    ]
+    with atomic_path(path) as temporary:
         tifffile.imwrite(
-            p,
-            pixels,
+            temporary,
+            scaled.pixels,
             imagej=True,
-            resolution=per_nm,
-            metadata=extra,
-            extratags=tags,
+            resolution=(_as_ratio(1 / px), _as_ratio(1 / py)),  # pixels per nm
+            metadata=imagej,
+            extratags=digital_micrograph,
             compression="zlib" if compress else None,
             compressionargs={"level": 1} if compress else None,
         )
@@ -258,26 +284,42 @@ def _without_colour_axis(data, colour) -> np.ndarray:
     "(H, W, S) as (H, W): the grey channel or the luminance; with `colour` as (3, H, W). Alpha is dropped."
     if data.shape[-1] < 3:
         return data[..., 0]
-    data = data[..., :3].astype(np.float32)
+    rgb = data[..., :3].astype(np.float32)
     if colour:
-        return np.moveaxis(data, -1, 0)
-    return (
-        data[..., 0] if (data == data[..., :1]).all() else data @ np.float32([0.299, 0.587, 0.114])
-    )
+        return np.moveaxis(rgb, -1, 0)
+    is_grey = (rgb == rgb[..., :1]).all()
+    return rgb[..., 0] if is_grey else rgb @ np.float32([0.299, 0.587, 0.114])
 
 # %% ../../nbs/07_io.files.ipynb #a4d9dd66
-def _calibrated(path, raw, pixel_size, colour) -> Micrograph:
-    "The micrograph of what a reader found; the user's pixel size wins over the file's."
+def calibrated(
+    path,  # the file
+    raw: Raw,  # what a reader found in it
+    pixel_size=None,  # nm per pixel, one number or (py, px); wins over what the file says
+    colour: bool = False,  # keep colour as (3, H, W) instead of its luminance
+) -> Micrograph:  # float32 image with its pixel size
+    """Make the micrograph of what a reader found.
+    Raises: NoScale when neither the file nor the user gives a pixel size."""
     if pixel_size is None and raw.scale is None:
-        raise NoScale(f"it holds no pixel size: {_THREE_WAYS}")
+        raise NoScale(f"it holds no pixel size: {HOW_TO_CALIBRATE}")
     if pixel_size is None:
         pixel_size = tuple(to_nm(s, u) for s, u in zip(raw.scale, raw.unit))
         if not all(0 < p < np.inf for p in pixel_size):
-            raise NoScale(f"its pixel size is {raw.scale[0]:g} {raw.unit[0]}: {_THREE_WAYS}")
+            raise NoScale(f"its pixel size is {raw.scale[0]:g} {raw.unit[0]}: {HOW_TO_CALIBRATE}")
     data = _without_colour_axis(raw.data, colour) if raw.colours_last else raw.data
     return Micrograph(data, pixel_size, raw.metadata, str(path))
 
 # %% ../../nbs/07_io.files.ipynb #f23a8e77
+def _load(path, load, max_bytes, frame, dataset):
+    "What a reader finds in a file that is there and not empty."
+    if not path.exists():
+        raise Unreadable("there is no such file")
+    if path.is_dir() and path.suffix != ".zspy":
+        raise Unreadable("it is a folder; name one file in it")
+    if not path.stat().st_size:
+        raise Unreadable("it is empty")
+    return load(path, max_bytes, frame, dataset)
+
+
 def read(
     path,  # the file: .tif .png .jpg .bmp .dm3 .dm4 .ser .emd .mrc .hspy .hdf5; others with the extra gpl
     pixel_size=None,  # nm per pixel, one number or (py, px); wins over what the file says
@@ -289,16 +331,12 @@ def read(
 ) -> Micrograph:  # float32 image, pixel size in nm, metadata, source
     """Read a micrograph with its calibration.
     Raises: ReadError naming file, reader and cause (UncalibratedError without a pixel size), MissingExtra."""
-    path, given = Path(path), None if pixel_size is None else _pixel_size(pixel_size)
+    path = Path(path)
+    given = None if pixel_size is None else as_pixel_size(pixel_size)
     reader, load = reader_of(path)
     try:
-        if not path.exists():
-            raise Unreadable("there is no such file")
-        if path.is_dir() and path.suffix != ".zspy":
-            raise Unreadable("it is a folder; name one file in it")
-        if not path.stat().st_size:
-            raise Unreadable("it is empty")
-        return _calibrated(path, load(path, max_bytes, frame, dataset), given, colour)
+        raw = _load(path, load, max_bytes, frame, dataset)
+        return calibrated(path, raw, given, colour)
     except MissingExtra:
         raise
     except (NoScale, UnitError) as e:

@@ -16,126 +16,174 @@ from itertools import islice
 from math import prod
 from pathlib import Path
 from traceback import clear_frames
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 
 from ..core import require, to_nm
-from .base import Raw, Unreadable, _dataset_of, _frame_of, check_size, plain
+from .base import Raw, Unreadable, check_size, choose_dataset, choose_frame, plain
 
 # %% ../../nbs/06_io.formats.ipynb #1fc33579
+class _Scale(NamedTuple):
+    "Length of a pixel along y and x, and its unit as the file spells it."
+
+    length: tuple = None
+    unit: tuple = None
+
+
 def _scale_dm_tags(page, tif):
     "DigitalMicrograph's tags, which microgen writes too."
-    tags = {t.code: t.value for t in page.tags if 65003 <= t.code <= 65011}
-    if {65003, 65004, 65009, 65010} <= set(tags):
-        return (tags[65010], tags[65009]), (tags[65004], tags[65003])
-
-# %% ../../nbs/06_io.formats.ipynb #4138af81
-_PAPER = ("inch", "inches", "cm", "mm", "m", "meter", "metre")
+    unit_x, unit_y, length_x, length_y = 65003, 65004, 65009, 65010
+    tags = {tag.code: tag.value for tag in page.tags if 65003 <= tag.code <= 65011}
+    if not {unit_x, unit_y, length_x, length_y} <= set(tags):
+        return None
+    return _Scale((tags[length_y], tags[length_x]), (tags[unit_y], tags[unit_x]))
 
 # %% ../../nbs/06_io.formats.ipynb #c4d70c1f
+_PAPER = ("inch", "inches", "cm", "mm", "m", "meter", "metre")
+
+
 def _scale_imagej(page, tif):
     "ImageJ: the unit in the description, pixels per unit in the resolution tags."
-    if not page.is_imagej or not {"XResolution", "YResolution"} <= {t.name for t in page.tags}:
+    names = {tag.name for tag in page.tags}
+    if not page.is_imagej or not {"XResolution", "YResolution"} <= names:
         return None
-    described = tif.imagej_metadata or {}
-    y, x = (float(1 / Fraction(*page.tags[k].value)) for k in ("YResolution", "XResolution"))
-    unit = str(described.get("unit") or "")
+    description = tif.imagej_metadata or {}
+    y = float(1 / Fraction(*page.tags["YResolution"].value))
+    x = float(1 / Fraction(*page.tags["XResolution"].value))
+    unit = str(description.get("unit") or "")
     if unit.strip().lower() in _PAPER and to_nm(max(y, x), unit) >= 1e4:
         return None
-    return (y, x), (described.get("yunit") or unit, unit)
+    return _Scale((y, x), (description.get("yunit") or unit, unit))
 
 # %% ../../nbs/06_io.formats.ipynb #310b61b9
 def _scale_fei(page, tif):
     "FEI and Thermo Fisher: metres, in the section of the beam that scanned."
-    meta = (tif.fei_metadata if page.is_fei else None) or {}
-    for section in ("Scan", "EScan", "IScan", "EBeam", "IBeam"):
-        found = meta.get(section) or {}
-        if {"PixelWidth", "PixelHeight"} <= set(found):
-            return (found["PixelHeight"], found["PixelWidth"]), ("m", "m")
-    beam = meta.get("IRBeam") or {}
-    if {"HFW", "VFW"} <= set(beam):
-        return (beam["VFW"] / page.shape[0], beam["HFW"] / page.shape[1]), ("m", "m")
+    sections = (tif.fei_metadata if page.is_fei else None) or {}
+    for name in ("Scan", "EScan", "IScan", "EBeam", "IBeam"):
+        section = sections.get(name) or {}
+        if {"PixelWidth", "PixelHeight"} <= set(section):
+            return _Scale((section["PixelHeight"], section["PixelWidth"]), ("m", "m"))
+    field = sections.get("IRBeam") or {}  # only the width and height of the field of view
+    if {"HFW", "VFW"} <= set(field):
+        return _Scale((field["VFW"] / page.shape[0], field["HFW"] / page.shape[1]), ("m", "m"))
+    return None
 
 # %% ../../nbs/06_io.formats.ipynb #1c4382f1
 def _scale_zeiss(page, tif):
     "Zeiss SmartSEM: two keys with a rounded value and unit; the exact number in metres wins where it agrees."
     meta = (tif.sem_metadata if page.is_sem else None) or {}
-    named = [
-        meta[k][1:3] for k in ("ap_image_pixel_size", "ap_pixel_size") if len(meta.get(k, ())) > 2
-    ]
-    raw = meta.get("", ())
-    exact = float(raw[3]) * 1024 / page.shape[1] if len(raw) > 3 else 0.0  # for 1024 pixels
-    if named and not abs(1e9 * exact / to_nm(*named[0]) - 1) < 0.01:
-        return (named[0][0],) * 2, (named[0][1],) * 2
-    if exact > 0:
-        return (exact, exact), ("m", "m")
+    rounded = None
+    for key in ("ap_image_pixel_size", "ap_pixel_size"):
+        if rounded is None and len(meta.get(key, ())) > 2:
+            _, value, unit = meta[key][:3]
+            rounded = _Scale((value, value), (unit, unit))
+    numbers = meta.get("", ())
+    exact_m = 0.0
+    if len(numbers) > 3:
+        exact_m = float(numbers[3]) * 1024 / page.shape[1]  # it is stated for 1024 pixels
+    if rounded is not None:
+        agreement = 1e9 * exact_m / to_nm(rounded.length[0], rounded.unit[0])
+        if not abs(agreement - 1) < 0.01:
+            return rounded
+    return _Scale((exact_m, exact_m), ("m", "m")) if exact_m > 0 else None
 
 # %% ../../nbs/06_io.formats.ipynb #c33f2a4a
 def _scale_tvips(page, tif):
     "TVIPS cameras: nm in the file; older tifffile returns it in metres, which no pixel in nm is as small as."
     meta = (tif.tvips_metadata if page.is_tvips else None) or {}
     x, y = meta.get("PixelSizeX"), meta.get("PixelSizeY")
-    if x and y:
-        return (y, x), ("m" if y < 1e-5 else "nm", "m" if x < 1e-5 else "nm")
+    if not x or not y:
+        return None
+    return _Scale((y, x), ("m" if y < 1e-5 else "nm", "m" if x < 1e-5 else "nm"))
 
 # %% ../../nbs/06_io.formats.ipynb #a6c56dff
 def _scale_ome(page, tif):
     "OME-TIFF: the unit of its schema is µm unless it says otherwise."
-    found = ElementTree.fromstring(page.description).iter() if page.is_ome else ()
-    for a in (e.attrib for e in found if e.tag.endswith("}Pixels") and "PhysicalSizeX" in e.attrib):
-        scale = float(a.get("PhysicalSizeY", a["PhysicalSizeX"])), float(a["PhysicalSizeX"])
-        return scale, (a.get("PhysicalSizeYUnit", "µm"), a.get("PhysicalSizeXUnit", "µm"))
+    if not page.is_ome:
+        return None
+    for element in ElementTree.fromstring(page.description).iter():
+        said = element.attrib
+        if element.tag.endswith("}Pixels") and "PhysicalSizeX" in said:
+            x = float(said["PhysicalSizeX"])
+            y = float(said.get("PhysicalSizeY", said["PhysicalSizeX"]))
+            unit_y = said.get("PhysicalSizeYUnit", "µm")
+            unit_x = said.get("PhysicalSizeXUnit", "µm")
+            return _Scale((y, x), (unit_y, unit_x))
+    return None
 
 # %% ../../nbs/06_io.formats.ipynb #f9b62f14
 _TIFF_SCALES = (_scale_fei, _scale_zeiss, _scale_tvips, _scale_dm_tags, _scale_imagej, _scale_ome)
 
+
+def _tiff_scale(page, tif) -> _Scale:
+    "The first scale that a maker left in its place; places with nonsense are passed over."
+    for find in _TIFF_SCALES:
+        with suppress(ArithmeticError, LookupError, TypeError, ValueError, ElementTree.ParseError):
+            scale = find(page, tif)
+            if scale is not None:
+                return scale
+    return _Scale()
+
 # %% ../../nbs/06_io.formats.ipynb #aa4dc0f7
 def _tiff_metadata(page, tif) -> dict:
     "What the maker wrote: our own JSON, or the maker's dictionary."
-    described = (tif.imagej_metadata or {}) if page.is_imagej else {}
-    if str(described.get("Info", "")).startswith("{"):
+    description = (tif.imagej_metadata or {}) if page.is_imagej else {}
+    if str(description.get("Info", "")).startswith("{"):
         with suppress(ValueError):
-            return json.loads(described["Info"])
-    makers = {"is_fei": "fei_metadata", "is_sem": "sem_metadata", "is_tvips": "tvips_metadata"}
-    found = next(
-        (getattr(tif, name) for is_it, name in makers.items() if getattr(page, is_it)), None
-    )
-    kept = {
-        k: v for k, v in described.items() if k not in ("IJMetadata", "LUTs", "ROI", "Overlays")
-    }
-    return plain(dict(found or kept))
+            return json.loads(description["Info"])
+    written = None
+    if page.is_fei:
+        written = tif.fei_metadata
+    elif page.is_sem:
+        written = tif.sem_metadata
+    elif page.is_tvips:
+        written = tif.tvips_metadata
+    if not written:
+        bulky = ("IJMetadata", "LUTs", "ROI", "Overlays")
+        written = {key: value for key, value in description.items() if key not in bulky}
+    return plain(dict(written))
 
 # %% ../../nbs/06_io.formats.ipynb #ac40261d
-def _stored(page, end) -> bool:
+def _is_stored(page, file_size) -> bool:
     "Whether all pixels of a page lie inside the file, and uncompressed ones are as many as it declares."
-    places = list(zip(page.dataoffsets, page.databytecounts)) if page is not None else []
-    if not places or not all(start > 0 and 0 < size <= end - start for start, size in places):
+    if page is None or not page.dataoffsets:
         return False
+    for start, size in zip(page.dataoffsets, page.databytecounts):
+        if not (start > 0 and 0 < size <= file_size - start):
+            return False
     key = page.keyframe
+    if key.compression != 1:
+        return True
     bits = key.imagewidth * key.imagelength * key.samplesperpixel * key.bitspersample
-    return key.compression != 1 or 8 * sum(page.databytecounts) >= bits
+    return 8 * sum(page.databytecounts) >= bits
 
 # %% ../../nbs/06_io.formats.ipynb #2dd77ba4
 def _tiff_pixels(path, tif, series, max_bytes, frame):
     "One image of a series, (H, W), (C, H, W) or (H, W, S), after its place and size are checked."
-    axes, sizes, end = series.axes, series.shape, os.path.getsize(path)
-    kept = next((i for i, a in enumerate(axes) if a in "YXSC"), 0)
-    if set(axes[kept:]) - set("YXSC"):
+    axes, file_size = series.axes, os.path.getsize(path)
+    # axes of the stack, then those of the image: Y, X, samples S and channels C
+    first = next((i for i, axis in enumerate(axes) if axis in "YXSC"), 0)
+    if set(axes[first:]) - set("YXSC"):
         raise Unreadable(f"its axes {axes} are in an order that microgen does not read")
-    shape, n, itemsize = sizes[kept:], prod(sizes[:kept]), series.dtype.itemsize
+    shape, n_images = series.shape[first:], prod(series.shape[:first])
+    itemsize = series.dtype.itemsize
     check_size(shape, itemsize, max_bytes)
     check_size([prod(series.keyframe.chunks)], itemsize, max_bytes)
-    k, size, each = _frame_of(n, frame), prod(shape) * itemsize, len(series.pages) // n
-    if series.dataoffset is not None and n > 1:
-        start = series.dataoffset + k * size
-        check_size(shape, itemsize, max_bytes, end - start)
+    k = choose_frame(n_images, frame)
+    if series.dataoffset is not None and n_images > 1:  # in one piece
+        start = series.dataoffset + k * prod(shape) * itemsize
+        check_size(shape, itemsize, max_bytes, stored=file_size - start)
         dtype = series.dtype.newbyteorder(tif.byteorder)
         return np.fromfile(path, dtype, prod(shape), offset=start).reshape(shape)
-    pages = series.pages[k * each : (k + 1) * each]
-    if not pages or not all(_stored(p, end) for p in pages):
+    pages_each = len(series.pages) // n_images
+    pages = series.pages[k * pages_each : (k + 1) * pages_each]
+    if not pages or not all(_is_stored(page, file_size) for page in pages):
         raise Unreadable("its pixels lie outside the file: it is truncated or damaged")
-    return (series.asarray() if n == 1 else np.stack([p.asarray() for p in pages])).reshape(shape)
+    if n_images == 1:
+        return series.asarray().reshape(shape)
+    return np.stack([page.asarray() for page in pages]).reshape(shape)
 
 # %% ../../nbs/06_io.formats.ipynb #b8966570
 def _load_tiff(path, max_bytes, frame, dataset) -> Raw:
@@ -143,24 +191,23 @@ def _load_tiff(path, max_bytes, frame, dataset) -> Raw:
     import tifffile
 
     with tifffile.TiffFile(path) as tif:
-        if sum(1 for _ in islice(tif.pages, len(tif.pages) + 1)) > len(tif.pages):
-            raise Unreadable(
-                "its list of pages has no end: it is damaged"
-            )  # tifffile would follow it for ever
-        series = tif.series[_dataset_of(range(len(tif.series)), 0 if dataset is None else dataset)]
-        page, axes = series.keyframe, [a for a in series.axes if a in "YXSC"]
-        data, found = _tiff_pixels(path, tif, series, max_bytes, frame), None
-        if "S" in axes:
+        n_pages = len(tif.pages)
+        if sum(1 for _ in islice(tif.pages, n_pages + 1)) > n_pages:
+            # tifffile would follow it for ever
+            raise Unreadable("its list of pages has no end: it is damaged")
+        number = choose_dataset(range(len(tif.series)), 0 if dataset is None else dataset)
+        series = tif.series[number]
+        page = series.keyframe
+        data = _tiff_pixels(path, tif, series, max_bytes, frame)
+        axes = [axis for axis in series.axes if axis in "YXSC"]
+        colours_last = "S" in axes
+        if colours_last:
             data = np.moveaxis(data, axes.index("S"), -1)
-        grey = (tif.imagej_metadata or {}) if page.is_imagej else {}
-        if grey.get("cf") == 0 and grey.get("c1"):
-            data = grey["c0"] + grey["c1"] * data.astype(np.float64)
-        for maker in _TIFF_SCALES:
-            with suppress(
-                ArithmeticError, LookupError, TypeError, ValueError, ElementTree.ParseError
-            ):
-                found = found or maker(page, tif)
-        return Raw(data, *(found or (None, None)), _tiff_metadata(page, tif), "S" in axes)
+        described = (tif.imagej_metadata or {}) if page.is_imagej else {}
+        if described.get("cf") == 0 and described.get("c1"):
+            data = described["c0"] + described["c1"] * data.astype(np.float64)
+        scale = _tiff_scale(page, tif)
+        return Raw(data, scale.length, scale.unit, _tiff_metadata(page, tif), colours_last)
 
 # %% ../../nbs/06_io.formats.ipynb #d0b9ec76
 def _load_picture(path, max_bytes, frame, dataset) -> Raw:
@@ -169,79 +216,117 @@ def _load_picture(path, max_bytes, frame, dataset) -> Raw:
 
     with Image.open(path, formats=("PNG", "JPEG", "BMP")) as picture:
         check_size((picture.height, picture.width, len(picture.getbands())), 1, max_bytes)
-        known = ("1", "L", "LA", "I", "I;16", "I;16B", "F", "RGB", "RGBA")
-        data = np.asarray(picture if picture.mode in known else picture.convert("RGB"))
+        as_they_are = ("1", "L", "LA", "I", "I;16", "I;16B", "F", "RGB", "RGBA")
+        if picture.mode not in as_they_are:
+            picture = picture.convert("RGB")
+        data = np.asarray(picture)
         return Raw(data, colours_last=data.ndim == 3)
 
 # %% ../../nbs/06_io.formats.ipynb #6ed239e4
-def _messages(file, start):
-    "Type and body of each message in an HDF5 object header of version 1 or 2, with its continuation blocks."
+class _Header(NamedTuple):
+    "Where the messages of an HDF5 object header are, and how each begins."
 
-    def at(offset, n):
+    version_2: bool
+    start: int  # of the first message
+    size: int  # of the first block of messages, bytes
+    form: struct.Struct  # type, length, flags
+
+
+def _object_header(head, start) -> _Header:
+    "The header whose first 32 bytes are given, of version 1 or 2."
+    if head[:4] != b"OHDR":
+        size = int.from_bytes(head[8:12], "little")
+        return _Header(False, start + 16, size, struct.Struct("<HHB3x"))
+    flags = head[5]
+    size_at = 6
+    size_at += 16 if flags & 32 else 0  # times of access and change
+    size_at += 4 if flags & 16 else 0  # limits on the number of attributes
+    messages_at = size_at + (1 << (flags & 3))
+    size = int.from_bytes(head[size_at:messages_at], "little")
+    form = struct.Struct("<BHB2x" if flags & 4 else "<BHB")  # with or without order of creation
+    return _Header(True, start + messages_at, size, form)
+
+
+def _messages(file, start):
+    "Type and body of each message in an HDF5 object header, with its continuation blocks."
+
+    def bytes_at(offset, n):
         file.seek(offset)
         return file.read(min(n, 2**20))
 
-    head = at(start, 32).ljust(32, b"\0")
-    new, flags = head[:4] == b"OHDR", head[5]
-    skip, wide = (
-        (6 + 16 * bool(flags & 32) + 4 * bool(flags & 16), 1 << (flags & 3)) if new else (8, 4)
-    )
-    todo = [
-        (start + (skip + wide if new else 16), int.from_bytes(head[skip : skip + wide], "little"))
-    ]
-    form = struct.Struct(("<BHB2x" if flags & 4 else "<BHB") if new else "<HHB3x")
-    for offset, size in todo:
-        block, i = at(offset, size), 0
-        while i + form.size <= len(block):
-            kind, length, _ = form.unpack_from(block, i)
-            body = block[i + form.size : i + form.size + length]
-            i += form.size + length
-            if kind == 16 and len(body) >= 16 and len(todo) < 64:
-                begin, length = struct.unpack_from("<QQ", body)
-                todo.append((begin + 4, max(length - 8, 0)) if new else (begin, length))
+    header = _object_header(bytes_at(start, 32).ljust(32, b"\0"), start)
+    blocks = [(header.start, header.size)]
+    for offset, size in blocks:  # continuation blocks join the list on the way
+        block, at = bytes_at(offset, size), 0
+        while at + header.form.size <= len(block):
+            kind, length, _ = header.form.unpack_from(block, at)
+            at += header.form.size
+            body = block[at : at + length]
+            at += length
+            if kind == 16 and len(body) >= 16 and len(blocks) < 64:  # a continuation block
+                begin, n = struct.unpack_from("<QQ", body)
+                if header.version_2:  # it has a signature before and a checksum behind
+                    begin, n = begin + 4, max(n - 8, 0)
+                blocks.append((begin, n))
             yield kind, body
 
 # %% ../../nbs/06_io.formats.ipynb #506bf910
-def _heap_text(file, length, address, index) -> str:
+def _heap_text(file, length, address, number) -> str:
     "One text of an HDF5 global heap."
     if not length:
         return ""
     file.seek(address)
     head = file.read(16)
-    heap, i = (
-        file.read(min(int.from_bytes(head[8:], "little"), 2**24)) if head[:4] == b"GCOL" else b"",
-        0,
-    )
-    while i + 16 <= len(heap):
-        number, size = struct.unpack_from("<H6xQ", heap, i)
-        if number == index and length <= size:
-            return heap[i + 16 : i + 16 + length].decode("utf-8", "replace")
-        i += 16 + -(-size // 8) * 8
+    heap = b""
+    if head[:4] == b"GCOL":
+        heap = file.read(min(int.from_bytes(head[8:], "little"), 2**24))
+    at = 0
+    while at + 16 <= len(heap):
+        found, size = struct.unpack_from("<H6xQ", heap, at)
+        at += 16
+        if found == number and length <= size:
+            return heap[at : at + length].decode("utf-8", "replace")
+        at += -(-size // 8) * 8  # each is padded to eight bytes
     raise Unreadable("a text in it is missing: it is damaged")
 
 # %% ../../nbs/06_io.formats.ipynb #d5fab7ea
+_PLAIN_TYPES = (0, 1, 3, 8)  # whole numbers, floats, short texts, enums: h5py reads them
+_ANY_LENGTH, _TEXT = 9, 1
+
+
+def _long_text(file, body):
+    "Name and value of an attribute that is text of any length, from its message; else None."
+    version = body[0]
+    name_bytes, type_bytes, shape_bytes = struct.unpack_from("<3H", body, 2)
+    name_at = 9 if version == 3 else 8
+    name = body[name_at : name_at + name_bytes].split(b"\0")[0].decode("utf-8", "replace")
+    if version == 1:  # each part is padded to eight bytes
+        name_bytes, type_bytes, shape_bytes = (
+            -(-n // 8) * 8 for n in (name_bytes, type_bytes, shape_bytes)
+        )
+    type_at = name_at + name_bytes
+    if type_at + 1 >= len(body) or body[type_at] & 15 in _PLAIN_TYPES:
+        return None
+    references = b""
+    if body[type_at] & 15 == _ANY_LENGTH and body[type_at + 1] & 15 == _TEXT:
+        references = body[type_at + type_bytes + shape_bytes :]
+        references = references[: len(references) // 16 * 16]
+    # each reference: length, address of the heap, number in it
+    texts = [_heap_text(file, *reference) for reference in struct.iter_unpack("<IQI", references)]
+    return name, texts[0] if len(texts) == 1 else texts
+
+
 def _attributes(obj) -> dict:
     "Attributes of an HDF5 object: numbers and short texts by h5py, texts of any length from the heap."
-    start, texts = require("h5py.h5o", "em").get_info(obj.id).addr, {}
+    start = require("h5py.h5o", "em").get_info(obj.id).addr
+    texts = {}
     with open(obj.file.filename, "rb") as file:
         for kind, body in _messages(file, start):
-            if kind != 12 or len(body) < 9:
-                continue  # 12 is an attribute; inside: name, type, shape, value
-            raw = struct.unpack_from("<3H", body, 2)
-            sizes, name_at = (
-                [-(-n // 8) * 8 if body[0] == 1 else n for n in raw],
-                8 + (body[0] == 3),
-            )
-            name = body[name_at : name_at + raw[0]].split(b"\0")[0].decode("utf-8", "replace")
-            of = name_at + sizes[0]
-            if of + 1 >= len(body) or body[of] & 15 in (0, 1, 3, 8):
-                continue  # whole, float, short text, enum
-            any_length = body[of] & 15 == 9 and body[of + 1] & 15 == 1
-            places = body[of + sizes[1] + sizes[2] :] if any_length else b""
-            places = struct.iter_unpack("<IQI", places[: len(places) // 16 * 16])
-            found = [_heap_text(file, *p) for p in places]
-            texts[name] = found[0] if len(found) == 1 else found
-    return {k: obj.attrs[k] for k in obj.attrs if k not in texts} | texts
+            is_attribute = kind == 12 and len(body) >= 9
+            text = _long_text(file, body) if is_attribute else None
+            if text is not None:
+                name, texts[name] = text
+    return {key: obj.attrs[key] for key in obj.attrs if key not in texts} | texts
 
 # %% ../../nbs/06_io.formats.ipynb #c8b6e5d6
 def _text(value) -> str:
@@ -253,33 +338,41 @@ def _text(value) -> str:
 # %% ../../nbs/06_io.formats.ipynb #0a5161f7
 def _tree(group, depth=6) -> dict:
     "Attributes of a tree of groups as nested dicts, without its arrays."
-    found = {k: v for k, v in _attributes(group).items() if np.size(v) <= 64}
-    below = [k for k in group if depth and group.get(k, getclass=True).__name__ == "Group"]
-    return plain(found | {k: _tree(group[k], depth - 1) for k in below})
+    found = {name: value for name, value in _attributes(group).items() if np.size(value) <= 64}
+    if depth:
+        for name in group:
+            if group.get(name, getclass=True).__name__ == "Group":
+                found[name] = _tree(group[name], depth - 1)
+    return plain(found)
 
 # %% ../../nbs/06_io.formats.ipynb #c112f009
+class _Image(NamedTuple):
+    "An image of an HDF5 file, not yet read."
+
+    name: str
+    data: object  # h5py.Dataset
+    scale: list  # (y, x) length of a pixel
+    unit: list  # (y, x) its unit
+    metadata: object  # function that reads them
+
+
 def _hyperspy_images(file, path):
     "HyperSpy's tree Experiments/NAME/data, with one axis group per dimension."
     for name, group in file["Experiments"].items() if "Experiments" in file else ():
         if "data" not in group:
             continue
-        axes = [dict(_attributes(group[f"axis-{i}"])) for i in range(group["data"].ndim)][-2:]
-        scale, unit = (
-            [abs(float(a["scale"])) for a in axes],
-            [_text(a.get("units", "")) for a in axes],
-        )
-        if (
-            unit == ["", ""]
-            and path.suffix.lower() == ".hdf5"
-            and all(0.002 <= s <= 0.05 for s in scale)
-        ):
+        axes = [_attributes(group[f"axis-{i}"]) for i in range(group["data"].ndim)][-2:]
+        scale = [abs(float(axis["scale"])) for axis in axes]
+        unit = [_text(axis.get("units", "")) for axis in axes]
+        is_atomap = path.suffix.lower() == ".hdf5" and all(0.002 <= s <= 0.05 for s in scale)
+        if is_atomap and unit == ["", ""]:
             warnings.warn(
                 f"{path.name} states no unit; its scale is read as nm, as in the files of atomap. "
                 "Give pixel_size= to say otherwise.",
-                stacklevel=5,
+                stacklevel=6,
             )
             unit = ["nm", "nm"]
-        yield name, group["data"], scale, unit, lambda g=group: _tree(g["metadata"])
+        yield _Image(name, group["data"], scale, unit, lambda g=group: _tree(g["metadata"]))
 
 # %% ../../nbs/06_io.formats.ipynb #daffcfe9
 def _velox_images(file, path):
@@ -288,30 +381,31 @@ def _velox_images(file, path):
         text = group["Metadata"]
         if text.dtype != np.uint8 or text.shape[0] > 2**24:
             raise Unreadable("its metadata are no text of 16 MiB or less")
-        meta = json.loads(bytes(text[:, 0]).rstrip(b"\0").decode("utf-8", "replace"))
-        about = meta["BinaryResult"]
-        scale = [float(about["PixelSize"][k]) for k in ("height", "width")]
-        unit = [about["PixelUnitY"], about["PixelUnitX"]]
-        yield about.get("Detector") or name, group["Data"], scale, unit, lambda m=meta: m
+        metadata = json.loads(bytes(text[:, 0]).rstrip(b"\0").decode("utf-8", "replace"))
+        result = metadata["BinaryResult"]
+        scale = [float(result["PixelSize"][side]) for side in ("height", "width")]
+        unit = [result["PixelUnitY"], result["PixelUnitX"]]
+        detector = result.get("Detector") or name
+        yield _Image(detector, group["Data"], scale, unit, lambda m=metadata: m)
 
 # %% ../../nbs/06_io.formats.ipynb #3a75bdae
 def _berkeley_images(file, path):
     "EMD of Berkeley: groups with emd_group_type 1, their data, and one vector with a unit per dimension."
-    groups = [g for top in file.values() for g in (top, *getattr(top, "values", tuple)())]
-    groups = [g for g in groups if hasattr(g, "keys") and "data" in g]
-    for group in (g for g in groups if "emd_group_type" in _attributes(g)):
+    groups = []  # two floors of the tree
+    for top in file.values():
+        groups += [top, *(top.values() if hasattr(top, "values") else ())]
+    for group in groups:
+        if not hasattr(group, "keys") or "data" not in group:
+            continue
+        if "emd_group_type" not in _attributes(group):
+            continue
         dims = [group[f"dim{i + 1}"] for i in range(group["data"].ndim)][-2:]
         if any(d.dtype.kind not in "iuf" or prod(d.chunks or (1,)) > 2**20 for d in dims):
             raise Unreadable("its dimensions are no lists of numbers")
         scale = [abs(float(d[-1]) - float(d[0])) / max(d.shape[0] - 1, 1) for d in dims]
         unit = [_text(_attributes(d).get("units", "")).replace("_", "") for d in dims]
-        yield (
-            group.name.split("/")[-1],
-            group["data"],
-            scale,
-            unit,
-            lambda: _tree(file["microscope"]),
-        )
+        name = group.name.split("/")[-1]
+        yield _Image(name, group["data"], scale, unit, lambda: _tree(file["microscope"]))
 
 # %% ../../nbs/06_io.formats.ipynb #0b4a6e0c
 def _atomap_images(file, path):
@@ -319,7 +413,8 @@ def _atomap_images(file, path):
     if "image_data" not in file or "atom_lattice_type" not in _attributes(file):
         return
     sizes = [float(_attributes(g)["pixel_size"]) for g in file.values() if "pixel_size" in g.attrs]
-    yield "image_data", file["image_data"], [min(sizes, default=0.0)] * 2, ["", ""], dict
+    size = min(sizes, default=0.0)
+    yield _Image("image_data", file["image_data"], [size, size], ["", ""], dict)
 
 # %% ../../nbs/06_io.formats.ipynb #bd37e695
 def _hdf5_pixels(data, frames_last, max_bytes, frame):
@@ -328,32 +423,40 @@ def _hdf5_pixels(data, frames_last, max_bytes, frame):
         raise Unreadable("its pixels lie in other files; microgen reads one file at a time")
     if data.ndim < 2 or data.dtype.kind not in "biufc":
         raise Unreadable(f"it holds {data.ndim}-dimensional data of type {data.dtype}, no image")
-    shape, stack = (
-        (data.shape[:2], data.shape[2:]) if frames_last else (data.shape[-2:], data.shape[:-2])
-    )
+    if frames_last:
+        shape, stack = data.shape[:2], data.shape[2:]
+    else:
+        shape, stack = data.shape[-2:], data.shape[:-2]
     check_size(shape, data.dtype.itemsize, max_bytes)
     if data.chunks:
         check_size(data.chunks, data.dtype.itemsize, max_bytes)
     if not data.id.get_storage_size():
         raise Unreadable("it declares an image but stores no pixel of it: it is truncated")
-    k = _frame_of(prod(stack), frame)
-    return data[..., k] if frames_last else data[np.unravel_index(k, stack) if stack else ()]
+    k = choose_frame(prod(stack), frame)
+    if frames_last:
+        return data[..., k]
+    return data[np.unravel_index(k, stack) if stack else ()]
 
 # %% ../../nbs/06_io.formats.ipynb #782cc6f2
+def _hdf5_images(file, path):
+    "Images of the first layout that is there."
+    for layout in (_hyperspy_images, _velox_images, _berkeley_images, _atomap_images):
+        images = list(layout(file, path))
+        if images:
+            return images
+    raise Unreadable("it holds no image in the layout of HyperSpy, atomap, Berkeley's EMD or Velox")
+
+
 def _load_hdf5(path, max_bytes, frame, dataset) -> Raw:
-    "HDF5 by h5py: one image of the first layout that is there."
-    layouts = (_hyperspy_images, _velox_images, _berkeley_images, _atomap_images)
+    "HDF5 by h5py."
     with require("h5py", "em").File(path, "r") as file:
-        found = next((f for layout in layouts if (f := list(layout(file, path)))), None)
-        if found is None:
-            raise Unreadable(
-                "it holds no image in the layout of HyperSpy, atomap, Berkeley's EMD or Velox"
-            )
-        _, data, scale, unit, metadata = found[_dataset_of([f[0] for f in found], dataset)]
-        pixels = _hdf5_pixels(data, "Data/Image" in file and data.ndim == 3, max_bytes, frame)
+        images = _hdf5_images(file, path)
+        image = images[choose_dataset([image.name for image in images], dataset)]
+        frames_last = "Data/Image" in file and image.data.ndim == 3
+        data = _hdf5_pixels(image.data, frames_last, max_bytes, frame)
         with suppress(KeyError):
-            return Raw(pixels, scale, unit, metadata())
-        return Raw(pixels, scale, unit)
+            return Raw(data, image.scale, image.unit, image.metadata())
+        return Raw(data, image.scale, image.unit)
 
 # %% ../../nbs/06_io.formats.ipynb #4948ccf5
 _DM_TYPES = {
@@ -385,123 +488,155 @@ def _dm_tags(path) -> dict:
         raise Unreadable(f"its tree of tags is damaged ({type(e).__name__}: {e})") from None
 
 # %% ../../nbs/06_io.formats.ipynb #1190f831
-def _dm_image(tags, key) -> tuple:
-    "Type, shape (…, y, x), offset, scale and unit of one image of a tag tree."
+class _DmImage(NamedTuple):
+    "One image of a tree of tags."
 
-    def at(name):
+    kind: int  # DigitalMicrograph's number of the data type
+    shape: tuple  # (…, y, x)
+    offset: int  # of the first pixel in the file, bytes
+    scale: list  # (y, x) length of a pixel
+    unit: list  # (y, x) its unit
+
+
+def _dm_image(tags, key) -> _DmImage:
+    "Read the tags of one image."
+
+    def tag(name):
         return tags[f"{key}.ImageData.{name}"]
 
-    n = next(i for i in range(1, 6) if f"{key}.ImageData.Dimensions.{i}" not in tags) - 1
+    n = 0
+    while n < 5 and f"{key}.ImageData.Dimensions.{n + 1}" in tags:
+        n += 1
     if n < 2:
         raise Unreadable("it holds a spectrum, no image")
-    shape = tuple(int(at(f"Dimensions.{i}")) for i in range(n, 0, -1))
-    scale, unit = (
-        [at(f"Calibrations.Dimension.{i}.{what}") for i in (2, 1)] for what in ("Scale", "Units")
+    return _DmImage(
+        kind=int(tag("DataType")),
+        shape=tuple(int(tag(f"Dimensions.{i}")) for i in range(n, 0, -1)),
+        offset=int(tag("Data.arrayOffset")),
+        scale=[abs(float(tag(f"Calibrations.Dimension.{i}.Scale"))) for i in (2, 1)],
+        unit=[str(tag(f"Calibrations.Dimension.{i}.Units")) for i in (2, 1)],
     )
-    scale, unit = [abs(float(s)) for s in scale], [str(u) for u in unit]
-    return int(at("DataType")), shape, int(at("Data.arrayOffset")), scale, unit
 
 # %% ../../nbs/06_io.formats.ipynb #7525186e
+_DM_COLOUR = 23  # a thumbnail's packed colour
+
+
+def _dm_key(tags, dataset) -> str:
+    "Where the tags of the chosen image begin; a thumbnail is one only where there is nothing else."
+    kinds = {}
+    for name, value in tags.items():
+        if ".ImageData.DataType" in name:
+            kinds[name.split(".ImageData.")[0]] = int(value)
+    keys = sorted(kinds, key=lambda key: (len(key), key))
+    images = [key for key in keys if kinds[key] != _DM_COLOUR] or keys
+    names = [str(tags.get(f"{key}.Name", key.split(".")[-1])) for key in images]
+    return images[choose_dataset(names, dataset)]
+
+
 def _load_dm(path, max_bytes, frame, dataset) -> Raw:
     "Gatan .dm3 and .dm4: tags by ncempy, pixels at the place they name."
     tags = _dm_tags(path)
-    kinds = {
-        k.split(".ImageData.")[0]: int(v) for k, v in tags.items() if ".ImageData.DataType" in k
-    }
-    keys = sorted(kinds, key=lambda k: (len(k), k))
-    real = [k for k in keys if kinds[k] != 23] or keys  # 23 is a thumbnail's packed colour
-    key = real[_dataset_of([str(tags.get(f"{k}.Name", k.split(".")[-1])) for k in real], dataset)]
-    code, shape, offset, scale, unit = _dm_image(tags, key)
-    if code not in _DM_TYPES:
+    key = _dm_key(tags, dataset)
+    image = _dm_image(tags, key)
+    if image.kind not in _DM_TYPES:
         raise Unreadable(
-            f"its pixels are of DigitalMicrograph's type {code}, which microgen does not read"
+            f"its pixels are of DigitalMicrograph's type {image.kind}, which microgen does not read"
         )
-    kind, k, size = np.dtype(_DM_TYPES[code]), _frame_of(prod(shape[:-2]), frame), prod(shape[-2:])
-    start = offset + k * size * kind.itemsize
-    check_size(shape[-2:], kind.itemsize, max_bytes, os.path.getsize(path) - start)
-    data = np.fromfile(path, kind.base, size * prod(kind.shape), offset=start)
-    data, about = data.reshape(*shape[-2:], *kind.shape), f"{key}.ImageTags."
-    notes = {
-        k.removeprefix(about): v
-        for k, v in tags.items()
-        if k.startswith(about) and np.size(v) <= 64
-    }
-    return Raw(data[..., 2::-1] if code == 23 else data, scale, unit, plain(notes), code == 23)
+    dtype, shape = np.dtype(_DM_TYPES[image.kind]), image.shape[-2:]
+    k = choose_frame(prod(image.shape[:-2]), frame)
+    start = image.offset + k * prod(shape) * dtype.itemsize
+    check_size(shape, dtype.itemsize, max_bytes, stored=os.path.getsize(path) - start)
+    data = np.fromfile(path, dtype.base, prod(shape) * prod(dtype.shape), offset=start)
+    data = data.reshape(*shape, *dtype.shape)
+    is_colour = image.kind == _DM_COLOUR
+    if is_colour:
+        data = data[..., 2::-1]  # blue, green, red, nothing
+    notes, prefix = {}, f"{key}.ImageTags."
+    for name, value in tags.items():
+        if name.startswith(prefix) and np.size(value) <= 64:
+            notes[name.removeprefix(prefix)] = value
+    return Raw(data, image.scale, image.unit, plain(notes), is_colour)
 
 # %% ../../nbs/06_io.formats.ipynb #ac1ea53a
+def _ser_unit(scale):
+    "TIA's unit of a step: metres in an image, reciprocal metres in a diffraction pattern."
+    if scale < 1e-3:
+        return "m"
+    return "1/m" if scale > 1e3 else ""
+
+
 def _load_ser(path, max_bytes, frame, dataset) -> Raw:
     "TIA .ser by ncempy; the size of the image is looked up before it is read."
-    size, head = os.path.getsize(path), path.open("rb").read(30)
-    if len(head) < 30 or struct.unpack_from("<i", head, 18)[0] * 4 > size:
+    file_size, head = os.path.getsize(path), path.open("rb").read(30)
+    if len(head) < 30 or struct.unpack_from("<i", head, 18)[0] * 4 > file_size:
         raise Unreadable("it is truncated: its list of images is longer than the file")
     with require("ncempy.io.ser", "em").fileSER(path) as file:
         if int(file.head["DataTypeID"]) != 0x4122:
             raise Unreadable("it holds spectra, no image")
-        k = _frame_of(int(file.head["ValidNumberElements"]), frame)
+        k = choose_frame(int(file.head["ValidNumberElements"]), frame)
         start = int(file.head["DataOffsetArray"][k])
         with path.open("rb") as f:
             f.seek(start + 40)
             kind, width, height = struct.unpack("<hii", f.read(10).ljust(10, b"\0"))
         if kind not in file._dictDataType:
             raise Unreadable(f"its pixels are of TIA's type {kind}, which microgen does not read")
-        check_size(
-            (height, width),
-            np.dtype(file._dictDataType[kind]).itemsize,
-            max_bytes,
-            size - start - 50,
-        )
-        data, meta = file.getDataset(k)
-    scale = [abs(float(c["CalibrationDelta"])) for c in meta["Calibration"][::-1]]
-    return Raw(data, scale, ["m" if s < 1e-3 else "1/m" if s > 1e3 else "" for s in scale])
+        itemsize = np.dtype(file._dictDataType[kind]).itemsize
+        check_size((height, width), itemsize, max_bytes, stored=file_size - start - 50)
+        data, metadata = file.getDataset(k)
+    scale = [abs(float(axis["CalibrationDelta"])) for axis in metadata["Calibration"][::-1]]
+    return Raw(data, scale, [_ser_unit(s) for s in scale])
 
 # %% ../../nbs/06_io.formats.ipynb #160cae8a
+_MRC_BYTES = {0: 1, 1: 2, 2: 4, 6: 2}  # per pixel of each mode
+
+
 def _load_mrc(path, max_bytes, frame, dataset) -> Raw:
     "MRC by ncempy; the pixel size from the cell in the header, or from FEI's extended header."
     head = np.frombuffer(path.open("rb").read(1024).ljust(1024, b"\0"), "<i4")
-    width, height, n, mode, extended = (int(head[i]) for i in (0, 1, 2, 3, 23))
-    itemsize = {0: 1, 1: 2, 2: 4, 6: 2}.get(mode)
-    if itemsize is None:
+    width, height, n_images, mode = (int(number) for number in head[:4])
+    extended = int(head[23])  # bytes of the extended header
+    if mode not in _MRC_BYTES:
         raise Unreadable(
             f"its mode is {mode}; microgen reads the real images 0, 1, 2 and 6, little-endian"
         )
-    if n < 1 or extended < 0:
-        raise Unreadable(f"it declares {n} images behind {extended} bytes")
-    k = _frame_of(n, frame)
+    if n_images < 1 or extended < 0:
+        raise Unreadable(f"it declares {n_images} images behind {extended} bytes")
+    k, itemsize = choose_frame(n_images, frame), _MRC_BYTES[mode]
     start = 1024 + extended + k * width * height * itemsize
-    check_size((height, width), itemsize, max_bytes, os.path.getsize(path) - start)
+    check_size((height, width), itemsize, max_bytes, stored=os.path.getsize(path) - start)
     with require("ncempy.io.mrc", "em").fileMRC(path) as file:
-        data, cell, grid = file.getSlice(k), file.volumeSize[1:], file.gridSize[1:]
-        fei = float(file.FEIinfo.get("pixel_size", 0))
-    if (cell > 0).all() and (grid > 0).all():
-        return Raw(data, [float(c) / int(g) for c, g in zip(cell, grid)], ["Å", "Å"])
-    return Raw(data, [fei, fei], ["m", "m"]) if 1e-13 < fei < 1e-6 else Raw(data)
+        data = file.getSlice(k)
+        field, grid = file.volumeSize[1:], file.gridSize[1:]  # Å and pixels, (y, x)
+        fei_m = float(file.FEIinfo.get("pixel_size", 0))
+    if (field > 0).all() and (grid > 0).all():
+        scale = [float(length) / int(n) for length, n in zip(field, grid)]
+        return Raw(data, scale, ["Å", "Å"])
+    if 1e-13 < fei_m < 1e-6:
+        return Raw(data, [fei_m, fei_m], ["m", "m"])
+    return Raw(data)
 
 # %% ../../nbs/06_io.formats.ipynb #d49e0ae4
 def _load_other(path, max_bytes, frame, dataset) -> Raw:
     "Any format that RosettaSciIO knows by the ending, read lazily so that the size is known first."
-    ending, plugins = path.suffix.lower().lstrip("."), require("rsciio", "gpl").IO_PLUGINS
-    plugin = next((p for p in plugins if ending in p["file_extensions"]), None)
-    if plugin is None:
+    ending = path.suffix.lower().lstrip(".")
+    plugins = [p for p in require("rsciio", "gpl").IO_PLUGINS if ending in p["file_extensions"]]
+    if not plugins:
         raise Unreadable(
             f"no reader knows the ending {path.suffix!r}; microgen reads {', '.join(READERS)}"
         )
-    found = [
-        d
-        for d in require(plugin["api"], "gpl").file_reader(str(path), lazy=True)
-        if len(d["axes"]) > 1
+    signals = require(plugins[0]["api"], "gpl").file_reader(str(path), lazy=True)
+    images = [signal for signal in signals if len(signal["axes"]) > 1]
+    titles = [
+        image["metadata"].get("General", {}).get("title") or i for i, image in enumerate(images)
     ]
-    titles = [d["metadata"].get("General", {}).get("title") or i for i, d in enumerate(found)]
-    chosen = found[_dataset_of(titles, dataset)]
-    data, axes = chosen["data"], chosen["axes"][-2:]
+    image = images[choose_dataset(titles, dataset)]
+    data, axes = image["data"], image["axes"][-2:]
     check_size(data.shape[-2:], data.dtype.itemsize, max_bytes)
-    k = (
-        np.unravel_index(_frame_of(prod(data.shape[:-2]), frame), data.shape[:-2])
-        if data.ndim > 2
-        else ()
-    )
-    return Raw(
-        np.asarray(data[k]), [abs(float(a["scale"])) for a in axes], [a.get("units") for a in axes]
-    )
+    if data.ndim > 2:
+        stack = data.shape[:-2]
+        data = data[np.unravel_index(choose_frame(prod(stack), frame), stack)]
+    scale = [abs(float(axis["scale"])) for axis in axes]
+    return Raw(np.asarray(data), scale, [axis.get("units") for axis in axes])
 
 # %% ../../nbs/06_io.formats.ipynb #d49bf6f7
 READERS = {

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['frechet_distance', 'frechet_infinity', 'kernel_distance', 'neighbour_metrics', 'copy_test', 'nearest',
-           'set_statistics', 'half_samples', 'set_table', 'feature_pair']
+           'set_statistics', 'half_samples', 'half_sample_table', 'set_table', 'feature_pair']
 
 # %% ../../nbs/80_metrics.sets.ipynb #0e8d8f8a
 import numpy as np
@@ -12,13 +12,15 @@ import pandas as pd
 from scipy.spatial.distance import cdist
 from scipy.stats import bootstrap, mannwhitneyu
 
-from ..core import InputError, as_rng, check_finite
+from ..core import Estimate, InputError, as_rng, check_finite
 from .features import intensity_window, random_extractor
-from .image import Estimate, as_images
+from .image import as_images
 
 # %% ../../nbs/80_metrics.sets.ipynb #7569e420
-def _features(x, y):  # -> two (N, D) float64 arrays of equal N
-    x, y = (check_finite("features", np.asarray(v, float)) for v in (x, y))
+def _features(x, y):
+    "Two (N, D) float64 arrays of equal N."
+    x = check_finite("features", np.asarray(x, float))
+    y = check_finite("features", np.asarray(y, float))
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise InputError(f"features have the shapes {x.shape} and {y.shape}; give (N, D) twice.")
     if len(x) != len(y):
@@ -30,7 +32,8 @@ def _features(x, y):  # -> two (N, D) float64 arrays of equal N
     return x, y
 
 
-def _root(x):  # centred (N, D) -> a factor R with R.T @ R = x.T @ x and the fewest rows
+def _root(x):
+    "A factor R of centred (N, D) features with R.T @ R = x.T @ x and the fewest rows."
     return np.linalg.qr(x, mode="r") if len(x) > x.shape[1] else x
 
 
@@ -42,17 +45,20 @@ def frechet_distance(
     Raises: InputError when numbers of images or features differ, or there is only one image.
     Source: 10.48550/arXiv.1706.08500"""
     x, y = _features(x, y)
-    n, shift = len(x) - 1, x.mean(0) - y.mean(0)
-    x, y = x - x.mean(0), y - y.mean(0)
+    shift = x.mean(0) - y.mean(0)
+    x = x - x.mean(0)
+    y = y - y.mean(0)
+    # tr (Sx Sy)^(1/2) (N - 1) is the nuclear norm of X Y^T
     overlap = np.linalg.svd(_root(x) @ _root(y).T, compute_uv=False).sum()
-    return float(max(shift @ shift + ((x**2).sum() + (y**2).sum() - 2 * overlap) / n, 0.0))
+    spread = ((x**2).sum() + (y**2).sum() - 2 * overlap) / (len(x) - 1)
+    return float(max(shift @ shift + spread, 0.0))
 
 # %% ../../nbs/80_metrics.sets.ipynb #600a8b75
 def frechet_infinity(
     x,  # (N, D) features of real images
     y,  # (N, D) features of the others
     rng=0,  # seed of the subsets
-    sizes=None,  # numbers of images to draw the line through; None: six, even in 1/N, from N/4 to N
+    sizes=None,  # numbers of images to put the line through; None: six, even in 1/N, from N/4 to N
 ) -> float:  # distance extrapolated to 1/N = 0; may be a little negative
     """Fréchet distance extrapolated to infinitely many images.
     Raises: InputError for fewer than eight images.
@@ -60,14 +66,18 @@ def frechet_infinity(
     x, y = _features(x, y)
     if len(x) < 8:
         raise InputError(f"{len(x)} images are too few to extrapolate from: give at least eight.")
-    rng, inverse = as_rng(rng), np.linspace(4 / len(x), 1 / len(x), 6)
-    sizes = np.rint(1 / inverse).astype(int) if sizes is None else np.asarray(sizes)
-
-    def some(v, n):
-        return v[rng.permutation(len(v))[:n]]
-
-    values = [frechet_distance(some(x, n), some(y, n)) for n in sizes]
-    return float(np.polyfit(1 / sizes, values, 1)[1])
+    if sizes is None:
+        even_in_inverse = np.linspace(4 / len(x), 1 / len(x), 6)
+        sizes = np.rint(1 / even_in_inverse).astype(int)
+    sizes = np.asarray(sizes)
+    rng = as_rng(rng)
+    distances = []
+    for n in sizes:
+        some_x = x[rng.permutation(len(x))[:n]]
+        some_y = y[rng.permutation(len(y))[:n]]
+        distances.append(frechet_distance(some_x, some_y))
+    slope, at_infinity = np.polyfit(1 / sizes, distances, 1)
+    return float(at_infinity)
 
 # %% ../../nbs/80_metrics.sets.ipynb #04b9e097
 def kernel_distance(
@@ -79,12 +89,17 @@ def kernel_distance(
     Raises: InputError when numbers of images or features differ.
     Source: 10.48550/arXiv.1801.01401"""
     x, y = _features(x, y)
-    n, kernel = len(x), lambda a, b: (a @ b.T / a.shape[1] + 1) ** degree
+    n, n_features = x.shape
 
-    def inner(v):
-        return (lambda K: (K.sum() - np.trace(K)) / (n * (n - 1)))(kernel(v, v))
+    def kernel(a, b):
+        return (a @ b.T / n_features + 1) ** degree
 
-    return float(inner(x) + inner(y) - 2 * kernel(x, y).mean())
+    def mean_of_pairs(K):
+        "Mean without the diagonal, on which points meet themselves."
+        return (K.sum() - np.trace(K)) / (n * (n - 1))
+
+    within = mean_of_pairs(kernel(x, x)) + mean_of_pairs(kernel(y, y))
+    return float(within - 2 * kernel(x, y).mean())
 
 # %% ../../nbs/80_metrics.sets.ipynb #6141ec2f
 def neighbour_metrics(
@@ -100,15 +115,19 @@ def neighbour_metrics(
         raise InputError(
             f"{len(x)} images have no {k} neighbours each: give more images or a smaller k."
         )
-    xx, yy, xy = np.sort(cdist(x, x), 1), np.sort(cdist(y, y), 1), cdist(x, y)
-    in_real, in_fake = xy < xx[:, k, None], xy < yy[:, k]
-    first = xy.argmin(0)
+    among_real = np.sort(cdist(x, x), axis=1)  # column 0: distance to itself; k: radius of the ball
+    among_fake = np.sort(cdist(y, y), axis=1)
+    between = cdist(x, y)
+    in_real_ball = between < among_real[:, k, None]
+    in_fake_ball = between < among_fake[:, k]
+    nearest_real = between.argmin(0)
+    own_neighbour = among_real[nearest_real, 1]  # of the nearest real image among the real ones
     return {
-        "precision": float(in_real.any(0).mean()),
-        "recall": float(in_fake.any(1).mean()),
-        "density": float(in_real.sum(0).mean() / k),
-        "coverage": float(in_real.any(1).mean()),
-        "authenticity": float((xy.min(0) > xx[first, 1]).mean()),
+        "precision": float(in_real_ball.any(0).mean()),
+        "recall": float(in_fake_ball.any(1).mean()),
+        "density": float(in_real_ball.sum(0).mean() / k),
+        "coverage": float(in_real_ball.any(1).mean()),
+        "authenticity": float((between.min(0) > own_neighbour).mean()),
     }
 
 # %% ../../nbs/80_metrics.sets.ipynb #33d087de
@@ -121,27 +140,31 @@ def copy_test(
     """Chance that a generated image is further from the training set than an unseen one.
     Raises: InputError for fewer than two images in a set.
     Source: C_T without cells, 10.48550/arXiv.2004.05675"""
-    sets = [check_finite("features", np.asarray(v, float)) for v in (train, unseen, fake)]
-    if min(map(len, sets)) < 2:
+    train = check_finite("features", np.asarray(train, float))
+    unseen = check_finite("features", np.asarray(unseen, float))
+    fake = check_finite("features", np.asarray(fake, float))
+    if min(len(train), len(unseen), len(fake)) < 2:
         raise InputError("the copy test needs two images or more in each of the three sets.")
-    a, b = (cdist(v, sets[0]).min(1) for v in (sets[2], sets[1]))
+    fake_to_train = cdist(fake, train).min(1)
+    unseen_to_train = cdist(unseen, train).min(1)
 
-    def area(a, b):
+    def chance_further(a, b):
         return mannwhitneyu(a, b).statistic / (len(a) * len(b))
 
-    n, m = len(a), len(b)
-    z = (area(a, b) - 0.5) * np.sqrt(12 * n * m / (n + m + 1))
-    interval = bootstrap(
-        (a, b),
-        area,
+    chance = chance_further(fake_to_train, unseen_to_train)
+    n, m = len(fake), len(unseen)
+    # standard deviation of the Mann-Whitney statistic, over n m: ((n + m + 1) / (12 n m))^(1/2)
+    z = (chance - 0.5) * np.sqrt(12 * n * m / (n + m + 1))
+    resampled = bootstrap(
+        (fake_to_train, unseen_to_train),
+        chance_further,
         n_resamples=499,
         method="percentile",
         vectorized=False,
         random_state=as_rng(rng),
     )
-    return Estimate(
-        "copying: 0.5 is none", area(a, b), *map(float, interval.confidence_interval), n
-    ), float(z)
+    low, high = resampled.confidence_interval
+    return Estimate("copying: 0.5 is none", chance, float(low), float(high), n), float(z)
 
 
 def nearest(
@@ -149,17 +172,15 @@ def nearest(
     y,  # (N, D) features of generated images
 ) -> (
     pd.DataFrame
-):  # index of each generated image, of its nearest real one, distance, ratio; closest first
+):  # fake and real: indices of an image and its nearest real one; distance, ratio; closest first
     "Nearest real image of each generated one; the ratio is to the distance between that one and its own nearest."
-    near, own = cdist(y, x), np.sort(cdist(x, x), 1)[:, 1]
-    i, d = near.argmin(1), near.min(1)
+    between = cdist(y, x)
+    nearest_real = between.argmin(1)
+    distance = between.min(1)
+    own_neighbour = np.sort(cdist(x, x), axis=1)[:, 1]
+    ratio = distance / np.maximum(own_neighbour[nearest_real], 1e-30)
     table = pd.DataFrame(
-        {
-            "fake": np.arange(len(y)),
-            "real": i,
-            "distance": d,
-            "ratio": d / np.maximum(own[i], 1e-30),
-        }
+        {"fake": np.arange(len(y)), "real": nearest_real, "distance": distance, "ratio": ratio}
     )
     return table.sort_values("ratio", ignore_index=True)
 
@@ -172,15 +193,15 @@ def set_statistics(
     rng=0,  # seed of the extrapolation's subsets
 ) -> dict:  # name -> value
     "Every statistic of two sets of features."
-    out = {distance: frechet_distance(x, y)}
+    kernel_name = distance.replace("FID", "KID").replace("FD", "KD")
+    statistics = {distance: frechet_distance(x, y)}
     if len(x) >= 8:
-        out[distance + ", N → ∞"] = frechet_infinity(x, y, rng)
-    out[distance.replace("FID", "KID").replace("FD", "KD")] = kernel_distance(x, y)
-    return out | (
-        {f"{name} (k = {k})": v for name, v in neighbour_metrics(x, y, k).items()}
-        if len(x) > k
-        else {}
-    )
+        statistics[distance + ", N → ∞"] = frechet_infinity(x, y, rng)
+    statistics[kernel_name] = kernel_distance(x, y)
+    if len(x) > k:
+        for name, value in neighbour_metrics(x, y, k).items():
+            statistics[f"{name} (k = {k})"] = value
+    return statistics
 
 
 def half_samples(
@@ -195,12 +216,35 @@ def half_samples(
     x, y = _features(x, y)
     if len(x) < 4:
         raise InputError(f"{len(x)} images cannot be halved into sets: give at least four of each.")
-    rng, n, values, floors = as_rng(rng), len(x) // 2, [], []
+    rng = as_rng(rng)
+    half = len(x) // 2
+    values, floors = [], []
     for _ in range(repeats):
-        i, j = rng.permutation(len(x)), rng.permutation(len(y))
-        values.append(statistic(x[i[:n]], y[j[:n]]))
-        floors.append(statistic(x[i[:n]], x[i[n : 2 * n]]))
+        real = x[rng.permutation(len(x))]
+        fake = y[rng.permutation(len(y))]
+        values.append(statistic(real[:half], fake[:half]))
+        floors.append(statistic(real[:half], real[half : 2 * half]))
     return pd.DataFrame(values), pd.DataFrame(floors)
+
+
+def half_sample_table(
+    values,  # DataFrame (repeats, statistics): real half against generated half, of half_samples
+    floors,  # the same for real half against real half
+    n,  # images of each half
+) -> (
+    pd.DataFrame
+):  # one row per statistic: metric, value, low, high, n, floor, floor_low, floor_high
+    "Means over random halvings, with 95 % intervals."
+    table = {
+        "value": values.mean(),
+        "low": values.quantile(0.025),
+        "high": values.quantile(0.975),
+        "n": n,
+        "floor": floors.mean(),
+        "floor_low": floors.quantile(0.025),
+        "floor_high": floors.quantile(0.975),
+    }
+    return pd.DataFrame(table).rename_axis("metric").reset_index()
 
 
 def set_table(
@@ -217,21 +261,12 @@ def set_table(
     Raises: InputError when N differs, or images are no images."""
     extractor = extractor or random_extractor()
     x, y = feature_pair(real, fake, extractor)
-    values, floors = half_samples(
-        x, y, lambda a, b: set_statistics(a, b, extractor.distance, k), repeats, rng
-    )
-    low, high = values.quantile(0.025), values.quantile(0.975)
-    table = {
-        "value": values.mean(),
-        "low": low,
-        "high": high,
-        "n": len(x) // 2,
-        "floor": floors.mean(),
-        "floor_low": floors.quantile(0.025),
-        "floor_high": floors.quantile(0.975),
-        "features": extractor.name,
-    }
-    return pd.DataFrame(table).rename_axis("metric").reset_index()
+
+    def statistics(a, b):
+        return set_statistics(a, b, extractor.distance, k)
+
+    values, floors = half_samples(x, y, statistics, repeats, rng)
+    return half_sample_table(values, floors, len(x) // 2).assign(features=extractor.name)
 
 
 def feature_pair(
@@ -239,13 +274,17 @@ def feature_pair(
     fake,  # images
     extractor,  # Extractor
 ) -> tuple:  # (N, D) and (M, D) features; other than Inception's centred and scaled to unit mean variance of the real ones
-    "Features of two sets through one window of intensity."
+    "Features of two sets through one window of intensity; in colour when both are."
+    real = as_images(real, name="the real images")
+    fake = as_images(fake, name="the generated images")
+    if real.colour is None or fake.colour is None:
+        real = real._replace(colour=None)
+        fake = fake._replace(colour=None)
     window = intensity_window(real)
-    x, y = (
-        extractor(as_images(real, name="the real images"), window),
-        extractor(as_images(fake, name="the generated images"), window),
-    )
+    x = extractor(real, window)
+    y = extractor(fake, window)
     if extractor.distance == "FID":
         return x, y
-    centre, unit = x.mean(0), max(np.sqrt(x.var(0).mean()), 1e-30)
+    centre = x.mean(0)
+    unit = max(np.sqrt(x.var(0).mean()), 1e-30)
     return (x - centre) / unit, (y - centre) / unit

@@ -6,6 +6,8 @@
 __all__ = ['warp_image', 'warp_maps', 'warp_table']
 
 # %% ../../nbs/10_scan.warp.ipynb #74ea63a2
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 import torch
@@ -14,64 +16,88 @@ from scipy import ndimage
 from ..core import InputError
 
 # %% ../../nbs/10_scan.warp.ipynb #9018cab2
-def _check(d, rim, **arrays):
+def _check_fit(d, rim, **arrays):
     "Refuse a field that is not (2, H, W), and arrays that are not larger than it by the rim."
     if d.ndim != 3 or len(d) != 2:
         raise InputError(
             f"The field has shape {d.shape}; give (2, H, W): dy and dx in nm at every pixel."
         )
-    need = (d.shape[1] + 2 * rim, d.shape[2] + 2 * rim)
-    for name, shape in ((name, np.shape(a)) for name, a in arrays.items()):
-        if shape != need:
+    needed = (d.shape[1] + 2 * rim, d.shape[2] + 2 * rim)
+    for name, array in arrays.items():
+        if np.shape(array) != needed:
             raise InputError(
-                f"{name!r} has shape {shape}, but this field with a rim of {rim} needs {need}."
+                f"{name!r} has shape {np.shape(array)}, but this field with a rim of {rim} needs {needed}."
             )
 
 
 def _places(d, pixel_size, rim):
     "Where each pixel looks in the input: (2, H, W) float32, in pixels."
     step = np.broadcast_to(np.asarray(pixel_size, dtype=np.float32), 2)
+    _, height, width = d.shape
     places = d.astype(np.float32) / step[:, None, None]
-    places[0] += np.arange(rim, d.shape[1] + rim, dtype=np.float32)[:, None]
-    places[1] += np.arange(rim, d.shape[2] + rim, dtype=np.float32)
+    places[0] += np.arange(rim, height + rim, dtype=np.float32)[:, None]
+    places[1] += np.arange(rim, width + rim, dtype=np.float32)
     return places
 
 
-def _cubic(u):
-    "Two places whose linear look-ups make a cubic B-spline look-up at `u`, and the weight of the second."
-    i = np.floor(u)
-    f = u - i
-    rest, square = 1 - f, f * f
-    last, second = f * square / 6, 2 / 3 - square * (1 + rest) / 2
-    low = rest * rest * rest / 6 + second
-    high = 1 - low
-    return i - 1 + second / low, i + 1 + last / high, high
-
-
 def _look_up(stack, y, x, mode="bilinear"):
-    "Values (C, H, W) of `stack` (C, h, w) at places y, x (H, W) in pixels; the edge is a mirror."
-    h, w = stack.shape[1:]
-    grid = np.empty(
-        (1, *y.shape, 2), np.float32
-    )  # torch's order (x, y), -1 to 1 from first to last pixel
-    np.multiply(x, 2 / max(w - 1, 1), out=grid[0, ..., 0])
-    np.multiply(y, 2 / max(h - 1, 1), out=grid[0, ..., 1])
+    "Values (C, H, W) of a stack (C, h, w) at places y, x (H, W) in pixels; the edge is a mirror."
+    height, width = stack.shape[1:]
+    # torch wants (x, y), from -1 at the first pixel to 1 at the last
+    grid = np.empty((1, *y.shape, 2), np.float32)
+    np.multiply(x, 2 / max(width - 1, 1), out=grid[0, ..., 0])
+    np.multiply(y, 2 / max(height - 1, 1), out=grid[0, ..., 1])
     grid -= 1
-    values, grid = torch.from_numpy(stack)[None], torch.from_numpy(grid)
-    return torch.nn.functional.grid_sample(values, grid, mode, "reflection", align_corners=True)[
-        0
-    ].numpy()
+    values = torch.nn.functional.grid_sample(
+        torch.from_numpy(stack)[None],
+        torch.from_numpy(grid),
+        mode,
+        padding_mode="reflection",
+        align_corners=True,
+    )
+    return values[0].numpy()
+
+# %% ../../nbs/10_scan.warp.ipynb #27e603af
+class _Pair(NamedTuple):
+    "Two places whose linear look-ups make one cubic look-up."
+
+    first: np.ndarray  # place, px
+    second: np.ndarray  # place, px
+    weight: np.ndarray  # of the second; the first has the rest
 
 
+def _cubic(u):
+    "The pair of look-ups of a cubic B-spline at u, px."
+    pixel = np.floor(u)
+    f = u - pixel
+    rest, square = 1 - f, f * f
+    w1 = 2 / 3 - square * (1 + rest) / 2
+    w3 = f * square / 6
+    lower = rest * rest * rest / 6 + w1  # w0 + w1
+    upper = 1 - lower  # w2 + w3
+    return _Pair(pixel - 1 + w1 / lower, pixel + 1 + w3 / upper, upper)
+
+
+def _look_up_cubic(spline, y, x):
+    "Value (H, W) of a cubic spline with the coefficients (1, h, w) at places y, x (H, W) in pixels."
+    along_y, along_x = _cubic(y), _cubic(x)
+
+    def row(y):
+        "Values at one of the two places along y."
+        left = _look_up(spline, y, along_x.first)[0]
+        right = _look_up(spline, y, along_x.second)[0]
+        return left * (1 - along_x.weight) + right * along_x.weight
+
+    above, below = row(along_y.first), row(along_y.second)
+    return above * (1 - along_y.weight) + below * along_y.weight
+
+# %% ../../nbs/10_scan.warp.ipynb #c1a9f0d6
 def warp_image(
     image,  # (H + 2 rim, W + 2 rim), a band-limited image
     d,  # field (2, H, W), nm
     pixel_size,  # nm per pixel: float or (y, x)
     rim=0,  # pixels of image around the scanned field, on each side
-    smear=(
-        0.0,
-        0.0,
-    ),  # motion (y, x) within one dwell or one column: its standard deviation along a line, nm
+    smear=(0.0, 0.0),  # standard deviation (y, x) of a motion along a line within one dwell, nm
 ) -> np.ndarray:  # (H, W) float32: image at p + d(p)
     """The image that a displaced probe sees, by cubic splines.
 
@@ -79,31 +105,20 @@ def warp_image(
     Source: Sigg and Hadwiger, GPU Gems 2 (2005), chapter 20.
     """
     image, d = np.asarray(image), np.asarray(d)
-    _check(d, rim, image=image)
+    _check_fit(d, rim, image=image)
     y, x = _places(d, pixel_size, rim)
     spline = ndimage.spline_filter(image, 3, output=np.float32, mode="mirror")[None]
     if not np.any(smear):
         return _look_up_cubic(spline, y, x)
+    # two looks, one standard deviation to each side
     dy, dx = np.asarray(smear, dtype=np.float32) / np.asarray(pixel_size, dtype=np.float32)
-    return (_look_up_cubic(spline, y - dy, x - dx) + _look_up_cubic(spline, y + dy, x + dx)) / 2
-
-
-def _look_up_cubic(spline, y, x):
-    "Value (H, W) of a cubic spline with the coefficients `spline` (1, h, w)."
-    (y0, y1, wy), (x0, x1, wx) = _cubic(y), _cubic(x)
-    row = [
-        _look_up(spline, y, x0)[0] * (1 - wx) + _look_up(spline, y, x1)[0] * wx for y in (y0, y1)
-    ]
-    return row[0] * (1 - wy) + row[1] * wy
+    one_side = _look_up_cubic(spline, y - dy, x - dx)
+    other_side = _look_up_cubic(spline, y + dy, x + dx)
+    return (one_side + other_side) / 2
 
 # %% ../../nbs/10_scan.warp.ipynb #bdc142e5
-_NEAREST = {
-    "wall",
-    "disp_pm",
-    "domain",
-    "mask",
-    "label",
-}  # constant over a column or domain: no mixtures
+# constant over a column or a domain: no mixtures
+_NEAREST = {"wall", "disp_pm", "domain", "mask", "label"}
 
 
 def warp_maps(
@@ -116,21 +131,26 @@ def warp_maps(
 
     Raises: InputError when a map does not fit the field and the rim.
     """
-    maps, d = {k: np.asarray(m) for k, m in maps.items()}, np.asarray(d)
-    _check(d, rim, **maps)
+    maps, d = {name: np.asarray(m) for name, m in maps.items()}, np.asarray(d)
+    _check_fit(d, rim, **maps)
+    nearest, linear, angles = {}, {}, []
+    for name, m in maps.items():
+        if name in _NEAREST or m.dtype.kind in "biu":
+            nearest[name] = m
+        elif name.startswith("phi"):
+            angles.append(name)
+            linear[name, "cos"] = np.cos(m)
+            linear[name, "sin"] = np.sin(m)
+        else:
+            linear[name] = m
     places = _places(d, pixel_size, rim)
-    near = [k for k, m in maps.items() if k in _NEAREST or m.dtype.kind in "biu"]
-    angles = [k for k in maps if k not in near and k.startswith("phi")]
-    linear = {k: m for k, m in maps.items() if k not in [*near, *angles]}
-    linear |= {(k, f): f(maps[k]) for k in angles for f in (np.cos, np.sin)}
-    out = _sample(linear, places, "bilinear") | _sample(
-        {k: maps[k] for k in near}, places, "nearest"
-    )
-    out |= {k: np.arctan2(out[k, np.sin], out[k, np.cos]) % (2 * np.pi) for k in angles}
-    return {k: out[k].astype(m.dtype, copy=False) for k, m in maps.items()}
+    moved = _look_up_all(linear, places, "bilinear") | _look_up_all(nearest, places, "nearest")
+    for name in angles:
+        moved[name] = np.arctan2(moved[name, "sin"], moved[name, "cos"]) % (2 * np.pi)
+    return {name: moved[name].astype(m.dtype, copy=False) for name, m in maps.items()}
 
 
-def _sample(maps, places, mode):
+def _look_up_all(maps, places, mode):
     "Maps of one kind at places (2, H, W) in pixels."
     if not maps:
         return {}
@@ -138,17 +158,18 @@ def _sample(maps, places, mode):
     return dict(zip(maps, _look_up(stack, *places, mode)))
 
 # %% ../../nbs/10_scan.warp.ipynb #b648e681
-def _mean_field(d, sigma):
-    "Field (2, H, W) as a fit of columns sees it; `sigma` (y, x) is the width of a column, px."
-    out = np.empty_like(d)
-    for along in (0, 1):  # the component of d: weight u^2 exp(-u^2) along itself, exp(-u^2) across
-        smooth = d[along]
-        for axis, width in enumerate(sigma):
-            u = np.arange(-np.ceil(2.7 * width), np.ceil(2.7 * width) + 1) / width
-            kernel = np.exp(-(u**2)) * (u**2 if axis == along else 1)
+def _mean_field(d, sigma_px):
+    "Field (2, H, W) as a fit of columns sees it; the width (y, x) of a column in px."
+    mean = np.empty_like(d)
+    for component in (0, 1):  # dy and dx: u^2 exp(-u^2) along itself, exp(-u^2) across
+        smooth = d[component]
+        for axis, sigma in enumerate(sigma_px):
+            reach = np.ceil(2.7 * sigma)
+            u = np.arange(-reach, reach + 1) / sigma
+            kernel = np.exp(-(u**2)) * (u**2 if axis == component else 1)
             smooth = ndimage.correlate1d(smooth, kernel / kernel.sum(), axis, mode="nearest")
-        out[along] = smooth
-    return out
+        mean[component] = smooth
+    return mean
 
 
 def warp_table(
@@ -162,10 +183,11 @@ def warp_table(
 
     Source: fixed point of q + d(q) = r, d averaged over the column.
     """
-    size = np.broadcast_to(np.asarray(pixel_size, dtype=float), 2)
-    mean = _mean_field(np.asarray(d, dtype=np.float32), column_nm / size)
-    r = table[["y_nm", "x_nm"]].to_numpy(dtype=float).T - rim * size[:, None]
+    size = np.broadcast_to(np.asarray(pixel_size, dtype=float), 2)[:, None]
+    mean = _mean_field(np.asarray(d, dtype=np.float32), column_nm / size[:, 0])
+    r = table[["y_nm", "x_nm"]].to_numpy(dtype=float).T - rim * size
     q = r
     for _ in range(4):
-        q = r - _look_up(mean, *(q / size[:, None])[:, None])[:, 0]
+        y, x = q / size  # px
+        q = r - _look_up(mean, y[None], x[None])[:, 0]
     return table.assign(y_nm=q[0], x_nm=q[1])

@@ -9,10 +9,165 @@ __all__ = ['PRESETS', 'Scene', 'scene_preset', 'as_scene']
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
+from math import inf
 
 from ..core import InputError, as_rng
 from .image import BARS
-from .particle import FAMILIES, SHAPES, SizeLaw
+from .particle import FAMILIES, SHAPES, DiameterLaw
+
+# %% ../../nbs/31_sem.preset.ipynb #916b0022
+_WORDS = {
+    "mode": ("se", "bf", "haadf"),
+    "law": FAMILIES,
+    "support": ("film", "carbon", "cloud"),
+    "bar": (*BARS, "random"),
+}
+_SIGNED = {"ramp_deg", "shade_deg", "astig_deg", "drift_deg", "charging", "glow"}
+_ABOVE_0 = {
+    "pixel_size",
+    "median_nm",
+    "second_nm",
+    "escape_nm",
+    "texture_nm",
+    "coating_nm",
+    "support_nm",
+    "charging_px",
+    "particle_mfp_nm",
+    "support_mfp_nm",
+    "electrons",
+    "gamma",
+    "shadow_nm",
+    "glow_nm",
+    "speckle_nm",
+}
+_FROM_1 = {"aspect", "astigmatism", "cluster_size"}
+_TO_1 = {"second_share", "clustering", "packing", "overlap", "buried", "support_cover", "shade"}
+_WIDTHS = {"gsd", "second_gsd"}
+_WHOLE = {"n": 0, "spheres": 2}  # whole numbers from this on
+
+
+def _limits(name):
+    "The least and the greatest value of a number."
+    if name in _WIDTHS:
+        return 1.005, 5.0
+    if name in _SIGNED:
+        return -1e6, 1e6
+    if name in _FROM_1:
+        return 1.0, 1e6
+    if name in _TO_1:
+        return 0.0, 1.0
+    return _WHOLE.get(name, 0.0), 1e6
+
+
+def _number(name, value):
+    "A number, or a range as a tuple."
+    is_range = isinstance(value, (tuple, list))
+    try:
+        numbers = [float(number) for number in (value if is_range else [value])]
+    except (TypeError, ValueError):
+        raise InputError(
+            f"Scene: {name} is {value!r}; give a number or a pair (low, high)."
+        ) from None
+    low, top = _limits(name)
+    good = len(numbers) in (1, 2)
+    good = good and all(low <= number <= top for number in numbers)
+    good = good and numbers[0] <= numbers[-1]
+    good = good and not (name in _ABOVE_0 and numbers[0] <= 0)
+    if not good:
+        least = "more than 0" if name in _ABOVE_0 else f"at least {low:g}"
+        raise InputError(
+            f"Scene: {name} is {value!r}; give a number or a pair (low, high), {least} and at most {top:g}."
+        )
+    if name in _WHOLE:
+        numbers = [int(number) for number in numbers]
+    return tuple(numbers) if is_range else numbers[0]
+
+# %% ../../nbs/31_sem.preset.ipynb #2104bf04
+def _pixels(value):
+    "Pixels along each side, or a pair."
+    is_pair = isinstance(value, (tuple, list))
+    try:
+        pixels = tuple(int(n) for n in (value if is_pair else [value]))
+        if len(pixels) not in (1, 2) or min(pixels) < 16:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(
+            f"Scene: size is {value!r}; give pixels, at least 16, or a pair (H, W)."
+        ) from None
+    return pixels if is_pair else pixels[0]
+
+
+def _shapes(value):
+    "A shape, or shapes with their shares."
+    try:
+        pairs = [(value, 1.0)] if isinstance(value, str) else value
+        pairs = tuple((str(name), float(share)) for name, share in pairs)
+    except (TypeError, ValueError):
+        pairs = ()
+    shares = [share for _, share in pairs]
+    if not sum(shares) > 0 or not all(0 <= share < inf for share in shares):
+        raise InputError(
+            f"Scene: shape is {value!r}; give one of {', '.join(SHAPES)}, "
+            "or pairs such as (('sphere', 0.7), ('cube', 0.3))."
+        )
+    unknown = {name for name, _ in pairs} - set(SHAPES)
+    if unknown:
+        raise InputError(
+            f"Scene: there is no particle shape {min(unknown)!r}; use {', '.join(SHAPES)}."
+        )
+    return value if isinstance(value, str) else pairs
+
+
+def _checked(name, value):
+    "One setting, as it should be."
+    if name in _WORDS:
+        if not isinstance(value, str) or value not in _WORDS[name]:
+            raise InputError(f"Scene: {name} is {value!r}; use one of {', '.join(_WORDS[name])}.")
+        return value
+    if name == "letter":
+        if not isinstance(value, str):
+            raise InputError(f"Scene: letter is {value!r}; give a text such as '(a)', or ''.")
+        return value
+    if name == "bits":
+        if value is not None and (not isinstance(value, int) or value not in (8, 16)):
+            raise InputError(f"Scene: bits is {value!r}; give 8, 16 or None.")
+        return value
+    if name in ("n", "electrons") and value is None:
+        return None
+    if name == "size":
+        return _pixels(value)
+    if name == "shape":
+        return _shapes(value)
+    return _number(name, value)
+
+# %% ../../nbs/31_sem.preset.ipynb #57570496
+_LOGARITHMIC = {
+    "median_nm",
+    "second_nm",
+    "density_um2",
+    "electrons",
+    "pixel_size",
+    "probe_nm",
+    "particle_mfp_nm",
+    "support_mfp_nm",
+}
+_LETTERS = ("", "", "a", "(b)", "c)")
+
+
+def _at_share(name, value, share):
+    "The value at this share of a range."
+    if name == "bar" and value == "random":
+        return BARS[int(share * len(BARS))]
+    if name == "letter" and value == "random":
+        return _LETTERS[int(share * len(_LETTERS))]
+    if not isinstance(value, tuple) or name in ("size", "shape"):
+        return value
+    low, high = value
+    if name in _LOGARITHMIC and low > 0:
+        return float(low * (high / low) ** share)
+    if name in _WHOLE:
+        return int(low + share * (high + 1 - low))
+    return float(low + share * (high - low))
 
 # %% ../../nbs/31_sem.preset.ipynb #95803a14
 @dataclass(frozen=True)
@@ -32,13 +187,9 @@ class Scene:
     second_gsd: float = 1.3  # its geometric standard deviation
     density_um2: float = 120.0  # particles per square micrometre
     n: int | None = None  # mean number of particles in the field of view, in place of the density
-    shape: str | tuple = (
-        "sphere"  # sphere, ellipsoid, cube, faceted, agglomerate, or pairs ((name, share), ...)
-    )
+    shape: str | tuple = "sphere"  # one of SHAPES (sem.particle), or pairs ((name, share), ...)
     aspect: float = 1.3  # longest over shortest axis of ellipsoids and cubes goes up to this
-    tilt_deg: float = (
-        5.0  # how far ellipsoids and cubes tilt from lying flat, standard deviation, degrees
-    )
+    tilt_deg: float = 5.0  # standard deviation of how far they tilt from lying flat, degrees
     spheres: int = 8  # an agglomerate has half this number of spheres to all of it
     clustering: float = 0.0  # share of particles in clusters
     cluster_size: float = 6.0  # mean number of particles in a cluster
@@ -61,18 +212,14 @@ class Scene:
     # signal
     support_level: float = 0.25  # signal of the support; 1 is white
     particle_level: float = 0.6  # signal of a flat particle; of the empty field (bf) and of the brightest pixels (haadf)
-    tone_spread: float = (
-        0.05  # spread of the signal from particle to particle, standard deviation of its logarithm
-    )
+    tone_spread: float = 0.05  # particle to particle: standard deviation of ln(signal)
     escape_nm: float = 2.0  # escape depth of secondary electrons, nm
     edge: float = 0.5  # brightening of slopes and edges: 0 none, 1 that of 1/cos
     shade: float = 0.0  # brighter towards the detector: relative amplitude
     shade_deg: float = -90.0  # direction of the detector, degrees from +x towards +y
     shadow: float = 0.0  # darkening of what lies deep beside higher things
     shadow_nm: float = 20.0  # reach of the shadow, nm
-    glow: float = (
-        0.0  # electrons that particles release from the support around them, share of theirs
-    )
+    glow: float = 0.0  # electrons that particles release from the support near them, share
     glow_nm: float = 60.0  # their reach, nm
     particle_mfp_nm: float = 12.0  # mean free path in particles, nm (bf, haadf)
     support_mfp_nm: float = 160.0  # mean free path in the support, nm (bf, haadf)
@@ -97,8 +244,9 @@ class Scene:
     letter: str = ""  # letter in the corner, such as "(a)", or random
 
     def __post_init__(self):
-        for f in fields(self):
-            object.__setattr__(self, f.name, _checked(f.name, getattr(self, f.name)))
+        for setting in fields(self):
+            value = _checked(setting.name, getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)
 
     @property
     def frame(self) -> tuple:  # (H, W), px
@@ -106,25 +254,24 @@ class Scene:
         return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
     @property
-    def sizes(self) -> SizeLaw:  # numbers only
-        "The size law."
-        others = (
-            ((self.second_share, SizeLaw(self.law, self.second_nm, self.second_gsd)),)
-            if self.second_share
-            else ()
-        )
-        return SizeLaw(self.law, self.median_nm, self.gsd, others)
+    def sizes(self) -> DiameterLaw:  # numbers only
+        "The law of the diameter."
+        if not self.second_share:
+            return DiameterLaw(self.law, self.median_nm, self.gsd)
+        second = DiameterLaw(self.law, self.second_nm, self.second_gsd)
+        return DiameterLaw(self.law, self.median_nm, self.gsd, ((self.second_share, second),))
 
-    def draw(
+    def sample(
         self,
         rng=None,  # int, Generator or SeedSequence
     ) -> "Scene":  # numbers only
         "The values of one image: uniform in each range, or in the logarithm for sizes, densities and electrons."
-        u = as_rng(rng).random(len(fields(self)))
-        return replace(
-            self,
-            **{f.name: _pick(f.name, getattr(self, f.name), v) for f, v in zip(fields(self), u)},
-        )
+        names = [setting.name for setting in fields(self)]
+        shares = as_rng(rng).random(len(names))
+        values = {}
+        for name, share in zip(names, shares):
+            values[name] = _at_share(name, getattr(self, name), share)
+        return replace(self, **values)
 
     def to_json(self) -> str:  # one JSON object
         "The settings as JSON."
@@ -137,14 +284,21 @@ class Scene:
     ) -> "Scene":  # the same settings
         """Read settings from JSON.
         Raises: InputError for what is no JSON object, an unknown setting, or a value out of its limits."""
-        return _scene(cls(), {k: _tuples(v) for k, v in _settings(text).items()})
+        settings = {name: _tuples(value) for name, value in _from_text(text).items()}
+        return _with_settings(cls(), settings)
+
+# %% ../../nbs/31_sem.preset.ipynb #da01da79
+def _with_settings(base, over):
+    "A Scene with some values replaced; an unknown name is an InputError."
+    known = Scene.__dataclass_fields__
+    for name in set(over) - set(known):
+        near = get_close_matches(str(name), known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "see help(Scene)."
+        raise InputError(f"Scene has no setting {name!r}; {hint}")
+    return replace(base, **over)
 
 
-def _tuples(v):
-    return tuple(map(_tuples, v)) if isinstance(v, list) else v
-
-
-def _settings(text):
+def _from_text(text):
     "JSON as a dict."
     try:
         held = json.loads(text) if isinstance(text, (str, bytes)) else text
@@ -158,155 +312,10 @@ def _settings(text):
         )
     return held
 
-# %% ../../nbs/31_sem.preset.ipynb #da01da79
-_WORDS = {
-    "mode": ("se", "bf", "haadf"),
-    "law": FAMILIES,
-    "support": ("film", "carbon", "cloud"),
-    "bar": (*BARS, "random"),
-}
-_LOG = {
-    "median_nm",
-    "second_nm",
-    "density_um2",
-    "electrons",
-    "pixel_size",
-    "probe_nm",
-    "particle_mfp_nm",
-    "support_mfp_nm",
-}
-_ABOVE_0 = {
-    "pixel_size",
-    "median_nm",
-    "second_nm",
-    "escape_nm",
-    "texture_nm",
-    "coating_nm",
-    "support_nm",
-    "charging_px",
-    "particle_mfp_nm",
-    "support_mfp_nm",
-    "electrons",
-    "gamma",
-    "shadow_nm",
-    "glow_nm",
-    "speckle_nm",
-}
-_SIGNED = {"ramp_deg", "shade_deg", "astig_deg", "drift_deg", "charging", "glow"}
-_TO_ONE = {"second_share", "clustering", "packing", "overlap", "buried", "support_cover", "shade"}
-_FROM_ONE = {"aspect", "astigmatism", "cluster_size"}
-_WHOLE = {"n": 0, "spheres": 2}
 
-
-def _checked(name, v):
-    "One setting, as it should be."
-    if name in _WORDS:
-        if not isinstance(v, str) or v not in _WORDS[name]:
-            raise InputError(f"Scene: {name} is {v!r}; use one of {', '.join(_WORDS[name])}.")
-        return v
-    if name == "letter":
-        if not isinstance(v, str):
-            raise InputError(f"Scene: letter is {v!r}; give a text such as '(a)', or ''.")
-        return v
-    if name == "bits":
-        if v is not None and (not isinstance(v, int) or v not in (8, 16)):
-            raise InputError(f"Scene: bits is {v!r}; give 8, 16 or None.")
-        return v
-    if v is None and name in ("n", "electrons"):
-        return None
-    return {"size": _pixels, "shape": _shapes}.get(name, lambda v: _number(name, v))(v)
-
-
-def _pixels(v):
-    "Pixels along each side, or a pair."
-    try:
-        pair = tuple(int(o) for o in (v if isinstance(v, (tuple, list)) else [v]))
-        if len(pair) not in (1, 2) or min(pair) < 16:
-            raise ValueError
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(
-            f"Scene: size is {v!r}; give pixels, at least 16, or a pair (H, W)."
-        ) from None
-    return pair if isinstance(v, (tuple, list)) else pair[0]
-
-
-def _shapes(v):
-    "A shape, or shapes with their shares."
-    try:
-        pairs = (
-            ((v, 1.0),) if isinstance(v, str) else tuple((str(k), float(share)) for k, share in v)
-        )
-    except (TypeError, ValueError):
-        pairs = ()
-    if (
-        not pairs
-        or not all(0 <= share < float("inf") for _, share in pairs)
-        or not sum(share for _, share in pairs)
-    ):
-        raise InputError(
-            f"Scene: shape is {v!r}; give one of {', '.join(SHAPES)}, "
-            "or pairs such as (('sphere', 0.7), ('cube', 0.3))."
-        )
-    if bad := {k for k, _ in pairs} - set(SHAPES):
-        raise InputError(
-            f"Scene: there is no particle shape {min(bad)!r}; use {', '.join(SHAPES)}."
-        )
-    return v if isinstance(v, str) else pairs
-
-
-def _number(name, v):
-    "A number, or a range as a tuple."
-    try:
-        numbers = [float(o) for o in (v if isinstance(v, (tuple, list)) else [v])]
-    except (TypeError, ValueError):
-        raise InputError(f"Scene: {name} is {v!r}; give a number or a pair (low, high).") from None
-    low = (
-        -1e6
-        if name in _SIGNED
-        else 1.0
-        if name in _FROM_ONE
-        else 1.005
-        if "gsd" in name
-        else _WHOLE.get(name, 0.0)
-    )
-    top = 1.0 if name in _TO_ONE else 5.0 if "gsd" in name else 1e6
-    good = (
-        len(numbers) in (1, 2)
-        and all(low <= o <= top for o in numbers)
-        and numbers[0] <= numbers[-1]
-    )
-    if not good or (name in _ABOVE_0 and numbers[0] <= 0):
-        least = "more than 0" if name in _ABOVE_0 else f"at least {low:g}"
-        raise InputError(
-            f"Scene: {name} is {v!r}; give a number or a pair (low, high), {least} and at most {top:g}."
-        )
-    numbers = [int(o) if name in _WHOLE else o for o in numbers]
-    return tuple(numbers) if isinstance(v, (tuple, list)) else numbers[0]
-
-
-def _pick(name, v, u):
-    "The value at the share `u` of a range."
-    if name == "bar" and v == "random":
-        return BARS[int(u * len(BARS))]
-    if name == "letter" and v == "random":
-        return ("", "", "a", "(b)", "c)")[int(5 * u)]
-    if not isinstance(v, tuple) or name in ("size", "shape"):
-        return v
-    low, high = v
-    if name in _LOG and low > 0:
-        return float(low * (high / low) ** u)
-    return int(low + u * (high + 1 - low)) if name in _WHOLE else float(low + u * (high - low))
-
-
-def _scene(base, over):
-    "A Scene with some values replaced; an unknown name is an InputError."
-    for name in set(over) - set(Scene.__dataclass_fields__):
-        near = get_close_matches(str(name), Scene.__dataclass_fields__, 1)
-        raise InputError(
-            f"Scene has no setting {name!r}; "
-            + (f"did you mean {near[0]!r}?" if near else "see help(Scene).")
-        )
-    return replace(base, **over)
+def _tuples(value):
+    "Lists of JSON as the tuples they were."
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 # %% ../../nbs/31_sem.preset.ipynb #c8cd23d1
 _ANY = (0.0, 360.0)
@@ -591,7 +600,7 @@ def scene_preset(
     Raises: InputError for an unknown preset or setting."""
     if not isinstance(name, str) or name not in PRESETS:
         raise InputError(f"Unknown scene preset {name!r}; use one of {', '.join(PRESETS)}.")
-    return _scene(PRESETS[name], over)
+    return _with_settings(PRESETS[name], over)
 
 
 def as_scene(
@@ -604,7 +613,7 @@ def as_scene(
     if isinstance(scene, str):
         return scene_preset(scene)
     if isinstance(scene, dict):
-        return _scene(Scene(), scene)
+        return _with_settings(Scene(), scene)
     raise InputError(
         f"scene is a {type(scene).__name__}; give a preset's name, a Scene, or a dict of settings."
     )

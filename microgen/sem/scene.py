@@ -12,22 +12,323 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import InputError, Micrograph, as_rng
+from ..core import InputError, Micrograph, split_rng
 from microgen.sem.image import (
     blur,
+    burn_in,
     charge,
     count_electrons,
     grey_levels,
-    overlay,
     secondary_electrons,
     texture,
     transmitted,
 )
 from .particle import make_bodies, scatter
 from .preset import PRESETS, Scene, as_scene, scene_preset
-from .solid import fragments, label_image, outlines, stack_up
+from .solid import Silhouettes, fragments, label_image, silhouettes, stack_up
 
 # %% ../../nbs/32_sem.scene.ipynb #0ed18a58
+class _Frame(NamedTuple):
+    "The image with a border on each side."
+
+    shape: tuple  # (H, W) with the border, px
+    border: int  # width of the border, px
+    pixel_size: float  # nm
+
+    def inner(self, image):
+        "The image without the border."
+        border, (height, width) = self.border, self.shape
+        return image[border : height - border, border : width - border]
+
+
+def _frame(s):
+    "A border of four probes."
+    long_axis = s.probe_nm * np.sqrt(s.astigmatism)
+    border = int(np.ceil(4 * long_axis / s.pixel_size)) + 2
+    height, width = s.frame
+    return _Frame((height + 2 * border, width + 2 * border), border, s.pixel_size)
+
+
+def _value_at(image, at):
+    "Values of an image at the positions (n, 2) in px, by the nearest pixel."
+    row, column = np.clip(np.rint(at).astype(int), 0, np.array(image.shape) - 1).T
+    return image[row, column]
+
+# %% ../../nbs/32_sem.scene.ipynb #e7966f66
+class _Support(NamedTuple):
+    "What particles lie on, images (H, W) of the frame."
+
+    thick: np.ndarray  # thickness, nm
+    surface: np.ndarray  # height of the surface, nm
+    slope: np.ndarray  # signal of secondary electrons, 1 where it is flat
+    there: object  # bool, where a particle may lie; None is anywhere
+
+
+def _film(s, shape):
+    "A flat film."
+    thick = np.full(shape, np.float32(s.support_nm))
+    flat = np.zeros(shape, np.float32)
+    return _Support(thick, flat, np.ones(shape, np.float32), None)
+
+
+def _carbon(s, shape, rng):
+    "Carbon black: clusters of spheres."
+    field = np.array(shape) * s.pixel_size
+    # of n discs at random a share 1 - exp(-n area / field) is covered; twice as many, since they cluster
+    cover = min(s.support_cover, 0.98)
+    n = -2 * np.log(1 - cover) * field.prod() / s.support_nm**2
+    if n > 5e4:
+        raise InputError(
+            f"Scene: {n:.0f} spheres of carbon are too many; raise support_nm or lower the field."
+        )
+    d_nm = s.support_nm * np.exp(0.35 * rng.standard_normal(max(int(n), 3)))
+    at = scatter(
+        d_nm,
+        field,
+        clustering=0.97,
+        cluster_size=max(len(d_nm) / 4, 3),
+        packing=0.2,
+        overlap=0.5,
+        rng=rng,
+    )
+    bodies, _ = make_bodies(d_nm, "ellipsoid", aspect=1.3, tilt_deg=90, rng=rng)
+    height = s.support_nm * rng.uniform(0, 2, len(d_nm))
+    place = np.c_[at / s.pixel_size, height]
+    parts = fragments(bodies, place, shape, s.pixel_size, s.escape_nm, beams=1)
+    n_pixels = shape[0] * shape[1]
+    seen = stack_up(parts, n_pixels, surface=-1e9)
+    f = seen.fragments
+
+    def of_pixels(values):
+        "Sum over the fragments of each pixel."
+        return np.bincount(f.pixel, values, n_pixels).reshape(shape).astype(np.float32)
+
+    thick = of_pixels(f.cover * f.thick)
+    bright = of_pixels(seen.weight * (1 + 0.5 * s.edge * (f.rim - 1)))
+    slope = bright + 0.5 * seen.through.reshape(shape)
+    return _Support(thick, of_pixels(seen.weight * f.top), slope, thick > 0)
+
+
+def _powder(s, shape, rng):
+    "A porous powder."
+    field = texture(shape, s.support_nm / s.pixel_size, slope=4, rng=rng)
+    level = np.quantile(field, 1 - min(s.support_cover, 0.98))
+    thick = s.support_nm * np.maximum(field - level, 0) ** np.float32(0.7)
+    return _Support(thick, thick, 0.5 + 0.5 * (thick > 0), thick > 0)
+
+
+def _debris(s, shape, rng):
+    "Signal of bright and dark specks."
+    expected = s.debris_um2 * 1e-6 * shape[0] * shape[1] * s.pixel_size**2
+    n = rng.poisson(expected)
+    row, column = (rng.random((n, 2)) * shape).astype(int).T
+    specks = np.zeros(shape, np.float32)
+    specks[row, column] = s.support_level * rng.choice([-1, 1], n) * rng.uniform(1, 6, n)
+    return blur(specks, 0.8)
+
+# %% ../../nbs/32_sem.scene.ipynb #e0e4781f
+def _make_support(s, shape, rng):
+    "Support of a scene, and its signal (se) or thickness (bf, haadf) with its roughness."
+    rough, clumps, grain = rng.spawn(3)
+    if s.support == "film":
+        support = _film(s, shape)
+    elif s.support == "carbon":
+        support = _carbon(s, shape, clumps)
+    else:
+        support = _powder(s, shape, clumps)
+    waves = np.zeros(shape, np.float32)
+    if s.texture:
+        waves = texture(shape, s.texture_nm / s.pixel_size, s.texture_slope, rough)
+    uneven = np.maximum(1 + s.texture * waves, 0.05)
+    if s.mode != "se":
+        return support, support.thick * uneven
+    signal = s.support_level * support.slope * uneven
+    if s.debris_um2:
+        signal = signal + _debris(s, shape, grain)
+    return support, signal
+
+# %% ../../nbs/32_sem.scene.ipynb #82b0aa70
+class _Particles(NamedTuple):
+    "All particles that may touch the frame, arrays (n, ...)."
+
+    d_nm: np.ndarray  # diameters, nm
+    bodies: list  # of Ellipsoids and Polyhedra
+    shapes: np.ndarray  # names of the shapes
+    size: Silhouettes
+    at: np.ndarray  # y, x px of the frame, where the specimen has them
+    z: np.ndarray  # height of the centres, nm
+    depth: np.ndarray  # how far they sank into the support, share of their height
+
+
+def _place_particles(s, frame, support, rng):
+    "Sample particles and put them on the support."
+    number, sizes, shapes, places, sinking = rng.spawn(5)
+    field = np.array(s.frame) * s.pixel_size
+    largest = np.max([distribution.ppf(0.9999) for _, distribution in s.sizes.parts])
+    margin = min(0.75 * float(largest), float(field.max()))
+    wide_field = field + 2 * margin
+    density = s.density_um2 * 1e-6 if s.n is None else s.n / field.prod()  # per nm²
+    expected = density * wide_field.prod()
+    if expected > 5e5:
+        raise InputError(
+            f"Scene: {expected:.0f} particles are too many; lower density_um2 or the field."
+        )
+    n = int(number.poisson(expected)) if s.n is None else int(round(expected))
+    d_nm = s.sizes.sample(n, sizes)
+    bodies, names = make_bodies(d_nm, s.shape, s.aspect, s.tilt_deg, s.spheres, shapes)
+
+    def in_frame(at_nm):
+        "Positions of the wide field as pixels of the frame."
+        return (at_nm - margin) / s.pixel_size + frame.border
+
+    def on_support(at_nm):
+        return _value_at(support.there, in_frame(at_nm))
+
+    somewhere = support.there is not None and support.there.any()
+    at_nm = scatter(
+        d_nm,
+        wide_field,
+        clustering=s.clustering,
+        cluster_size=s.cluster_size,
+        packing=s.packing,
+        overlap=s.overlap,
+        allowed=on_support if somewhere else None,
+        rng=places,
+    )
+    at = in_frame(at_nm)
+    size = silhouettes(bodies, n)
+    sinks = sinking.random(n) < s.buried
+    depth = np.where(sinks, sinking.uniform(0, s.burial, n), 0.0)
+    z = _value_at(support.surface, at) + (0.5 - depth) * size.height
+    return _Particles(d_nm, bodies, names, size, at, z, depth)
+
+# %% ../../nbs/32_sem.scene.ipynb #8474b7a6
+def _beam_path(s, frame, rng):
+    "How far the beam is off in each line of the frame, px: (H, 2) steady drift, and drift with jitter."
+    n_lines = frame.shape[0]
+    line = np.arange(n_lines) - frame.border
+    time = line / max(n_lines - 2 * frame.border, 1) - 0.5  # in units of the frame time
+    direction = np.radians(s.drift_deg)
+    drift_px = s.drift_nm / s.pixel_size
+    drift = drift_px * time[:, None] * (np.sin(direction), np.cos(direction))
+    jitter = s.jitter_nm / s.pixel_size * rng.standard_normal((n_lines, 2))
+    return drift, drift + jitter
+
+
+def _along_lines(image, lines):
+    "The image with each line shifted along x as the beam is."
+    x = np.arange(image.shape[1]) + lines[:, 1, None]
+    left = np.clip(np.floor(x), 0, image.shape[1] - 2).astype(int)
+    part = np.clip(x - left, 0, 1).astype(np.float32)
+    row = np.arange(len(image))[:, None]
+    return image[row, left] * (1 - part) + image[row, left + 1] * part
+
+# %% ../../nbs/32_sem.scene.ipynb #027ffd03
+def _signal(s, frame, seen, base, surface, n, rng):
+    "Signal (H, W) of the image; (m,) what each fragment adds to it before the probe."
+    tone = np.exp(s.tone_spread * rng.standard_normal(n))  # of each particle
+    px = s.pixel_size
+    if s.mode == "se":
+        level = s.particle_level * tone
+        signal, added = secondary_electrons(seen, level, base, surface, s, px)
+    else:
+        signal, added = transmitted(seen, tone, base, s)
+    if s.speckle:  # phase contrast grows as the root of the number of atoms
+        grain = texture(frame.shape, s.speckle_nm / px, None, rng)
+        thickness = np.sqrt(np.clip(base / s.support_nm, 0.2, 2))
+        signal = signal * (1 + s.speckle * thickness * grain)
+    if s.coating:
+        grain = texture(frame.shape, s.coating_nm / px / 2, 6, rng)
+        signal = signal * (1 + s.coating * grain)
+    signal = blur(signal, s.probe_nm / px, s.astigmatism, s.astig_deg)
+    signal = charge(signal, s.support_level, s.charging, s.charging_px)
+    signal = frame.inner(signal)
+    return signal * _ramp(s) if s.ramp else signal, added
+
+
+def _ramp(s):
+    "A factor that grows from one side of the image to the other, 1 in the middle."
+    height, width = s.frame
+    y = np.linspace(-0.5, 0.5, height, dtype=np.float32)[:, None]
+    x = np.linspace(-0.5, 0.5, width, dtype=np.float32)
+    direction = np.radians(s.ramp_deg)
+    along = np.float32(np.sin(direction)) * y + np.float32(np.cos(direction)) * x
+    return 1 + np.float32(s.ramp) * along
+
+
+def _veil(s, surface):
+    "Height of what veils a particle from the detector, nm: nothing in transmission."
+    if s.mode != "se":
+        return -np.inf
+    return 0.0 if s.support == "film" else surface.ravel()
+
+
+def _with_ink(grey, ink, burnt_in, bar):
+    "The image with bars and letters; a scale bar inside the image only brightens it."
+    if bar in ("line", "ticks"):
+        ink = np.maximum(grey, ink)
+    return np.where(burnt_in, ink, grey)
+
+# %% ../../nbs/32_sem.scene.ipynb #d30a5e20
+def _snr(s, sum_of_squares, size, at, signal):
+    "Signal-to-noise ratio of a matched filter behind the probe."
+    shot = np.maximum(signal, 0) / s.electrons if s.electrons else 0 * signal
+    variance = shot + s.detector**2 + 1e-12
+    sigma_d2 = size.major * size.minor / 16  # nm²
+    kept = sum_of_squares * sigma_d2 / (sigma_d2 + s.probe_nm**2)
+    return np.sqrt(kept / _value_at(variance, at))
+
+
+def _truth(s, frame, particles, at, seen, added, signal, burnt_in, labels):
+    "One row for each particle that touches the image; `at` is where it appears, px."
+    f, size, n = seen.fragments, particles.size, len(particles.d_nm)
+    height, width = s.frame
+    row = f.pixel // frame.shape[1] - frame.border
+    column = f.pixel % frame.shape[1] - frame.border
+    within = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    covered = burnt_in[np.clip(row, 0, height - 1), np.clip(column, 0, width - 1)]
+    free = within & ~covered
+
+    def total(values, where=free):
+        "Sum over the fragments of each particle."
+        return np.bincount(f.owner[where], values[where], n)
+
+    area_px = np.pi / 4 * particles.d_nm**2 / s.pixel_size**2
+    # transmitted electrons pass through what lies above
+    share = seen.weight if s.mode == "se" else f.cover
+    contrast = total(share * added) / np.maximum(total(share), 1e-9)
+    table = pd.DataFrame(
+        {
+            "id": np.arange(1, n + 1),
+            "y_nm": at[:, 0] * s.pixel_size,
+            "x_nm": at[:, 1] * s.pixel_size,
+            "diameter_nm": particles.d_nm,
+            "major_nm": size.major,
+            "minor_nm": size.minor,
+            "angle_deg": size.angle_deg,
+            "height_nm": size.height,
+            "shape": particles.shapes,
+            "buried": particles.depth,
+            "inside": np.clip(total(f.cover, within) / area_px, 0, 1),
+            "visible": np.clip(total(seen.weight) / area_px, 0, 1),
+            "area_px": np.bincount(labels.ravel(), minlength=n + 1)[1 : n + 1],
+            "contrast": contrast,
+            "snr": _snr(s, total(share * added**2), size, at, signal),
+        }
+    )
+    touches = np.bincount(f.owner[within], minlength=n) > 0
+    return table[touches]
+
+
+def _numbered(labels, table):
+    "Ids from 1 without gaps, in the table and in the labels."
+    ids = np.arange(1, len(table) + 1)
+    largest = max(labels.max(), table["id"].max() if len(table) else 0)
+    new_id = np.zeros(int(largest) + 1, np.int32)
+    new_id[table["id"]] = ids
+    return new_id[labels], table.assign(id=ids).reset_index(drop=True)
+
+# %% ../../nbs/32_sem.scene.ipynb #6f30f967
 @dataclass(frozen=True)
 class SceneImage:
     "A simulated micrograph and its truth."
@@ -36,266 +337,43 @@ class SceneImage:
     labels: np.ndarray  # (H, W) int32: 0 the support, k the particle with id k
     table: pd.DataFrame  # every particle, seen or not
     scene: Scene  # the values of this image
-    overlay: np.ndarray  # (H, W) bool: burnt-in bars and letters
+    burnt_in: np.ndarray  # (H, W) bool: burnt-in bars and letters
     clean: np.ndarray  # (H, W) float32: the signal without noise, 1 is white
 
 
-def _streams(rng, n):
-    "Independent generators, so that one effect never changes the random numbers of another."
-    return [
-        np.random.default_rng(s)
-        for s in np.random.SeedSequence(int(as_rng(rng).integers(2**63))).spawn(n)
-    ]
-
-
-def _scan_lines(s, n, pad, rng):
-    "How far the beam is off in each line, px: (n, 2) smooth drift, and drift with jitter."
-    t = (np.arange(n) - pad) / max(n - 2 * pad, 1) - 0.5
-    turn = np.radians(s.drift_deg)
-    drift = s.drift_nm / s.pixel_size * t[:, None] * (np.sin(turn), np.cos(turn))
-    return drift, drift + s.jitter_nm / s.pixel_size * rng.standard_normal((n, 2))
-
-
-def _along_lines(image, lines):
-    "The image with each line shifted along x."
-    i = np.arange(image.shape[1]) + lines[:, 1, None]
-    low = np.clip(np.floor(i), 0, image.shape[1] - 2).astype(int)
-    t, row = np.clip(i - low, 0, 1).astype(np.float32), np.arange(len(image))[:, None]
-    return image[row, low] * (1 - t) + image[row, low + 1] * t
-
-
-class _People(NamedTuple):
-    "All particles that may touch the frame, arrays (n, ...)."
-
-    d: np.ndarray  # diameters, nm
-    bodies: list  # of Bodies
-    names: np.ndarray  # shapes
-    outline: object  # Outlines
-    at: np.ndarray  # y, x px of the padded frame, where the specimen has them
-    z: np.ndarray  # height of the centres, nm
-    depth: np.ndarray  # how far they sank into the support, share of their height
-
-
-def _people(s, pad, surface, there, rng):
-    "Draw particles and put them on the support; the field is wider than the frame, so that some reach in from outside."
-    number, sizes, make, lie, sink = rng.spawn(5)
-    field, law, px = np.array(s.frame) * s.pixel_size, s.sizes, s.pixel_size
-    margin = min(0.75 * float(np.max([p.ppf(0.9999) for _, p in law.parts])), float(field.max()))
-    wide = field + 2 * margin
-    expected = (s.n / field.prod() if s.n is not None else s.density_um2 * 1e-6) * wide.prod()
-    if expected > 5e5:
-        raise InputError(
-            f"Scene: {expected:.0f} particles are too many; lower density_um2 or the field."
-        )
-    d = law.draw(int(round(expected)) if s.n is not None else int(number.poisson(expected)), sizes)
-    bodies, names = make_bodies(d, s.shape, s.aspect, s.tilt_deg, s.spheres, make)
-
-    def pixel(at):
-        return tuple(
-            np.clip(np.rint((at - margin) / px + pad).astype(int), 0, np.array(surface.shape) - 1).T
-        )
-
-    allowed = (lambda at: there[pixel(at)]) if there is not None and there.any() else None
-    at = scatter(d, wide, s.clustering, s.cluster_size, s.packing, s.overlap, allowed, lie)
-    outline = outlines(bodies, len(d))
-    depth = np.where(sink.random(len(d)) < s.buried, sink.uniform(0, s.burial, len(d)), 0.0)
-    z = surface[pixel(at)] + (0.5 - depth) * outline.height
-    return _People(d, bodies, names, outline, (at - margin) / px + pad, z, depth)
-
-# %% ../../nbs/32_sem.scene.ipynb #e7966f66
-def _support(s, shape, rng):
-    "Signal or thickness of the bare support, height of its surface (nm), where it is (bool)."
-    rough, clumps, grain = rng.spawn(3)
-    h, w = shape
-    waves = (
-        texture(shape, s.texture_nm / s.pixel_size, s.texture_slope, rough)
-        if s.texture
-        else np.zeros(shape, np.float32)
-    )
-    if s.support == "film":
-        thick, surface, there = (
-            np.full(shape, np.float32(s.support_nm)),
-            np.zeros(shape, np.float32),
-            None,
-        )
-        signal = np.ones(shape, np.float32)
-    else:
-        thick, surface, signal = (_clumps if s.support == "carbon" else _cloud)(s, shape, clumps)
-        there = thick > 0
-    uneven = np.maximum(1 + s.texture * waves, 0.05)
-    if s.mode != "se":
-        return thick * uneven, surface, there
-    base = s.support_level * signal * uneven
-    if s.debris_um2:
-        base = base + _debris(s, shape, grain)
-    return base, surface, there
-
-
-def _clumps(s, shape, rng):
-    "Carbon black: clusters of spheres; thickness, height and slope brightening."
-    field = np.array(shape) * s.pixel_size
-    n = (
-        -2 * np.log(1 - min(s.support_cover, 0.98)) * field.prod() / s.support_nm**2
-    )  # twice a Boolean model's: they cluster
-    if n > 5e4:
-        raise InputError(
-            f"Scene: {n:.0f} spheres of carbon are too many; raise support_nm or lower the field."
-        )
-    d = s.support_nm * np.exp(0.35 * rng.standard_normal(max(int(n), 3)))
-    at = scatter(d, field, 0.97, max(len(d) / 4, 3), 0.2, 0.5, None, rng)
-    bodies, _ = make_bodies(d, "ellipsoid", 1.3, 90, rng=rng)
-    z = s.support_nm * rng.uniform(0, 2, len(d))
-    parts = fragments(
-        bodies, np.c_[at / s.pixel_size, z], shape, s.pixel_size, s.escape_nm, beams=1
-    )
-    seen = stack_up(parts, shape[0] * shape[1], -1e9)
-
-    def total(o):
-        return (
-            np.bincount(seen.fragments.pixel, o, shape[0] * shape[1])
-            .reshape(shape)
-            .astype(np.float32)
-        )
-
-    f, through = seen.fragments, seen.through.reshape(shape)
-    signal = total(seen.weight * (1 + 0.5 * s.edge * (f.rim - 1))) + 0.5 * through
-    return total(f.cover * f.thick), total(seen.weight * f.top), signal
-
-
-def _cloud(s, shape, rng):
-    "A porous powder: what a smooth random field has above a level."
-    field = texture(shape, s.support_nm / s.pixel_size, 4, rng)
-    thick = s.support_nm * np.maximum(
-        field - np.quantile(field, 1 - min(s.support_cover, 0.98)), 0
-    ) ** np.float32(0.7)
-    return thick, thick, 0.5 + 0.5 * (thick > 0)
-
-
-def _debris(s, shape, rng):
-    "Bright and dark specks."
-    n = rng.poisson(s.debris_um2 * 1e-6 * shape[0] * shape[1] * s.pixel_size**2)
-    out = np.zeros(shape, np.float32)
-    at = (rng.random((n, 2)) * shape).astype(int)
-    out[at[:, 0], at[:, 1]] = s.support_level * rng.choice([-1, 1], n) * rng.uniform(1, 6, n)
-    return blur(out, 0.8)
-
-# %% ../../nbs/32_sem.scene.ipynb #027ffd03
 def simulate_scene(
     scene="gold_on_carbon",  # Scene, name of a preset, or dict of settings
     rng=None,  # int, Generator or SeedSequence
 ) -> SceneImage:  # image, labels, table, scene
     """Simulate one micrograph of particles with its exact truth.
     Raises: InputError for settings that cannot be simulated."""
-    drawing, scan, people, ground, tones, noise, ink = _streams(rng, 7)
-    s = as_scene(scene).draw(drawing)
-    (h, w), px = s.frame, s.pixel_size
-    pad = int(np.ceil(4 * s.probe_nm * np.sqrt(s.astigmatism) / px)) + 2
-    base, surface, there = _support(s, (h + 2 * pad, w + 2 * pad), ground)
-    p = _people(s, pad, surface, there, people)
-    drift, lines = _scan_lines(s, len(base), pad, scan)
+    sampling, scanning, placing, ground, tones, noise, ink_rng = split_rng(rng, 7)
+    s = as_scene(scene).sample(sampling)
+    frame = _frame(s)
+    support, base = _make_support(s, frame.shape, ground)
+    particles = _place_particles(s, frame, support, placing)
+
+    # what the beam meets
+    drift, lines = _beam_path(s, frame, scanning)
     if lines.any():
         base = _along_lines(base, lines)
-    parts = fragments(p.bodies, np.c_[p.at, p.z], base.shape, px, s.escape_nm, lines)
-    seen = stack_up(parts, base.size, _ground(s, surface), s.escape_nm)
-    signal, more = _signal(s, seen, base, surface, len(p.d), pad, tones)
-    drawn, burnt = overlay((h, w), px, s.bar, s.letter, ink)
+    place = np.c_[particles.at, particles.z]
+    parts = fragments(particles.bodies, place, frame.shape, s.pixel_size, s.escape_nm, lines)
+    seen = stack_up(parts, base.size, _veil(s, support.surface), s.escape_nm)
+    n = len(particles.d_nm)
+    signal, added = _signal(s, frame, seen, base, support.surface, n, tones)
+
+    # what the detector and the software make of it
     grey = count_electrons(signal, s.electrons, s.detector, s.noise_px, noise)
-    grey = grey_levels(np.where(burnt, _over(grey, drawn, s.bar), grey), s.gamma, s.bits)
-    labels = np.where(burnt, 0, label_image(seen, base.shape)[pad : pad + h, pad : pad + w])
-    at = (
-        p.at - drift[np.clip(np.rint(p.at[:, 0]).astype(int), 0, len(base) - 1)] - pad
-    )  # where they appear
-    labels, table = _numbered(
-        labels, _truth(s, p, at, seen, more, signal, base.shape, pad, burnt, labels)
-    )
-    about = {"unit": "grey level" if s.bits else "signal", "scene": asdict(s)}
-    return SceneImage(Micrograph(grey, px, about, "microgen"), labels, table, s, burnt, signal)
+    ink, burnt_in = burn_in(s.frame, s.pixel_size, s.bar, s.letter, ink_rng)
+    grey = grey_levels(_with_ink(grey, ink, burnt_in, s.bar), s.gamma, s.bits)
 
-
-def _signal(s, seen, base, surface, n, pad, rng):
-    "Signal of the frame behind the probe; what each fragment adds before it."
-    tone, px = np.exp(s.tone_spread * rng.standard_normal(n)), s.pixel_size
-    if s.mode == "se":
-        signal, more = secondary_electrons(seen, s.particle_level * tone, base, surface, s, px)
-    else:
-        signal, more = transmitted(seen, tone, base, s)
-    if s.speckle:  # phase contrast grows as the root of the number of atoms
-        grain = texture(base.shape, s.speckle_nm / px, None, rng)
-        signal = signal * (1 + s.speckle * np.sqrt(np.clip(base / s.support_nm, 0.2, 2)) * grain)
-    if s.coating:
-        signal = signal * (1 + s.coating * texture(base.shape, s.coating_nm / px / 2, 6, rng))
-    signal = blur(signal, s.probe_nm / px, s.astigmatism, s.astig_deg)
-    signal = charge(signal, s.support_level, s.charging, s.charging_px)
-    signal = signal[pad : len(signal) - pad, pad : signal.shape[1] - pad]
-    return signal * _ramp(s) if s.ramp else signal, more
-
-
-def _ground(s, surface):
-    "What veils a particle: nothing in transmission."
-    return -np.inf if s.mode != "se" else surface.ravel() if s.support != "film" else 0.0
-
-
-def _over(grey, drawn, bar):
-    return drawn if bar not in ("line", "ticks") else np.maximum(grey, drawn)
-
-
-def _ramp(s):
-    (h, w), turn = s.frame, np.radians(s.ramp_deg)
-    y, x = (
-        np.linspace(-0.5, 0.5, h, dtype=np.float32)[:, None],
-        np.linspace(-0.5, 0.5, w, dtype=np.float32),
-    )
-    return 1 + np.float32(s.ramp) * (np.float32(np.sin(turn)) * y + np.float32(np.cos(turn)) * x)
-
-# %% ../../nbs/32_sem.scene.ipynb #d30a5e20
-def _truth(s, p, at, seen, more, signal, shape, pad, burnt, labels):
-    "One row for each particle that touches the frame; `at` is where it appears, px."
-    (h, w), px, n, out = s.frame, s.pixel_size, len(p.d), p.outline
-    f, weight = seen.fragments, seen.weight
-    row, column = f.pixel // shape[1] - pad, f.pixel % shape[1] - pad
-    within = (row >= 0) & (row < h) & (column >= 0) & (column < w)
-    bare = within & ~burnt[np.clip(row, 0, h - 1), np.clip(column, 0, w - 1)]
-
-    def total(o, where=bare):
-        return np.bincount(f.owner[where], o[where], n)
-
-    area = np.pi / 4 * p.d**2 / px**2
-    counts = (
-        weight if s.mode == "se" else f.cover
-    )  # transmitted electrons pass through what lies above
-    table = pd.DataFrame(
-        {
-            "id": np.arange(1, n + 1),
-            "y_nm": at[:, 0] * px,
-            "x_nm": at[:, 1] * px,
-            "diameter_nm": p.d,
-            "major_nm": out.major,
-            "minor_nm": out.minor,
-            "angle_deg": out.angle_deg,
-            "height_nm": out.height,
-            "shape": p.names,
-            "buried": p.depth,
-            "inside": np.clip(total(f.cover, within) / area, 0, 1),
-            "visible": np.clip(total(weight) / area, 0, 1),
-            "area_px": np.bincount(labels.ravel(), minlength=n + 1)[1 : n + 1],
-            "contrast": total(counts * more) / np.maximum(total(counts), 1e-9),
-            "snr": _snr(s, total(counts * more**2), out.major * out.minor / 16, at, signal),
-        }
-    )
-    return table[np.bincount(f.owner[within], minlength=n) > 0]
-
-
-def _snr(s, energy, spread_nm2, at, signal):
-    "Signal-to-noise ratio of a matched filter behind the probe."
-    noise = (
-        (np.maximum(signal, 0) / s.electrons if s.electrons else 0 * signal) + s.detector**2 + 1e-12
-    )
-    here = tuple(np.clip(np.rint(at).astype(int), 0, np.array(signal.shape) - 1).T)
-    return np.sqrt(energy * spread_nm2 / (spread_nm2 + s.probe_nm**2) / noise[here])
-
-
-def _numbered(labels, table):
-    "Ids from 1 without gaps, in the table and in the labels."
-    new = np.zeros(int(max(labels.max(), table["id"].max() if len(table) else 0)) + 1, np.int32)
-    new[table["id"]] = np.arange(1, len(table) + 1)
-    return new[labels], table.assign(id=np.arange(1, len(table) + 1)).reset_index(drop=True)
+    # the truth, where particles appear
+    labels = np.where(burnt_in, 0, frame.inner(label_image(seen, frame.shape)))
+    line = np.clip(np.rint(particles.at[:, 0]).astype(int), 0, frame.shape[0] - 1)
+    at = particles.at - drift[line] - frame.border
+    table = _truth(s, frame, particles, at, seen, added, signal, burnt_in, labels)
+    labels, table = _numbered(labels, table)
+    metadata = {"unit": "grey level" if s.bits else "signal", "scene": asdict(s)}
+    image = Micrograph(grey, s.pixel_size, metadata, "microgen")
+    return SceneImage(image, labels, table, s, burnt_in, signal)

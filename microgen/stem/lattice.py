@@ -17,7 +17,7 @@ from skimage.feature import peak_local_max
 
 from ..core import InputError, as_micrograph
 from .column import _check_image
-from .crystal import _frame, columns
+from .crystal import columns, viewing_frame
 from .structure import load_structure
 
 # %% ../../nbs/25_stem.lattice.ipynb #055549a5
@@ -35,7 +35,7 @@ def _motif(
     near = cKDTree(t[["y_nm", "x_nm"]]).query_pairs(0.05, output_type="ndarray")
     t = t.drop(index=np.unique(near.max(1))).reset_index(drop=True) if len(near) else t
     t["fixed"] = t.weight < 0.15 * t.weight.max()
-    basis, axes = _frame(load_structure(structure).lattice, zone, up)
+    basis, axes = viewing_frame(load_structure(structure).lattice, zone, up)
     return t, np.linalg.inv((basis[:2] @ axes.T)[:, 1::-1] / 10).T
 
 

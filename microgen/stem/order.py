@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STATES', 'LANDAU', 'KINK_WIDTH', 'displacement', 'order_parameter', 'polarisation', 'state_of', 'landau_energy',
-           'landau_lengths', 'wall_width']
+           'LandauLengths', 'landau_lengths', 'wall_width']
 
 # %% ../../nbs/17_stem.order.ipynb #2f1b99c1
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,8 +36,9 @@ def displacement(
     Source: trimerisation plus the polar shift it induces, doi:10.1038/nmat3786.
     """
     n = np.asarray(trimer)
-    u = u0_pm * Q * np.cos(phi + 2 * np.pi * n / 3) + p0_pm * Q**3 * np.cos(3 * np.asarray(phi))
-    return np.where(n < 0, 0.0, u)
+    corrugation = u0_pm * Q * np.cos(phi + 2 * np.pi * n / 3)
+    polar_shift = p0_pm * Q**3 * np.cos(3 * np.asarray(phi))
+    return np.where(n < 0, 0.0, corrugation + polar_shift)
 
 # %% ../../nbs/17_stem.order.ipynb #f1962442
 def order_parameter(
@@ -49,8 +51,9 @@ def order_parameter(
 
     Source: discrete Fourier sum, as measured by Holtz et al., doi:10.1021/acs.nanolett.7b01288.
     """
-    w = np.exp(-2j * np.pi / 3)
-    psi = 2 / (3 * u0_pm) * (np.asarray(u0) + w * np.asarray(u1) + w**2 * np.asarray(u2))
+    turn = np.exp(-2j * np.pi / 3)
+    wave = np.asarray(u0) + turn * np.asarray(u1) + turn**2 * np.asarray(u2)
+    psi = 2 / (3 * u0_pm) * wave  # Q exp(i phi)
     return np.abs(psi), np.mod(np.angle(psi), 2 * np.pi)
 
 # %% ../../nbs/17_stem.order.ipynb #f3ed301b
@@ -69,8 +72,8 @@ def state_of(
     phi,  # trimerisation angle, radians, any shape
 ) -> str | np.ndarray:  # name of the nearest domain state: str, or array of str
     """Name of the domain state nearest to an angle."""
-    k = np.mod(np.rint(np.asarray(phi) / (np.pi / 3)).astype(int), 6)
-    names = np.array(list(STATES))[k]
+    step = np.rint(np.asarray(phi) / (np.pi / 3)).astype(int)
+    names = np.array(list(STATES))[np.mod(step, 6)]
     return str(names) if names.ndim == 0 else names
 
 # %% ../../nbs/17_stem.order.ipynb #08d4d013
@@ -78,7 +81,6 @@ def state_of(
 LANDAU = dict(
     a=-2.626, b=3.375, c=0.117, c6=0.108, aP=0.866, g=1.945, gP=9.931, s_c=15.40, s_plane=5.14
 )
-KINK_WIDTH = 2 * np.log(np.tan(0.45 * np.pi))  # 10-90 % width of 2/pi arctan(exp(x / xi)), in xi
 
 
 def landau_energy(
@@ -90,24 +92,44 @@ def landau_energy(
 
     Source: doi:10.1038/nmat3786, equation 1 with P minimised.
     """
-    Q, c3 = np.asarray(Q, float), np.cos(3 * np.asarray(phi))
-    f = k["a"] / 2 * Q**2 + k["b"] / 4 * Q**4 + Q**6 / 6 * (k["c"] + k["c6"] * (2 * c3**2 - 1))
-    return f - (k["g"] * Q**3 * c3) ** 2 / (2 * (k["aP"] + k["gP"] * Q**2))
+    Q = np.asarray(Q, float)
+    cos3 = np.cos(3 * np.asarray(phi))
+    cos6 = 2 * cos3**2 - 1
+    tilt = k["a"] / 2 * Q**2 + k["b"] / 4 * Q**4 + Q**6 / 6 * (k["c"] + k["c6"] * cos6)
+    polar_gain = (k["g"] * Q**3 * cos3) ** 2 / (2 * (k["aP"] + k["gP"] * Q**2))
+    return tilt - polar_gain
 
 # %% ../../nbs/17_stem.order.ipynb #6ef0f73b
+KINK_WIDTH = 2 * np.log(np.tan(0.45 * np.pi))  # 10-90 % width of 2/pi arctan(exp(x / xi)), in xi
+
+
+class LandauLengths(NamedTuple):
+    "Lengths on which the order parameter of YMnO3 changes, nm."
+
+    xi_plane: float  # of the kink, phi ~ arctan exp(x / xi), for a normal in the plane
+    xi_c: float  # of the kink, for a normal along c
+    xi_Q: float  # of the amplitude, Q = tanh(x / xi_Q), in the plane
+
+
 @lru_cache(maxsize=1)
-def landau_lengths() -> tuple:  # xi in the plane, xi along c, xi_Q in the plane, nm
-    """Length of the kink, phi ~ arctan exp(x / xi), and of the amplitude, Q = tanh(x / xi_Q), of YMnO3.
+def landau_lengths() -> LandauLengths:  # xi in the plane, xi along c, xi_Q in the plane, nm
+    """Length of the kink and of the amplitude of YMnO3.
 
     Source: xi = Q0 sqrt(s / 36 V0); xi_Q = 2 sqrt(s / f''(Q0)), from the constants of doi:10.1038/nmat3786.
     """
-    Q = np.linspace(0.5, 1.5, 100001)
-    f = landau_energy(Q, 0.0)
-    i, h = int(f.argmin()), Q[1] - Q[0]
-    V0 = (landau_energy(Q[i], np.pi / 6) - f[i]) / 2
-    xi = [Q[i] * np.sqrt(LANDAU[s] / (36 * V0)) / 10 for s in ("s_plane", "s_c")]
-    curvature = (f[i + 50] - 2 * f[i] + f[i - 50]) / (50 * h) ** 2
-    return xi[0], xi[1], 2 * np.sqrt(LANDAU["s_plane"] / curvature) / 10
+    Q = np.linspace(0.5, 1.5, 100001)  # Å
+    f = landau_energy(Q, 0.0)  # eV
+    well = int(f.argmin())
+    Q0 = Q[well]
+    barrier = landau_energy(Q0, np.pi / 6) - f[well]
+    V0 = barrier / 2
+    d = 50  # points, for the second difference
+    curvature = (f[well + d] - 2 * f[well] + f[well - d]) / (d * (Q[1] - Q[0])) ** 2
+    return LandauLengths(
+        xi_plane=Q0 * np.sqrt(LANDAU["s_plane"] / (36 * V0)) / 10,
+        xi_c=Q0 * np.sqrt(LANDAU["s_c"] / (36 * V0)) / 10,
+        xi_Q=2 * np.sqrt(LANDAU["s_plane"] / curvature) / 10,
+    )
 
 
 def wall_width(
@@ -117,6 +139,6 @@ def wall_width(
 
     Source: sine-Gordon kink, xi = Q0 sqrt(s / 36 V0), doi:10.1038/nmat3786.
     """
-    plane, c, _ = landau_lengths()
+    xi = landau_lengths()
     theta = np.deg2rad(normal_deg)
-    return float(KINK_WIDTH * np.hypot(plane * np.sin(theta), c * np.cos(theta)))
+    return float(KINK_WIDTH * np.hypot(xi.xi_plane * np.sin(theta), xi.xi_c * np.cos(theta)))

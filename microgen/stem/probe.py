@@ -9,6 +9,7 @@ __all__ = ['wavelength_nm', 'Probe', 'transfer']
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +24,19 @@ def wavelength_nm(
 
     Source: Kirkland, Advanced Computing in Electron Microscopy (2010), eq. 2.5.
     """
-    rest_keV, hc_keV_nm = 510.99895, 1.239841984
+    rest_keV = 510.99895
+    hc_keV_nm = 1.239841984
     return hc_keV_nm / (voltage_kV * (2 * rest_keV + voltage_kV)) ** 0.5
 
 # %% ../../nbs/21_stem.probe.ipynb #35d0638b
+_LIMITS = {
+    "voltage_kV": (1, 3000),
+    "semiangle_mrad": (0.1, 200),
+    "source_nm": (0, 1),
+    "focal_spread_nm": (0, 100),
+}
+
+
 @dataclass(frozen=True)
 class Probe:
     """The focused electron probe.
@@ -44,14 +54,8 @@ class Probe:
     focal_spread_nm: float = 0.0  # standard deviation of the focus over time, nm
 
     def __post_init__(self):
-        limits = {
-            "voltage_kV": (1, 3000),
-            "semiangle_mrad": (0.1, 200),
-            "source_nm": (0, 1),
-            "focal_spread_nm": (0, 100),
-        }
         for name, value in self.numbers().items():
-            low, high = limits.get(name, (-1e5, 1e5))
+            low, high = _LIMITS.get(name, (-1e5, 1e5))
             if not low <= value <= high:
                 raise InputError(
                     f"Probe: {name} is {value:g}; give a value from {low:g} to {high:g}."
@@ -59,9 +63,10 @@ class Probe:
 
     def numbers(self) -> dict:  # name to float
         "The parameters as plain numbers, without gradients."
-        return {
-            name: float(v.detach() if torch.is_tensor(v) else v) for name, v in vars(self).items()
-        }
+        found = {}
+        for name, value in vars(self).items():
+            found[name] = float(value.detach() if torch.is_tensor(value) else value)
+        return found
 
     def detach(self) -> "Probe":  # plain numbers
         "The same probe as plain numbers, without gradients."
@@ -78,38 +83,61 @@ class Probe:
         return 2e-3 * self.semiangle_mrad / wavelength_nm(self.voltage_kV)
 
 # %% ../../nbs/21_stem.probe.ipynb #928e2851
-@lru_cache(maxsize=32)
-def _gauss_legendre(n):
-    return tuple(torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(n))
+class _EdgePhases(NamedTuple):
+    "Phases of the aberrations at the edge of the aperture, rad."
+
+    defocus: float
+    cs: float
+    astigmatism: float
+    focal_spread: float  # standard deviation over time
 
 
-def _aberrations(probe):
-    "Aberration phases at the aperture edge, rad: defocus, Cs, astigmatism, focal spread."
-    a, k = 1e-3 * probe.semiangle_mrad, math.pi / wavelength_nm(probe.voltage_kV)
-    spread = k * a**2 * probe.focal_spread_nm
-    return (
-        -k * a**2 * probe.defocus_nm,
-        500 * k * a**4 * probe.cs_um,
-        k * a**2 * probe.a1_nm,
-        spread,
+def _edge_phases(probe):
+    alpha = 1e-3 * probe.semiangle_mrad
+    k = math.pi / wavelength_nm(probe.voltage_kV)
+    return _EdgePhases(
+        defocus=-k * alpha**2 * probe.defocus_nm,
+        cs=500 * k * alpha**4 * probe.cs_um,
+        astigmatism=k * alpha**2 * probe.a1_nm,
+        focal_spread=k * alpha**2 * probe.focal_spread_nm,
     )
 
 
-def _lens(probe, t, cos2):
-    "OTF at angles `t` (n,) and cosines `cos2` (m,) of twice the azimuth from the astigmatism: (n, m)."
-    focus, cs, astig, spread = _aberrations(probe)
-    n = 12 + 2 * math.ceil(2 * sum(map(abs, _aberrations(probe.detach()))))
-    (u, wu), (s, ws) = _gauss_legendre(n), _gauss_legendre(n)
-    t, cos2, psi = t[:, None, None, None], cos2[None, :, None, None], t[:, None] * (u + 1) / 2
-    psi, y = psi[:, None, :, None], (torch.sin(psi)[..., None] * s)[:, None]
-    near = torch.cos(psi)
-    far = near - 2 * torch.cos(t)
-    d2 = near**2 - far**2
+@lru_cache(maxsize=32)
+def _gauss_legendre(n):
+    "Nodes (n,) and weights (n,) of the integral from -1 to 1."
+    nodes, weights = np.polynomial.legendre.leggauss(n)
+    return torch.from_numpy(nodes), torch.from_numpy(weights)
+
+
+def _overlap(
+    probe,  # Probe
+    t,  # arc cosine of the frequency over the limit: tensor (n,)
+    cos2,  # cosine of twice the azimuth from the astigmatism: tensor (m,)
+):  # transfer function without source blur: tensor (n, m)
+    "Transfer function: the phase integrated over the lens where the two discs of the aperture overlap."
+    phases = _edge_phases(probe)
+    largest = sum(abs(phase) for phase in _edge_phases(probe.detach()))
+    nodes, weights = _gauss_legendre(12 + 2 * math.ceil(2 * largest))
+
+    # axes of all that follows: t, azimuth, psi, s
+    t = t[:, None, None, None]
+    cos2 = cos2[:, None, None]
+    psi, psi_weight = t * (nodes[:, None] + 1) / 2, weights[:, None]
+    s, s_weight = nodes, weights
+
+    near = torch.cos(psi)  # along q, from the centre of one disc
+    far = near - 2 * torch.cos(t)  # and from that of the other
+    y = torch.sin(psi) * s  # across q
     sin2 = (1 - cos2**2).clamp_min(1e-30).sqrt()
-    chi = d2 * (focus + cs * (near**2 + far**2 + 2 * y**2))
-    chi = chi + astig * (d2 * cos2 + 2 * y * (near - far) * sin2)
-    value = torch.cos(chi) * torch.exp(-0.5 * (spread * d2) ** 2) * torch.sin(psi) ** 2
-    return (value * wu[:, None] * ws).sum((-2, -1)) * t[..., 0, 0] / math.pi
+
+    # theta² on both sides differs by near² - far², theta⁴ by that times theta² summed, theta² cos 2(phi - phi_1) by the last
+    d2 = near**2 - far**2
+    chi = d2 * (phases.defocus + phases.cs * (near**2 + far**2 + 2 * y**2))
+    chi = chi + phases.astigmatism * (d2 * cos2 + 2 * y * (near - far) * sin2)
+    damping = torch.exp(-0.5 * (phases.focal_spread * d2) ** 2)
+    integrand = torch.cos(chi) * damping * torch.sin(psi) ** 2
+    return (integrand * psi_weight * s_weight).sum((-2, -1)) * t[..., 0, 0] / math.pi
 
 # %% ../../nbs/21_stem.probe.ipynb #f0d827c4
 def _chebyshev(n):
@@ -121,12 +149,13 @@ def _chebyshev(n):
 
 
 def _clenshaw(coefficients, x):
-    "Sum of a Chebyshev series: `coefficients` (..., n) at `x` (...)."
-    c = coefficients.unbind(-1)
-    b1 = b2 = torch.zeros((), dtype=x.dtype, device=x.device)
-    for value in c[:0:-1]:
-        b1, b2 = 2 * x * b1 - b2 + value, b1
-    return x * b1 - b2 + c[0]
+    "Sum of a Chebyshev series by Clenshaw's recurrence: coefficients (..., n) at x (...)."
+    first, *others = coefficients.unbind(-1)
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    last, before_last = zero, zero
+    for coefficient in reversed(others):
+        last, before_last = 2 * x * last - before_last + coefficient, last
+    return x * last - before_last + first
 
 
 def transfer(
@@ -140,18 +169,25 @@ def transfer(
     """
     q = torch.as_tensor(q)
     angle = torch.as_tensor(angle, dtype=q.dtype, device=q.device)
-    strength = [abs(v) for v in _aberrations(probe.detach())]
-    nodes, to_radial = _chebyshev(32 + 4 * math.ceil(sum(strength)))
-    around, to_angular = _chebyshev(1 if probe.round else 8 + 3 * math.ceil(strength[2]))
-    table = to_radial @ _lens(probe, math.pi / 4 * (nodes + 1), around) @ to_angular.T
+
+    # Chebyshev series in t and in the cosine of twice the azimuth: stronger aberrations need more terms
+    strength = _EdgePhases(*(abs(phase) for phase in _edge_phases(probe.detach())))
+    n_radial = 32 + 4 * math.ceil(sum(strength))
+    n_angular = 1 if probe.round else 8 + 3 * math.ceil(strength.astigmatism)
+    nodes, to_radial = _chebyshev(n_radial)
+    cos2, to_angular = _chebyshev(n_angular)
+    values = _overlap(probe, math.pi / 4 * (nodes + 1), cos2)
+    series = (to_radial @ values @ to_angular.T).to(q).T  # (angular, radial)
+
+    # q = limit * cos t, and x runs from -1 to 1 for t from 0 to pi/2
     ratio = q / probe.limit
     inside = ratio < 1
     x = 4 / math.pi * torch.acos(torch.where(inside, ratio, 0.5)) - 1
-    series = table.to(q).T  # (angular, radial)
-    if len(around) > 1:
-        twice = torch.cos(2 * (angle - math.pi / 180 * probe.a1_deg))
-        series = _clenshaw(series.T.expand(*q.shape, *series.T.shape), twice[..., None])
+    if probe.round:
+        radial = series[0]
     else:
-        series = series[0]
-    blur = torch.exp(-2 * (math.pi * probe.source_nm * q) ** 2)
-    return torch.where(inside, _clenshaw(series, x), 0.0) * blur
+        twice = torch.cos(2 * (angle - math.pi / 180 * probe.a1_deg))
+        series = series.T.expand(*q.shape, n_radial, n_angular)
+        radial = _clenshaw(series, twice[..., None])
+    source_blur = torch.exp(-2 * (math.pi * probe.source_nm * q) ** 2)
+    return torch.where(inside, _clenshaw(radial, x), 0.0) * source_blur

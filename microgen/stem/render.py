@@ -10,6 +10,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,128 +19,147 @@ from ..core import InputError, Micrograph
 from .probe import Probe, transfer, wavelength_nm
 from microgen.stem.scattering import (
     DETECTOR_MRAD,
-    _rows,
     atomic_number,
     outside_fit,
     rutherford,
+    scatterers,
 )
 
 # %% ../../nbs/23_stem.render.ipynb #379ad0ec
-def _waves(position, count, period):
-    "Cosine and sine of 2 pi k position / period for k < count, interleaved: (..., N) to (..., N, 2 count)."
-    turn = (position * (2 * math.pi / period))[..., None]
-    step = math.isqrt(count) + 1
-    fine = torch.arange(step, dtype=position.dtype, device=position.device) * turn
-    coarse = torch.arange(-(-count // step), dtype=position.dtype, device=position.device) * (
-        step * turn
-    )
-    fine, coarse = (
-        torch.polar(torch.ones_like(a), a) for a in (fine, coarse)
-    )  # few cosines, many products
-    waves = (coarse[..., None] * fine[..., None, :]).flatten(-2)[..., :count]
-    return torch.view_as_real(waves).flatten(-2)
-
-
 MAX_PIXELS = 2**26  # of one image, and frequencies: 8192 × 8192
 
 
-@dataclass(frozen=True)
-class _Frame:
-    "Pixels and frequencies of one image geometry: the Fourier series has the period (y, x) in nm."
+def _waves(position, count, period):
+    "Cosine and sine of 2 pi k position / period for k < count, interleaved: (..., N) to (..., N, 2 count)."
+    angle = (position * (2 * math.pi / period))[..., None]
 
-    shape: tuple
-    pixel_size: tuple
-    period: tuple
-    count: tuple
+    # exp(i k angle) with k = step i + j: few cosines, many products
+    step = math.isqrt(count) + 1
+    n_coarse = -(-count // step)
+    fine = torch.arange(step, dtype=position.dtype, device=position.device) * angle
+    coarse = torch.arange(n_coarse, dtype=position.dtype, device=position.device) * (step * angle)
+    fine = torch.polar(torch.ones_like(fine), fine)
+    coarse = torch.polar(torch.ones_like(coarse), coarse)
+    waves = (coarse[..., None] * fine[..., None, :]).flatten(-2)[..., :count]
+    return torch.view_as_real(waves).flatten(-2)
+
+# %% ../../nbs/23_stem.render.ipynb #a6aab888
+@dataclass(frozen=True)
+class _FourierGrid:
+    "Pixels of an image and frequencies of its Fourier series; each pair is along (y, x)."
+
+    shape: tuple  # pixels
+    pixel_size: tuple  # nm
+    period: tuple  # of the Fourier series, nm
+    count: tuple  # frequencies k / period with k = 0, 1, ...
 
     @classmethod
     def of(cls, shape, pixel_size, probes, period=None):
-        size = tuple(float(p) for p in np.broadcast_to(pixel_size, 2))
-        rim = max(map(_rim, probes))
-        period = tuple(float(p) for p in (period or [n * p + 2 * rim for n, p in zip(shape, size)]))
-        limit = max(p.detach().limit for p in probes)
+        "Grid of an open field, which a rim surrounds, or of a periodic one."
+        pixel_size = tuple(float(p) for p in np.broadcast_to(pixel_size, 2))
+        if period is None:
+            rim = max(_rim(probe) for probe in probes)
+            period = [n * p + 2 * rim for n, p in zip(shape, pixel_size)]
+        period = tuple(float(p) for p in period)
+        limit = max(probe.detach().limit for probe in probes)  # 1/nm
         count = tuple(math.floor(limit * p) + 1 for p in period)
         if math.prod(count) > MAX_PIXELS:
             raise InputError(
                 f"A field of {period[0]:.0f} × {period[1]:.0f} nm, with the rim that the probe reaches, has "
                 "too many frequencies for memory; make the field or the aberrations smaller."
             )
-        return cls(tuple(shape), size, period, count)
+        return cls(tuple(shape), pixel_size, period, count)
+
+    def frequencies(self):
+        "Frequencies along y and along x, 1/nm."
+        return [torch.arange(n, dtype=torch.float64) / p for n, p in zip(self.count, self.period)]
 
     def waves(self, y, x):
-        return tuple(_waves(v, n, p) for v, n, p in zip((y, x), self.count, self.period))
+        "Cosines and sines of positions along y and along x."
+        along_y = _waves(y, self.count[0], self.period[0])
+        along_x = _waves(x, self.count[1], self.period[1])
+        return along_y, along_x
 
 
 def _rim(probe):
     "Rim of the field beyond which a column no longer matters, nm; in steps, so that few sizes occur."
     p = probe.numbers()
-    a = 1e-3 * p["semiangle_mrad"]
-    blur = abs(p["defocus_nm"]) + abs(p["a1_nm"]) + 2 * p["focal_spread_nm"]
-    reach = a * blur + 1e3 * a**3 * abs(p["cs_um"]) + 3 * p["source_nm"]
-    return 0.5 + math.ceil(reach / 0.25) * 0.25
+    alpha = 1e-3 * p["semiangle_mrad"]
+    defocus = abs(p["defocus_nm"]) + abs(p["a1_nm"]) + 2 * p["focal_spread_nm"]
+    blur = alpha * defocus + 1e3 * alpha**3 * abs(p["cs_um"]) + 3 * p["source_nm"]
+    return 0.5 + math.ceil(blur / 0.25) * 0.25
 
 # %% ../../nbs/23_stem.render.ipynb #ef617ca8
-def _transfer_grid(probe, frame, dtype, device):
+def _transfer_on_grid(probe, grid, dtype, device):
     "Even and odd part in k of the transfer function, times the weights of the Fourier series: each (K, L)."
-    k, l = (torch.arange(n, dtype=torch.float64) / p for n, p in zip(frame.count, frame.period))
-    q, angle = torch.hypot(k[:, None], l), torch.atan2(k[:, None], l)
-    twice = [1 + (torch.arange(n) > 0) for n in frame.count]  # +k and -k
-    scale = twice[0][:, None] * twice[1] / math.prod(frame.period)
-    up = transfer(probe, q, angle) * scale
+    k, l = grid.frequencies()
+    k = k[:, None]
+    q = torch.hypot(k, l)
+    azimuth = torch.atan2(k, l)
+    # each frequency but 0 stands for itself and its negative
+    times_y, times_x = (1 + (torch.arange(n) > 0) for n in grid.count)
+    weight = times_y[:, None] * times_x / math.prod(grid.period)
+    plus_k = transfer(probe, q, azimuth) * weight
     if probe.round:
-        return up.to(device, dtype), None
-    down = transfer(probe, q, -angle) * scale
-    return ((up + down) / 2).to(device, dtype), ((up - down) / 2).to(device, dtype)
+        return plus_k.to(device, dtype), None
+    minus_k = transfer(probe, q, -azimuth) * weight
+    even = (plus_k + minus_k) / 2
+    odd = (plus_k - minus_k) / 2
+    return even.to(device, dtype), odd.to(device, dtype)
 
 
-_cached_grid = lru_cache(maxsize=16)(_transfer_grid)
+_cached_transfer = lru_cache(maxsize=16)(_transfer_on_grid)
 
 
-def _filters(probes, frame, dtype, device):
-    "Transfer functions of one probe, or of one probe per image."
-    parts = []
+def _filters(probes, grid, dtype, device):
+    "Even and odd part of one probe, or of one probe per image: (1 or B, K, L); the odd one may be None."
+    evens, odds = [], []
     for probe in probes:
-        fixed = not any(torch.is_tensor(v) for v in vars(probe).values())
-        parts.append((_cached_grid if fixed else _transfer_grid)(probe, frame, dtype, device))
-    even, odd = zip(*parts)
-    odd = (
-        None
-        if all(o is None for o in odd)
-        else [torch.zeros_like(e) if o is None else o for e, o in parts]
-    )
-    return torch.stack(even), None if odd is None else torch.stack(odd)
+        learns = any(torch.is_tensor(value) for value in vars(probe).values())
+        make = _transfer_on_grid if learns else _cached_transfer
+        even, odd = make(probe, grid, dtype, device)
+        evens.append(even)
+        odds.append(odd)
+    if all(odd is None for odd in odds):
+        return torch.stack(evens), None
+    odds = [torch.zeros_like(even) if odd is None else odd for even, odd in zip(evens, odds)]
+    return torch.stack(evens), torch.stack(odds)
+
+# %% ../../nbs/23_stem.render.ipynb #c8909678
+def _gaussians(sigma, grid):
+    "Factors exp(-2 pi² sigma² q²) along y and x: sigma (...) to (..., K) and (..., L)."
+    factors = []
+    for n, period in zip(grid.count, grid.period):
+        q = torch.arange(n).to(sigma) / period
+        factors.append(torch.exp(-2 * (math.pi * sigma[..., None] * q) ** 2))
+    return factors
 
 
-def _spread(sigma, frame):
-    "Gaussian factors exp(-2 pi² sigma² q²) along y and x: sigma (...) to (..., K) and (..., L)."
-    q = [torch.arange(n).to(sigma) / p for n, p in zip(frame.count, frame.period)]
-    return [torch.exp(-2 * (math.pi * sigma[..., None] * v) ** 2) for v in q]
-
-
-def _columns_to_series(frame, y, x, weight, sigma=None):
+def _columns_to_series(grid, y, x, weight, sigma=None):
     "Fourier series (B, K, 2, L, 2) of weighted points: cosine and sine along y and along x."
-    wy, wx = frame.waves(y, x)
+    along_y, along_x = grid.waves(y, x)
     if sigma is not None:
-        gy, gx = _spread(sigma, frame)
-        wy, wx = wy * gy.repeat_interleave(2, -1), wx * gx.repeat_interleave(2, -1)
-    series = wy.mT @ (wx * weight[..., None])
+        blur_y, blur_x = _gaussians(sigma, grid)
+        along_y = along_y * blur_y.repeat_interleave(2, -1)
+        along_x = along_x * blur_x.repeat_interleave(2, -1)
+    series = along_y.mT @ (along_x * weight[..., None])
     return series.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2))
 
 
-def _series_to_image(frame, series, even, odd):
-    "Apply the transfer function and sample the series at the pixels: (B, H, W)."
-    out = series * even[:, :, None, :, None]
+def _series_to_image(grid, series, even, odd):
+    "Apply the transfer function and evaluate the series at the pixels: (B, H, W)."
+    filtered = series * even[:, :, None, :, None]
     if odd is not None:
-        sign = torch.tensor([[-1.0, 1.0], [1.0, -1.0]], dtype=series.dtype, device=series.device)[
-            :, None, :
-        ]
-        out = out + odd[:, :, None, :, None] * sign * series.flip(-1, -3)
-    pixels = [
+        # the odd part turns cosine cosine into -sine sine and cosine sine into sine cosine
+        sign = torch.tensor([[-1.0, 1.0], [1.0, -1.0]], dtype=series.dtype, device=series.device)
+        swapped = series.flip(-1, -3)
+        filtered = filtered + odd[:, :, None, :, None] * sign[:, None, :] * swapped
+    pixel_y, pixel_x = (
         torch.arange(n, dtype=series.dtype, device=series.device) * p
-        for n, p in zip(frame.shape, frame.pixel_size)
-    ]
-    wy, wx = frame.waves(*pixels)
-    return wy @ out.flatten(-2).flatten(-3, -2) @ wx.mT
+        for n, p in zip(grid.shape, grid.pixel_size)
+    )
+    along_y, along_x = grid.waves(pixel_y, pixel_x)
+    return along_y @ filtered.flatten(-2).flatten(-3, -2) @ along_x.mT
 
 # %% ../../nbs/23_stem.render.ipynb #aca3f90b
 def sum_columns(
@@ -151,83 +171,78 @@ def sum_columns(
     probe=Probe(),  # one Probe, or a list of B
     sigma_nm=None,  # Gaussian width added to each column, nm: tensor that broadcasts to (B, N)
     period_nm=None,  # period (y, x) of a periodic image, nm; None: an open field
-) -> (
-    torch.Tensor
-):  # image (B, H, W) in the dtype and on the device of y_nm; differentiable in all tensors
+) -> torch.Tensor:  # image (B, H, W), dtype and device of y_nm; differentiable in all tensors
     """The exact band-limited incoherent image of point columns.
 
     Raises: `InputError` for shapes that do not agree.
     """
     probes = [probe] if isinstance(probe, Probe) else list(probe)
-    if (
-        not y_nm.shape == x_nm.shape == weight.shape
-        or y_nm.ndim != 2
-        or len(probes) not in (1, len(y_nm))
-    ):
-        shapes = ", ".join(str(tuple(v.shape)) for v in (y_nm, x_nm, weight))
+    alike = y_nm.shape == x_nm.shape == weight.shape
+    if not alike or y_nm.ndim != 2 or len(probes) not in (1, len(y_nm)):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (y_nm, x_nm, weight))
         raise InputError(
             f"sum_columns: y, x, weight must be (B, N) alike with one or B probes, not {shapes} "
             f"with {len(probes)} probes."
         )
-    frame = _Frame.of(shape, pixel_size, probes, period_nm)
+    grid = _FourierGrid.of(shape, pixel_size, probes, period_nm)
     if period_nm is None:
-        weight = _near(frame, y_nm, x_nm, weight)
-    sigma = None if sigma_nm is None else torch.as_tensor(sigma_nm).to(y_nm).expand(y_nm.shape)
-    series = _columns_to_series(frame, y_nm, x_nm, weight, sigma)
-    return _series_to_image(frame, series, *_filters(probes, frame, y_nm.dtype, y_nm.device))
+        weight = _without_far(grid, y_nm, x_nm, weight)
+    sigma = None
+    if sigma_nm is not None:
+        sigma = torch.as_tensor(sigma_nm).to(y_nm).expand(y_nm.shape)
+    series = _columns_to_series(grid, y_nm, x_nm, weight, sigma)
+    even, odd = _filters(probes, grid, y_nm.dtype, y_nm.device)
+    return _series_to_image(grid, series, even, odd)
 
 
-def _near(frame, y, x, weight):
-    "Weights without the columns that lie farther outside than the rim (they would wrap into the field)."
-    for v, n, size, period in zip((y, x), frame.shape, frame.pixel_size, frame.period):
-        rim = (period - n * size) / 2
-        weight = weight * ((v > -rim) & (v < period - rim))
+def _without_far(grid, y, x, weight):
+    "Weights, 0 for columns that lie farther outside than the rim (they would wrap into the field)."
+    for axis, position in enumerate((y, x)):
+        period = grid.period[axis]
+        rim = (period - grid.shape[axis] * grid.pixel_size[axis]) / 2
+        weight = weight * ((position > -rim) & (position < period - rim))
     return weight
 
 # %% ../../nbs/23_stem.render.ipynb #e8bed8ae
-def _points(columns):
-    "Element to array (n, 3) of y, x (nm), number of atoms; columns bent by over 0.2 pm are split in depth."
+class _Points(NamedTuple):
+    "Atoms of one element: columns, or slices of columns."
+
+    y: np.ndarray  # (n,) nm
+    x: np.ndarray  # (n,) nm
+    atoms: np.ndarray  # (n,) atoms in each
+
+
+def _points_by_element(columns):
+    "Element to points; columns bent by over 0.2 pm are split in depth."
     table = columns.table
-    points = np.stack([table[name].to_numpy(float) for name in ("y_nm", "x_nm", "n_atoms")], 1)
-    elements = table["element"].to_numpy(str)
+    points = _Points(*(table[name].to_numpy(float) for name in ("y_nm", "x_nm", "n_atoms")))
+    element = table["element"].to_numpy(str)
     if not np.isfinite(points).all():
         raise InputError(
             "A column has a position or an atom count that is not finite; remove that row."
         )
-    bent = getattr(columns, "depth_disp_pm", None)
-    if bent is not None and np.isfinite(columns.polar_deg):  # c lies in the image
-        bent = np.asarray(bent, float)
-        move = np.flatnonzero(np.ptp(bent, axis=1) > 0.2)
-        polar, depth = math.radians(columns.polar_deg), bent.shape[1]
-        shift = 1e-3 * (bent[move] - bent[move].mean(1, keepdims=True))[..., None]
-        parts = points[move, None] * [1, 1, 1 / depth] - shift * [
-            math.cos(polar),
-            math.sin(polar),
-            0,
-        ]
-        keep = np.setdiff1d(np.arange(len(points)), move)
-        points = np.concatenate([points[keep], parts.reshape(-1, 3)])
-        elements = np.concatenate([elements[keep], np.repeat(elements[move], depth)])
-    return {e: points[elements == e] for e in np.unique(elements)}
+    depth_pm = getattr(columns, "depth_disp_pm", None)
+    if depth_pm is not None and np.isfinite(columns.polar_deg):  # c lies in the image
+        depth_pm = np.asarray(depth_pm, float)
+        bent = np.ptp(depth_pm, axis=1) > 0.2
+        slices = _slices(points, depth_pm, bent, columns.polar_deg)
+        whole = (values[~bent] for values in points)
+        points = _Points(*(np.concatenate(pair) for pair in zip(whole, slices)))
+        n_slices = depth_pm.shape[1]
+        element = np.concatenate([element[~bent], np.repeat(element[bent], n_slices)])
+    return {e: _Points(*(values[element == e] for values in points)) for e in np.unique(element)}
 
 
-def _pad(arrays):
-    "Stack arrays (n_b, 3) to (B, max n, 3); padding has no atoms."
-    out = np.zeros((len(arrays), max(map(len, arrays)), 3))
-    for row, values in zip(out, arrays):
-        row[: len(values)] = values
-    return out
-
-
-def _element_filter(frame, rows, device):
-    "Weights and widths of one element in each image of the batch: (B, K, 1, L, 1)."
-    values = np.zeros((2, len(rows), max(map(len, rows))))
-    for b, own in enumerate(rows):
-        for i, (_, _, weight_nm2, sigma_pm, _) in enumerate(own):
-            values[:, b, i] = weight_nm2, 1e-3 * sigma_pm
-    weight, sigma = torch.as_tensor(values, dtype=torch.float32, device=device)
-    gy, gx = _spread(sigma, frame)
-    return ((gy * weight[..., None]).mT @ gx)[:, :, None, :, None]
+def _slices(points, depth_pm, bent, polar_deg):
+    "Slices of the bent columns, each at its own displacement along c from the mean."
+    polar = math.radians(polar_deg)
+    n_slices = depth_pm.shape[1]
+    mean_pm = depth_pm[bent].mean(1, keepdims=True)
+    along_c = 1e-3 * (depth_pm[bent] - mean_pm)  # nm
+    y = points.y[bent, None] - along_c * math.cos(polar)
+    x = points.x[bent, None] - along_c * math.sin(polar)
+    atoms = np.repeat(points.atoms[bent] * (1 / n_slices), n_slices)
+    return _Points(y.ravel(), x.ravel(), atoms)
 
 # %% ../../nbs/23_stem.render.ipynb #19eba346
 def check_pixel(
@@ -236,32 +251,84 @@ def check_pixel(
     shape,  # pixels (H, W), rim included
 ) -> (
     float
-):  # median distance of neighbouring columns of the heaviest element, nm; inf for a single column
+):  # median distance of neighbouring columns of the heaviest element, nm; inf for one alone
     """Refuse pixels that cannot show the lattice, fewer than two per spacing of the columns, and more than memory holds.
 
     Raises: `InputError` with the pixel size or the size to use.
     """
-    return _check_pixel(_points(columns), np.broadcast_to(pixel_size, 2), shape)
+    return _check_points(_points_by_element(columns), np.broadcast_to(pixel_size, 2), shape)
 
 
-def _check_pixel(points, pixel_size, shape):
+def _check_points(points, pixel_size, shape):
     if math.prod(shape) > MAX_PIXELS:
         raise InputError(
             f"The image would have {shape[0]} × {shape[1]} pixels, with its rim, of {1e3 * min(pixel_size):g} pm: "
             "too many for memory; use larger pixels or a smaller field."
         )
     heaviest = max(points, key=atomic_number)
-    places = points[heaviest][:, :2]
-    apart = np.hypot(*(places[:50, None] - places[None]).T)
-    spacing = float(
-        np.median(np.where(apart > 0.05, apart, np.inf).min(0))
-    )  # nearer ones are slices of one column
+    y, x, _ = points[heaviest]
+    dy = y - y[:50, None]
+    dx = x - x[:50, None]
+    apart = np.hypot(dy, dx)
+    apart = np.where(apart > 0.05, apart, np.inf)  # nearer ones are slices of one column
+    spacing = float(np.median(apart.min(1)))
     if spacing / 2 < max(pixel_size) and np.isfinite(spacing):
         raise InputError(
             f"The pixel size of {1e3 * max(pixel_size):.0f} pm is too coarse: the {heaviest} "
             f"columns are {1e3 * spacing:.0f} pm apart; use at most {500 * spacing:.0f} pm."
         )
     return spacing
+
+# %% ../../nbs/23_stem.render.ipynb #4d31d527
+def _render(grid, columns_list, probes, source, device):
+    "Images (B, H, W) of a few sets of columns on one Fourier grid."
+    points = [_points_by_element(columns) for columns in columns_list]
+    _check_points(points[0], grid.pixel_size, grid.shape)
+    tables = [
+        scatterers(list(own), columns.thickness_nm, source)
+        for own, columns in zip(points, columns_list)
+    ]
+
+    series = 0
+    for element in sorted(set().union(*points)):
+        y, x, atoms = _padded([own.get(element) for own in points], device)
+        part = _columns_to_series(grid, y, x, _without_far(grid, y, x, atoms))
+        series = series + part * _element_filter(grid, element, tables, device)
+    even, odd = _filters(probes, grid, series.dtype, device)
+    image = _series_to_image(grid, series, even, odd)
+
+    def per_image(values):
+        tensors = [torch.as_tensor(v, dtype=image.dtype, device=device) for v in values]
+        return torch.stack(tensors)[:, None, None]
+
+    background = per_image([table[0].background for table in tables])
+    strength = per_image([rutherford(probe.voltage_kV) for probe in probes])
+    return (image + background) * strength
+
+
+def _padded(points, device):
+    "Positions and atoms of one element in every image: tensors (B, most points); padding has no atoms."
+    most = max(len(own.y) for own in points if own is not None)
+    values = np.zeros((3, len(points), most))
+    for b, own in enumerate(points):
+        if own is not None:
+            values[:, b, : len(own.y)] = own
+    return torch.as_tensor(values, dtype=torch.float32, device=device)
+
+
+def _element_filter(grid, element, tables, device):
+    "Sum of the Gaussians of one element in each image, in frequency: (B, K, 1, L, 1)."
+    held = [[one for one in table if one.element == element] for table in tables]
+    values = np.zeros((2, len(held), max(map(len, held))))
+    for b, own in enumerate(held):
+        for i, one in enumerate(own):
+            values[:, b, i] = one.weight_nm2, 1e-3 * one.sigma_pm
+    weight, sigma = torch.as_tensor(values, dtype=torch.float32, device=device)
+    along_y, along_x = _gaussians(sigma, grid)
+    return ((along_y * weight[..., None]).mT @ along_x)[:, :, None, :, None]
+
+# %% ../../nbs/23_stem.render.ipynb #8145a091
+_AT_ONCE = {"cpu": 16, "gpu": 256}  # images: memory, about 3 MB for one of 1200 columns
 
 
 def haadf_batch(
@@ -276,8 +343,9 @@ def haadf_batch(
 
     Raises: `InputError` for no columns, a pixel too coarse for the lattice, or an unknown element.
     """
-    columns_list, probes = list(columns_list), [probe] if isinstance(probe, Probe) else list(probe)
-    if not columns_list or any(not len(c.table) for c in columns_list):
+    columns_list = list(columns_list)
+    probes = [probe] if isinstance(probe, Probe) else list(probe)
+    if not columns_list or any(not len(columns.table) for columns in columns_list):
         raise InputError(
             "There are no columns to render; enlarge the field of view or check the structure."
         )
@@ -285,37 +353,16 @@ def haadf_batch(
         raise InputError(
             f"Give one probe, or one per image: {len(probes)} for {len(columns_list)} images."
         )
-    chunk = 16 if device in (None, "cpu") else 256  # memory: about 3 MB per image of 1200 columns
-    parts = []
-    for i in range(0, len(columns_list), chunk):
-        own = probes if len(probes) == 1 else probes[i : i + chunk]
-        frame = _Frame.of(shape, pixel_size, own)
-        parts.append(_render(frame, columns_list[i : i + chunk], own, calibration, device or "cpu"))
-    return torch.cat(parts)
+    at_once = _AT_ONCE["cpu" if device in (None, "cpu") else "gpu"]
+    images = []
+    for i in range(0, len(columns_list), at_once):
+        some = slice(i, i + at_once)
+        own = probes if len(probes) == 1 else probes[some]
+        grid = _FourierGrid.of(shape, pixel_size, own)
+        images.append(_render(grid, columns_list[some], own, calibration, device or "cpu"))
+    return torch.cat(images)
 
-
-def _render(frame, columns_list, probes, source, device):
-    points = [_points(c) for c in columns_list]
-    _check_pixel(points[0], frame.pixel_size, frame.shape)
-    tables = [_rows(list(p), c.thickness_nm, source) for p, c in zip(points, columns_list)]
-    series = 0
-    for element in sorted(set().union(*points)):
-        held = _pad([p.get(element, np.zeros((0, 3))) for p in points])
-        y, x, atoms = torch.as_tensor(held, dtype=torch.float32, device=device).unbind(-1)
-        part = _columns_to_series(frame, y, x, _near(frame, y, x, atoms))
-        own = [[row for row in table if row[0] == element] for table in tables]
-        series = series + part * _element_filter(frame, own, device)
-    image = _series_to_image(frame, series, *_filters(probes, frame, series.dtype, device))
-    level = torch.tensor([t[0][-1] for t in tables], dtype=image.dtype, device=device)
-    strength = torch.stack(
-        [
-            torch.as_tensor(rutherford(p.voltage_kV), dtype=image.dtype, device=device)
-            for p in probes
-        ]
-    )
-    return (image + level[:, None, None]) * strength[:, None, None]
-
-
+# %% ../../nbs/23_stem.render.ipynb #eb2c9cd3
 def haadf(
     columns,  # Columns
     pixel_size=0.02,  # nm per pixel: float or (y, x)
@@ -331,13 +378,17 @@ def haadf(
     size = tuple(float(p) for p in np.broadcast_to(pixel_size, 2))
     if not min(size) > 0:
         raise InputError(f"The pixel size is {pixel_size}; give a positive number of nm per pixel.")
-    shape = tuple(shape or (max(1, round(f / p)) for f, p in zip(columns.fov, size)))
-    said = outside_fit(set(columns.table["element"]), columns.thickness_nm, probe, calibration)
-    if said:
-        warnings.warn(said, stacklevel=2)
+    if not shape:
+        shape = (max(1, round(length / p)) for length, p in zip(columns.fov, size))
+    shape = tuple(shape)
+    extrapolated = outside_fit(
+        set(columns.table["element"]), columns.thickness_nm, probe, calibration
+    )
+    if extrapolated:
+        warnings.warn(extrapolated, stacklevel=2)
     with torch.no_grad():
-        image = haadf_batch([columns], shape, size, probe, calibration, device)[0].cpu().numpy()
-    about = {
+        (image,) = haadf_batch([columns], shape, size, probe, calibration, device)
+    metadata = {
         "detector": "HAADF",
         "detector_mrad": DETECTOR_MRAD,
         "unit": "fraction of the incident beam",
@@ -345,4 +396,4 @@ def haadf(
         "thickness_nm": float(columns.thickness_nm),
         "probe": probe.numbers(),
     }
-    return Micrograph(image, size, about, "microgen.stem.render")
+    return Micrograph(image.cpu().numpy(), size, metadata, "microgen.stem.render")

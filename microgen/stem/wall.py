@@ -46,24 +46,18 @@ class WallKind(NamedTuple):
     step: float = 0.0  # shift towards +x per R layer upwards, in R columns
 
 
-_PI = np.pi
 #: Names of walls as earlier simulation code uses them, after doi:10.1038/srep02741 and doi:10.1063/1.4915259; typeB is its own
 ALIASES = {
-    "UP": WallKind(_PI, _PI),
-    "DN": WallKind(0.0, 0.0),
-    "typeA": WallKind(_PI, STATES["beta-"]),
-    "typeB": WallKind(_PI, 0.0, 90.0, 3.0),
-    "typeC": WallKind(_PI, STATES["beta-"], 90.0, 3.0),
-    "typeD": WallKind(_PI, 0.0),
-    "HH": WallKind(_PI, 0.0, 0.0),
-    "TT": WallKind(0.0, _PI, 0.0),
+    "UP": WallKind(STATES["alpha+"], STATES["alpha+"]),
+    "DN": WallKind(STATES["alpha-"], STATES["alpha-"]),
+    "typeA": WallKind(STATES["alpha+"], STATES["beta-"]),
+    "typeB": WallKind(STATES["alpha+"], STATES["alpha-"], step=3.0),
+    "typeC": WallKind(STATES["alpha+"], STATES["beta-"], step=3.0),
+    "typeD": WallKind(STATES["alpha+"], STATES["alpha-"]),
+    "HH": WallKind(STATES["alpha+"], STATES["alpha-"], normal_deg=0.0),
+    "TT": WallKind(STATES["alpha-"], STATES["alpha+"], normal_deg=0.0),
 }
-_SCENES = {
-    "vortex": (Vortex, {"sign": 1}),
-    "antivortex": (Vortex, {"sign": -1}),
-    "network": (Network, {}),
-}
-_SAME = {
+_SYNONYMS = {
     "typei": "typeA",
     "typeii": "typeD",
     "tdw": "typeA",
@@ -74,17 +68,11 @@ _SAME = {
     "tailtotail": "TT",
     "down": "DN",
 }
-
-
-def _phi(state, name):
-    plain = (
-        state.strip().lower().replace("−", "-").translate({945: "alpha", 946: "beta", 947: "gamma"})
-    )
-    if plain in STATES:
-        return STATES[plain]
-    raise InputError(
-        f"{name!r} is not a wall: {state!r} is not a state; the six are {', '.join(STATES)}."
-    )
+_SCENES = {  # fields that are more than one wall
+    "vortex": (Vortex, {"sign": 1}),
+    "antivortex": (Vortex, {"sign": -1}),
+    "network": (Network, {}),
+}
 
 # %% ../../nbs/19_stem.wall.ipynb #f968b12d
 def resolve(
@@ -97,78 +85,97 @@ def resolve(
     """
     if isinstance(name, WallKind):
         return name
-    key = "".join(ch for ch in str(name).lower() if ch.isalnum())
-    for known in ALIASES:
-        if key == known.lower():
-            return ALIASES[known]
-    if key in _SAME:
-        return ALIASES[_SAME[key]]
+    letters = "".join(ch for ch in str(name).lower() if ch.isalnum())
+    for alias in ALIASES:
+        if letters == alias.lower():
+            return ALIASES[alias]
+    if letters in _SYNONYMS:
+        return ALIASES[_SYNONYMS[letters]]
+
     pair, _, normal = str(name).partition("@")
     left, bar, right = pair.partition("|")
-    if not bar and left.strip().lower()[:1] not in tuple("abgαβγ"):
+    first_letter = left.strip().lower()[:1]
+    if not bar and first_letter not in tuple("abgαβγ"):
         known = ", ".join((*ALIASES, "Type I", "Type II", *_SCENES))
         raise InputError(
             f"{name!r} is not a wall; known are {known}, a state such as 'alpha+', "
             "a pair such as 'alpha+|beta-', or with its normal 'alpha+|alpha-@0'."
         )
     try:
-        theta = float(normal or 90)
+        normal_deg = float(normal or 90)
     except ValueError:
         raise InputError(f"{name!r}: {normal!r} after @ is not an angle in degrees.") from None
-    return WallKind(_phi(left, name), _phi(right if bar else left, name), theta)
+    phi_left = _angle_of(left, name)
+    phi_right = _angle_of(right if bar else left, name)
+    return WallKind(phi_left, phi_right, normal_deg)
+
+
+def _angle_of(state, name):
+    "Angle phi of a state, whose name may have Greek letters and a long minus."
+    greek = {ord("α"): "alpha", ord("β"): "beta", ord("γ"): "gamma"}
+    plain = state.strip().lower().replace("−", "-").translate(greek)
+    if plain not in STATES:
+        raise InputError(
+            f"{name!r} is not a wall: {state!r} is not a state; the six are {', '.join(STATES)}."
+        )
+    return STATES[plain]
 
 # %% ../../nbs/19_stem.wall.ipynb #69d9c818
+def _mean_normal(kind):
+    "Normal (right, up) of the mean plane of a wall; its length is that of a segment over the mean width."
+    theta = np.deg2rad(kind.normal_deg)
+    column_nm = getattr(kind, "column_nm", None) or COLUMN_NM
+    layer_nm = getattr(kind, "layer_nm", None) or LAYER_NM
+    step_per_layer = kind.step / getattr(kind, "step_layers", 1)
+    slope = step_per_layer * column_nm / layer_nm
+    right = np.sin(theta)
+    up = np.cos(theta) - slope * np.sin(theta)
+    return np.array([right, up])
+
+
 def bound_charge(
     kind,  # name, WallKind or Wall
-) -> (
-    float
-):  # charge per area over the saturated polarisation: +2 head-to-head, -2 tail-to-tail, 0 neutral
+) -> float:  # per area and saturated polarisation: +2 head-to-head, -2 tail-to-tail, 0 neutral
     """Bound charge of the mean wall plane.
 
     Source: div P = -rho, integrated across the wall.
     """
-    k = kind if hasattr(kind, "normal_deg") else resolve(kind)
-    n = _mean_normal(k)
-    jump = polarisation(1.0, k.phi_left) - polarisation(1.0, k.phi_right)
-    return float(np.round(jump * n[1] / np.hypot(*n), 12)) + 0.0
-
-
-def _mean_normal(k):
-    "Normal of the mean plane of a wall, (right, up); its segments have normal_deg, its length is segment over mean width"
-    theta = np.deg2rad(k.normal_deg)
-    column, layer = (
-        getattr(k, name, None) or usual
-        for name, usual in (("column_nm", COLUMN_NM), ("layer_nm", LAYER_NM))
-    )
-    slope = k.step / getattr(k, "step_layers", 1) * column / layer
-    return np.array([np.sin(theta), np.cos(theta) - slope * np.sin(theta)])
+    kind = kind if hasattr(kind, "normal_deg") else resolve(kind)
+    right, up = _mean_normal(kind)
+    jump = polarisation(1.0, kind.phi_left) - polarisation(1.0, kind.phi_right)
+    charge = jump * up / np.hypot(right, up)
+    return float(np.round(charge, 12)) + 0.0  # no negative zero
 
 # %% ../../nbs/19_stem.wall.ipynb #b76cd72d
 def wall_names() -> pd.DataFrame:  # name, also, left, right, normal_deg, step (R columns), charge
     """Table of the names that `wall` knows, besides any pair of states."""
-    also = {name: ", ".join(k for k, o in _SAME.items() if o == name) for name in ALIASES}
-    rows = [
-        dict(
-            name=name,
-            also=also[name],
-            left=state_of(k.phi_left),
-            right=state_of(k.phi_right),
-            normal_deg=k.normal_deg,
-            step=k.step,
-            charge=bound_charge(k),
+    rows = []
+    for name, kind in ALIASES.items():
+        synonyms = [synonym for synonym, meant in _SYNONYMS.items() if meant == name]
+        rows.append(
+            dict(
+                name=name,
+                also=", ".join(synonyms),
+                left=state_of(kind.phi_left),
+                right=state_of(kind.phi_right),
+                normal_deg=kind.normal_deg,
+                step=kind.step,
+                charge=bound_charge(kind),
+            )
         )
-        for name, k in ALIASES.items()
-    ]
-    return pd.concat([pd.DataFrame(rows), pd.DataFrame({"name": list(_SCENES)})], ignore_index=True)
+    scenes = pd.DataFrame({"name": list(_SCENES)})
+    return pd.concat([pd.DataFrame(rows), scenes], ignore_index=True)
 
 # %% ../../nbs/19_stem.wall.ipynb #52e7ccc1
+_OPTIONS = {f.name for cls in (Domain, Wall, Vortex, Network) for f in fields(cls)}
+
+
 def wall(
     kind,  # "typeC", "HH", "alpha+|beta-", "vortex", "network" ..., or (phi_left, phi_right, normal_deg, step)
     fov=(5.0, 5.0),  # (h, w) of the image, nm
-    center=None,  # (y, x) of a point of the wall, nm; None = the middle, or drawn near it if rng is given
-    width_nm: float
-    | None = None,  # 10-90 % width of the phase step; None = from the Landau constants
-    rng=None,  # seed or generator: draws what is not given (centre, sense of the steps, roughness, network)
+    center=None,  # (y, x) of a point of the wall, nm; None = the middle, or sampled near it from rng
+    width_nm: float | None = None,  # 10-90 % width of the phase step; None = Landau constants
+    rng=None,  # seed or generator of what is not given: centre, sense of the steps, roughness, network
     **over,  # any other parameter of the field (split_nm, roughness_nm, inclination_deg, step, step_nm ...)
 ) -> Field:  # Domain, Wall, Vortex or Network
     """Order-parameter field of a named or numbered wall; options of other kinds of field are passed over.
@@ -177,142 +184,185 @@ def wall(
     """
     if isinstance(kind, Field):
         return kind
-    h, w = np.broadcast_to(_floats("fov", fov, (1, 2)), 2).tolist()
-    at, sense, seed = _draw(rng)
-    center = (h * at[0], w * at[1]) if center is None else _floats("center", center, (2,))
-    drawn = dict(center=center, roughness_seed=seed, seed=seed, fov=(h, w))
+    height, width = np.broadcast_to(_numbers("fov", fov, (1, 2)), 2).tolist()
+    chance = _sample(rng)
+    if center is None:
+        center = (height * chance.share_y, width * chance.share_x)
+    else:
+        center = _numbers("center", center, (2,))
+    settings = dict(
+        center=center, fov=(height, width), seed=chance.seed, roughness_seed=chance.seed
+    )
     if width_nm is not None:
-        (drawn["width_nm"],) = _floats("width_nm", width_nm, (1,))
+        (settings["width_nm"],) = _numbers("width_nm", width_nm, (1,))
+
+    if str(kind).lower() in _SCENES:
+        cls, particular = _SCENES[kind.lower()]
+        settings |= particular
+    else:
+        found = (
+            resolve(kind) if isinstance(kind, str) else WallKind(*_numbers("kind", kind, (2, 3, 4)))
+        )
+        settings |= found._asdict()
+        settings |= dict(step=found.step * chance.sense, phi=found.phi_left)
+        one_domain = np.isclose(np.cos(found.phi_left - found.phi_right), 1, atol=1e-12)
+        cls = Domain if one_domain else Wall
+
     if "step_nm" in over:
         over["step"] = over.pop("step_nm") / (over.get("column_nm") or COLUMN_NM)
-    if str(kind).lower() in _SCENES:
-        cls, what = _SCENES[kind.lower()]
-    else:
-        k = resolve(kind) if isinstance(kind, str) else WallKind(*_floats("kind", kind, (2, 3, 4)))
-        what = {**k._asdict(), "step": k.step * sense, "phi": k.phi_left}
-        cls = Domain if np.isclose(np.cos(k.phi_left - k.phi_right), 1, atol=1e-12) else Wall
-    known, extra = [o.name for o in fields(cls)], ", ".join(set(over) - _OPTIONS)
-    _need(not extra, f"No field has the option {extra}; {cls.__name__} has {', '.join(known)}.")
-    settings = {k: v for k, v in {**drawn, **what, **over}.items() if k in known}
-    field = field_from_dict({"field": cls.__name__, **settings})
+    known = [f.name for f in fields(cls)]
+    unknown = ", ".join(sorted(set(over) - _OPTIONS))
+    if unknown:
+        raise InputError(
+            f"No field has the option {unknown}; {cls.__name__} has {', '.join(known)}."
+        )
+    settings |= over
+    own = {name: value for name, value in settings.items() if name in known}
+    field = field_from_dict({"field": cls.__name__, **own})
     return replace(field, name=over.get("name") or _name_of(field))
 
 
-_OPTIONS = {o.name for cls in (Domain, Wall, Vortex, Network) for o in fields(cls)}
-
-
-def _need(test, sentence):
-    if not test:
-        raise InputError(sentence)
-
-
-def _floats(name, value, count):
-    "Tuple of finite numbers, as many as one of `count`"
+def _numbers(name, value, counts):
+    "Tuple of finite numbers, as many as one of `counts`."
     try:
-        v = np.asarray(value, float).ravel()
+        numbers = np.asarray(value, float).ravel()
     except (TypeError, ValueError):
-        v = np.empty(0)
-    many = " or ".join(map(str, count))
-    _need(
-        v.size in count and np.isfinite(v).all(),
-        f"{name} is {value!r}; give {many} finite number(s).",
-    )
-    return tuple(v.tolist())
+        numbers = np.empty(0)
+    if numbers.size not in counts or not np.isfinite(numbers).all():
+        many = " or ".join(str(count) for count in counts)
+        raise InputError(f"{name} is {value!r}; give {many} finite number(s).")
+    return tuple(numbers.tolist())
 
 
-def _draw(rng):
-    "Centre (share of the field of view), sense of the steps and a seed"
+class _Chance(NamedTuple):
+    "What is random about a wall."
+
+    share_y: float = 0.5  # place of its centre, share of the field of view
+    share_x: float = 0.5
+    sense: int = 1  # of its steps: 1 or -1
+    seed: int = 0  # of its roughness, or of its network
+
+
+def _sample(rng):
+    "Random place, sense and seed of a wall; the middle without a generator."
     if rng is None:
-        return (0.5, 0.5), 1, 0
-    r = as_rng(rng)
-    return r.uniform(0.25, 0.75, 2).tolist(), int(r.choice([-1, 1])), int(r.integers(2**31))
+        return _Chance()
+    rng = as_rng(rng)
+    share_y, share_x = rng.uniform(0.25, 0.75, 2).tolist()
+    sense = int(rng.choice([-1, 1]))
+    return _Chance(share_y, share_x, sense, int(rng.integers(2**31)))
 
 
 def _name_of(field):
-    "The papers' name where there is one, otherwise the pair of states"
+    "The papers' name where there is one, otherwise the pair of states."
     if isinstance(field, Network):
         return "network"
     if isinstance(field, Vortex):
         return "vortex" if field.sign > 0 else "antivortex"
-    a, b = (
-        (field.phi, field.phi) if isinstance(field, Domain) else (field.phi_left, field.phi_right)
-    )
-    normal, step = (90.0, 0.0) if isinstance(field, Domain) else (field.normal_deg, abs(field.step))
-    for name, o in ALIASES.items():
-        if np.allclose(o, (a, b, normal, step)):
-            return name
     if isinstance(field, Domain):
-        return state_of(a)
-    return f"{state_of(a)}|{state_of(b)}" + (f"@{normal:g}" if normal != 90 else "")
+        kind = WallKind(field.phi, field.phi)
+    else:
+        kind = WallKind(field.phi_left, field.phi_right, field.normal_deg, abs(field.step))
+    for name, known in ALIASES.items():
+        if np.allclose(known, kind):
+            return name
+    left, right = state_of(kind.phi_left), state_of(kind.phi_right)
+    if isinstance(field, Domain):
+        return left
+    normal = "" if kind.normal_deg == 90 else f"@{kind.normal_deg:g}"
+    return f"{left}|{right}{normal}"
 
 # %% ../../nbs/19_stem.wall.ipynb #b0065cea
-def _frame(columns, y, x):
-    "Image positions as seen with c up: turned back about the middle of the field of view"
+class _Sites(NamedTuple):
+    "Undisplaced columns of a crystal."
+
+    y: np.ndarray  # (N,) in the image, nm
+    x: np.ndarray  # (N,) in the image, nm
+    upright_y: np.ndarray  # (N,) as seen with c up, nm
+    upright_x: np.ndarray  # (N,) as seen with c up, nm
+    trimer: np.ndarray  # (N,) sublattice n = 0, 1, 2 of an R column, -1 for others
+
+    def rare_earths(self):
+        "The R columns alone."
+        is_rare = self.trimer >= 0
+        return _Sites(*(values[is_rare] for values in self))
+
+
+def _upright(columns, y, x):
+    "Image positions as seen with c up: turned back about the middle of the field of view."
     turn = np.deg2rad(columns.polar_deg)
     if not turn:
         return y, x
-    cy, cx = columns.fov[0] / 2, columns.fov[1] / 2
-    up, right = cy - y, x - cx
-    return cy - (up * np.cos(turn) - right * np.sin(turn)), cx + right * np.cos(turn) + up * np.sin(
-        turn
-    )
+    cos, sin = np.cos(turn), np.sin(turn)
+    middle_y, middle_x = columns.fov[0] / 2, columns.fov[1] / 2
+    up = middle_y - y
+    right = x - middle_x
+    return middle_y - (up * cos - right * sin), middle_x + right * cos + up * sin
 
 
-def _reference(columns):
-    "Undisplaced y, x in the image (nm) and sublattice of every column"
-    t = columns.table
-    has = (
-        "trimer" in t
-        and (t["trimer"] >= 0).any()
-        and columns.u0_pm
-        and np.isfinite(columns.polar_deg)
-    )
-    _need(
-        has,
-        f"{columns.name} has no trimerised R columns in this view; walls need an h-RMnO3 structure "
-        "(ferroelectric cell) seen along [100], [010] or [110].",
-    )
-    y, x = (
-        t[o if o in t else p].to_numpy(float) for o, p in (("y0_nm", "y_nm"), ("x0_nm", "x_nm"))
-    )
-    return y, x, t["trimer"].to_numpy(int)
+def _undisplaced(columns):
+    "Places of the columns before any displacement; refuses a crystal without trimerised R columns."
+    table = columns.table
+    trimerised = "trimer" in table and (table["trimer"] >= 0).any() and columns.u0_pm
+    if not trimerised or not np.isfinite(columns.polar_deg):
+        raise InputError(
+            f"{columns.name} has no trimerised R columns in this view; walls need an h-RMnO3 structure "
+            "(ferroelectric cell) seen along [100], [010] or [110]."
+        )
+    displaced = "y0_nm" in table
+    y = table["y0_nm" if displaced else "y_nm"].to_numpy(float)
+    x = table["x0_nm" if displaced else "x_nm"].to_numpy(float)
+    return _Sites(y, x, *_upright(columns, y, x), table["trimer"].to_numpy(int))
 
-
-def _on_rows(field, columns):
-    "The same field with its steps on the R columns and rows of the crystal"
+# %% ../../nbs/19_stem.wall.ipynb #769dc861
+def _on_crystal(field, columns):
+    "The same field with its steps on the R columns and rows of the crystal."
     if isinstance(field, Sum):
-        return replace(field, fields=tuple(_on_rows(o, columns) for o in field.fields))
-    if not (isinstance(field, Wall) and field.step):
+        return replace(field, fields=tuple(_on_crystal(part, columns) for part in field.fields))
+    if not isinstance(field, Wall) or not field.step:
         return field
-    y, x, n = _reference(columns)
-    at = _frame(columns, y[n >= 0], x[n >= 0])
-    gaps = [np.diff(np.unique(v.round(4))) for v in at]
-    layer, column = (float(np.median(g[g > 0.02])) if (g > 0.02).any() else None for g in gaps)
-    known = dict(column_nm=column, layer_nm=layer, layer_y_nm=float(at[0].min()))
-    return replace(field, **{k: v for k, v in known.items() if getattr(field, k) is None})
+    sites = _undisplaced(columns).rare_earths()
+    of_crystal = dict(
+        column_nm=_median_gap(sites.upright_x),
+        layer_nm=_median_gap(sites.upright_y),
+        layer_y_nm=float(sites.upright_y.min()),
+    )
+    open_ones = {k: value for k, value in of_crystal.items() if getattr(field, k) is None}
+    return replace(field, **open_ones)
 
 
+def _median_gap(positions):
+    "Median distance of neighbouring lines of columns, nm; None for a single line."
+    gaps = np.diff(np.unique(positions.round(4)))
+    gaps = gaps[gaps > 0.02]
+    return float(np.median(gaps)) if len(gaps) else None
+
+# %% ../../nbs/19_stem.wall.ipynb #b5367575
 def _depths(columns, field):
-    "Depths below the middle plane, one per repeat of the crystal, nm"
+    "Depths below the middle plane at which the field is evaluated, one per repeat of the crystal, nm."
     if not getattr(field, "varies_with_depth", False):
         return np.zeros(1)
-    n = max(1, round(columns.thickness_nm / columns.repeat_nm))
-    return ((np.arange(n) + 0.5) / n - 0.5) * columns.thickness_nm
+    n_repeats = max(1, round(columns.thickness_nm / columns.repeat_nm))
+    share = (np.arange(n_repeats) + 0.5) / n_repeats  # of the thickness, to the middle of each
+    return (share - 0.5) * columns.thickness_nm
 
 
-def _mean(Q, phi):
-    "Amplitude and angle of the mean of Q exp(i phi) over the last axis"
+def _mean_over_depth(Q, phi):
+    "Amplitude and angle of the mean of Q exp(i phi) over the last axis."
     if Q.shape[-1] == 1:
         return Q[..., 0], phi[..., 0]
     psi = (Q * np.exp(1j * phi)).mean(-1)
     return np.abs(psi), np.mod(np.angle(psi), 2 * np.pi)
 
 
-def _column_trimer(x, n):
-    "Sublattice of the R column above or below each column"
-    at, first = np.unique(x[n >= 0].round(4), return_index=True)
-    i = np.clip(np.searchsorted(at, x), 1, len(at) - 1)
-    return n[n >= 0][first][i - (x - at[i - 1] < at[i] - x)]
+def _trimer_above(sites):
+    "Sublattice of the R column above or below each column that is not R; -1 for R."
+    is_rare = sites.trimer >= 0
+    lines, first = np.unique(sites.upright_x[is_rare].round(4), return_index=True)
+    of_line = sites.trimer[is_rare][first]
+    right = np.clip(np.searchsorted(lines, sites.upright_x), 1, len(lines) - 1)
+    left_is_nearer = sites.upright_x - lines[right - 1] < lines[right] - sites.upright_x
+    return np.where(is_rare, -1, of_line[right - left_is_nearer])
 
 # %% ../../nbs/19_stem.wall.ipynb #d0a28f5c
 def displace(
@@ -325,25 +375,32 @@ def displace(
     Raises: InputError when the crystal has no trimerised R columns in this view.
     Source: doi:10.1038/nmat3786 for R; doi:10.1021/nl402158c for the Mn-O layers.
     """
-    y0, x0, n = _reference(columns)
-    y, x = _frame(columns, y0, x0)
-    Q, phi, _ = evaluate(_on_rows(field, columns), y[:, None], x[:, None], _depths(columns, field))
-    u = displacement(Q, phi, n[:, None], columns.u0_pm, columns.p0_pm)
+    sites = _undisplaced(columns)
+    field = _on_crystal(field, columns)
+    y, x = sites.upright_y[:, None], sites.upright_x[:, None]
+    Q, phi, _ = evaluate(field, y, x, _depths(columns, field))  # (N, depths)
+    height_pm = displacement(Q, phi, sites.trimer[:, None], columns.u0_pm, columns.p0_pm)
     if mn_o_pm:
-        above = np.where(n < 0, _column_trimer(x, n), -1)[:, None]
-        u = u - displacement(Q, phi, above, mn_o_pm / 1.5, 0.0) * polarisation(Q, phi) ** 2
-    disp, (Q, phi), turn = u.mean(1), _mean(Q, phi), np.deg2rad(columns.polar_deg)
+        # -2/3 m Q cos(phi + 2 pi n / 3) P²
+        above = _trimer_above(sites)[:, None]
+        corrugation = displacement(Q, phi, above, mn_o_pm / 1.5, 0.0)
+        height_pm = height_pm - corrugation * polarisation(Q, phi) ** 2
+
+    mean_pm = height_pm.mean(1)
+    mean_Q, mean_phi = _mean_over_depth(Q, phi)
+    polar = np.deg2rad(columns.polar_deg)
     table = columns.table.assign(
-        y_nm=y0 - 1e-3 * disp * np.cos(turn),
-        x_nm=x0 - 1e-3 * disp * np.sin(turn),
-        y0_nm=y0,
-        x0_nm=x0,
-        disp_pm=disp,
-        Q=Q,
-        phi=phi,
-        domain=state_of(phi),
+        y_nm=sites.y - 1e-3 * mean_pm * np.cos(polar),
+        x_nm=sites.x - 1e-3 * mean_pm * np.sin(polar),
+        y0_nm=sites.y,
+        x0_nm=sites.x,
+        disp_pm=mean_pm,
+        Q=mean_Q,
+        phi=mean_phi,
+        domain=state_of(mean_phi),
     )
-    return replace(columns, table=table, depth_disp_pm=u if u.shape[1] > 1 else None)
+    one_slice = height_pm.shape[1] == 1
+    return replace(columns, table=table, depth_disp_pm=None if one_slice else height_pm)
 
 # %% ../../nbs/19_stem.wall.ipynb #c8d3305e
 #: Truth maps: amplitude, angle (rad), displacement (pm), polarisation (relative), wall core (0 or 1)
@@ -360,70 +417,64 @@ def truth_maps(
 
     Raises: InputError when the crystal has no trimerised R columns in this view.
     """
-    y0, x0, n = _reference(columns)
-    y0, x0, n = (o[n >= 0] for o in (y0, x0, n))
-    field, z = _on_rows(field, columns), _depths(columns, field)
-    pixel = np.broadcast_to(np.asarray(pixel_size, float), 2)
-    py, px = np.arange(shape[0])[:, None] * pixel[0], np.arange(shape[1]) * pixel[1]
-    Q, phi, core = (
-        np.stack(o, -1) for o in zip(*(evaluate(field, *_frame(columns, py, px), o) for o in z))
-    )
-    P = polarisation(Q, phi).mean(-1)
-    at = _frame(columns, y0, x0)
-    Qr, phir, _ = evaluate(field, *(o[:, None] for o in at), z)
-    u = displacement(Qr, phir, n[:, None], columns.u0_pm, columns.p0_pm).mean(1)
-    maps = dict(
-        zip(MAPS, (*_mean(Q, phi), u[_nearest(*at, *_frame(columns, py, px))], P, core.any(-1)))
-    )
-    return {k: np.broadcast_to(v, shape).astype(np.float32) for k, v in maps.items()}
+    rare_earths = _undisplaced(columns).rare_earths()
+    field = _on_crystal(field, columns)
+    depths = _depths(columns, field)
+
+    height, width = shape
+    pixel_y, pixel_x = np.broadcast_to(np.asarray(pixel_size, float), 2)
+    row_y = np.arange(height)[:, None] * pixel_y  # (H, 1), nm
+    column_x = np.arange(width) * pixel_x  # (W,), nm
+    y, x = _upright(columns, row_y, column_x)
+
+    slices = [evaluate(field, y, x, depth) for depth in depths]
+    Q = np.stack([at.Q for at in slices], -1)
+    phi = np.stack([at.phi for at in slices], -1)
+    core = np.stack([at.core for at in slices], -1)
+    mean_Q, mean_phi = _mean_over_depth(Q, phi)
+
+    disp_pm = _mean_heights(columns, rare_earths, field, depths)
+    nearest = _nearest(rare_earths.upright_y, rare_earths.upright_x, y, x)
+    maps = {
+        "Q": mean_Q,
+        "phi": mean_phi,
+        "disp_pm": disp_pm[nearest],
+        "polarisation": polarisation(Q, phi).mean(-1),
+        "wall": core.any(-1),
+    }
+    return {name: np.broadcast_to(maps[name], shape).astype(np.float32) for name in MAPS}
 
 
-def _nearest(y, x, py, px):
-    "Index of the point (y, x) nearest to each pixel: at once on a grid of rows and columns, by search in its gaps"
-    rows, cols = np.unique(y.round(4)), np.unique(x.round(4))
+def _mean_heights(columns, sites, field, depths):
+    "Displacement of each R column along c, averaged over depth, pm."
+    Q, phi, _ = evaluate(field, sites.upright_y[:, None], sites.upright_x[:, None], depths)
+    trimer = sites.trimer[:, None]
+    return displacement(Q, phi, trimer, columns.u0_pm, columns.p0_pm).mean(1)
 
-    def search(at):
-        return cKDTree(np.stack([y, x], -1)).query(at)[1]
 
-    if len(rows) * len(cols) > 2 * len(y):
-        return search(np.stack(np.broadcast_arrays(py, px), -1))
-    index = np.full((len(rows), len(cols)), -1)
-    index[np.searchsorted(rows, y.round(4)), np.searchsorted(cols, x.round(4))] = np.arange(len(y))
-    found = index[
-        tuple(np.searchsorted((g[1:] + g[:-1]) / 2, o) for g, o in ((rows, py), (cols, px)))
-    ]
+def _nearest(column_y, column_x, y, x):
+    "Index of the column nearest to each pixel: at once on a grid of rows and lines, by search in its gaps."
+    rows = np.unique(column_y.round(4))
+    lines = np.unique(column_x.round(4))
+
+    def search(places):
+        return cKDTree(np.stack([column_y, column_x], -1)).query(places)[1]
+
+    if len(rows) * len(lines) > 2 * len(column_y):  # a turned crystal makes no grid
+        return search(np.stack(np.broadcast_arrays(y, x), -1))
+    row_of_column = np.searchsorted(rows, column_y.round(4))
+    line_of_column = np.searchsorted(lines, column_x.round(4))
+    index = np.full((len(rows), len(lines)), -1)  # -1 where row and line cross without a column
+    index[row_of_column, line_of_column] = np.arange(len(column_y))
+
+    between_rows = (rows[1:] + rows[:-1]) / 2
+    between_lines = (lines[1:] + lines[:-1]) / 2
+    found = index[np.searchsorted(between_rows, y), np.searchsorted(between_lines, x)]
     gap = found < 0
-    found[gap] = search(np.stack(np.broadcast_arrays(py, px), -1)[gap])
+    found[gap] = search(np.stack(np.broadcast_arrays(y, x), -1)[gap])
     return found
 
 # %% ../../nbs/19_stem.wall.ipynb #084f63e1
-def label(
-    field: Field,  # field of the image
-) -> (
-    dict
-):  # label, field, phi_left, phi_right, delta_phi, normal_deg, width_nm, ..., charge, character
-    """Label of a field: its name and the numbers behind it; None where a number has no meaning."""
-    name = field.name or ("sum" if isinstance(field, Sum) else _name_of(field))
-    d = dict(label=name, field=type(field).__name__) | dict.fromkeys(_LABEL)
-    if isinstance(field, Domain):
-        d.update(phi_left=field.phi, phi_right=field.phi, delta_phi=0.0, charge=0.0)
-    if isinstance(field, (Wall, Vortex)):
-        d.update(center_y_nm=field.center[0], center_x_nm=field.center[1])
-    if isinstance(field, Vortex):
-        d.update(width_nm=field.width_nm or wall_width())
-    if isinstance(field, Wall):
-        d.update({k: getattr(field, k) for k in _LABEL if hasattr(field, k)})
-        n = _mean_normal(field)
-        d.update(
-            delta_phi=field.jump,
-            width_nm=field.width,
-            mean_width_nm=field.width / float(np.hypot(*n)),
-        )
-        d.update(mean_normal_deg=float(np.degrees(np.arctan2(*n))))
-        d.update(charge=bound_charge(field), character=_character(field))
-    return d
-
-
 _LABEL = (
     "phi_left",
     "phi_right",
@@ -443,8 +494,37 @@ _LABEL = (
 )
 
 
-def _character(field):
-    charge = bound_charge(field)
+def label(
+    field: Field,  # field of the image
+) -> (
+    dict
+):  # label, field, phi_left, phi_right, delta_phi, normal_deg, width_nm, ..., charge, character
+    """Label of a field: its name and the numbers behind it; None where a number has no meaning."""
+    name = field.name or ("sum" if isinstance(field, Sum) else _name_of(field))
+    found = dict(label=name, field=type(field).__name__)
+    found |= dict.fromkeys(_LABEL)
+    if isinstance(field, Domain):
+        found |= dict(phi_left=field.phi, phi_right=field.phi, delta_phi=0.0, charge=0.0)
+    if isinstance(field, (Wall, Vortex)):
+        found |= dict(center_y_nm=field.center[0], center_x_nm=field.center[1])
+    if isinstance(field, Vortex):
+        found |= dict(width_nm=field.width_nm or wall_width())
+    if isinstance(field, Wall):
+        found |= {key: getattr(field, key) for key in _LABEL if hasattr(field, key)}
+        right, up = _mean_normal(field)
+        found |= dict(
+            delta_phi=field.jump,
+            width_nm=field.width,
+            mean_normal_deg=float(np.degrees(np.arctan2(right, up))),
+            mean_width_nm=field.width / float(np.hypot(right, up)),
+            charge=bound_charge(field),
+            character=_character(bound_charge(field)),
+        )
+    return found
+
+
+def _character(charge):
+    "How a wall is called for its bound charge."
     if abs(charge) < 1e-6:
         return "neutral"
     if abs(charge) < 2 - 1e-6:

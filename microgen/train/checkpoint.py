@@ -24,14 +24,16 @@ from fastai.callback.core import (
     CancelFitException,
 )
 from fastai.torch_core import to_device
+from fastcore.basics import patch
 from fastcore.foundation import L
 from safetensors.torch import save_file
 
 from ..core import InputError, ReadError
 from ..io.files import write_json
 from microgen.train.core import (
-    _device,
     any_process,
+    averaged_weights,
+    device_of,
     fit_weights,
     misfit,
     random_state,
@@ -48,14 +50,17 @@ def pack(
 ) -> object:  # the same tree for JSON, tensors replaced by {"tensor": name}
     "Take the tensors out of a nested state."
     if isinstance(tree, np.ndarray):
-        tree = torch.from_numpy(tree.astype(np.int64) if tree.dtype == np.uint32 else tree)
+        if tree.dtype == np.uint32:
+            tree = tree.astype(np.int64)  # safetensors has no unsigned words
+        tree = torch.from_numpy(tree)
     if isinstance(tree, torch.Tensor):
         tensors[name] = tree.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name}
     if isinstance(tree, dict):
-        return {"dict": [[k, pack(v, tensors, f"{name}/{k}")] for k, v in tree.items()]}
+        pairs = [[key, pack(value, tensors, f"{name}/{key}")] for key, value in tree.items()]
+        return {"dict": pairs}  # pairs, for the keys of JSON are text and ours need not be
     if isinstance(tree, (list, tuple, L)):
-        return [pack(v, tensors, f"{name}/{i}") for i, v in enumerate(tree)]
+        return [pack(value, tensors, f"{name}/{i}") for i, value in enumerate(tree)]
     return tree
 
 
@@ -65,12 +70,12 @@ def unpack(
 ) -> object:  # the state; tuples have become lists, arrays tensors
     "Put the tensors back."
     if isinstance(tree, list):
-        return [unpack(v, tensors) for v in tree]
+        return [unpack(value, tensors) for value in tree]
     if not isinstance(tree, dict):
         return tree
     if "tensor" in tree:
         return tensors[tree["tensor"]]
-    return {k: unpack(v, tensors) for k, v in tree["dict"]}
+    return {key: unpack(value, tensors) for key, value in tree["dict"]}
 
 # %% ../../nbs/56_train.checkpoint.ipynb #605d303f
 def write_checkpoint(
@@ -80,28 +85,32 @@ def write_checkpoint(
     keep: int = 2,  # checkpoints that stay
 ) -> Path:  # the new checkpoint, a folder with state.safetensors and state.json
     "Write a checkpoint completely or not at all, then drop the oldest."
-    folder, tensors = Path(folder), {}
-    new, final = folder / f".{uuid.uuid4().hex[:12]}.tmp", folder / f"step_{step:09d}"
-    new.mkdir(parents=True)
+    folder = Path(folder)
+    final = folder / f"step_{step:09d}"
+    unfinished = folder / f".{uuid.uuid4().hex[:12]}.tmp"
+    unfinished.mkdir(parents=True)
     try:
+        tensors = {}
         tree = pack(state, tensors)
-        save_file(tensors, new / "state.safetensors")
-        _flush(new / "state.safetensors")
-        (new / "state.json").write_text(json.dumps({"step": step, "state": tree}), encoding="utf-8")
-        _flush(new / "state.json")
+        save_file(tensors, unfinished / "state.safetensors")
+        _to_disk(unfinished / "state.safetensors")
+        text = json.dumps({"step": step, "state": tree})
+        (unfinished / "state.json").write_text(text, encoding="utf-8")
+        _to_disk(unfinished / "state.json")
         if final.exists():
             shutil.rmtree(final)
-        os.replace(new, final)
+        os.replace(unfinished, final)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     for old in sorted(folder.glob("step_*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
-    for half in folder.glob(".*.tmp"):
-        shutil.rmtree(half, ignore_errors=True)
+    for left_over in folder.glob(".*.tmp"):  # by a process that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
     return final
 
 
-def _flush(path):
+def _to_disk(path):
+    "Wait until the system has written a file."
     with open(path, "rb+") as f:
         os.fsync(f.fileno())
 
@@ -115,7 +124,8 @@ def read_checkpoint(
     for path in found:
         try:
             tree = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            return tree["step"], unpack(tree["state"], read_weights(path / "state.safetensors"))
+            tensors = read_weights(path / "state.safetensors")
+            return tree["step"], unpack(tree["state"], tensors)
         except (OSError, ValueError, KeyError) as e:
             warnings.warn(
                 f"the checkpoint {path.name} is damaged ({type(e).__name__}); the one before it is used."
@@ -140,138 +150,173 @@ class Checkpoint(Callback):
         keep: int = 2,  # checkpoints that stay
         writes: bool = True,  # False for all but the first of several processes
     ):
-        self.folder, self.every, self.keep, self.writes = Path(folder), every, keep, writes
-        self.seconds, self.last, self.skip, self.epochs, self.rng, self.jumped = (
-            60 * minutes,
-            0.0,
-            0,
-            0,
-            None,
-            False,
-        )
-        self.found = None  # step and state to continue from, between `find` and `before_fit`
-
-    def _state(self):
-        learn = self.learn
-        return {
-            "model": learn.model.state_dict(),
-            "opt": learn.opt.state_dict(),
-            "rng": random_state(),
-            "epochs": self.epochs,
-            "n_iter": len(learn.dls.train),
-            "callbacks": {cb.name: cb.state() for cb in learn.cbs if hasattr(type(cb), "state")},
-        }
+        self.folder = Path(folder)
+        self.seconds = 60 * minutes  # between checkpoints
+        self.every = every
+        self.keep = keep
+        self.writes = writes
+        self.last = 0.0  # when the last was written, s
+        self.epochs = 0  # those whose validation is done
+        self.skip = 0  # batches of this epoch that were used before the run was stopped
+        self.rng = None  # random numbers to continue with, once these are passed over
+        self.jumped = False  # whether the loader passed over them itself
+        self.found = None  # step and state to continue from, between find and before_fit
 
     def save(self):
         "Write a checkpoint now."
         self.last = time.monotonic()
         if not self.writes or self.skip:
             return
-        write_checkpoint(self.folder, self.learn.train_iter, self._state(), self.keep)
-
-    def roll_back(self) -> int:  # steps that the stored weights have seen
-        "Take weights, averages and moments from the last checkpoint; the place in the data stays."
-        step, state = read_checkpoint(self.folder)
-        self._load(state)
-        return step
-
-    def _load(self, state):
-        fit_weights(self.learn.model, state["model"], f"the run {self.folder.parent.name}")
-        opt, device = state["opt"], next(self.learn.model.parameters()).device
-        self.learn.opt.load_state_dict(
-            to_device(opt, device) if "hypers" in opt else opt
-        )  # fastai's own does not move it
-
-    def find(
-        self,
-        learn,  # Learner that shall continue
-    ) -> bool:  # whether there is a checkpoint to continue from
-        """Read the newest checkpoint and compare it with the learner; nothing is changed.
-        Raises: InputError when it is of another model, or of other batches; ReadError."""
-        self.found, run = read_checkpoint(self.folder), f"the run {self.folder.parent.name}"
-        if self.found is None:
-            return False
-        step, state = self.found
-        if wrong := misfit(learn.model, state["model"]):
-            raise InputError(
-                f"{run} holds another model: {wrong}; build the model with the settings it was trained with, "
-                "or begin another run with its weights (init=, --init)."
-            )
-        if state["n_iter"] != len(learn.dls.train):
-            raise InputError(
-                f"{run} has {state['n_iter']} batches per epoch and there are {len(learn.dls.train)} now: continue "
-                "with the same data and batch size, or begin another run with its weights (init=, --init)."
-            )
-        return True
-
-    def before_fit(self):
-        "Continue from the newest checkpoint, or write the first."
-        if self.found or self.find(self.learn):
-            self._continue(*self.found)
-        else:
-            self.save()
-        self.found = None  # free the memory
-
-    def _continue(self, step, state):
         learn = self.learn
-        self._load(state)
-        for cb in learn.cbs:
-            if cb.name in state["callbacks"]:
-                cb.load_state(state["callbacks"][cb.name])
-        self.last, self.epochs, self.rng = time.monotonic(), state["epochs"], state["rng"]
-        self.skip, learn.train_iter = step - self.epochs * state["n_iter"], step
-
-    def before_epoch(self):
-        "Pass over epochs that are done."
-        if self.learn.epoch < self.epochs:
-            raise CancelEpochException
-
-    def before_train(self):
-        "Count from the steps that are done."
-        learn, loader = self.learn, self.learn.dls.train
-        learn.train_iter = learn.epoch * len(loader)
-        can_jump = "step" in inspect.signature(getattr(loader, "set_epoch", len)).parameters
-        if self.skip and can_jump:
-            self._jump(loader)
-
-    def _jump(self, loader):  # the loader of microgen does not read what was used already
-        learn = self.learn
-        loader.set_epoch(learn.epoch, self.skip)
-        for _ in range(self.skip):
-            learn.pct_train += 1.0 / (len(loader) * learn.n_epoch)  # as fastai rounds it
-        learn.train_iter, self.skip, self.jumped = learn.train_iter + self.skip, 0, True
-
-    def before_batch(self):
-        "Pass over batches that were used."
-        if not self.learn.training:
-            return
-        if self.skip:
-            raise CancelBatchException
-        if self.jumped:
-            set_random_state(self.rng)  # after the iterator was made, which draws a number
-        self.jumped = False
+        with_memory = [cb for cb in learn.cbs if hasattr(type(cb), "state")]
+        state = {
+            "model": learn.model.state_dict(),
+            "opt": learn.opt.state_dict(),
+            "rng": random_state(),
+            "epochs": self.epochs,
+            "n_iter": len(learn.dls.train),
+            "callbacks": {cb.name: cb.state() for cb in with_memory},
+        }
+        write_checkpoint(self.folder, learn.train_iter, state, self.keep)
 
     def after_batch(self):
-        "Restore the random numbers on arrival; write a checkpoint when it is time."
+        "Write a checkpoint when it is time; see `pass_over` for a run that was resumed."
         if not self.learn.training:
             return
         if self.skip:
-            self.skip -= 1
-            if not self.skip:
-                set_random_state(self.rng)
-        elif self._due():
-            self.save()
-
-    def _due(self):
+            self.pass_over()
+            return
         if self.every:
-            return self.learn.train_iter % self.every == 0
-        return time.monotonic() - self.last > self.seconds
+            due = self.learn.train_iter % self.every == 0
+        else:
+            due = time.monotonic() - self.last > self.seconds
+        if due:
+            self.save()
 
     def after_epoch(self):
         "Count the epochs whose validation is done; store the last one."
         self.epochs = max(self.epochs, self.learn.epoch + 1)
         if self.epochs == self.learn.n_epoch:
             self.save()
+
+# %% ../../nbs/56_train.checkpoint.ipynb #2618cc56
+@patch
+def find(
+    self: Checkpoint,
+    learn,  # Learner that shall continue
+) -> bool:  # whether there is a checkpoint to continue from
+    """Read the newest checkpoint and compare it with the learner; nothing is changed.
+    Raises: InputError when it is of another model, or of other batches; ReadError."""
+    self.found = read_checkpoint(self.folder)
+    if self.found is None:
+        return False
+    run = f"the run {self.folder.parent.name}"
+    state = self.found[1]
+    wrong = misfit(learn.model, state["model"])
+    if wrong:
+        raise InputError(
+            f"{run} holds another model: {wrong}; build the model with the settings it was trained with, "
+            "or begin another run with its weights (init=, --init)."
+        )
+    n_batches = len(learn.dls.train)
+    if state["n_iter"] != n_batches:
+        raise InputError(
+            f"{run} has {state['n_iter']} batches per epoch and there are {n_batches} now: continue "
+            "with the same data and batch size, or begin another run with its weights (init=, --init)."
+        )
+    return True
+
+
+@patch
+def before_fit(self: Checkpoint):
+    "Continue from the newest checkpoint, or write the first."
+    if self.found or self.find(self.learn):
+        step, state = self.found
+        self.load(state)
+        for cb in self.learn.cbs:
+            if cb.name in state["callbacks"]:
+                cb.load_state(state["callbacks"][cb.name])
+        self.last = time.monotonic()
+        self.epochs = state["epochs"]
+        self.rng = state["rng"]
+        self.skip = step - self.epochs * state["n_iter"]
+        self.learn.train_iter = step
+    else:
+        self.save()
+    self.found = None  # free the memory
+
+
+@patch
+def load(
+    self: Checkpoint,
+    state: dict,  # of a checkpoint
+):
+    "Give the learner the weights and the moments of a checkpoint."
+    learn = self.learn
+    fit_weights(learn.model, state["model"], f"the run {self.folder.parent.name}")
+    moments = state["opt"]
+    if "hypers" in moments:  # a fastai optimiser does not move its state to the GPU itself
+        moments = to_device(moments, device_of(learn.model))
+    learn.opt.load_state_dict(moments)
+
+
+@patch
+def roll_back(
+    self: Checkpoint,
+) -> int:  # steps that the stored weights have seen
+    "Take weights, averages and moments from the last checkpoint; the place in the data stays."
+    step, state = read_checkpoint(self.folder)
+    self.load(state)
+    for cb in self.learn.cbs:
+        if hasattr(type(cb), "roll_back") and cb.name in state["callbacks"]:
+            cb.roll_back(state["callbacks"][cb.name])
+    return step
+
+# %% ../../nbs/56_train.checkpoint.ipynb #5e32a11f
+@patch
+def before_epoch(self: Checkpoint):
+    "Pass over epochs that are done."
+    if self.learn.epoch < self.epochs:
+        raise CancelEpochException
+
+
+@patch
+def before_train(self: Checkpoint):
+    "Count from the steps that are done; let the loader jump, if it can."
+    learn = self.learn
+    loader = learn.dls.train
+    learn.train_iter = learn.epoch * len(loader)
+    can_jump = hasattr(loader, "set_epoch") and (
+        "step" in inspect.signature(loader.set_epoch).parameters
+    )
+    if not self.skip or not can_jump:
+        return
+    loader.set_epoch(learn.epoch, self.skip)
+    for _ in range(self.skip):
+        learn.pct_train += 1.0 / (len(loader) * learn.n_epoch)  # summed up, as fastai rounds it
+    learn.train_iter += self.skip
+    self.skip = 0
+    self.jumped = True
+
+
+@patch
+def before_batch(self: Checkpoint):
+    "Pass over batches that were used."
+    if not self.learn.training:
+        return
+    if self.skip:
+        raise CancelBatchException
+    if self.jumped:
+        set_random_state(self.rng)  # after the iterator was made, which takes a number
+        self.jumped = False
+
+
+@patch
+def pass_over(self: Checkpoint):
+    "Count a batch that was used; restore the random numbers after the last of them."
+    self.skip -= 1
+    if not self.skip:
+        set_random_state(self.rng)
 
 # %% ../../nbs/56_train.checkpoint.ipynb #1ce23dd3
 class BestBy(Callback):
@@ -287,13 +332,13 @@ class BestBy(Callback):
         patience: int | None = None,  # stop after so many epochs without a better value
         decides: bool = True,  # False for all but the first of several processes, which follow it
     ):
-        self.file, self.metric, self.sign, self.patience = (
-            Path(file),
-            metric,
-            -1 if largest else 1,
-            patience,
-        )
-        self.decides, self.best, self.since = decides, None, 0
+        self.file = Path(file)
+        self.metric = metric
+        self.sign = -1 if largest else 1
+        self.patience = patience
+        self.decides = decides
+        self.best = None  # value of the metric
+        self.since = 0  # epochs
 
     def before_fit(self):
         "Refuse a metric that is not measured."
@@ -305,32 +350,35 @@ class BestBy(Callback):
 
     def after_epoch(self):
         "Keep the weights when they are the best so far."
-        learn, names = self.learn, list(self.learn.recorder.metric_names[1:])
+        learn = self.learn
+        names = list(learn.recorder.metric_names[1:])
         value = dict(zip(names, learn.final_record)).get(self.metric)
         if value is None:
             return
         self.since += 1
         if self.best is None or self.sign * value < self.sign * self.best:
-            self.best, self.since = float(value), 0
+            self.best = float(value)
+            self.since = 0
             if self.decides:
-                self._keep()
+                self.keep()
         if self.patience is None:
             return
-        if any_process(self.decides and self.since >= self.patience, _device(learn)):
+        gives_up = self.decides and self.since >= self.patience
+        if any_process(gives_up, device_of(learn.model)):
             raise CancelFitException
 
-    def _keep(self):
+    def keep(self):
+        "Write the weights, and of which epoch they are."
         learn = self.learn
-        save_weights(learn.model, self.file)
-        write_json(
-            self.file.with_suffix(".json"),
-            {
-                "metric": self.metric,
-                "value": self.best,
-                "epoch": learn.epoch,
-                "step": learn.train_iter,
-            },
-        )
+        with averaged_weights(learn):
+            save_weights(learn.model, self.file)
+        chosen = {
+            "metric": self.metric,
+            "value": self.best,
+            "epoch": learn.epoch,
+            "step": learn.train_iter,
+        }
+        write_json(self.file.with_suffix(".json"), chosen)
 
     def state(self) -> dict:  # best value, epochs since
         "What a resumed run needs."
@@ -341,4 +389,5 @@ class BestBy(Callback):
         state: dict,  # what state gave
     ):
         "Go on where the run was stopped."
-        self.best, self.since = state["best"], state["since"]
+        self.best = state["best"]
+        self.since = state["since"]

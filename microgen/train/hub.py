@@ -18,39 +18,62 @@ from ..io.files import write_json, write_text
 from .core import fit_weights, read_weights, save_weights
 
 # %% ../../nbs/60_train.hub.ipynb #195a6cde
-def _length(pixel_size):  # nm, one number or (py, px), as text
-    if pixel_size is None:
-        return "unknown: give images of the scale it was trained on"
-    py, px = np.broadcast_to(pixel_size, 2)
-    return f"{py:.4g} nm" if py == px else f"{py:.4g} x {px:.4g} nm (vertical x horizontal)"
-
-
-def _metrics(rows):  # a Markdown table of dicts with name, value, low, high, n
-    if not rows:
-        return "None was measured."
-
-    def cells(r):
-        interval = f"{r['low']:.4g} to {r['high']:.4g}" if r.get("low") is not None else "not given"
-        return f"| {r['name']} | {r['value']:.4g} | {interval} | {r.get('n') or 'not given'} |"
-
-    return "\n".join(
-        ["| metric | value | 95 % interval | n |", "|---|---|---|---|", *map(cells, rows)]
-    )
-
-
-_EXAMPLE = """model = {name}.from_pretrained("FOLDER or USER/NAME")
-images = model.sample(4, rng=0)   # (4, 1, H, W) in [-1, 1]"""
-
-
 def model_card(
     name: str,  # class of the model
     facts: dict,  # data, pixel_size (nm), channels, classes, images, epochs, example, license,
     # simulation: name to text, metrics: dicts with name, value, low, high, n
 ) -> str:  # Markdown with the front matter that the Hub reads
     "Write what a user must know about a model."
-    front = ["---", "library_name: microgen", "tags:", "- microgen", "- electron-microscopy"]
-    front += [f"license: {facts['license']}"] if facts.get("license") else []
-    example = facts.get("example") or _EXAMPLE.format(name=name)
+    license = f"license: {facts['license']}\n" if facts.get("license") else ""
+    module = facts.get("class", f"microgen.{name}").rpartition(".")[0]
+    return _CARD.format(
+        license=license,
+        name=name,
+        module=module,
+        summary=facts.get("summary") or "A generator of micrographs, made with microgen.",
+        trained_on=_listed(facts),
+        measured=_metrics_table(facts.get("metrics")),
+        example=facts.get("example") or _EXAMPLE.format(name=name),
+        picture="\n\n![generated while training](example.png)" if facts.get("picture") else "",
+    )
+
+
+_CARD = """---
+library_name: microgen
+tags:
+- microgen
+- electron-microscopy
+{license}---
+
+# {name}
+
+{summary}
+
+## Trained on
+
+{trained_on}
+
+## Measured
+
+{measured}
+
+## Example
+
+```python
+from {module} import {name}
+
+{example}
+```{picture}
+
+Images that look right are not measurements: the structure they show is the condition they were given.
+"""
+
+_EXAMPLE = """model = {name}.from_pretrained("FOLDER or USER/NAME")
+images = model.sample(4, rng=0)   # (4, 1, H, W) in [-1, 1]"""
+
+
+def _listed(facts):
+    "What a model was trained on, one line each; what is not known is left out."
     lines = {
         "Data": facts.get("data") or "not stated",
         "Pixel size": _length(facts.get("pixel_size")),
@@ -60,55 +83,57 @@ def model_card(
         "Epochs": facts.get("epochs"),
     }
     lines |= facts.get("simulation") or {}
-    listed = "\n".join(f"- **{k}**: {v}" for k, v in lines.items() if v not in (None, ""))
-    picture = "\n\n![drawn while training](example.png)" if facts.get("picture") else ""
-    module = facts.get("class", f"microgen.{name}").rsplit(".", 1)[0]
-    return "\n".join(
-        [
-            *front,
-            "---",
-            "",
-            f"# {name}",
-            "",
-            facts.get("summary") or "A generator of micrographs, made with microgen.",
-            "",
-            "## Trained on",
-            "",
-            listed,
-            "",
-            "## Measured",
-            "",
-            _metrics(facts.get("metrics")),
-            "",
-            "## Example",
-            "",
-            f"```python\nfrom {module} import {name}\n\n{example}\n```{picture}",
-            "",
-            "Images that look right are not measurements: the structure they show is the condition they were given.",
-            "",
-        ]
-    )
+    known = [f"- **{name}**: {text}" for name, text in lines.items() if text not in (None, "")]
+    return "\n".join(known)
+
+
+def _length(pixel_size):
+    "A pixel size in nm, one number or (py, px), as text."
+    if pixel_size is None:
+        return "unknown: give images of the scale it was trained on"
+    py, px = np.broadcast_to(pixel_size, 2)
+    if py == px:
+        return f"{py:.4g} nm"
+    return f"{py:.4g} x {px:.4g} nm (vertical x horizontal)"
+
+
+def _metrics_table(metrics):
+    "A Markdown table of dicts with name, value, low, high and n."
+    if not metrics:
+        return "None was measured."
+    lines = ["| metric | value | 95 % interval | n |", "|---|---|---|---|"]
+    for metric in metrics:
+        interval = "not given"
+        if metric.get("low") is not None:
+            interval = f"{metric['low']:.4g} to {metric['high']:.4g}"
+        n = metric.get("n") or "not given"
+        lines.append(f"| {metric['name']} | {metric['value']:.4g} | {interval} | {n} |")
+    return "\n".join(lines)
 
 # %% ../../nbs/60_train.hub.ipynb #15929ea8
-def _hub_mixin():  # the network is used by its methods from_pretrained and push_to_hub only
+def _hub_mixin():
+    "The parent of all models; the network is used by its methods from_pretrained and push_to_hub only."
     from huggingface_hub import PyTorchModelHubMixin
 
     return PyTorchModelHubMixin
 
 
 def _hub_card(text):
+    "A card that the Hub's own methods can send."
     from huggingface_hub import ModelCard
 
     return ModelCard(text)
 
 
 def _hub_file(repo, name, **where):
+    "A file of a model on the Hub, from its cache or from the network."
     from huggingface_hub import hf_hub_download
 
-    return hf_hub_download(repo_id=repo, filename=name, **where)
+    return Path(hf_hub_download(repo_id=repo, filename=name, **where))
 
 
-_WHERE = (
+# arguments of from_pretrained that say where the Hub is, not what the model is
+_HUB_ARGUMENTS = (
     "revision",
     "cache_dir",
     "force_download",
@@ -125,9 +150,11 @@ class HubModel(_hub_mixin()):
     facts = {}
 
     def _save_pretrained(self, save_directory):
-        folder, facts = Path(save_directory), dict(self.facts)
+        folder = Path(save_directory)
+        facts = dict(self.facts)
         facts["class"] = f"{type(self).__module__}.{type(self).__name__}"
-        if picture := facts.pop("picture", None):
+        picture = facts.pop("picture", None)
+        if picture:
             shutil.copy(picture, folder / "example.png")
             facts["picture"] = "example.png"
         save_weights(self, folder / "model.safetensors")
@@ -137,12 +164,15 @@ class HubModel(_hub_mixin()):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         "Load a model from a folder, a run folder, or the Hub; in evaluation mode."
-        where = Path(pretrained_model_name_or_path)
-        if (where / "model/config.json").exists():
-            where = where / "model"
-        name = str(where) if where.exists() else str(pretrained_model_name_or_path)
-        if where.is_dir():
-            _check_files(cls, where)
+        name = str(pretrained_model_name_or_path)
+        folder = Path(name)
+        if (folder / "model/config.json").exists():  # a run folder
+            folder = folder / "model"
+        if folder.exists():
+            name = str(folder)
+        if folder.is_dir():
+            _check_settings(folder)
+            _check_class(cls, folder)
         try:
             return super().from_pretrained(name, **kwargs)
         except MicrogenError:
@@ -155,18 +185,16 @@ class HubModel(_hub_mixin()):
 
     @classmethod
     def _from_pretrained(cls, *, model_id, map_location="cpu", strict=True, **kwargs):
-        where = {k: kwargs.pop(k) for k in _WHERE if k in kwargs}
-        local = Path(model_id).is_dir()
-        file = (
-            (lambda name: Path(model_id) / name)
-            if local
-            else (lambda name: Path(_hub_file(model_id, name, **where)))
-        )
-        model = (
-            fit_weights(cls(**kwargs), read_weights(file("model.safetensors")), model_id)
-            .to(map_location)
-            .eval()
-        )
+        where = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+
+        def file(name):
+            if Path(model_id).is_dir():
+                return Path(model_id) / name
+            return _hub_file(model_id, name, **where)
+
+        model = cls(**kwargs)
+        fit_weights(model, read_weights(file("model.safetensors")), model_id)
+        model = model.to(map_location).eval()
         try:
             model.facts = json.loads(file("facts.json").read_text(encoding="utf-8"))
         except Exception:
@@ -180,29 +208,24 @@ class HubModel(_hub_mixin()):
         return _hub_card(model_card(type(self).__name__, self.facts | kwargs))
 
 
-def _check_files(cls, folder):
-    "Settings that can be read, of a model of this class."
+def _check_settings(folder):
+    "Refuse settings that cannot be read."
+    file = folder / "config.json"
+    help = "copy the model folder again, or train on for one epoch, which writes it anew"
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         settings = None
     except (OSError, ValueError) as e:
-        raise ReadError(folder / "config.json", "JSON", f"it is damaged ({e}); {_COPY}") from e
+        raise ReadError(file, "JSON", f"it is damaged ({e}); {help}") from e
     if not isinstance(settings, dict):
-        raise ReadError(
-            folder / "config.json", "JSON", f"it does not hold the settings of a model; {_COPY}"
-        )
-    _check_class(cls, folder)
-
-
-_COPY = "copy the model folder again, or train on for one epoch, which writes it anew"
+        raise ReadError(file, "JSON", f"it does not hold the settings of a model; {help}")
 
 
 def _check_class(cls, folder):
+    "Refuse the folder of a model of another class."
     try:
-        name = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["class"].rsplit(
-            ".", 1
-        )[1]
+        name = _class_of(folder).rpartition(".")[2]
     except (OSError, ValueError, KeyError):
         return
     if name != cls.__name__:
@@ -211,21 +234,29 @@ def _check_class(cls, folder):
         )
 
 
+def _class_of(folder):
+    "Module and name of the class of a saved model."
+    return json.loads((folder / "facts.json").read_text(encoding="utf-8"))["class"]
+
+
 def load_model(
     folder,  # run folder, or a folder that save_pretrained wrote
 ) -> HubModel:  # in evaluation mode
     """Load a model of microgen whose class is not known beforehand.
     Raises: ReadError when there is no model, InputError when it is none of microgen's."""
-    folder = Path(folder) / "model" if (Path(folder) / "model").is_dir() else Path(folder)
+    folder = Path(folder)
+    if (folder / "model").is_dir():
+        folder = folder / "model"
     try:
-        name = json.loads((folder / "facts.json").read_text(encoding="utf-8"))["class"]
+        name = _class_of(folder)
     except (OSError, ValueError, KeyError) as e:
         raise ReadError(
             folder, "model", "it holds no model; give a run folder that is finished"
         ) from e
-    module, _, cls = name.rpartition(".")
+    module, _, class_name = name.rpartition(".")
     if not module.startswith("microgen."):
         raise InputError(
             f"{folder} holds a {name}, which is no model of microgen: load it with its own class."
         )
-    return getattr(importlib.import_module(module), cls).from_pretrained(folder)
+    model_class = getattr(importlib.import_module(module), class_name)
+    return model_class.from_pretrained(folder)

@@ -34,11 +34,6 @@ class ParticleRecipe(DatasetRecipe):
     def __post_init__(self):
         _check(self)
 
-    @property
-    def classes(self) -> tuple:  # names
-        "The presets: the labels."
-        return self.presets
-
     def scene(
         self,
         preset,  # one of presets
@@ -54,6 +49,13 @@ class ParticleRecipe(DatasetRecipe):
         labels = [self.plan(index)[0] for index in range(self.n)]
         for preset in set(labels):
             simulate_particles(self, labels.index(preset))
+
+    def simulate(
+        self,
+        index: int,  # which image, from 0
+    ) -> Simulated:  # image, maps, table and row of the metadata
+        "Simulate one item."
+        return simulate_particles(self, index)
 
     def make(
         self,

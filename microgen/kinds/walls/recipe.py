@@ -16,12 +16,13 @@ from pymatgen.core import Structure
 
 from ...core import InputError, Micrograph, check_number, check_numbers, check_range
 from ...data.item import DatasetRecipe, Simulated, write_item
+from ...kind import Truth
 from ...scan.acquire import acquire, mistilt, rim_px
 from ...scan.settings import preset
 from ...stem.crystal import columns
 from ...stem.probe import Probe
 from ...stem.render import check_pixel, haadf
-from ...stem.structure import _shipped, load_structure, partial_sites, structure_of
+from ...stem.structure import load_structure, partial_sites, shipped_files, structure_of
 from ...stem.wall import displace, label, truth_maps, wall
 
 # %% ../../../nbs/85_kinds.walls.recipe.ipynb #762277ff
@@ -55,11 +56,6 @@ class Recipe(DatasetRecipe):
         _check(self)
 
     @property
-    def classes(self) -> tuple:  # names
-        "The walls: the labels."
-        return self.walls
-
-    @property
     def crystal(self) -> Structure:  # pymatgen structure
         "The crystal that the images show."
         return _crystal(self.structure, self.cif)
@@ -82,6 +78,53 @@ class Recipe(DatasetRecipe):
                 f"A pixel of {self.pixel_size:g} nm is too fine: {self.size} of them show less than the "
                 f"{apart:.3f} nm between two columns; use at least {apart / self.size:.2g} nm."
             )
+
+    def simulate(
+        self,
+        index: int,  # which image, from 0
+    ) -> Simulated:  # image, maps, table and row of the metadata
+        "Simulate one item."
+        return simulate(self, index)
+
+    def truth(
+        self,
+        index: int,  # which image, from 0
+    ) -> Truth:  # maps, table and class, from geometry alone: no image, no scan
+        "What item `index` shows."
+        sampled = draw(self, index)
+        shape = (self.size, self.size)
+        crystal = columns(
+            self.crystal,
+            sampled.fov,
+            sampled.thickness,
+            origin=sampled.origin,
+            rotation_deg=sampled.rotation,
+        )
+        table = displace(crystal, sampled.field).table
+        last_pixel = (self.size - 1) * self.pixel_size
+        inside = table.y_nm.between(0, last_pixel) & table.x_nm.between(0, last_pixel)
+        maps = truth_maps(crystal, sampled.field, shape, self.pixel_size)
+        return Truth(maps, table.loc[inside, TABLE].reset_index(drop=True), sampled.label)
+
+    def asking(
+        self,
+        classes=None,  # wall names; None: the same
+        n: int | None = None,  # images
+        seed: int | None = None,  # root seed
+        size: int | None = None,  # pixels along each side
+    ) -> "Recipe":  # a recipe of the same crystal, ideally scanned: its truth has no rim
+        """The same recipe for other walls, another number, seed or size.
+        Raises: InputError for an unknown wall."""
+        return replace(super().asking(classes, n, seed, size), preset="ideal")
+
+    def facts(self) -> dict:  # name to text
+        "What a model card says of the simulation."
+        return {
+            "Structure": self.structure,
+            "Walls": ", ".join(self.walls),
+            "Scan preset": self.preset,
+            "Seed": self.seed,
+        }
 
     def make(
         self,
@@ -159,7 +202,7 @@ def _check(r):
 def _held(structure, max_bytes=2**24):
     "The file of a structure and its text; nothing for a shipped one, and for a file that is none or too large for one."
     file = Path(structure)
-    if structure in _shipped() or not file.is_file() or file.stat().st_size > max_bytes:
+    if structure in shipped_files() or not file.is_file() or file.stat().st_size > max_bytes:
         return ()
     return structure, file.read_text(encoding="utf-8", errors="replace")
 
@@ -205,7 +248,7 @@ def draw(
     probe = Probe(
         voltage_kV=recipe.voltage_kV, semiangle_mrad=recipe.semiangle_mrad, defocus_nm=defocus
     )
-    scan = preset(recipe.preset).draw(rng)
+    scan = preset(recipe.preset).sample(rng)
     return Draw(
         label, split, (side, side), rim, field, thickness, rotation, origin, probe, scan, rng
     )
