@@ -31,6 +31,12 @@ class Truth(NamedTuple):
     label: str = ""  # class of the image
 
 # %% ../nbs/01_kind.ipynb #1940e8e7
+def _named(dotted):
+    "What a dotted name stands for; its module is imported now."
+    module, _, name = dotted.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
 @dataclass(frozen=True)
 class Symmetry:
     "A symmetry of the pixel grid: first a mirror, left to right, where there is one; then quarter turns."
@@ -126,9 +132,13 @@ class Kind:
     measures = {}  # what `evaluate` gives: name to a line for the model card
     takes_structure = False  # does `context` want a crystal structure?
 
+    recipe_name = (
+        ""  # dotted name of the DatasetRecipe of which images are simulated, if there is one
+    )
+
     def recipe(self) -> type | None:  # a subclass of microgen.data.item.DatasetRecipe
         "The recipe of which images of this kind are simulated; None where nobody simulates them."
-        return None
+        return _named(self.recipe_name) if self.recipe_name else None
 
     def __repr__(self):
         return f"{type(self).__name__}()"
@@ -285,8 +295,7 @@ def kind(
         )
     found = KINDS[name]
     if isinstance(found, str):
-        module, _, cls = found.rpartition(".")
-        found = getattr(importlib.import_module(module), cls)
+        found = _named(found)
     return found() if isinstance(found, type) else found
 
 

@@ -159,7 +159,7 @@ def judge(
             advance(1)
     network.train(was_training)
     lines = {name: name for name in ways}
-    for name, line in data.of_kind().measures.items():
+    for line in data.of_kind().measures.values():
         lines |= {name: line, f"{name}, {TRUE}": f"{line}; {TRUE}"}
     return card_rows(pd.DataFrame(scores), lines, rng)
 
