@@ -252,9 +252,8 @@ def compare_sets(
     fake: list,  # N Micrographs: generated images
     context: object = None,  # of `context`
     paired: bool = False,  # do the i-th images show the same scene?
-) -> (
-    dict
-):  # heading to (table, caption); a kind may raise InputError where the images do not allow it
+    # heading to (table, caption); a kind may raise InputError where the images do not allow it
+) -> dict:
     "Tables about two sets as wholes, beside those of `microgen.metrics`."
     return {}
 

@@ -22,9 +22,8 @@ from .detect import _noise
 class Look:
     "How particles appear in one image, in grey values and pixels."
 
-    face: (
-        float  # what a thick particle adds to its ground, grey values; negative for dark particles
-    )
+    # what a thick particle adds to its ground, grey values; negative for dark particles
+    face: float
     rim: float  # what slopes add, times 1/cos - 1 of the surface, grey values
     depth_px: float  # path in the particle over which the signal grows to 1 - 1/e, px
     blur_px: float  # Gaussian sigma of the probe, px
@@ -43,9 +42,8 @@ def stamp(
     shift=(0.0, 0.0),  # of the centre from the middle of the middle pixel: y, x in px
     aspect=1.0,  # long over short axis
     angle=0.0,  # of the long axis, from +x towards +y
-) -> (
-    np.ndarray
-):  # (3, 2 h + 1, 2 h + 1): cover of each pixel; unblurred by the grey value 1 of face; of rim
+    # (3, 2 h + 1, 2 h + 1): cover of each pixel; unblurred by the grey value 1 of face; of rim
+) -> np.ndarray:
     "Draw cover, face and rim of one particle, blurred by the probe; face and rim for one grey value each."
     r = d_px / 2
     half = int(np.ceil(r * np.sqrt(aspect) + 4 * look.blur_px)) + 1
@@ -369,9 +367,8 @@ def fitted_sizes(
     look,  # Look
     rows=None,  # (n,) which of detection.particles; None: all
     steps: int = 12,  # at most so many of the fit
-) -> (
-    np.ndarray
-):  # (n,) diameters, in the unit of the detection; NaN where the frame cuts the particle
+    # (n,) diameters, in the unit of the detection; NaN where the frame cuts the particle
+) -> np.ndarray:
     "Measure the diameters of found particles by fitting how they appear."
     p, px = detection.particles, _px(detection)
     rows = np.arange(len(p)) if rows is None else np.asarray(rows, int)

@@ -162,9 +162,8 @@ class Calibration:
     def look_error(
         self,
         d,  # diameter, in the unit of the image
-    ) -> (
-        float
-    ):  # relative error (sd) that all diameters near d share, as the look is known only so well
+        # relative error (sd) that all diameters near d share, as the look is known only so well
+    ) -> float:
         "Say how far diameters may be off together."
         return look_error(self.look, size_shift(self.look, d / self.pixel_size))
 

@@ -64,9 +64,8 @@ class Detector:
     )  # cuts, median ground = 0, median particle = 1
     h: float = 0.15  # saddle that splits touching particles, fraction of the summit of the distance transform
     significance: float = 4.0  # least response of a blob, robust standard deviations of its scale, more where noise is stronger
-    noise_window: float = (
-        1 / 16
-    )  # window in which the noise is compared, fraction of the shorter side
+    # window in which the noise is compared, fraction of the shorter side
+    noise_window: float = 1 / 16
     ray_quantile: float = (
         0.3  # share of the rays that may be weaker than the contrast of a particle
     )

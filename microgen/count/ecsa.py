@@ -162,12 +162,10 @@ class Ecsa:
     "Surface area of the particles of a sample, seen and unseen, and what it explains of the measured one."
 
     d32_nm: Estimate  # surface-weighted diameter of all particles, nm
-    geometric_m2_g: (
-        Estimate | None
-    )  # 6 / (density d32), m²/g, no contact factor; None without density
-    geometric_cm2_cm2: (
-        Estimate | None
-    )  # area of all spheres per area of the field; None without field
+    # 6 / (density d32), m²/g, no contact factor; None without density
+    geometric_m2_g: Estimate | None
+    # area of all spheres per area of the field; None without field
+    geometric_cm2_cm2: Estimate | None
     visible: Estimate  # explained by the visible particles, in unit, contact factor included
     extrapolated: Estimate  # explained by the unseen particles, in unit
     total: Estimate  # explained by all, in unit
@@ -191,9 +189,8 @@ class Ecsa:
     def budget(
         self,
         quantity: str = None,  # such as "r_tot", "r_vis", "total"; None: the furthest that was not refused
-    ) -> (
-        pd.DataFrame
-    ):  # source, minus_percent, plus_percent, share_percent; the last row is the total
+        # source, minus_percent, plus_percent, share_percent; the last row is the total
+    ) -> pd.DataFrame:
         """Say how much of the interval each source makes.
         Raises: InputError for a quantity that was refused or not computed."""
         return _budget(self, quantity)

@@ -76,9 +76,8 @@ class Sample:
 
     out: Path  # folder with one folder per image
     table: pd.DataFrame  # one row per file, as in summary.csv
-    fit: (
-        SizeFit | None
-    )  # sizes of all images together; None where that was not asked for or not possible
+    # sizes of all images together; None where that was not asked for or not possible
+    fit: SizeFit | None
     ecsa: Ecsa | None  # surface area
     note: str  # why there is no fit, or which images take no part in it; empty when all do
     missing: str = ""  # why there is no surface area although it was asked for; empty otherwise

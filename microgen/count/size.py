@@ -82,9 +82,8 @@ class SizeFit:
     refused: str | None  # why the unseen number is refused, or None
     law: SizeLaw | None  # best family; None when nothing could be fitted
     gof_p: float  # goodness of fit of that family
-    families: (
-        pd.DataFrame
-    )  # one row per family: parameters, AIC, goodness of fit, its own unseen shares
+    # one row per family: parameters, AIC, goodness of fit, its own unseen shares
+    families: pd.DataFrame
     table: pd.DataFrame  # visible, total, low, high of number, surface (nm²) and volume (nm³; mass over density), and the unseen share
     images: tuple  # what was fitted: sizes, curve and frame of each image
     settings: dict  # families, level, least share found

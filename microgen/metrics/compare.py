@@ -170,9 +170,8 @@ def evaluation_table(
     truths,  # N Truths: what each image was asked to show
     context=None,  # what the evaluations share, of kind.context
     references=None,  # N real images of the same scenes
-) -> (
-    pd.DataFrame
-):  # one row per image, one column per measure; no column where the kind measures nothing
+    # one row per image, one column per measure; no column where the kind measures nothing
+) -> pd.DataFrame:
     "Evaluate every image of a set against its truth."
     references = references or [None] * len(images)
     rows = []

@@ -258,9 +258,8 @@ class _Rings(NamedTuple):
     "Rings, one Fourier pixel wide, of the half plane that a real transform gives."
 
     ring: np.ndarray  # number of the ring of each Fourier pixel, flattened
-    weight: (
-        np.ndarray
-    )  # 2 for a Fourier pixel that stands for its mirror image as well, 1 otherwise
+    # 2 for a Fourier pixel that stands for its mirror image as well, 1 otherwise
+    weight: np.ndarray
     q: np.ndarray  # (K,) frequency of ring 1, 2, ... up to Nyquist, 1/nm
     modes: np.ndarray  # (K,) Fourier pixels in each ring
 

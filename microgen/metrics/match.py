@@ -177,9 +177,8 @@ def _recipe(folder):
 
 def standardised(
     images: ImageSet,  # N images
-) -> (
-    ImageSet
-):  # each with mean 0 and standard deviation 1; colour is moved and stretched with its luminance
+    # each with mean 0 and standard deviation 1; colour is moved and stretched with its luminance
+) -> ImageSet:
     "Take differences of brightness and contrast out of a set."
     mean = images.data.mean((1, 2), keepdims=True)
     centred = images.data - mean

@@ -169,9 +169,8 @@ def reference_columns(
     zone=(1, 0, 0),  # zone axis [u, v, w]
     up=(0, 0, 1),  # crystal direction that points up in the image
     rotation_deg=None,  # rotation of the crystal, degrees counter-clockwise (None: found within ±90)
-) -> (
-    pd.DataFrame
-):  # y_nm, x_nm in the image, yc_nm, xc_nm in the crystal, element, site, trimer, ...
+    # y_nm, x_nm in the image, yc_nm, xc_nm in the crystal, element, site, trimer, ...
+) -> pd.DataFrame:
     """Lay a structure over an image: expected position and name of every column. `attrs` holds `T` and `match`.
 
     Raises: InputError when the lattice of the structure is not in the image."""
@@ -310,9 +309,8 @@ def _walk(
 def sublattices(
     table,  # DataFrame y_nm, x_nm, amplitude (or intensity)
     min_share=0.1,  # smallest share of all columns that makes a grain
-) -> (
-    pd.DataFrame
-):  # with site ("A", "B", ... bright to dim, "" for none), grain, i, j, yc_nm, xc_nm (ideal)
+    # with site ("A", "B", ... bright to dim, "" for none), grain, i, j, yc_nm, xc_nm (ideal)
+) -> pd.DataFrame:
     """Sort columns into sublattices by their translations and their brightness, grain by grain.
 
     Raises: InputError for a table of fewer than 12 columns."""

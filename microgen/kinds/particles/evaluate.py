@@ -57,9 +57,8 @@ def evaluate(
     truth: Truth,  # what it was asked to show: maps with the labels "particle"; a table with id and diameter_nm
     context=None,  # not needed: particles are counted without prior knowledge
     reference: Micrograph = None,  # not needed: evaluate it itself to know the ceiling
-) -> (
-    dict
-):  # MEASURES, asked and counted (numbers of particles); NaN where the image does not show it
+    # MEASURES, asked and counted (numbers of particles); NaN where the image does not show it
+) -> dict:
     """Compare one image with the particles it was asked to show.
     Raises: InputError when image and mask have different sizes."""
     if truth.maps is None or "particle" not in truth.maps:
@@ -200,9 +199,8 @@ def size_tables(
     fake,  # N Micrographs: generated images
     rng=0,  # seed of the intervals
     n_boot=499,  # resamples of whole images
-) -> (
-    dict
-):  # heading to (table, caption); a row per measure with real, generated and their 95 % intervals
+    # heading to (table, caption); a row per measure with real, generated and their 95 % intervals
+) -> dict:
     "Compare the particles of two sets of images: how many, how large."
     a = [population(image) for image in real]
     b = [population(image) for image in fake]

@@ -27,9 +27,8 @@ from ...stem.structure import load_structure, trimer
 def start_columns(
     table,  # condition: y_nm, x_nm, element; optional site, disp_pm (along up)
     edge=None,  # (y, x) of the last pixel, nm: the lattice is continued beyond it, to 0.2 nm
-) -> (
-    pd.DataFrame
-):  # y_nm, x_nm without displacement, y_true_nm, x_true_nm, element, site, disp_pm, fixed
+    # y_nm, x_nm without displacement, y_true_nm, x_true_nm, element, site, disp_pm, fixed
+) -> pd.DataFrame:
     """Where a fit of the asked-for columns starts.
     Raises: InputError when the table lacks positions or elements."""
     missing = {"y_nm", "x_nm", "element"} - set(getattr(table, "columns", ()))
@@ -88,9 +87,8 @@ def column_errors(
     table,  # its condition: true columns, as start_columns takes them
     reach_nm=0.06,  # further away a column is another one, nm
     rim_nm=0.25,  # width of the rim that is not scored, nm
-) -> (
-    pd.DataFrame
-):  # one row per strong column asked for: place, element, site, disp_pm, found, dy_pm, dx_pm, se_pm
+    # one row per strong column asked for: place, element, site, disp_pm, found, dy_pm, dx_pm, se_pm
+) -> pd.DataFrame:
     """Find the asked-for columns again, and measure how far they are from where they should be.
     Raises: InputError when image and table do not belong together."""
     m = as_micrograph(image)
@@ -356,9 +354,8 @@ def bragg_transfer(
     structure,  # name, CIF or Structure
     pixel_size=None,  # nm per pixel; wins over what the images say
     paired=True,  # the i-th images show the same scene
-) -> (
-    pd.DataFrame
-):  # h, k, q_1_nm, kind, snr_real, transfer (amplitude ratio), phase_deg (rms; NaN when not paired)
+    # h, k, q_1_nm, kind, snr_real, transfer (amplitude ratio), phase_deg (rms; NaN when not paired)
+) -> pd.DataFrame:
     """Amplitude and phase of every visible Bragg reflection, generated against real.
     Raises: InputError when sets do not pair up, or the lattice is not in the real images."""
     real = as_images(real, pixel_size)
@@ -469,9 +466,8 @@ def evaluate(
     truth: Truth,  # what it was asked to show: table of columns; maps with phi and wall
     crystal=None,  # an h-RMnO3, see crystal_of; None: positions only
     reference: Micrograph = None,  # a real scan of the same scene: the bound is its
-) -> (
-    dict
-):  # MEASURES, columns (asked for), walls and walls_found; NaN where the image does not show it
+    # MEASURES, columns (asked for), walls and walls_found; NaN where the image does not show it
+) -> dict:
     """Compare one image with what it was asked to show.
     Raises: InputError when image and table do not belong together."""
     if truth.table is None:
