@@ -19,8 +19,14 @@ from ...core import InputError, Micrograph, as_micrograph, as_rng
 from ...kind import Truth
 from ...metrics.image import as_images, radial_spectrum
 from ...stem.column import find_columns, fit_columns
-from ...stem.lattice import _fourier, _motif, _peaks, _taper, reference_columns
-from ...stem.measure import _add_order, measure
+from microgen.stem.lattice import (
+    fourier_coefficients,
+    hann_window,
+    projected_motif,
+    reference_columns,
+    strongest_reflections,
+)
+from ...stem.measure import add_order, measure
 from ...stem.structure import load_structure, trimer
 
 # %% ../../../nbs/85_kinds.walls.evaluate.ipynb #898ac2cc
@@ -250,7 +256,7 @@ def _true_walls(found, pairs, constants):
     table = table.assign(disp_pm=table.disp_pm.to_numpy().copy())
     table.iloc[paired, table.columns.get_loc("disp_pm")] = pairs.disp_pm_true.to_numpy()
     kept = other.tolist() + paired.tolist()
-    _, (walls, rows) = _add_order(table.iloc[kept].reset_index(drop=True), constants, None)
+    _, (walls, rows) = add_order(table.iloc[kept].reset_index(drop=True), constants, None)
     return walls, rows
 
 # %% ../../../nbs/85_kinds.walls.evaluate.ipynb #23b2f89b
@@ -335,7 +341,7 @@ def reflections(
     q_max,  # highest frequency, 1/nm
 ) -> Reflections:  # those below q_max, seen along a with c up
     "Bragg reflections that an image may show."
-    motif, net = _motif(structure, fov, (1, 0, 0), (0, 0, 1))
+    motif, net = projected_motif(structure, fov, (1, 0, 0), (0, 0, 1))
     index = np.arange(-15, 16)
     hk = np.stack(np.meshgrid(index, index, indexing="ij"), -1).reshape(-1, 2)
     g = hk @ net
@@ -343,7 +349,7 @@ def reflections(
     one_of_pair = (g[:, 0] > 1e-6) | (on_axis & (g[:, 1] > 1e-6))
     kept = one_of_pair & (np.hypot(g[:, 0], g[:, 1]) < q_max)
     hk, g = hk[kept], g[kept]
-    strong = _peaks(motif, net, 400)[0]
+    strong = strongest_reflections(motif, net, 400)[0]
     is_main = cKDTree(strong).query(g)[0] < 1e-6
     return Reflections(hk, g, np.where(is_main, "main", "superlattice"))
 
@@ -409,13 +415,13 @@ def _lattice(image, scale, structure):
 
 def _coefficients(images, scale, g, lattices):
     "(N, G) Fourier coefficients at the reflections; of white noise of variance s² they have |F|² = s²."
-    window = _taper(images.shape[1:])
+    window = hann_window(images.shape[1:])
     unit = np.sqrt((window**2).sum())
     coefficients = []
     for image, lattice in zip(images, lattices):
         g_image = g @ np.linalg.inv(lattice)
         windowed = (image - image.mean()) * window
-        coefficients.append(_fourier(windowed, np.array(scale), g_image) / unit)
+        coefficients.append(fourier_coefficients(windowed, np.array(scale), g_image) / unit)
     return np.array(coefficients)
 
 
