@@ -22,15 +22,19 @@ from .core import InputError, Micrograph
 class Truth(NamedTuple):
     "What is known of one image."
 
-    maps: dict | None = (
-        None  # name to (H, W) array: values of a field, or whole numbers that name objects
-    )
-    table: pd.DataFrame | None = (
-        None  # one row per object: y_nm, x_nm and what the kind knows of it
-    )
+    # name to (H, W) array: values of a field, or whole numbers that name objects
+    maps: dict | None = None
+    # one row per object: y_nm, x_nm and what the kind knows of it
+    table: pd.DataFrame | None = None
     label: str = ""  # class of the image
 
 # %% ../nbs/01_kind.ipynb #1940e8e7
+def _named(dotted):
+    "What a dotted name stands for; its module is imported now."
+    module, _, name = dotted.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
 @dataclass(frozen=True)
 class Symmetry:
     "A symmetry of the pixel grid: first a mirror, left to right, where there is one; then quarter turns."
@@ -126,9 +130,13 @@ class Kind:
     measures = {}  # what `evaluate` gives: name to a line for the model card
     takes_structure = False  # does `context` want a crystal structure?
 
+    recipe_name = (
+        ""  # dotted name of the DatasetRecipe of which images are simulated, if there is one
+    )
+
     def recipe(self) -> type | None:  # a subclass of microgen.data.item.DatasetRecipe
         "The recipe of which images of this kind are simulated; None where nobody simulates them."
-        return None
+        return _named(self.recipe_name) if self.recipe_name else None
 
     def __repr__(self):
         return f"{type(self).__name__}()"
@@ -242,9 +250,8 @@ def compare_sets(
     fake: list,  # N Micrographs: generated images
     context: object = None,  # of `context`
     paired: bool = False,  # do the i-th images show the same scene?
-) -> (
-    dict
-):  # heading to (table, caption); a kind may raise InputError where the images do not allow it
+    # heading to (table, caption); a kind may raise InputError where the images do not allow it
+) -> dict:
     "Tables about two sets as wholes, beside those of `microgen.metrics`."
     return {}
 
@@ -285,8 +292,7 @@ def kind(
         )
     found = KINDS[name]
     if isinstance(found, str):
-        module, _, cls = found.rpartition(".")
-        found = getattr(importlib.import_module(module), cls)
+        found = _named(found)
     return found() if isinstance(found, type) else found
 
 

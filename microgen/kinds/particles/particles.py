@@ -24,12 +24,7 @@ class Particles(Kind):
     focus = "border"
     classes_are = "presets"
     measures = MEASURES
-
-    def recipe(self) -> type:  # a DatasetRecipe
-        "The recipe of which images are simulated."
-        from microgen.kinds.particles.recipe import ParticleRecipe
-
-        return ParticleRecipe
+    recipe_name = "microgen.kinds.particles.recipe.ParticleRecipe"
 
     def condition(
         self,

@@ -33,9 +33,8 @@ from ...stem.structure import load_structure, trimer
 def start_columns(
     table,  # condition: y_nm, x_nm, element; optional site, disp_pm (along up)
     edge=None,  # (y, x) of the last pixel, nm: the lattice is continued beyond it, to 0.2 nm
-) -> (
-    pd.DataFrame
-):  # y_nm, x_nm without displacement, y_true_nm, x_true_nm, element, site, disp_pm, fixed
+    # y_nm, x_nm without displacement, y_true_nm, x_true_nm, element, site, disp_pm, fixed
+) -> pd.DataFrame:
     """Where a fit of the asked-for columns starts.
     Raises: InputError when the table lacks positions or elements."""
     missing = {"y_nm", "x_nm", "element"} - set(getattr(table, "columns", ()))
@@ -94,9 +93,8 @@ def column_errors(
     table,  # its condition: true columns, as start_columns takes them
     reach_nm=0.06,  # further away a column is another one, nm
     rim_nm=0.25,  # width of the rim that is not scored, nm
-) -> (
-    pd.DataFrame
-):  # one row per strong column asked for: place, element, site, disp_pm, found, dy_pm, dx_pm, se_pm
+    # one row per strong column asked for: place, element, site, disp_pm, found, dy_pm, dx_pm, se_pm
+) -> pd.DataFrame:
     """Find the asked-for columns again, and measure how far they are from where they should be.
     Raises: InputError when image and table do not belong together."""
     m = as_micrograph(image)
@@ -362,41 +360,38 @@ def bragg_transfer(
     structure,  # name, CIF or Structure
     pixel_size=None,  # nm per pixel; wins over what the images say
     paired=True,  # the i-th images show the same scene
-) -> (
-    pd.DataFrame
-):  # h, k, q_1_nm, kind, snr_real, transfer (amplitude ratio), phase_deg (rms; NaN when not paired)
-    """Amplitude and phase of every visible Bragg reflection, generated against real.
+    # h, k, q_1_nm, kind, snr_real, transfer (amplitude ratio), phase_deg (rms; NaN when not paired)
+) -> pd.DataFrame:
+    """Amplitude ratio and rms phase of every visible Bragg reflection, generated against real; NaN when not paired.
     Raises: InputError when sets do not pair up, or the lattice is not in the real images."""
     real = as_images(real, pixel_size)
     fake = as_images(fake, pixel_size)
-    scale = real.pixel_size or fake.pixel_size
-    if scale is None:
-        raise InputError("Bragg reflections need the pixel size: give pixel_size= in nm.")
     if paired and len(real.data) != len(fake.data):
         raise InputError(
             f"{len(real.data)} real and {len(fake.data)} generated images make no pairs."
         )
+    scale = real.pixel_size or fake.pixel_size
+    if scale is None:
+        raise InputError("Bragg reflections need the pixel size: give pixel_size= in nm.")
     height, width = real.data.shape[1:]
     fov = (height * scale[0], width * scale[1])
-    just_below_nyquist = 0.45 / max(scale)
-    asked = reflections(structure, fov, just_below_nyquist)
+    below_nyquist = 0.45 / max(scale)
+    asked = reflections(structure, fov, below_nyquist)
 
-    lattices_real = [_lattice(image, scale, structure) for image in real.data]
-    if paired:
-        lattices_fake = lattices_real
-    else:
-        lattices_fake = [_lattice(image, scale, structure) for image in fake.data]
-    F_real = _coefficients(real.data, scale, asked.g, lattices_real)
-    F_fake = _coefficients(fake.data, scale, asked.g, lattices_fake)
+    lattices = [_lattice(image, scale, structure) for image in real.data]
+    F_real = _coefficients(real.data, scale, asked.g, lattices)
+    if not paired:
+        lattices = [_lattice(image, scale, structure) for image in fake.data]
+    F_fake = _coefficients(fake.data, scale, asked.g, lattices)
 
-    noise_real = _white_noise(real.data, scale)
-    power_real = np.mean(np.abs(F_real) ** 2, 0) - noise_real
-    power_fake = np.mean(np.abs(F_fake) ** 2, 0) - _white_noise(fake.data, scale)
-    visible = power_real > 8 * noise_real + 1e-4 * power_real.max()
+    noise = _white_noise(real.data, scale)
+    power_real = np.mean(np.abs(F_real) ** 2, axis=0) - noise
+    power_fake = np.mean(np.abs(F_fake) ** 2, axis=0) - _white_noise(fake.data, scale)
     transfer = np.sqrt(np.maximum(power_fake, 0) / np.maximum(power_real, 1e-300))
     phase = np.full(len(asked.g), np.nan)
     if paired:
-        phase = np.sqrt(np.mean(np.angle(F_fake * F_real.conj()) ** 2, 0))  # rad, rms
+        turn = np.angle(F_fake * F_real.conj())
+        phase = np.sqrt(np.mean(turn**2, axis=0))  # rad, rms over the images
 
     table = pd.DataFrame(
         {
@@ -404,11 +399,12 @@ def bragg_transfer(
             "k": asked.hk[:, 1],
             "q_1_nm": np.hypot(asked.g[:, 0], asked.g[:, 1]),
             "kind": asked.kind,
-            "snr_real": power_real / noise_real,
+            "snr_real": power_real / noise,
             "transfer": transfer,
             "phase_deg": np.degrees(phase),
         }
     )
+    visible = power_real > 8 * noise + 1e-4 * power_real.max()
     return table[visible].sort_values("q_1_nm", ignore_index=True)
 
 
@@ -475,9 +471,8 @@ def evaluate(
     truth: Truth,  # what it was asked to show: table of columns; maps with phi and wall
     crystal=None,  # an h-RMnO3, see crystal_of; None: positions only
     reference: Micrograph = None,  # a real scan of the same scene: the bound is its
-) -> (
-    dict
-):  # MEASURES, columns (asked for), walls and walls_found; NaN where the image does not show it
+    # MEASURES, columns (asked for), walls and walls_found; NaN where the image does not show it
+) -> dict:
     """Compare one image with what it was asked to show.
     Raises: InputError when image and table do not belong together."""
     if truth.table is None:

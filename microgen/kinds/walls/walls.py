@@ -23,7 +23,6 @@ from microgen.kinds.walls.condition import (
     move_table,
 )
 from .evaluate import MEASURES, bragg_tables, crystal_of, evaluate
-from .recipe import Recipe
 
 # %% ../../../nbs/85_kinds.walls.walls.ipynb #67c3f201
 class Walls(Kind):
@@ -49,10 +48,7 @@ class Walls(Kind):
     classes_are = "walls"
     measures = MEASURES
     takes_structure = True
-
-    def recipe(self) -> type:  # a DatasetRecipe
-        "The recipe of which images are simulated."
-        return Recipe
+    recipe_name = "microgen.kinds.walls.recipe.Recipe"
 
     def evaluate(
         self,
