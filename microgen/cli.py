@@ -217,8 +217,8 @@ def particles(
     n: int = 1000,  # images
     size: int = 512,  # pixels along each side
     pixel_size: str = "",  # nm: one number or low,high; that of each preset when not given
-    setting: list[str]
-    | None = None,  # of the scene, NAME=VALUE or NAME=low,high; as often as needed
+    # of the scene, NAME=VALUE or NAME=low,high; as often as needed
+    setting: list[str] | None = None,
     seed: int = 0,  # root seed
     workers: int = 0,  # processes; 0 takes one per core
     scheduler: str = "",  # address of a Dask scheduler, such as tcp://host:8786
@@ -261,15 +261,15 @@ def _setting(text, option="--setting"):
 @command
 def measure(
     image: Path,  # micrograph: .tif .png .jpg .dm3 .dm4 .ser .emd .mrc .hspy .hdf5
-    structure: str
-    | None = None,  # shipped name or CIF file; without it columns are found but not named
+    # shipped name or CIF file; without it columns are found but not named
+    structure: str | None = None,
     pixel_size: float | None = None,  # nm per pixel, when the file does not tell
-    zone: str
-    | None = None,  # direction towards the viewer, such as 1,0,0; that of the structure when not given
-    up: str
-    | None = None,  # direction that points up, such as 0,0,1; that of the structure when not given
-    rotation: float
-    | None = None,  # degrees by which the crystal is turned, to 3; 180 when the image is stored upside down
+    # direction towards the viewer, such as 1,0,0; that of the structure when not given
+    zone: str | None = None,
+    # direction that points up, such as 0,0,1; that of the structure when not given
+    up: str | None = None,
+    # degrees by which the crystal is turned, to 3; 180 when the image is stored upside down
+    rotation: float | None = None,
     out: Path = Path("measured"),  # folder to write
 ):
     "Find and fit the columns of a micrograph; recover displacements and walls."
@@ -306,8 +306,8 @@ def count(
         "counted"
     ),  # folder to write: one folder per image, summary.csv, and the fits of all together
     n: int = 2000,  # particles injected into each image
-    setting: list[str]
-    | None = None,  # of the detector, NAME=VALUE, such as polarity=dark; as often as needed
+    # of the detector, NAME=VALUE, such as polarity=dark; as often as needed
+    setting: list[str] | None = None,
     seed: int = 0,  # root seed of the injections
     workers: int = 0,  # processes; 0 takes one per core
 ):

@@ -22,12 +22,10 @@ from .core import InputError, Micrograph
 class Truth(NamedTuple):
     "What is known of one image."
 
-    maps: dict | None = (
-        None  # name to (H, W) array: values of a field, or whole numbers that name objects
-    )
-    table: pd.DataFrame | None = (
-        None  # one row per object: y_nm, x_nm and what the kind knows of it
-    )
+    # name to (H, W) array: values of a field, or whole numbers that name objects
+    maps: dict | None = None
+    # one row per object: y_nm, x_nm and what the kind knows of it
+    table: pd.DataFrame | None = None
     label: str = ""  # class of the image
 
 # %% ../nbs/01_kind.ipynb #1940e8e7
@@ -252,9 +250,8 @@ def compare_sets(
     fake: list,  # N Micrographs: generated images
     context: object = None,  # of `context`
     paired: bool = False,  # do the i-th images show the same scene?
-) -> (
-    dict
-):  # heading to (table, caption); a kind may raise InputError where the images do not allow it
+    # heading to (table, caption); a kind may raise InputError where the images do not allow it
+) -> dict:
     "Tables about two sets as wholes, beside those of `microgen.metrics`."
     return {}
 

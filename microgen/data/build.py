@@ -24,9 +24,8 @@ from ..progress import progress_bar
 # %% ../../nbs/74_data.build.ipynb #3a5faa27
 def read_recipe(
     folder,  # a dataset
-) -> (
-    DatasetRecipe
-):  # what it was made of; of generated images, that of the images the generator learned from
+    # what it was made of; of generated images, that of the images the generator learned from
+) -> DatasetRecipe:
     """Read the recipe of a dataset folder, whatever its kind.
     Raises: InputError when the folder is no dataset, or one of a newer microgen."""
     file = Path(folder) / "recipe.json"
@@ -82,8 +81,8 @@ def build(
     recipe: DatasetRecipe,  # what to simulate, and how many
     out,  # folder to write
     workers: int | None = None,  # processes; None takes one per core
-    scheduler: str
-    | None = None,  # address of a Dask scheduler, instead of processes of this machine
+    # address of a Dask scheduler, instead of processes of this machine
+    scheduler: str | None = None,
     progress: bool = False,  # show a bar
 ) -> Path:  # the folder
     """Write the dataset of a recipe; what an earlier, interrupted run has made is kept.

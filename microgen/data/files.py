@@ -45,9 +45,8 @@ SUFFIXES = (
 def list_images(
     folder,  # dataset folder of microgen simulate, or a tree CLASS/Images/*.png, CLASS/*.png, *.png
     group=None,  # what stays together: a column of metadata.csv, a function of the path, a regular expression
-) -> (
-    pd.DataFrame
-):  # a row per image: image, maps, table (paths), label, split, group, other metadata
+    # a row per image: image, maps, table (paths), label, split, group, other metadata
+) -> pd.DataFrame:
     """List the images of a folder with their classes, splits and groups.
     Raises: InputError for a folder without images, an empty class, or images and maps that do not pair."""
     folder = Path(folder)

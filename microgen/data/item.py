@@ -24,9 +24,8 @@ class Simulated(NamedTuple):
     "An image with its exact truth."
 
     image: Micrograph  # what the detector gives
-    maps: (
-        dict | None
-    )  # name to (H, W) array of one type: float32 values, or whole numbers that name objects
+    # name to (H, W) array of one type: float32 values, or whole numbers that name objects
+    maps: dict | None
     table: pd.DataFrame | None  # every object; lengths in nm, from the centre of pixel (0, 0)
     about: dict  # label, split and parameters as plain numbers and names: one row of metadata.csv
 

@@ -237,8 +237,8 @@ def plot_batch(
     batch,  # tuple of tensors
     generated=None,  # what a network made: (B, C, H, W), or a list whose first is that
     max_n: int = 4,  # rows
-    channels: tuple
-    | None = None,  # condition channels to show, where there are maps; None is the last two
+    # condition channels to show, where there are maps; None is the last two
+    channels: tuple | None = None,
     size: float = 1.8,  # width of a panel, inches
 ) -> plt.Figure:  # one row per image: image, generated image, conditions
     "Show the images of a batch with their classes and conditions, with scale bars."

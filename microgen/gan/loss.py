@@ -84,9 +84,8 @@ def read_batch(
 def generate(
     model: nn.Module,  # Pix2Pix
     batch: Batch,  # maps, images and what is known of them
-) -> (
-    dict
-):  # image, mean, sd; focus and z where the model has them; maps and donor: of which image they are
+    # image, mean, sd; focus and z where the model has them; maps and donor: of which image they are
+) -> dict:
     "Generate images for a step of the training."
     donor = _donors(batch.paired)
     maps = batch.maps[donor]

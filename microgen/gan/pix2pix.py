@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
+from fastai.learner import AvgMetric, Learner
 from fastcore.basics import patch
 from torch import nn
 
@@ -99,8 +99,8 @@ class Pix2Pix(Parts, HubModel):
         norm: str = "instance",  # norm of both
         spectral_norm: bool = True,  # divide the discriminator's weights by their spectral norm
         seed: int = 0,  # seed of all weights
-        about: dict
-        | None = None,  # of the data: vocab, channels, pixel_size, scaling, size, domains, properties
+        # of the data: vocab, channels, pixel_size, scaling, size, domains, properties
+        about: dict | None = None,
         n_props: int = 0,  # properties, such as the dose
         out_ch: int = 1,  # channels of the image, 1 or 3
     ):
@@ -129,8 +129,8 @@ def sample(
     z=None,  # (n, z_dim) instead of a random one
     bs: int = 16,  # images at once
     domain: str = "simulated",  # whose style: "simulated", or "real" after a training with real images
-    props: dict
-    | None = None,  # name to number or (n,) numbers, in the units of the metadata; missing ones are the mean
+    # name to number or (n,) numbers, in the units of the metadata; missing ones are the mean
+    props: dict | None = None,
 ) -> torch.Tensor:  # (n, out_ch, H, W) in [-1, 1], on the CPU
     """Generate images of given maps, each with its own latent variable and noise.
     Raises: InputError without maps, or for maps, a domain or a property that the network does not know."""
@@ -331,11 +331,17 @@ def pix2pix_learner(
         d_regs=d_regs,
         autocast=autocast,
         read=named,
-        metrics=[batch_ssim],
+        metrics=[_SSIM(batch_ssim)],
         cbs=cbs,
     )
     learn.weights = used
     return learn
+
+
+class _SSIM(AvgMetric):
+    "The mean over the batches, under the name that tables and `best_by` know."
+
+    name = "ssim"
 
 
 def _example(model):

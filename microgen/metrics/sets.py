@@ -115,7 +115,9 @@ def neighbour_metrics(
         raise InputError(
             f"{len(x)} images have no {k} neighbours each: give more images or a smaller k."
         )
-    among_real = np.sort(cdist(x, x), axis=1)  # column 0: distance to itself; k: radius of the ball
+    among_real = np.sort(
+        cdist(x, x), axis=1
+    )  # at 0 the distance to itself, at k the radius of the ball
     among_fake = np.sort(cdist(y, y), axis=1)
     between = cdist(x, y)
     in_real_ball = between < among_real[:, k, None]
@@ -170,9 +172,8 @@ def copy_test(
 def nearest(
     x,  # (M, D) features of the training (or real) images
     y,  # (N, D) features of generated images
-) -> (
-    pd.DataFrame
-):  # fake and real: indices of an image and its nearest real one; distance, ratio; closest first
+    # fake and real: indices of an image and its nearest real one; distance, ratio; closest first
+) -> pd.DataFrame:
     "Nearest real image of each generated one; the ratio is to the distance between that one and its own nearest."
     between = cdist(y, x)
     nearest_real = between.argmin(1)
@@ -231,9 +232,8 @@ def half_sample_table(
     values,  # DataFrame (repeats, statistics): real half against generated half, of half_samples
     floors,  # the same for real half against real half
     n,  # images of each half
-) -> (
-    pd.DataFrame
-):  # one row per statistic: metric, value, low, high, n, floor, floor_low, floor_high
+    # one row per statistic: metric, value, low, high, n, floor, floor_low, floor_high
+) -> pd.DataFrame:
     "Means over random halvings, with 95 % intervals."
     table = {
         "value": values.mean(),
@@ -254,9 +254,8 @@ def set_table(
     repeats=40,  # random halvings
     k=5,  # neighbours
     rng=0,  # seed
-) -> (
-    pd.DataFrame
-):  # one row per metric: metric, value, low, high, n, floor, floor_low, floor_high, features
+    # one row per metric: metric, value, low, high, n, floor, floor_low, floor_high, features
+) -> pd.DataFrame:
     """Set metrics of two sets of images, each with n, its 95 % interval and its real-against-real floor.
     Raises: InputError when N differs, or images are no images."""
     extractor = extractor or random_extractor()

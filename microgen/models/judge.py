@@ -159,7 +159,7 @@ def judge(
             advance(1)
     network.train(was_training)
     lines = {name: name for name in ways}
-    for line in data.of_kind().measures.values():
+    for name, line in data.of_kind().measures.items():
         lines |= {name: line, f"{name}, {TRUE}": f"{line}; {TRUE}"}
     return card_rows(pd.DataFrame(scores), lines, rng)
 

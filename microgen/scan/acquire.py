@@ -228,9 +228,8 @@ def detector_counts(
     settings,  # Scan (numbers only)
     pixel_size,  # nm per pixel: float or (y, x)
     rng=None,  # int, Generator or SeedSequence
-) -> (
-    np.ndarray
-):  # (H, W) float32: detected electrons per pixel; the fraction itself at infinite dose
+    # (H, W) float32: detected electrons per pixel; the fraction itself at infinite dose
+) -> np.ndarray:
     """Count electrons: Poisson noise, pulse-height spread, readout noise and offset.
 
     Source: N = Poisson(dose area fraction); signal = N + (gain_spread^2 N + readout^2)^(1/2) normal + offset.
@@ -328,9 +327,8 @@ def acquire(
     table=None,  # DataFrame with y_nm, x_nm in the image
     pixel_size=None,  # nm per pixel, when image is an array
     rim=0,  # pixels of image (and maps) around the scanned field; the output is smaller by 2 rim
-) -> (
-    Micrograph | Acquired
-):  # the Micrograph; with its truth as Acquired when maps or table are given
+    # the Micrograph; with its truth as Acquired when maps or table are given
+) -> Micrograph | Acquired:
     """Scan an image: dirt, motion and detection; its truth moves by the same field.
 
     Raises: InputError for an image, maps, settings or rim that do not fit.

@@ -96,9 +96,8 @@ def secondary_electrons(
     surface,  # (H, W) height of the support, nm
     scene,  # Scene with numbers only
     pixel_nm,  # nm per pixel
-) -> (
-    tuple
-):  # (H, W) float32 signal before the probe; (m,) signal that each fragment adds over its support
+    # (H, W) float32 signal before the probe; (m,) signal that each fragment adds over its support
+) -> tuple:
     """Signal of secondary electrons.
     Source: tone (1 + edge (1/cos - 1)) (1 + shade n.u), thinner than the escape depth: mixed with the support, 1 - exp(-t/lambda)."""
     f = seen.fragments

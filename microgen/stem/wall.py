@@ -496,9 +496,8 @@ _LABEL = (
 
 def label(
     field: Field,  # field of the image
-) -> (
-    dict
-):  # label, field, phi_left, phi_right, delta_phi, normal_deg, width_nm, ..., charge, character
+    # label, field, phi_left, phi_right, delta_phi, normal_deg, width_nm, ..., charge, character
+) -> dict:
     """Label of a field: its name and the numbers behind it; None where a number has no meaning."""
     name = field.name or ("sum" if isinstance(field, Sum) else _name_of(field))
     found = dict(label=name, field=type(field).__name__)

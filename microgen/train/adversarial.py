@@ -177,8 +177,8 @@ class AdversarialTrainer(Callback):
         generate: Callable,  # (model, batch) -> fakes
         d_loss: Callable,  # (model, batch, detached fakes) -> {name: scalar}
         g_loss: Callable,  # (model, batch, fakes) -> {name: scalar}
-        weights: dict
-        | None = None,  # name -> factor in the loss, 1 where missing; "g_adv" wins over "adv"
+        # name -> factor in the loss, 1 where missing; "g_adv" wins over "adv"
+        weights: dict | None = None,
         d_regs=(),  # terms of d that are not in every step: Every(16, r1)
         g_regs=(),  # terms of g that are not in every step of g: Every(8, path_length)
         autocast: str | None = None,  # None for float32, "bf16" for bfloat16 on CPU and GPU
@@ -582,9 +582,8 @@ GAN_MODES = ("vanilla", "lsgan", "hinge", "relativistic")
 
 def gan_losses(
     mode: str = "vanilla",  # one of GAN_MODES
-) -> (
-    tuple
-):  # d(real logits, fake logits) -> dict of scalars; g(fake logits, real logits=None) -> scalar
+    # d(real logits, fake logits) -> dict of scalars; g(fake logits, real logits=None) -> scalar
+) -> tuple:
     """The adversarial terms: cross-entropy, least squares, hinge, or relativistic pairs (real logits in g too).
     Raises: InputError for another name.
     Source: 10.48550/arXiv.1406.2661, arXiv.1611.04076, arXiv.1705.02894, arXiv.2501.05441"""

@@ -522,8 +522,8 @@ class TimeBudget(Callback):
 
     def __init__(
         self,
-        hours: float
-        | None = None,  # of training until it stops by itself, to be resumed; None for no limit
+        # of training until it stops by itself, to be resumed; None for no limit
+        hours: float | None = None,
     ):
         self.hours = hours
         self.begin = 0.0  # seconds, on the monotonic clock

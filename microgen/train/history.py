@@ -70,8 +70,8 @@ class Preview(Callback):
         every: int = 500,  # steps between pictures
         n: int = 8,  # inputs, the first of the validation set
         seed: int = 0,  # of the random numbers of each picture
-        make: Callable
-        | None = None,  # (model, xb, yb) -> tensors, an image (H, W[, 3]) uint8, or a matplotlib figure
+        # (model, xb, yb) -> tensors, an image (H, W[, 3]) uint8, or a matplotlib figure
+        make: Callable | None = None,
         shown: bool = True,  # show it in a notebook too
     ):
         self.folder = Path(out)

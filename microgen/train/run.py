@@ -406,9 +406,8 @@ def train(
     checkpoint_every: int | None = None,  # steps between checkpoints, instead of minutes
     shown: bool = True,  # previews in the notebook
     cbs=(),  # more callbacks
-) -> (
-    Learner
-):  # the learner; its model is the result. learn.stopped says why it stopped early, or is empty
+    # the learner; its model is the result. learn.stopped says why it stopped early, or is empty
+) -> Learner:
     """Train into a folder, so that nothing is ever lost.
     Raises: InputError when the folder holds another model or other data, or when nothing trains; Diverged; MicrogenError when memory is short."""
     options = RunOptions(
