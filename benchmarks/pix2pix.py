@@ -23,6 +23,7 @@ import os
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,11 +53,12 @@ from microgen.kinds.walls.evaluate import (
     rms_pm,
     structure_errors,
 )
-from microgen.kinds.walls.recipe import TABLE, Recipe, draw
+from microgen.kinds.walls.recipe import TABLE, Recipe, sample_values
 from microgen.metrics.features import random_extractor
 from microgen.metrics.image import ssim
 from microgen.metrics.sets import copy_test, feature_pair, half_samples, kernel_distance
-from microgen.models.train import train_pix2pix
+from microgen.models.pix2pix import Pix2PixModel, RouterModel
+from microgen.models.train import train_model
 from microgen.nets.style import STYLE
 from microgen.plot import show
 from microgen.scan.acquire import acquire, mistilt
@@ -90,10 +92,10 @@ def scenes(folder, n):
 
 def scan_again(recipe, index):
     "A second scan of one scene: same specimen, optics and settings; other motion and noise."
-    d, px = draw(recipe, index), recipe.pixel_size
+    d, px = sample_values(recipe, index), recipe.pixel_size
     shape = (recipe.size + 2 * d.rim,) * 2
     crystal = columns(
-        recipe.structure, d.fov, d.thickness, origin=d.origin, rotation_deg=d.rotation
+        recipe.structure, d.fov, d.thickness_nm, origin=d.origin, rotation_deg=d.rotation_deg
     )
     tilted = mistilt(displace(crystal, d.field), d.scan.mistilt_mrad, d.scan.mistilt_deg)
     rng = np.random.default_rng([recipe.seed, index, 1])
@@ -112,16 +114,16 @@ def scan_again(recipe, index):
 
 def other_microscopes(recipe, index, n):
     "Scans of one scene, each with optics, thickness and settings of another image: (n, H, W) in [-1, 1]."
-    scene, out = draw(recipe, index), []
+    scene, out = sample_values(recipe, index), []
     shape = (recipe.size + 2 * scene.rim,) * 2
     for k in range(n):
-        other = draw(recipe, k)
+        other = sample_values(recipe, k)
         crystal = columns(
             recipe.structure,
             scene.fov,
-            other.thickness,
+            other.thickness_nm,
             origin=scene.origin,
-            rotation_deg=scene.rotation,
+            rotation_deg=scene.rotation_deg,
         )
         ideal = haadf(displace(crystal, scene.field), recipe.pixel_size, other.probe, shape)
         out.append(
@@ -243,35 +245,36 @@ def sets(folder, real, fake, n_train=400):
     }
 
 
-def learn_for(minutes, data, out, **settings):
+def learn_for(minutes, data, out, model):
     "Train by the clock; the learner, its minutes of wall and of CPU."
     wall, cpu = time.perf_counter(), time.process_time()
-    first = train_pix2pix(
-        data, out, epochs=10_000, max_hours=minutes / 120, progress=False, **settings
-    )
+    first_half = replace(model, epochs=10_000, max_hours=minutes / 120)
+    first = train_model(first_half, data, out, progress=False)
     epochs = max(1, round(2 * first.train_iter / len(first.dls.train)))
-    learn = train_pix2pix(
-        data, out, epochs=epochs, max_hours=minutes / 80, progress=False, **settings
-    )
+    second_half = replace(model, epochs=epochs, max_hours=minutes / 80)
+    learn = train_model(second_half, data, out, progress=False)
     return learn, (time.perf_counter() - wall) / 60, (time.process_time() - cpu) / 60
 
 
-def learn_epochs(epochs, data, out, **settings):
+def learn_epochs(epochs, data, out, model):
     "Train so many passes over the images; the learner, its minutes of wall and of CPU."
     wall, cpu = time.perf_counter(), time.process_time()
-    learn = train_pix2pix(data, out, epochs=epochs, progress=False, **settings)
+    learn = train_model(replace(model, epochs=epochs), data, out, progress=False)
     return learn, (time.perf_counter() - wall) / 60, (time.process_time() - cpu) / 60
 
 
 def one_seed(seed, minutes, epochs, data, out, model, config, bs, counts):
     "Train and judge one seed: a dict of numbers."
     torch.set_num_threads(1)
-    settings = {"model": model, "config": config, "bs": bs, "seed": seed}
-    learn, wall, cpu = (
-        learn_epochs(epochs, data, out, **settings)
-        if epochs
-        else learn_for(minutes, data, out, **settings)
-    )
+    options = {"config": config, "bs": bs, "seed": seed}
+    if model == "router":
+        options = RouterModel(**options)
+    else:
+        options = Pix2PixModel(arch=model, **options)
+    if epochs:
+        learn, wall, cpu = learn_epochs(epochs, data, out, options)
+    else:
+        learn, wall, cpu = learn_for(minutes, data, out, options)
     steps = int(pd.read_csv(Path(out) / "history.csv").step.max())
     about = {"wall_minutes": wall, "cpu_minutes": cpu, "steps": steps, "stopped": learn.stopped}
     return judged(seed, learn.model.eval(), data, counts) | about

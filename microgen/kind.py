@@ -22,12 +22,10 @@ from .core import InputError, Micrograph
 class Truth(NamedTuple):
     "What is known of one image."
 
-    maps: dict | None = (
-        None  # name to (H, W) array: values of a field, or whole numbers that name objects
-    )
-    table: pd.DataFrame | None = (
-        None  # one row per object: y_nm, x_nm and what the kind knows of it
-    )
+    # name to (H, W) array: values of a field, or whole numbers that name objects
+    maps: dict | None = None
+    # one row per object: y_nm, x_nm and what the kind knows of it
+    table: pd.DataFrame | None = None
     label: str = ""  # class of the image
 
 # %% ../nbs/01_kind.ipynb #1940e8e7

@@ -15,7 +15,7 @@ from microgen.core import InputError, MicrogenError, Micrograph
 from microgen.data.build import build
 from microgen.data.files import list_images
 from microgen.data.load import mixed_dls, paired_dls
-from microgen.gan.loss import d_terms, g_terms, generate
+from microgen.gan.loss import d_terms, g_terms, generate, read_batch
 from microgen.gan.pix2pix import Pix2Pix, pix2pix_learner, spread
 from microgen.gan.router import RouterPix2Pix, router_learner
 from microgen.io.files import read
@@ -24,7 +24,7 @@ from microgen.kinds.walls.recipe import Recipe
 from microgen.models.pix2pix import Pix2PixModel, RouterModel
 from microgen.models.sample import sample_run
 from microgen.models.train import train_model
-from microgen.train.core import seed_everything
+from microgen.train.core import plain_tensor, seed_everything
 from microgen.train.history import Fade
 from microgen.train.hub import load_model
 
@@ -47,8 +47,9 @@ def run(data, tmp_path_factory):
     return out
 
 
-def batch(dls):
-    return tuple(t.as_subclass(torch.Tensor) for t in dls.one_batch())
+def batch(loader):
+    "The first batch, by names."
+    return read_batch([plain_tensor(t) for t in loader.one_batch()], loader.fields)
 
 
 @pytest.mark.parametrize("arch", ["plain", "film", "attention"])
@@ -132,7 +133,7 @@ def test_real_images_without_maps_join(data, tmp_path):
 
 
 def test_the_domain_is_no_class(data):
-    "With simulated images alone its weights stay zero; each class can be drawn in either domain."
+    "With simulated images alone its weights stay zero; each class can be generated in either domain."
     learn = pix2pix_learner(paired_dls(data, bs=8), "film", **SMALL)
     learn.fit(1)
     n = len(learn.dls.vocab)
@@ -153,7 +154,7 @@ def test_the_domain_is_no_class(data):
 
 
 def test_style_of_real_images_is_learned_without_pairs(tmp_path):
-    "Level, contrast and noise of drawings in the real domain move to those of the real images; the columns stay."
+    "Level, contrast and noise of images in the real domain move to those of the real images; the columns stay."
     sim = build(
         Recipe(n=40, size=48, pixel_size=0.03, preset="good", walls=("UP", "DN")),
         tmp_path / "sim",
@@ -171,12 +172,13 @@ def test_style_of_real_images_is_learned_without_pairs(tmp_path):
     learn = pix2pix_learner(dls, "film", **SMALL, cbs=[Fade(0.5)])
     learn.fit(14)
     images = torch.cat([b[-1][b[-2] == 1] for b in dls.train])
-    maps, label, _, _, true = batch_of(dls.valid)
-    drawn = {
+    held_out = batch(dls.valid)
+    maps, label, true = held_out.maps, held_out.label, held_out.image
+    made = {
         d: learn.model.sample(len(maps), (maps, label), rng=0, domain=d)
         for d in ("simulated", "real")
     }
-    sets = {"target": images, "pairs": true, **drawn}
+    sets = {"target": images, "pairs": true, **made}
     table = pd.DataFrame({name: spread(x).mean() for name, x in sets.items()}).T
     way = (table.loc["real"] - table.loc["pairs"]) / (
         table.loc["target"] - table.loc["pairs"]
@@ -195,10 +197,6 @@ def test_style_of_real_images_is_learned_without_pairs(tmp_path):
         column_errors(Micrograph(quiet[0, 0].numpy(), 0.03), pd.read_parquet(row["table"]))
     )
     assert errors < 20, errors
-
-
-def batch_of(loader):
-    return tuple(t.as_subclass(torch.Tensor) for t in loader.one_batch())
 
 
 def test_properties_are_a_condition(data, tmp_path):
@@ -229,6 +227,34 @@ def test_properties_are_a_condition(data, tmp_path):
     assert torch.equal(one, two)
 
 
+def test_a_step_in_colour():
+    "Images of three channels: shapes, one step of both networks, samples."
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+
+    rng = torch.Generator().manual_seed(0)
+    maps = torch.randn(8, 2, 32, 32, generator=rng)
+    image = torch.tanh(maps.mean(1, keepdim=True) * torch.tensor([1.0, 0.5, -0.5]).view(3, 1, 1))
+    focus = (maps[:, :1] > 0).float()
+    items = list(zip(maps, torch.arange(8) % 2, focus, image))
+    dls = DataLoaders(DataLoader(items, bs=4), DataLoader(items, bs=4))
+    dls.n_inp = 2
+    dls.fields = ("maps", "label", "focus", "image")
+    dls.vocab = ["a", "b"]
+    dls.channels = ("u", "v")
+    dls.pixel_size = None
+    dls.scaling = "image"
+    dls.n_channels = 3
+    learn = pix2pix_learner(dls, "attention", **SMALL, r1=0.1)
+    before = {n: p.detach().clone() for n, p in learn.model.named_parameters()}
+    learn.fit(1)
+    assert {"g_l1", "g_ssim", "g_edge", "g_spectral", "g_noise", "g_attention"} <= set(learn.terms)
+    still = [n for n, p in learn.model.named_parameters() if torch.equal(before[n], p)]
+    assert not still, still
+    assert learn.model.sample(2, (maps, None), rng=0).shape == (2, 3, 32, 32)
+    assert learn.model.style_of(image).shape == (8, 4)
+
+
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -249,11 +275,11 @@ def one_step(data, arch, autocast, device=None):
 @pytest.mark.parametrize("arch", ["film", "attention", "router"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 def test_bfloat16_is_close_to_full_precision(data, arch, device):
-    (full, drawn), (half, rough) = (one_step(data, arch, a, device) for a in (None, "bf16"))
+    (full, exact), (half, rough) = (one_step(data, arch, a, device) for a in (None, "bf16"))
     assert set(full) == set(half) and "d_r1" in full and (arch == "film" or "g_attention" in full)
     for name, value in full.items():
         assert abs(half[name] - value) < 0.03 + 0.05 * abs(value), (name, value, half[name])
-    assert rough.dtype == torch.float32 and float((rough - drawn).abs().mean()) < 0.05
+    assert rough.dtype == torch.float32 and float((rough - exact).abs().mean()) < 0.05
 
 
 def test_attention_without_a_teacher(data):
@@ -263,7 +289,7 @@ def test_attention_without_a_teacher(data):
     assert "g_attention" not in learn.terms and "attention" not in learn.weights
     assert not torch.equal(before, learn.model.g.unet.attention.find[0].weight)
     maps, label = batch(learn.dls)[:2]
-    mask = learn.model.g.draw(maps, label).mask.detach()
+    mask = learn.model.g.generate(maps, label).mask.detach()
     assert 0 < float(mask.min()) and float(mask.max()) < 1 and float(mask.std()) > 0
 
 
@@ -279,7 +305,7 @@ def test_router_is_one_model_with_a_table(data, tmp_path):
     learn = train_model(RouterModel(epochs=1, bs=4), data, tmp_path / "run", progress=False)
     assert isinstance(learn.model, RouterPix2Pix)
     table = pd.read_csv(tmp_path / "run/experts.csv")
-    assert {"label", "film", "attention", "winner", "draws"} <= set(table)
+    assert {"label", "film", "attention", "winner", "makes"} <= set(table)
     assert isinstance(load_model(tmp_path / "run"), RouterPix2Pix)
 
 

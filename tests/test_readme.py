@@ -83,7 +83,7 @@ def test_five_lines_count_a_sample(tmp_path, monkeypatch):
 
 
 def commands(small=True):
-    "The commands of README's block that draws walls, with small numbers."
+    "The commands of README's block that generates walls, with small numbers."
     (block,) = [
         b
         for b in re.findall(
@@ -96,7 +96,7 @@ def commands(small=True):
     return [shlex.split(line) for line in block.splitlines() if line.strip()]
 
 
-def test_four_commands_draw_walls(tmp_path):
+def test_four_commands_generate_walls(tmp_path):
     "Each of README's commands runs in a shell's way, one after the other, in a folder of its own."
     resource = pytest.importorskip("resource")  # of POSIX
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -118,8 +118,8 @@ def test_four_commands_draw_walls(tmp_path):
         said.append(done.stdout)
     assert seconds < 60, f"the commands took {seconds:.0f} s of processor time"
     assert "base64" not in said[3] and said[3].strip().endswith("report.html")
-    labels = pd.read_csv(tmp_path / "drawn/metadata.csv").label
-    assert "typeC" in set(labels), "walls of type C are drawn"
+    labels = pd.read_csv(tmp_path / "generated/metadata.csv").label
+    assert "typeC" in set(labels), "walls of type C are generated"
     trained = pd.read_csv(tmp_path / "walls/metadata.csv").label
     assert set(labels) == set(trained), "like is compared with like"
     assert (tmp_path / "compared/report.html").exists() and "SSIM" in (
@@ -128,7 +128,7 @@ def test_four_commands_draw_walls(tmp_path):
 
 
 def test_the_commands_compare_like_with_like():
-    "The walls that are drawn are those of the training, and not too few."
+    "The generated walls are those of the training, and not too few."
     simulate, _, sample, compare = [dict(zip(w, w[1:])) for w in commands(small=False)]
     import inspect
 

@@ -21,9 +21,9 @@ pytest.importorskip("fastai")
 import torch
 from torch import nn
 
-from microgen.train.adversarial import Parts, adversarial_learner, gan_losses, r1_penalty
+from microgen.train.adversarial import Every, Parts, adversarial_learner, gan_losses, r1_penalty
 from microgen.train.checkpoint import read_checkpoint, write_checkpoint
-from microgen.train.core import EMA, random_state_kept, read_weights
+from microgen.train.core import EMA, averaged_weights, random_state_kept, read_weights
 from microgen.train.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ SCRIPT = textwrap.dedent("""
     from fastai.callback.core import Callback
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
-    from microgen.train.adversarial import Parts, adversarial_learner, gan_losses, r1_penalty
+    from microgen.train.adversarial import Every, Parts, adversarial_learner, gan_losses, r1_penalty
     from microgen.train.core import random_state_kept
     from microgen.train.run import train
 
@@ -56,7 +56,7 @@ SCRIPT = textwrap.dedent("""
         def d_loss(m, b, f): return dterm(m.d(pair(b, b[1])), m.d(pair(b, f)))
         def g_loss(m, b, f): return {"adv": gterm(m.d(pair(b, f))), "l1": (f - b[1]).abs().mean()}
         def reg(m, b, f): return {"r1": r1_penalty(lambda y: m.d(pair(b, y)), b[1])}
-        return adversarial_learner(dls, Parts(g, d), generate, d_loss, g_loss, {"l1": 10., "r1": .1}, d_reg=reg, reg_every=4, path=path)
+        return adversarial_learner(dls, Parts(g, d), generate, d_loss, g_loss, {"l1": 10., "r1": .1}, d_regs=[Every(4, reg)], path=path)
 
     class Slow(Callback):
         order = 95
@@ -264,9 +264,11 @@ def test_predictions_come_from_the_average(made, tmp_path):
         pred, target = learn.get_preds(ds_idx=1)[:2]
     x = torch.stack([learn.dls.valid_ds[i][0] for i in range(16)])
     with torch.no_grad():
-        want = learn.model.ema(x)
+        raw = learn.model.eval()(x)
+        with averaged_weights(learn):
+            want = learn.model(x)
     assert torch.allclose(pred, want, atol=1e-6)
-    assert not torch.allclose(pred, learn.model.g.eval()(x), atol=1e-4)
+    assert not torch.allclose(pred, raw, atol=1e-4)
 
 
 @pytest.mark.parametrize("autocast", [None, "bf16"])
@@ -314,8 +316,7 @@ def plain_learner(path, bs=8, width=8, data=0, **kw):
         lambda m, b: m.g(b[0]),
         lambda m, b, f: d(see(m, b, b[1]), see(m, b, f)),
         lambda m, b, f: {"adv": g(see(m, b, f)), "l2": (f - b[1]).square().mean()},
-        d_reg=lambda m, b, f: {"r1": r1_penalty(lambda y: see(m, b, y), b[1])},
-        reg_every=2,
+        d_regs=[Every(2, lambda m, b, f: {"r1": r1_penalty(lambda y: see(m, b, y), b[1])})],
         path=path,
         **{"lr": 1e-3} | kw,
     )
@@ -395,15 +396,13 @@ def test_a_full_disk_loses_no_checkpoint(tmp_path, monkeypatch):
 
 def test_nan_in_the_discriminator_alone(tmp_path):
     learn = plain_learner(tmp_path)
-    real = learn.adversarial_trainer.functions
+    good = learn.adversarial_trainer.d_loss
     count = iter(range(1000))
 
     def bad(m, b, f):
-        return {
-            k: v * (float("nan") if next(count) == 3 else 1) for k, v in real[1](m, b, f).items()
-        }
+        return {k: v * (float("nan") if next(count) == 3 else 1) for k, v in good(m, b, f).items()}
 
-    learn.adversarial_trainer.functions = (real[0], bad, *real[2:])
+    learn.adversarial_trainer.d_loss = bad
     with warnings.catch_warnings(record=True) as said, learn.no_logging():
         warnings.simplefilter("always")
         train(learn, 2, tmp_path / "r", preview_every=None, checkpoint_every=1)

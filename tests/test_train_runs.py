@@ -120,7 +120,7 @@ def test_ended_without_its_result(tmp_path):
 @pytest.mark.parametrize(
     "every, epochs, names", [(500, 1, [1, 4]), (3, 2, [1, 3, 6, 8]), (4, 1, [1, 4])]
 )
-def test_the_last_step_is_drawn(tmp_path, every, epochs, names):
+def test_the_last_step_is_shown(tmp_path, every, epochs, names):
     def draw(m, xb, yb):
         return (m(*xb).view(2, 4).clamp(0, 1) * 255).byte().numpy()
 
@@ -128,7 +128,7 @@ def test_the_last_step_is_drawn(tmp_path, every, epochs, names):
     assert [int(p.stem) for p in sorted((tmp_path / "r/previews").iterdir())] == names
 
 
-def test_the_last_step_of_an_early_end_is_drawn_and_that_of_a_pause_is_not(tmp_path):
+def test_the_last_step_of_an_early_end_is_shown_and_that_of_a_pause_is_not(tmp_path):
     def draw(m, xb, yb):
         return (m(*xb).view(2, 4).clamp(0, 1) * 255).byte().numpy()
 
@@ -241,16 +241,16 @@ def short(f):
         if rank and len(b[0]) > 2: raise torch.OutOfMemoryError("CUDA out of memory.")
         return f(m, b, *fakes)
     return g
-for phase, name in enumerate(("drawing", "d", "g")):
+for name in ("generate", "d_loss", "g_loss"):
     learn = plain_learner(".", bs=7)
     trainer = learn.adversarial_trainer
-    trainer.functions = tuple(short(f) if i == phase else f for i, f in enumerate(trainer.functions))
+    setattr(trainer, name, short(getattr(trainer, name)))
     go(name, learn, 2)
     assert trainer.accumulate == 2, (name, trainer.accumulate)
 """,
     )
     go(plain_learner(tmp_path, bs=7), 2, tmp_path / "one")
-    for name in ("drawing", "d", "g"):
+    for name in ("generate", "d_loss", "g_loss"):
         near(tmp_path / name, tmp_path / "one")
 
 

@@ -1,0 +1,181 @@
+"Every model on every kind of image: trained, stopped, resumed bit by bit, sampled, saved, loaded, judged; others are refused."
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("fastai")
+
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from PIL import Image
+from torch import nn
+
+from microgen.core import InputError, as_rng
+from microgen.data.build import build
+from microgen.data.files import list_images
+from microgen.kind import KINDS, Kind, kind, kind_of
+from microgen.kinds.particles.recipe import ParticleRecipe
+from microgen.kinds.walls.recipe import Recipe
+from microgen.models.judge import card_rows
+from microgen.models.model import MODELS, Model, model_named
+from microgen.models.run import load_run
+from microgen.models.sample import sample_run
+from microgen.models.train import train_model
+
+torch.set_num_threads(1)
+
+
+class Clean(nn.Sequential):
+    "Two convolutions."
+
+    def __init__(self, channels):
+        first, last = nn.Conv2d(channels, 8, 3, padding=1), nn.Conv2d(8, channels, 3, padding=1)
+        super().__init__(first, nn.ReLU(), last)
+
+    def sample(self, n, cond=None, rng=None):
+        shape = (n, self[0].in_channels, 32, 32)
+        with torch.no_grad():
+            return self(torch.from_numpy(as_rng(rng).standard_normal(shape, np.float32)))
+
+
+class AddNoise(Callback):
+    "Noisy images in, the images themselves wanted."
+
+    order = 61  # after the checkpoint, which puts the random numbers back
+
+    def before_batch(self):
+        image = self.xb[0]
+        self.learn.xb, self.learn.yb = (image + 0.3 * torch.randn_like(image),), (image,)
+
+
+@dataclass(kw_only=True)
+class Denoiser(Model):
+    "A plain fastai model."
+
+    name = "denoiser"
+    summary = "takes noise out of images"
+
+    def network(self, data):
+        return Clean(data.n_channels)
+
+    def learner(self, dls, data):
+        return Learner(dls, self.network(data), nn.MSELoss(), lr=self.lr or 3e-3, cbs=AddNoise())
+
+    def judge(self, network, dls, data, progress=False):
+        images = dls.loaders[-1].one_batch()[-1]
+        with torch.no_grad():
+            errors = (network(images) - images).abs().mean((1, 2, 3)).cpu().numpy()
+        return card_rows({"error": errors}, {"error": "mean error of a clean image"})
+
+
+FOLDERS = ("walls", "particles", "grey", "colour")  # each kind; images of anything twice
+SPLITS = (0.5, 0.25, 0.25)
+CHOICES = {"epochs": 2, "bs": 4, "judged": 2}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    "A small folder of each kind of image."
+    at = tmp_path_factory.mktemp("kinds")
+    walls = Recipe(n=12, size=32, pixel_size=0.03, preset="good", splits=SPLITS)
+    particles = ParticleRecipe(
+        n=12, size=64, pixel_size=2.0, presets=("spheres",), settings={"n": 6}, splits=SPLITS
+    )
+    made = {
+        "walls": build(walls, at / "walls", workers=1),
+        "particles": build(particles, at / "particles", workers=1),
+    }
+    for name, shape in (("grey", (32, 32)), ("colour", (32, 32, 3))):
+        made[name] = at / name
+        made[name].mkdir()
+        for i in range(12):
+            smooth = np.random.default_rng(i).integers(0, 255, shape).astype("uint8")
+            Image.fromarray(smooth).save(made[name] / f"{i}.png")
+    return made
+
+
+@pytest.fixture(scope="session", autouse=True)
+def with_a_plain_model():
+    "The denoiser stands beside the models of microgen."
+    MODELS["denoiser"] = Denoiser
+    yield
+    del MODELS["denoiser"]
+
+
+NAMES = [*MODELS, "denoiser"]
+PAIRS = [(name, folder) for name in NAMES for folder in FOLDERS]
+
+
+def accepts(name, folder):
+    "Does this model take images of this folder?"
+    plain = kind_of_name(folder)
+    return not model_named(name)().refuses(plain)
+
+
+def kind_of_name(folder):
+    return kind(folder) if folder in KINDS else Kind()
+
+
+def weights(network):
+    return {name: w.cpu().clone() for name, w in network.state_dict().items()}
+
+
+def test_the_folders_show_every_kind(folders):
+    assert {kind_of(folder).name for folder in folders.values()} == set(KINDS)
+    assert {kind_of(folders[name]).name for name in ("grey", "colour")} == {"images"}
+
+
+@pytest.mark.parametrize("name,folder", PAIRS)
+def test_every_model_on_every_kind(name, folder, folders, tmp_path):
+    model = model_named(name)(**CHOICES)
+    if model.refuses(kind_of(folders[folder])):
+        with pytest.raises(InputError) as refused:
+            train_model(model, folders[folder], tmp_path / "refused", progress=False)
+        said = str(refused.value)
+        assert "\n" not in said and said.count(". ") == 0 and len(said) < 300, said
+        assert not (tmp_path / "refused").exists()
+        return
+
+    # trained in one go, and stopped in the middle and resumed: the same to the last bit
+    whole = train_model(model, folders[folder], tmp_path / "whole", progress=False)
+    assert not whole.stopped
+    halted = replace(model, max_hours=1e-9)
+    assert train_model(halted, folders[folder], tmp_path / "halves", progress=False).stopped
+    resumed = train_model(model, folders[folder], tmp_path / "halves", progress=False)
+    assert not resumed.stopped
+    mine, other = weights(whole.model), weights(resumed.model)
+    assert list(mine) == list(other)
+    assert all(torch.equal(mine[key], other[key]) for key in mine)
+
+    # saved and loaded
+    run = load_run(tmp_path / "whole")
+    assert run.data.kind == kind_of(folders[folder]).name
+    assert replace(run.model, init=None).to_dict() == model.settled(whole.dls).to_dict()
+    loaded = weights(run.network)
+    assert all(torch.equal(loaded[key], mine[key]) for key in mine)
+
+    # judged
+    rows = run.facts["metrics"]
+    assert rows and all(np.isfinite(row["value"]) for row in rows)
+    assert "None was measured" not in (tmp_path / "whole/model/README.md").read_text()
+
+    # sampled, twice the same
+    out = [
+        sample_run(tmp_path / run, tmp_path / f"of_{run}", n=2, seed=4, progress=False)
+        for run in ("whole", "halves")
+    ]
+    one, two = (list_images(folder) for folder in out)
+    assert len(one) == 2 and list(one.sha256) == list(two.sha256)
+    assert kind_of(out[0]).name == kind_of(folders[folder]).name
+    has_truth = one["maps"].notna().all()
+    assert has_truth == (run.data.recipe is not None and name != "denoiser")
+
+
+def test_some_pairs_are_accepted_and_some_refused():
+    answers = {pair: accepts(*pair) for pair in PAIRS}
+    assert answers["pix2pix", "walls"] and answers["pix2pix", "particles"]
+    assert not answers["pix2pix", "grey"] and not answers["router", "colour"]
+    assert all(answers["denoiser", folder] for folder in FOLDERS)
