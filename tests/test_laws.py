@@ -748,6 +748,8 @@ def documented(obj):
     except ValueError:  # fastcore compares defaults with ==
         yield "a default that is an array, which nbdev cannot show: write None and make it inside"
         return
+    if dataclasses.is_dataclass(obj):  # what is inherited is said once, where it is first defined
+        silent |= set(parameters) - set(vars(obj).get("__annotations__", {}))
     for name, d in parameters.items():
         if name not in silent and not (d.docment or "").strip():
             yield "no comment on what it returns" if name == "return" else f"no comment on {name}"
