@@ -320,8 +320,7 @@ def fit_columns(
     widths="shared",  # "shared": one profile per element; "column": times a width of each column
     background_nm=1.5,  # distance of the background's knots, nm
     max_steps=20,  # steps at most
-    # start's rows inside the image + amplitude, sigma_nm, y_se_nm, x_se_nm, amplitude_se
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # rows inside the image + amplitude, sigma_nm, y_se_nm, x_se_nm, amplitude_se
     """Fit all columns of an image together: positions, heights, profiles, background, and their standard errors.
 
     Raises: InputError when `start` lacks positions, has none inside the image, or the columns are finer than a pixel.

@@ -316,8 +316,7 @@ def find_walls(
     u0_pm,  # trimerisation amplitude of the crystal, pm
     p0_pm,  # uniform shift, pm
     reach_nm=2.0,  # columns up to this far from a wall are used, nm
-    # (walls, rows) DataFrames: one row for each wall; one for each crossing of a wall and an R row
-) -> tuple:
+) -> tuple:  # DataFrames: one row for each wall; one for each crossing of a wall and an R row
     """Fit every wall between two domains: position, normal, width and phi on both sides, with standard errors.
 
     Source: sine-Gordon wall of 10.1038/nmat3786."""

@@ -27,8 +27,7 @@ def projected_motif(
     fov,  # height and width of the field of view, nm
     zone,  # zone axis [u, v, w]
     up,  # crystal direction that points up in the image
-    # DataFrame of columns with weight and fixed, crystal frame; reciprocal net (2, 2), 1/nm
-) -> tuple:
+) -> tuple:  # DataFrame of weighted columns in the crystal; reciprocal net (2, 2), 1/nm
     "Projected columns, coinciding ones joined to the heaviest, weak ones marked as fixed."
     t = columns(
         structure, fov=fov, zone=zone, up=up, margin=0.6 * np.hypot(*fov) - 0.5 * min(fov)
@@ -184,8 +183,7 @@ def reference_columns(
     zone=(1, 0, 0),  # zone axis [u, v, w]
     up=(0, 0, 1),  # crystal direction that points up in the image
     rotation_deg=None,  # rotation of the crystal, degrees counter-clockwise (None: found within ±90)
-    # y_nm, x_nm in the image, yc_nm, xc_nm in the crystal, element, site, trimer, ...
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # y_nm, x_nm in the image, yc_nm, xc_nm in the crystal, element, trimer, ...
     """Lay a structure over an image: expected position and name of every column. `attrs` holds `T` and `match`.
 
     Raises: InputError when the lattice of the structure is not in the image."""
@@ -324,8 +322,7 @@ def _walk(
 def sublattices(
     table,  # DataFrame y_nm, x_nm, amplitude (or intensity)
     min_share=0.1,  # smallest share of all columns that makes a grain
-    # with site ("A", "B", ... bright to dim, "" for none), grain, i, j, yc_nm, xc_nm (ideal)
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # with site (A, B, ... bright to dim), grain, i, j, ideal yc_nm, xc_nm
     """Sort columns into sublattices by their translations and their brightness, grain by grain.
 
     Raises: InputError for a table of fewer than 12 columns."""

@@ -53,8 +53,7 @@ def displacements(
     cage,  # (N,) bool: the columns that make the frame
     T=None,  # (2, 2) image vector = T @ crystal vector; None: the same
     smooth_nm=0.3,  # radius of the local frame, nm
-    # (up, right, up error, right error) pm, each (N,); sparse (N, N) that makes them of deviations
-) -> tuple:
+) -> tuple:  # up, right and their errors, pm, each (N,); sparse (N, N) that makes them
     """Displacement of each column from the local frame of the cage, along the crystal's up and right.
 
     Raises: InputError when fewer than four columns make the cage."""
@@ -83,16 +82,13 @@ def displacements(
 class Measurement:
     "What was measured in one micrograph."
 
-    # one row for each column: y_nm, x_nm, element, site, disp_pm, phi, Q, standard errors, ...
-    columns: pd.DataFrame
-    walls: pd.DataFrame  # one row for each wall: y_nm, x_nm, normal_deg, width_nm, phi_left, phi_right, standard errors, ...
-    # one row for each crossing of a wall and a row of R columns: y_nm, x_nm, x_se_nm, wall
-    wall_rows: pd.DataFrame
+    columns: pd.DataFrame  # one row each: y_nm, x_nm, element, site, disp_pm, phi, Q, errors, ...
+    walls: pd.DataFrame  # one row each: y_nm, x_nm, normal_deg, width_nm, phi_left, errors, ...
+    wall_rows: pd.DataFrame  # crossings of a wall and a row of R columns: y_nm, x_nm, x_se_nm, wall
     maps: dict  # name -> (H, W) float32: disp_pm; for h-RMnO3 Q and phi too
     micrograph: Micrograph  # the image
     model: np.ndarray  # (H, W) the fitted image
-    # structure, affine map, noise of the detector, steps of the fit
-    settings: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)  # structure, affine map, detector noise, steps
 
     def __repr__(self):
         structure = self.settings.get("structure") or "no structure"

@@ -47,8 +47,7 @@ class Recipe(DatasetRecipe):
     voltage_kV: float = 200.0  # acceleration voltage
     semiangle_mrad: float = 22.0  # convergence semi-angle
     partial: bool = False  # accept partly occupied sites: 0.75 of a site is 0.75 of an atom
-    # file of the structure and its text, read if not given
-    cif: tuple = field(default=(), repr=False)
+    cif: tuple = field(default=(), repr=False)  # file of the structure and its text
 
     kind = "walls"
 
@@ -182,7 +181,9 @@ def _crystal(structure, cif):
 # %% ../../../nbs/85_kinds.walls.recipe.ipynb #6993a0f9
 @patch
 def rehearse(self: Recipe) -> None:
-    "Meet the errors of a structure, a thickness, a wall or a pixel size before anything is written."
+    """Meet the errors of a structure, a thickness, a wall or a pixel size before anything is written.
+
+    Raises: InputError for sites that are occupied in part, and for pixels too coarse, too fine or too many."""
     in_parts = [] if self.partial else partial_sites(self.crystal)
     if in_parts:
         raise InputError(
