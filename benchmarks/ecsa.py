@@ -1,6 +1,6 @@
 """How often the intervals of the explained ratio hold 1, on fields of known truth.
 
-    python benchmarks/ecsa.py                  # inputs drawn from their stated distributions: a few minutes
+    python benchmarks/ecsa.py                  # inputs sampled from their stated distributions: a few minutes
     python benchmarks/ecsa.py --exact          # inputs known: only count, detection curve and family are left
     python benchmarks/ecsa.py --runs 5         # quick
 

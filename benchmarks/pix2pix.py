@@ -53,7 +53,7 @@ from microgen.kinds.walls.evaluate import (
     rms_pm,
     structure_errors,
 )
-from microgen.kinds.walls.recipe import TABLE, Recipe, draw
+from microgen.kinds.walls.recipe import TABLE, Recipe, sample_values
 from microgen.metrics.features import random_extractor
 from microgen.metrics.image import ssim
 from microgen.metrics.sets import copy_test, feature_pair, half_samples, kernel_distance
@@ -92,10 +92,10 @@ def scenes(folder, n):
 
 def scan_again(recipe, index):
     "A second scan of one scene: same specimen, optics and settings; other motion and noise."
-    d, px = draw(recipe, index), recipe.pixel_size
+    d, px = sample_values(recipe, index), recipe.pixel_size
     shape = (recipe.size + 2 * d.rim,) * 2
     crystal = columns(
-        recipe.structure, d.fov, d.thickness, origin=d.origin, rotation_deg=d.rotation
+        recipe.structure, d.fov, d.thickness_nm, origin=d.origin, rotation_deg=d.rotation_deg
     )
     tilted = mistilt(displace(crystal, d.field), d.scan.mistilt_mrad, d.scan.mistilt_deg)
     rng = np.random.default_rng([recipe.seed, index, 1])
@@ -114,16 +114,16 @@ def scan_again(recipe, index):
 
 def other_microscopes(recipe, index, n):
     "Scans of one scene, each with optics, thickness and settings of another image: (n, H, W) in [-1, 1]."
-    scene, out = draw(recipe, index), []
+    scene, out = sample_values(recipe, index), []
     shape = (recipe.size + 2 * scene.rim,) * 2
     for k in range(n):
-        other = draw(recipe, k)
+        other = sample_values(recipe, k)
         crystal = columns(
             recipe.structure,
             scene.fov,
-            other.thickness,
+            other.thickness_nm,
             origin=scene.origin,
-            rotation_deg=scene.rotation,
+            rotation_deg=scene.rotation_deg,
         )
         ideal = haadf(displace(crystal, scene.field), recipe.pixel_size, other.probe, shape)
         out.append(

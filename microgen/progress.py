@@ -11,6 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # %% ../nbs/03_progress.ipynb #dd01fd9d
+def _console():
+    "A terminal, or a page of 90 columns where there is none."
+    from rich.console import Console
+
+    in_terminal = sys.stdout.isatty()
+    width = None if in_terminal else 90
+    return Console(force_jupyter=False, force_terminal=in_terminal, width=width)
+
+
 @contextmanager
 def progress_bar(
     total: int,  # units of work
@@ -20,13 +29,7 @@ def progress_bar(
 ) -> Iterator:  # yields a function: call it with the number of units just done
     "Show progress, rate and time left."
     from rich import progress as rich
-    from rich.console import Console
 
-    plain = Console(
-        force_jupyter=False,
-        force_terminal=sys.stdout.isatty(),
-        width=None if sys.stdout.isatty() else 90,
-    )
     columns = (
         rich.TextColumn("{task.description}"),
         rich.BarColumn(),
@@ -36,7 +39,7 @@ def progress_bar(
         rich.TextColumn("left"),
         rich.TimeRemainingColumn(),
     )
-    with rich.Progress(*columns, console=plain, disable=not shown) as bar:
+    with rich.Progress(*columns, console=_console(), disable=not shown) as bar:
         task = bar.add_task(label, total=total, rate="")
 
         def advance(n=1):

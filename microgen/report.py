@@ -16,6 +16,12 @@ from .core import InputError
 from .io.files import provenance, write_text
 
 # %% ../nbs/09_report.ipynb #eb2fdc24
+def _captioned(body, caption):
+    "A figure or table with one line above it."
+    head = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f"<figure>{head}{body}</figure>"
+
+
 @dataclass
 class Section:
     "A titled part of a report, filled in the reader's order."
@@ -38,10 +44,10 @@ class Section:
         digits: int = 3,  # significant digits of floating-point columns
     ) -> "Section":  # the section itself
         "Add a table."
-        body = table.to_html(
+        cells = table.to_html(
             index=False, border=0, float_format=lambda x: f"{x:.{digits}g}", na_rep=""
         )
-        self.parts.append(_captioned(body, caption))
+        self.parts.append(_captioned(cells, caption))
         return self
 
     def figure(
@@ -51,27 +57,15 @@ class Section:
         dpi: int = 90,  # dots per inch of the embedded PNG
     ) -> "Section":  # the section itself
         "Add a figure as an embedded PNG, and close it."
+        import matplotlib.pyplot as plt
+
         png = io.BytesIO()
         fig.savefig(png, format="png", dpi=dpi, bbox_inches="tight")
-        _close(fig)
+        plt.close(fig)
         code = base64.b64encode(png.getvalue()).decode()
-        self.parts.append(
-            _captioned(
-                f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{code}">', caption
-            )
-        )
+        picture = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{code}">'
+        self.parts.append(_captioned(picture, caption))
         return self
-
-
-def _captioned(body, caption):
-    head = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{head}{body}</figure>"
-
-
-def _close(fig):
-    import matplotlib.pyplot as plt
-
-    plt.close(fig)
 
 # %% ../nbs/09_report.ipynb #77a7b860
 _STYLE = """
@@ -82,6 +76,16 @@ img { max-width: 100%; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #eee; } th { border-color: #999; }
 nav a { margin-right: 1rem; } pre { background: #f6f6f6; padding: .6rem; overflow-x: auto; }
 """
+
+
+def _how_to_make_it_again(seed):
+    "The last part of a page: command, seed and versions."
+    facts = provenance(seed)
+    versions = "\n".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return (
+        '<h2 id="again">How to make this page again</h2>'
+        f"<pre>{html.escape(facts['command'])}\n\nseed {facts['seed']}</pre><pre>{html.escape(versions)}</pre>"
+    )
 
 
 @dataclass
@@ -97,18 +101,17 @@ class Report:
         seed=None,  # root seed that made the results
     ) -> str:  # the page
         "Write the page as one string."
-        links = "".join(
-            f'<a href="#s{i}">{html.escape(s.title)}</a>' for i, s in enumerate(self.sections)
-        )
-        body = "".join(
-            f'<h2 id="s{i}">{html.escape(s.title)}</h2>{"".join(s.parts)}'
-            for i, s in enumerate(self.sections)
-        )
+        links, body = [], []
+        for i, section in enumerate(self.sections):
+            heading = html.escape(section.title)
+            links.append(f'<a href="#s{i}">{heading}</a>')
+            body.append(f'<h2 id="s{i}">{heading}</h2>{"".join(section.parts)}')
+        title, lead = html.escape(self.title), html.escape(self.lead)
         return (
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
+            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
-            f'<body><h1>{html.escape(self.title)}</h1><p class="lead">{html.escape(self.lead)}</p>'
-            f"<nav>{links}</nav>{body}{_again(seed)}</body></html>"
+            f'<body><h1>{title}</h1><p class="lead">{lead}</p>'
+            f"<nav>{''.join(links)}</nav>{''.join(body)}{_how_to_make_it_again(seed)}</body></html>"
         )
 
     def save(
@@ -122,12 +125,3 @@ class Report:
             raise InputError(f"The report {self.title!r} has no section: add one before saving it.")
         write_text(path, self.html(seed))
         return Path(path)
-
-
-def _again(seed):
-    facts = provenance(seed)
-    versions = "\n".join(f"{name} {version}" for name, version in facts["versions"].items())
-    return (
-        '<h2 id="again">How to make this page again</h2>'
-        f"<pre>{html.escape(facts['command'])}\n\nseed {facts['seed']}</pre><pre>{html.escape(versions)}</pre>"
-    )

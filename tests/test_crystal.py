@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from microgen.core import InputError, ReadError
-from microgen.stem.crystal import columns, load_structure, reference, structures, supercell, trimer
+from microgen.stem.crystal import columns, supercell
+from microgen.stem.structure import load_structure, reference, structures, trimer
 
 GOOD = (files("microgen") / "structures" / "YMnO3.cif").read_text(encoding="utf-8")
 

@@ -14,7 +14,7 @@ from microgen.count.ecsa import LIMITS, compare_ecsa, ecsa
 from microgen.count.electrode import (
     SOURCES,
     EcsaInputs,
-    Estimate,
+    ErrorBudget,
     contact_factor,
     ecsa_inputs,
     stated,
@@ -249,7 +249,7 @@ def test_limits_against_random_draws():
     rng = np.random.default_rng(7)
     parts = [
         stated((0.75, 0.1), "contact", low=0.5, high=1),
-        Estimate(2.0, {"family": (0.02, 0.15)}),
+        ErrorBudget(2.0, {"family": (0.02, 0.15)}),
         stated((210, 21), "charge constant"),
     ]
     product = parts[0] * parts[1] / parts[2]

@@ -216,7 +216,7 @@ SHOWN = ("found_share", "f1")  # of what an image was asked to show, the share t
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_compared(name, folder_of, tmp_path):
-    result = compare(folder_of(name), folder_of(name, 1), tmp_path / "report", most_physics=3)
+    result = compare(folder_of(name), folder_of(name, 1), tmp_path / "report", most_evaluated=3)
     assert (tmp_path / "report/report.html").stat().st_size > 10_000
     table = result.tables["intensity_and_spectrum"]
     assert np.isfinite(table["value"]).all()

@@ -472,3 +472,129 @@ def test_the_discriminator_of_a_run_is_an_extractor():
     table = set_table(a, noise(24, 32, 1) ** 3, seen).set_index("metric")
     assert "FD(run)" in table.index and not table.index.str.contains("FID").any()
     assert table.low["FD(run)"] > table.floor_high["FD(run)"]
+
+
+# --- kinds and colour
+
+
+@pytest.fixture(scope="module")
+def particle_sets(tmp_path_factory):
+    "Three small datasets of particles, the third of larger ones."
+    from microgen.data.build import build
+    from microgen.kinds.particles.recipe import ParticleRecipe
+
+    out = tmp_path_factory.mktemp("particles")
+    same = dict(presets=("gold_on_carbon",), n=6, size=128)
+    larger = {"settings": {"median_nm": 32.0}}
+    made = {}
+    for name, over in dict(real={"seed": 1}, fake={"seed": 2}, larger={"seed": 3} | larger).items():
+        made[name] = build(ParticleRecipe(**same | over), out / name, workers=1)
+    return made
+
+
+def test_two_datasets_of_particles_are_compared(particle_sets, tmp_path):
+    from microgen.metrics.compare import compare
+
+    found = compare(
+        particle_sets["real"], particle_sets["fake"], tmp_path / "report", most_evaluated=6
+    )
+    means = found.tables["evaluation_means"].set_index("metric")
+    assert means.value["f1"] > 0.6 and means.low["f1"] <= means.value["f1"] <= means.high["f1"]
+    assert {"evaluation.csv", "sizes_of_the_particles.csv"} <= {p.name for p in found.out.iterdir()}
+    page = (found.out / "report.html").read_text()
+    assert "particles counted over particles asked for" in page and "column" not in page
+
+
+def test_larger_particles_are_told_from_smaller_ones(particle_sets):
+    from microgen.metrics.compare import compare
+
+    found = compare(particle_sets["real"], particle_sets["larger"], most_evaluated=6)
+    sizes = found.tables["sizes_of_the_particles"].set_index("measure")
+    median = sizes.loc["median diameter, nm"]
+    assert median.generated_low > median.real_high
+    same = compare(particle_sets["real"], particle_sets["real"], most_evaluated=3)
+    assert "evaluation_real" in same.tables and "pairs" in same.tables  # the truth agrees: pairs
+    distance = same.tables["sizes_of_the_particles"].set_index("measure").generated.iloc[-1]
+    assert distance == 0
+
+
+def test_sets_of_different_kinds_are_compared_as_plain_images(particle_sets, folders):
+    from microgen.metrics.compare import compare
+    from microgen.metrics.match import kind_of_sets
+
+    notes = []
+    assert kind_of_sets([particle_sets["real"], folders[0]], notes=notes).name == "images"
+    assert notes == [
+        "The sets are of different kinds (particles, walls): they are compared as plain images."
+    ]
+    as_plain = compare(
+        particle_sets["real"], particle_sets["fake"], kind="images", most_evaluated=2
+    )
+    assert "evaluation" not in as_plain.tables
+    with pytest.raises(InputError, match="leave structure= out"):
+        compare(particle_sets["real"], particle_sets["fake"], structure="YMnO3")
+    with pytest.raises(InputError, match="no kind of image"):
+        compare(*folders, kind="cats")
+
+
+def test_a_crystal_that_is_none_is_refused_in_one_sentence(folders):
+    from microgen.metrics.compare import compare
+
+    with pytest.raises(InputError, match="no trimer distortion"):
+        compare(*folders, structure="YMnO3-PE")
+
+
+def tinted(folder, tint, seed, n=16):
+    "A folder of colour images: one texture in three tints."
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for i in range(n):
+        texture = rng.normal(0, 12, (40, 40, 1)) + rng.normal(0, 3, (40, 40, 3))
+        pixels = np.clip(np.array(tint) + texture, 0, 255).astype("uint8")
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "tint, seen", [((150, 90, 120), 0), ((158, 90, 120), 1), ((120, 90, 150), 2)]
+)
+def test_colour_is_compared(tmp_path, tint, seen):
+    "The same tint, more red, and red and blue in each other's place."
+    from microgen.metrics.compare import compare
+
+    real = tinted(tmp_path / "real", (150, 90, 120), 0)
+    fake = tinted(tmp_path / "fake", tint, 1)
+    found = compare(real, fake, tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").exists()
+    table = found.tables["intensity_by_channel"].set_index(["metric", "channel"]).loc["wasserstein"]
+    assert (table.low > table.floor_high).sum() == seen
+    kernel = found.tables["sets"].set_index("metric").loc["KD(random)"]
+    assert (kernel.low > kernel.floor_high) == bool(seen)
+
+
+def test_the_luminance_of_colour_is_that_of_the_reader(tmp_path):
+    from microgen.io.files import read
+    from microgen.metrics.match import load_set
+
+    folder = tinted(tmp_path / "set", (150, 90, 120), 0, 3)
+    images = load_set(folder).images
+    grey = np.stack([read(p, 1.0).data for p in sorted(folder.iterdir())])
+    assert images.colour.shape == (3, 3, 40, 40) and np.allclose(images.data, grey, atol=1e-4)
+
+
+def test_grey_among_colour_and_colour_against_grey(tmp_path):
+    from microgen.metrics.compare import compare
+
+    colour = tinted(tmp_path / "colour", (150, 90, 120), 0)
+    found = compare(colour, noise(16, 40))
+    assert "Only the real images are in colour: their luminance is compared." in found.notes
+    assert "intensity_by_channel" not in found.tables
+
+
+@pytest.mark.parametrize("side", [44, 81, 98, 99, 161, 175, 176])
+def test_as_many_levels_of_ms_ssim_as_the_library_takes(side):
+    pytest.importorskip("torchmetrics.functional.image")
+    a = noise(1, side)
+    assert im.ms_ssim(a, a, levels=im.ms_ssim_levels((side, side))) == pytest.approx(1)

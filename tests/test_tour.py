@@ -45,7 +45,7 @@ def test_the_report_is_one_page_with_its_origin(out):
 
 
 def test_a_tour_of_another_seed_fits_into_the_same_folder(out, monkeypatch):
-    training = CHAPTERS["Training: walls drawn from their maps"]
+    training = CHAPTERS["Training: walls generated from their maps"]
     monkeypatch.setattr(room, "chapters", lambda: [training])
     for seed in (4, 3):  # another, and the first once more
         page = room.tour(out, seed=seed, workers=1, quick=True).read_text(encoding="utf-8")

@@ -21,47 +21,49 @@ from ..sem.preset import Scene
 from ..sem.scene import simulate_scene
 
 # %% ../../nbs/96_chapters.particles.ipynb #9fdfca45
-SCENE = Scene(
-    size=640, pixel_size=1.0, median_nm=8.0, gsd=1.45, n=500, probe_nm=1.2, electrons=60.0
-)  # half are found at 5.6 nm
-INJECTED = 600
-
-
 def unseen_truth(
     truth,  # table of the scene: y_nm, x_nm, diameter_nm, inside (share of it in the frame) of every particle
     found,  # particles that were counted: y_nm, x_nm, diameter_nm
 ) -> dict:  # unseen share of number, surface and mass
     "Say what share of the particles that lie wholly in the frame has no counted particle in its place, of its size."
-    real = truth[truth.inside > 0.99]  # of one that the frame cuts the edge weights take care
-    at, size = (real[["y_nm", "x_nm"]].to_numpy(), real.diameter_nm.to_numpy())
-    distance, which = cKDTree(found[["y_nm", "x_nm"]].to_numpy()).query(at)
-    missed = (distance > 0.5 * size) | (
-        np.abs(np.log(found.diameter_nm.to_numpy()[which] / size)) > np.log(2)
-    )
+    whole = truth[truth.inside > 0.99]  # of one that the frame cuts the edge weights take care
+    d_nm = whole.diameter_nm.to_numpy()
+    counted = cKDTree(found[["y_nm", "x_nm"]].to_numpy())
+    distance, nearest = counted.query(whole[["y_nm", "x_nm"]].to_numpy())
+    ratio = found.diameter_nm.to_numpy()[nearest] / d_nm
+    missed = (distance > 0.5 * d_nm) | (np.abs(np.log(ratio)) > np.log(2))
     return {
-        name: float(np.average(missed, weights=size**q))
-        for name, q in (("number", 0), ("surface", 2), ("mass", 3))
+        "number": float(np.average(missed)),
+        "surface": float(np.average(missed, weights=d_nm**2)),
+        "mass": float(np.average(missed, weights=d_nm**3)),
     }
 
-
-def _compared(truth, fit):
-    rows = [(name, truth[name], getattr(fit, f"unseen_{name}")) for name in truth]
-    table = pd.DataFrame(
-        [
-            {
-                "unseen share of": name,
-                "truth": true,
-                "estimate": u.value,
-                "low": u.low,
-                "high": u.high,
-                "refused": u.refused or "",
-            }
-            for name, true, u in rows
-        ]
-    )
+# %% ../../nbs/96_chapters.particles.ipynb #48b8611c
+def _truth_and_estimate(truth, fit):
+    "The shares that were not seen: truth, estimate, interval, and why an estimate was refused."
+    rows = []
+    for name, true in truth.items():
+        unseen = getattr(fit, f"unseen_{name}")
+        row = {"unseen share of": name, "truth": true, "estimate": unseen.value}
+        row |= {"low": unseen.low, "high": unseen.high, "refused": unseen.refused or ""}
+        rows.append(row)
+    table = pd.DataFrame(rows)
     return table if table.refused.any() else table.drop(columns="refused")
 
 
+def _verdict(table):
+    "Does the interval hold the truth? Said of those that have two ends."
+    if "refused" in table:
+        table = table[table.refused == ""]
+    held = ((table.low <= table.truth) & (table.truth <= table.high)).sum()
+    return f"{held} of {len(table)} intervals hold the truth, and of a hundred such intervals about five should not."
+
+# %% ../../nbs/96_chapters.particles.ipynb #3137c4ab
+# half of the particles are found at 5.6 nm
+SCENE = Scene(
+    size=640, pixel_size=1.0, median_nm=8.0, gsd=1.45, n=500, probe_nm=1.2, electrons=60.0
+)
+INJECTED = 600
 TITLE = "Nanoparticles: counted, corrected, compared"
 
 
@@ -72,9 +74,10 @@ def particles_chapter(
     "Simulate a scene, count it, say what is missed, compare with the truth."
     settings = replace(SCENE, size=256, n=80) if tour.quick else SCENE
     scene = simulate_scene(settings, np.random.default_rng([tour.seed, 1]))
-    scene.image.save(tour.out / "particles.tif")
+    file = tour.out / "particles.tif"
+    scene.image.save(file)
     sample = count_sample(
-        tour.out / "particles.tif",
+        file,
         tour.out / "particles",
         calibrate=not tour.quick,
         n=INJECTED,
@@ -82,45 +85,37 @@ def particles_chapter(
         workers=tour.workers,
         progress=tour.progress,
     )
-    part = (
-        Section(TITLE)
-        .text(
-            "A simulated image of particles on carbon, drawn so that the smallest are lost in the noise. "
-            f"{int((scene.table.inside > 0.5).sum())} particles are in the frame; the counter, which gets the image "
-            f"alone, found {len(sample.particles())}."
-        )
-        .figure(
-            sample.show(),
-            "Outlines of what was counted (blue: cut by the frame), and the diameters",
-        )
+    counted = sample.particles()
+    in_frame = int((scene.table.inside > 0.5).sum())
+    part = Section(TITLE)
+    part.text(
+        "A simulated image of particles on carbon, in which the smallest are lost in the noise. "
+        f"{in_frame} particles are in the frame; the counter, which gets the image "
+        f"alone, found {len(counted)}."
+    )
+    part.figure(
+        sample.show(),
+        "Outlines of what was counted (blue: cut by the frame), and the diameters",
     )
     if sample.fit is None:
         return part.text(sample.note or "A quick tour does not ask what is missed.")
-    table = _compared(unseen_truth(scene.table, sample.particles()), sample.fit)
+
+    table = _truth_and_estimate(unseen_truth(scene.table, counted), sample.fit)
     write_csv(tour.out / "unseen.csv", table)
-    return (
-        part.text(
-            f"Which sizes does it miss? {INJECTED} more particles of known size were drawn into the same image and "
-            "counted again. The share found of each diameter is the detection curve; the size law is fitted through it, "
-            f"and what the law holds beyond the particles found is unseen. {_verdict(table)}"
-        )
-        .table(
-            table,
-            "Share of all particles, of their surface and of their mass that was not seen: "
-            "truth, estimate, 95 % interval",
-            2,
-        )
-        .figure(
-            show_sizes(sample.fit),
-            "Diameters with the fitted law and its unseen part; detection curve; "
-            "unseen shares with their intervals",
-        )
+    part.text(
+        f"Which sizes does it miss? {INJECTED} more particles of known size were injected into the same image and "
+        "counted again. The share found of each diameter is the detection curve; the size law is fitted through it, "
+        f"and what the law holds beyond the particles found is unseen. {_verdict(table)}"
     )
-
-
-def _verdict(table):
-    "Does the interval hold the truth? Said of those that have two ends."
-    if "refused" in table:
-        table = table[table.refused == ""]
-    held = ((table.low <= table.truth) & (table.truth <= table.high)).sum()
-    return f"{held} of {len(table)} intervals hold the truth, and of a hundred such intervals about five should not."
+    part.table(
+        table,
+        "Share of all particles, of their surface and of their mass that was not seen: "
+        "truth, estimate, 95 % interval",
+        digits=2,
+    )
+    part.figure(
+        show_sizes(sample.fit),
+        "Diameters with the fitted law and its unseen part; detection curve; "
+        "unseen shares with their intervals",
+    )
+    return part

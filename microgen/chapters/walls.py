@@ -26,16 +26,19 @@ def crossing_errors(
 ) -> np.ndarray:  # distance along x between measured and true crossing of each row, nm
     "Compare each measured crossing of a wall with the truth map."
     py, px = found.micrograph.pixel_size
-    middle, errors = (about["phi_left"] + about["phi_right"]) / 2, []
+    phi, phi_of_wall = maps["phi"], (about["phi_left"] + about["phi_right"]) / 2
+    errors = []
     for y, x in found.wall_rows[["y_nm", "x_nm"]].to_numpy():
-        row = min(max(int(round(y / py)), 0), len(maps["phi"]) - 1)
-        line = np.sin(maps["phi"][row] - middle)
-        cross = np.flatnonzero(np.diff(np.sign(line)))
-        true = (cross + line[cross] / (line[cross] - line[cross + 1])) * px
-        errors.append(x - true[np.abs(true - x).argmin()] if len(true) else np.nan)
+        row = min(max(int(round(y / py)), 0), len(phi) - 1)
+        beside = np.sin(phi[row] - phi_of_wall)  # changes its sign at the wall
+        pixel = np.flatnonzero(np.diff(np.sign(beside)))
+        part = beside[pixel] / (beside[pixel] - beside[pixel + 1])
+        crossings = (pixel + part) * px
+        distance = x - crossings
+        errors.append(distance[np.abs(distance).argmin()] if len(distance) else np.nan)
     return np.array(errors)
 
-
+# %% ../../nbs/96_chapters.walls.ipynb #0d407061
 CELL_NM = 0.5316  # three columns along a row: a sqrt(3) / 2 of YMnO3
 
 
@@ -45,32 +48,91 @@ def score(
 ) -> dict:  # one row of the tour's table
     "Compare a measurement with the truth."
     pairs = pair_columns(found.columns, one.table)
-    error = pairs.disp_pm_found - pairs.disp_pm_true
-    phi = np.angle(np.exp(3j * (pairs.phi_found - _true_phi(one, pairs)))) / 3
-    walls = np.abs(crossing_errors(found, one.maps, one.about))
+    error_pm = pairs.disp_pm_found - pairs.disp_pm_true
+    # one image knows phi to a third of a turn
+    phi_error = np.angle(np.exp(3j * (pairs.phi_found - _true_phi(one, pairs)))) / 3
+    wall_error_nm = np.abs(crossing_errors(found, one.maps, one.about))
+    no_wall = not len(wall_error_nm)
     return {
         "label": one.about["label"],
         "thickness_nm": one.about["thickness_nm"],
         "dose_e_A2": one.about["dose"],
         "r_columns": (one.table.site == "R").sum(),
         "found": len(pairs),
-        "disp_rms_error_pm": np.sqrt(np.nanmean(error**2)),
+        "disp_rms_error_pm": np.sqrt(np.nanmean(error_pm**2)),
         "disp_stated_se_pm": np.sqrt(np.nanmean(pairs.disp_se_pm_found**2)),
-        "phi_error_deg": np.degrees(np.nanmedian(np.abs(phi))),
-        "wall_error_cells": np.nanmedian(walls) / CELL_NM if len(walls) else np.nan,
+        "phi_error_deg": np.degrees(np.nanmedian(np.abs(phi_error))),
+        "wall_error_cells": np.nan if no_wall else np.nanmedian(wall_error_nm) / CELL_NM,
         "walls_found": len(found.walls),
     }
 
 
 def _true_phi(one, pairs):
     "Phi of the truth map at each true column."
-    at = [
-        (pairs[f"{k}_nm_true"] / p).round().astype(int).clip(0, n - 1)
-        for k, p, n in zip("yx", one.image.pixel_size, one.image.shape)
-    ]
-    return one.maps["phi"][tuple(at)]
+    (height, width), (py, px) = one.image.shape, one.image.pixel_size
+    row = (pairs.y_nm_true / py).round().astype(int).clip(0, height - 1)
+    column = (pairs.x_nm_true / px).round().astype(int).clip(0, width - 1)
+    return one.maps["phi"][row, column]
 
 # %% ../../nbs/96_chapters.walls.ipynb #53eb3d02
+def _simulated_and_measured(recipe, names, progress):
+    "One image of each wall, in the order of the names, and what was measured in it."
+    scenes, found = [], []
+    with progress_bar(2 * recipe.n, "simulating, measuring", progress, "steps") as advance:
+        for i in range(recipe.n):
+            scenes.append(simulate(recipe, i))
+            advance(1)
+        scenes.sort(key=lambda one: names.index(one.about["label"]))
+        for one in scenes:
+            found.append(measure(one.image, "YMnO3"))
+            advance(1)
+    return scenes, found
+
+
+def _result(table):
+    "The result in a sentence."
+    error, wall = table.disp_rms_error_pm, table.wall_error_cells.iloc[-1]
+    words = (
+        f"{table.found.sum()} of {table.r_columns.sum()} yttrium columns were found. Their displacements, which are "
+        f"20 to 28 pm inside a domain, are recovered to {error.min():.1f} to {error.max():.1f} pm rms"
+    )
+    if np.isnan(wall):
+        return f"{words}; no wall was found in the type C image."
+    return f"{words}, and the wall lies within {wall:.2f} unit cell ({1000 * CELL_NM * wall:.0f} pm) of its true place."
+
+
+def _displacement_maps(one, found):
+    "Figure: displacement along c, true and measured, beside the image with arrows."
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained")
+    truth, measured, image = axes
+    style = {"cmap": "coolwarm", "vmin": -35, "vmax": 35}
+    show(one.maps["disp_pm"], one.image.pixel_size, ax=truth, title="truth", **style)
+    show(found.maps["disp_pm"], one.image.pixel_size, ax=measured, title="measured", **style)
+    found.show(ax=image)
+    size = truth.title.get_fontsize()
+    image.set_title("columns, displacements and wall", fontsize=size)
+    fig.colorbar(truth.images[0], ax=measured, label="along c, pm", shrink=0.8)
+    return fig
+
+
+def _column_by_column(names, scenes, found):
+    "Figure: measured against true displacement of every yttrium column."
+    import matplotlib.pyplot as plt
+
+    n = len(names)
+    fig, axes = plt.subplots(1, n, figsize=(3.4 * n, 3.2), sharex=True, sharey=True)
+    for ax, name, one, measured in zip(axes, names, scenes, found):
+        pairs = pair_columns(measured.columns, one.table)
+        true, value, error = pairs.disp_pm_true, pairs.disp_pm_found, pairs.disp_se_pm_found
+        ax.errorbar(true, value, error, fmt=".", ms=3, lw=0.5, color="0.2")
+        ax.axline((0, 0), slope=1, lw=0.8, color="tab:red")
+        ax.set(title=name, xlabel="true displacement, pm")
+    axes[0].set_ylabel("measured, pm")
+    return fig
+
+# %% ../../nbs/96_chapters.walls.ipynb #cce10028
 TITLE = "Walls in YMnO3: simulated, measured, compared"
 
 
@@ -82,113 +144,40 @@ def walls_chapter(
     names = ("UP", "DN", "typeC")
     size = min(tour.size, 160) if tour.quick else tour.size
     recipe = Recipe(walls=names, n=len(names), size=size, preset="typical", seed=tour.seed)
-    scenes, found = _measured(recipe, names, tour.progress)
-    table = pd.DataFrame([score(*pair) for pair in zip(scenes, found)])
-    for name, one, m in zip(names, scenes, found):
+    scenes, found = _simulated_and_measured(recipe, names, tour.progress)
+    table = pd.DataFrame([score(one, measured) for one, measured in zip(scenes, found)])
+    for name, one, measured in zip(names, scenes, found):
         one.image.save(tour.out / f"{name}.tif")
-        m.save(tour.out / name)
+        measured.save(tour.out / name)
     write_csv(tour.out / "scores.csv", table)
-    return (
-        Section(TITLE)
-        .text(
-            "A domain with its polarisation up (UP), one with it down (DN), and a stepped wall between two domains "
-            "(type C), drawn from the crystal structure of YMnO3 with the electron dose, drift, jitter and dirt of an "
-            "ordinary session. The measurement gets the noisy image and the crystal structure, nothing else; the truth "
-            "is kept for the comparison."
-        )
-        .text(_result(table))
-        .figure(
-            show_grid(
-                [one.image for one in scenes],
-                titles=[_title(one) for one in scenes],
-                ncols=3,
-                size=3.2,
-            ),
-            "Simulated micrographs; the bright rows are yttrium, the dim ones manganese",
-        )
-        .table(
-            table.rename(columns={"r_columns": "y_columns"}),
-            "Measured against the truth: rms error of the displacement beside the standard error that the fit states; "
-            "median errors of the order parameter's angle phi and of the wall's place",
-        )
-        .figure(
-            _displacements(scenes[-1], found[-1]),
-            "The type C wall: displacement along c of the yttrium columns, "
-            "true and measured, and the image with arrows and wall (yellow)",
-        )
-        .figure(
-            _scatter(names, scenes, found),
-            "Every yttrium column with its standard error: on the red line "
-            "measurement and truth agree",
-        )
+
+    images = {}
+    for one in scenes:
+        images[f"{one.about['label']}, {one.about['dose']:,.0f} e/Å²"] = one.image
+    part = Section(TITLE)
+    part.text(
+        "A domain with its polarisation up (UP), one with it down (DN), and a stepped wall between two domains "
+        "(type C), simulated from the crystal structure of YMnO3 with the electron dose, drift, jitter and dirt of an "
+        "ordinary session. The measurement gets the noisy image and the crystal structure, nothing else; the truth "
+        "is kept for the comparison."
     )
-
-
-def _measured(recipe, names, progress):
-    "One image of each wall, in the order of the names, and what was measured in it."
-    with progress_bar(2 * recipe.n, "simulating, measuring", progress, "steps") as advance:
-
-        def done(value):
-            return advance(1) or value
-
-        scenes = [done(simulate(recipe, i)) for i in range(recipe.n)]
-        scenes.sort(key=lambda one: names.index(one.about["label"]))
-        return scenes, [done(measure(one.image, "YMnO3")) for one in scenes]
-
-
-def _result(table):
-    error, wall = table.disp_rms_error_pm, table.wall_error_cells.iloc[-1]
-    words = (
-        f"{table.found.sum()} of {table.r_columns.sum()} yttrium columns were found. Their displacements, which are "
-        f"20 to 28 pm inside a domain, are recovered to {error.min():.1f} to {error.max():.1f} pm rms"
+    part.text(_result(table))
+    part.figure(
+        show_grid(images, ncols=3, size=3.2),
+        "Simulated micrographs; the bright rows are yttrium, the dim ones manganese",
     )
-    if np.isnan(wall):
-        return f"{words}; no wall was found in the type C image."
-    return f"{words}, and the wall lies within {wall:.2f} unit cell ({1000 * CELL_NM * wall:.0f} pm) of its true place."
-
-
-def _title(one):
-    return f"{one.about['label']}, {one.about['dose']:,.0f} e/Å²"
-
-
-def _displacements(one, found):
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), layout="constrained")
-    for ax, maps, title in zip(axes, (one.maps, found.maps), ("truth", "measured")):
-        show(
-            maps["disp_pm"],
-            one.image.pixel_size,
-            ax=ax,
-            title=title,
-            cmap="coolwarm",
-            vmin=-35,
-            vmax=35,
-        )
-    found.show(ax=axes[2])
-    axes[2].set_title("columns, displacements and wall", fontsize=axes[0].title.get_fontsize())
-    fig.colorbar(axes[0].images[0], ax=axes[1], label="along c, pm", shrink=0.8)
-    return fig
-
-
-def _scatter(names, scenes, found):
-    import matplotlib.pyplot as plt
-
-    fig, axes = plt.subplots(
-        1, len(names), figsize=(3.4 * len(names), 3.2), sharex=True, sharey=True
+    part.table(
+        table.rename(columns={"r_columns": "y_columns"}),
+        "Measured against the truth: rms error of the displacement beside the standard error that the fit states; "
+        "median errors of the order parameter's angle phi and of the wall's place",
     )
-    for ax, name, one, m in zip(axes, names, scenes, found):
-        pairs = pair_columns(m.columns, one.table)
-        ax.errorbar(
-            pairs.disp_pm_true,
-            pairs.disp_pm_found,
-            pairs.disp_se_pm_found,
-            fmt=".",
-            ms=3,
-            lw=0.5,
-            color="0.2",
-        )
-        ax.axline((0, 0), slope=1, lw=0.8, color="tab:red")
-        ax.set(title=name, xlabel="true displacement, pm")
-    axes[0].set_ylabel("measured, pm")
-    return fig
+    part.figure(
+        _displacement_maps(scenes[-1], found[-1]),
+        "The type C wall: displacement along c of the yttrium columns, "
+        "true and measured, and the image with arrows and wall (yellow)",
+    )
+    part.figure(
+        _column_by_column(names, scenes, found),
+        "Every yttrium column with its standard error: on the red line measurement and truth agree",
+    )
+    return part

@@ -6,132 +6,164 @@
 __all__ = ['LIMITS', 'Ecsa', 'ecsa', 'EcsaRatio', 'compare_ecsa']
 
 # %% ../../nbs/47_count.ecsa.ipynb #6b41a644
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from scipy.special import expit, log_expit
-from scipy.stats import chi2, norm
+from scipy.stats import norm
 
 from ..core import InputError, check_positive
-from .electrode import CHARGE, SOURCES, EcsaInputs, Estimate, ecsa_inputs, stated
+from .electrode import SOURCES, EcsaInputs, ErrorBudget, ecsa_inputs, stated
 from .law import FAMILIES, DetectionCurve
-from .likelihood import ThinnedLikelihood, profile_ends
-from .size import SizeFit, _fit_family, visible_sizes
+from .likelihood import ThinnedLikelihood
+from .size import SizeFit, envelope, fit_family, text_figure, visible_sizes
+from ..io.base import plain
 from ..io.files import provenance, write_csv, write_json
 
 # %% ../../nbs/47_count.ecsa.ipynb #d226aecf
-class _Surface:  # the likelihood, with what decides about surface in place of the unseen shares
-    moments = range(4)
+class _SurfaceLikelihood:
+    "A likelihood that speaks of surface instead of unseen shares: of ln odds, ln d32, ln seen and ln unseen."
 
     def __init__(self, like):
         self.like = like
 
     def __call__(self, family, psi):
-        ell, score, info, L, dL = self.like(family, psi)
-        n, U, d_odds = FAMILIES[family].n, expit(L[:, 1]), dL[:, 1]
-        (m3, g3), (m2, g2) = (FAMILIES[family].log_moment(q, psi[:, :n]) for q in (3, 2))
-        d32, d_d32 = m3 - m2, np.zeros_like(d_odds)
-        d_d32[:, :n] = g3 - g2
-        values = np.stack([L[:, 1], d32, log_expit(-L[:, 1]) - d32, log_expit(L[:, 1]) - d32], 1)
-        slopes = np.stack(
-            [d_odds, d_d32, -U[:, None] * d_odds - d_d32, (1 - U)[:, None] * d_odds - d_d32], 1
+        at = self.like(family, psi)
+        law = FAMILIES[family]
+        theta = psi[:, : law.n]
+        ln_odds, by_odds = at.values[:, 1], at.slopes[:, 1]  # unseen to seen surface
+        mass, by_mass = law.log_moment(3, theta)
+        area, by_area = law.log_moment(2, theta)
+        ln_d32 = mass - area
+        by_d32 = np.zeros_like(by_odds)
+        by_d32[:, : law.n] = by_mass - by_area
+        unseen = expit(ln_odds)[:, None]
+        values = {
+            "odds": ln_odds,
+            "d32": ln_d32,
+            "seen": log_expit(-ln_odds) - ln_d32,
+            "unseen": log_expit(ln_odds) - ln_d32,
+        }
+        slopes = {
+            "odds": by_odds,
+            "d32": by_d32,
+            "seen": -unseen * by_odds - by_d32,
+            "unseen": (1 - unseen) * by_odds - by_d32,
+        }
+        return at._replace(
+            values=np.stack(list(values.values()), axis=1),
+            slopes=np.stack(list(slopes.values()), axis=1),
         )
-        return ell, score, info, values, slopes
 
 
-def _beyond(whole, part):  # what a step added, in quadrature
-    known = np.where(np.isfinite(part), part, 0)
-    return np.where(np.isfinite(part), np.sqrt(np.maximum(whole**2 - known**2, 0)), 0)
+class _Surface(NamedTuple):
+    "What the sizes say about surface: each an ErrorBudget."
+
+    odds: ErrorBudget  # unseen over seen surface
+    d32: ErrorBudget  # surface-weighted diameter of all particles, nm
+    seen: ErrorBudget  # visible share of the surface over d32, 1/nm
+    unseen: ErrorBudget  # the rest of it over d32, 1/nm
+    share: ErrorBudget  # visible share of the surface
+
+# %% ../../nbs/47_count.ecsa.ipynb #3740b943
+class _Ends(NamedTuple):
+    "The first four of _Surface, as logarithms: value (4,), and (2, 4) lower and upper ends."
+
+    family: str  # best family
+    value: np.ndarray  # of that family
+    own: np.ndarray  # interval of that family
+    whole: np.ndarray  # interval over all families
 
 
-def _fits(images, families):  # likelihood of the surface quantities, one fit for each family
-    surface = _Surface(ThinnedLikelihood(images))
-    fits = [_fit_family(surface.like, images, f) for f in families]
-    for f in fits:
-        f["at"] = surface(f["law"].family, f["psi"][None])
-    return surface, fits
-
-
-def _ends(
-    surface, fits, level
-):  # best fit, and ends (2, 4) of its own intervals and over all families, as in count.size
-    best, own = min(fits, key=lambda f: f["aic"]), chi2.ppf(level, 1)
-    reach, whole = (
-        own * (1.17 if len(fits) > 1 else 1),
-        np.array([np.full(4, np.inf), np.full(4, -np.inf)]),
+def _ends(images, families, level):
+    "Fit the families, and find their intervals by the rule of count.size."
+    surface = _SurfaceLikelihood(ThinnedLikelihood(images))
+    fits = []
+    for family in families:
+        fit = fit_family(surface.like, images, family)
+        fits.append(replace(fit, at=surface(family, fit.psi[None])))
+    ends = envelope(surface, fits, level, all_own=False)
+    k = int(np.argmin([fit.aic for fit in fits]))
+    return _Ends(
+        family=fits[k].law.family,
+        value=fits[k].at.values[0],
+        own=np.array([ends.own_low[k], ends.own_high[k]]),
+        whole=np.array([ends.low, ends.high]),
     )
-    for f in fits:
-        if (delta := f["aic"] - best["aic"]) >= 6:
-            continue
-        reaches = [own, max(0.0, reach - delta)]
-        (low, least), (high, most) = profile_ends(
-            surface, f["law"].family, f["psi"], f["at"], reaches
-        )
-        whole = np.array([np.minimum(whole[0], least), np.maximum(whole[1], most)])
-        if f is best:
-            alone = np.array([low, high])
-    return best, alone, whole
 
 
-def _from_law(fit):  # -> {quantity: Estimate}, with errors of count, d50 and family
+def _added(whole, part):
+    "What a step added to a distance, in quadrature."
+    finite = np.isfinite(part)
+    part = np.where(finite, part, 0)
+    return np.where(finite, np.sqrt(np.maximum(whole**2 - part**2, 0)), 0)
+
+
+def _known_exactly(image):
+    "The image, its detection curve taken for exact."
+    if not isinstance(image.curve, DetectionCurve):
+        return image
+    return replace(image, curve=replace(image.curve, covariance=None))
+
+
+def _from_law(fit):
+    "{quantity of _Surface: ErrorBudget}, with errors of count, d50 and family."
     level = fit.settings["level"]
-    best, own, whole = _ends(*_fits(fit.images, fit.settings["families"]), level)
-
-    def sure(c):
-        return replace(c, covariance=None) if isinstance(c, DetectionCurve) else c
-
-    known = [replace(i, curve=sure(i.curve)) for i in fit.images]
-    fixed, count, _ = _ends(*_fits(known, [best["law"].family]), level)
-    value = best["at"][3][0]
-    count = count - fixed["at"][3][0] + value
-    ends = np.array([count, own, whole])  # (step, side, quantity)
-    value, ends = (
-        np.r_[value, log_expit(-value[0])],
-        np.concatenate([ends, log_expit(-ends[:, ::-1, :1])], 2),
-    )
-    count, own, whole = np.maximum.accumulate(np.abs(ends - value), 0)
-    terms = {"count": count, "d50": _beyond(own, count), "family": _beyond(whole, own)}
-    return {
-        name: Estimate(
-            float(np.exp(value[k])), {s: tuple(t[:, k].tolist()) for s, t in terms.items()}
-        )
-        for k, name in enumerate(("odds", "d32", "seen", "unseen", "share"))
-    }
+    free = _ends(fit.images, fit.settings["families"], level)
+    exact = _ends([_known_exactly(i) for i in fit.images], [free.family], level)
+    count = exact.own - exact.value + free.value
+    value = free.value
+    ends = np.array([count, free.own, free.whole])  # (step, side, quantity)
+    # ln of the visible share, 1 / (1 + odds): it falls when the odds rise, so its sides are swapped
+    value = np.append(value, log_expit(-value[0]))
+    share = log_expit(-ends[:, ::-1, :1])
+    distance = np.abs(np.concatenate([ends, share], axis=2) - value)
+    count, own, whole = np.maximum.accumulate(distance, axis=0)
+    sources = {"count": count, "d50": _added(own, count), "family": _added(whole, own)}
+    out = {}
+    for k, name in enumerate(_Surface._fields):
+        terms = {source: tuple(term[:, k].tolist()) for source, term in sources.items()}
+        out[name] = ErrorBudget(float(np.exp(value[k])), terms)
+    return out
 
 # %% ../../nbs/47_count.ecsa.ipynb #aeba4681
-def _visible(
-    fit,
-):  # visible surface, nm², and its surface-weighted diameter, nm, with the error of the count
-    z, (d, n, var) = norm.ppf((1 + fit.settings["level"]) / 2), visible_sizes(fit.images)
-    s, v = np.pi * d**2, np.pi * d**3
+def _visible(fit):
+    "Visible surface, nm², and its surface-weighted diameter, nm, with the error of the count."
+    z = norm.ppf((1 + fit.settings["level"]) / 2)
+    sizes = visible_sizes(fit.images)
+    area = np.pi * sizes.d**2
+    volume = np.pi * sizes.d**3  # six times
+    surface = sizes.number @ area
+    six_volumes = sizes.number @ volume
 
-    def counted(a):
-        return (z * float(np.sqrt(var @ a**2)),) * 2
+    def counted(by_number):  # distances in ln, from the slopes of ln value
+        distance = z * float(np.sqrt(sizes.variance @ by_number**2))
+        return {"count": (distance, distance)}
 
-    return (
-        Estimate(float(n @ s), {"count": counted(s / (n @ s))}),
-        Estimate(float(n @ v / (n @ s)), {"count": counted(v / (n @ v) - s / (n @ s))}),
-    )
+    d32 = ErrorBudget(float(six_volumes / surface), counted(volume / six_volumes - area / surface))
+    return ErrorBudget(float(surface), counted(area / surface)), d32
 
 
-def _bounds(fit, d32):  # -> {quantity: Estimate}, refused where the fit was
-    u, m = fit.unseen_surface, fit.unseen_mass
-    both, f2, f3 = u.refused or m.refused, u.low, m.low
-    bound = {
-        "odds": (u.refused, f2 / (1 - f2), np.inf),
-        "share": (u.refused, 0, 1 - f2),
-        "d32": (both, 0, d32.high),
-        "seen": (both, 0, (1 - f3) / d32.low),
-        "unseen": (both, f2 / d32.high, np.inf),
+def _bounds(fit, d32):
+    "{quantity of _Surface: ErrorBudget} of what was refused; d32 is that of the visible particles."
+    surface, mass = fit.unseen_surface, fit.unseen_mass
+    either = surface.refused or mass.refused
+    bounds = {
+        "odds": (surface.refused, surface.low / (1 - surface.low), np.inf),
+        "share": (surface.refused, 0, 1 - surface.low),
+        "d32": (either, 0, d32.high),
+        "seen": (either, 0, (1 - mass.low) / d32.low),
+        "unseen": (either, surface.low / d32.high, np.inf),
     }
-    return {
-        k: Estimate(np.nan, {}, why, (float(a), float(b)))
-        for k, (why, a, b) in bound.items()
-        if why
-    }
+    out = {}
+    for name, (refused, low, high) in bounds.items():
+        if refused:
+            out[name] = ErrorBudget(np.nan, {}, refused, (float(low), float(high)))
+    return out
 
 # %% ../../nbs/47_count.ecsa.ipynb #10124f69
 LIMITS = (
@@ -155,24 +187,23 @@ _QUANTITIES = {
     "visible_share": "R_vis / R_tot, visible share of the surface",
 }
 _ANSWERS = ("r_tot", "total", "r_vis", "visible", "measured")  # the furthest first
+_COLUMNS = ["source", "minus_percent", "plus_percent", "share_percent"]
 
-
+# %% ../../nbs/47_count.ecsa.ipynb #6995096c
 @dataclass(frozen=True)
 class Ecsa:
     "Surface area of the particles of a sample, seen and unseen, and what it explains of the measured one."
 
-    d32_nm: Estimate  # surface-weighted diameter of all particles, nm
-    # 6 / (density d32), m²/g, no contact factor; None without density
-    geometric_m2_g: Estimate | None
-    # area of all spheres per area of the field; None without field
-    geometric_cm2_cm2: Estimate | None
-    visible: Estimate  # explained by the visible particles, in unit, contact factor included
-    extrapolated: Estimate  # explained by the unseen particles, in unit
-    total: Estimate  # explained by all, in unit
-    measured: Estimate | None  # in unit
-    r_vis: Estimate | None  # visible / measured
-    r_tot: Estimate | None  # total / measured
-    visible_share: Estimate  # r_vis / r_tot: no contact factor, density or charge constant in it
+    d32_nm: ErrorBudget  # surface-weighted diameter of all particles, nm
+    geometric_m2_g: ErrorBudget | None  # 6 / (density d32), m²/g, no contact factor; needs density
+    geometric_cm2_cm2: ErrorBudget | None  # area of all spheres per area of the field
+    visible: ErrorBudget  # explained by the visible particles, in unit, contact factor included
+    extrapolated: ErrorBudget  # explained by the unseen particles, in unit
+    total: ErrorBudget  # explained by all, in unit
+    measured: ErrorBudget | None  # in unit
+    r_vis: ErrorBudget | None  # visible / measured
+    r_tot: ErrorBudget | None  # total / measured
+    visible_share: ErrorBudget  # r_vis / r_tot: no contact factor, density, charge constant in it
     inputs: EcsaInputs  # what was stated
     unit: str  # "m²/g" or "cm²/cm²"
     refused: str | None  # why there are bounds in place of values, or None
@@ -180,62 +211,67 @@ class Ecsa:
     about: dict  # particles, images, level, field
 
     def __str__(self):
-        return _text(self)
+        return _as_text(self)
 
-    def quantities(self) -> dict:  # name -> Estimate
+    def quantities(self) -> dict:  # name -> ErrorBudget
         "All quantities that could be computed."
-        return {k: getattr(self, k) for k in _QUANTITIES if getattr(self, k) is not None}
+        there = {name: getattr(self, name) for name in _QUANTITIES}
+        return {name: quantity for name, quantity in there.items() if quantity is not None}
 
     def budget(
         self,
-        quantity: str = None,  # such as "r_tot", "r_vis", "total"; None: the furthest that was not refused
-        # source, minus_percent, plus_percent, share_percent; the last row is the total
-    ) -> pd.DataFrame:
+        quantity: str = None,  # such as "r_tot", "r_vis", "total"; None: the furthest not refused
+    ) -> pd.DataFrame:  # source, minus_percent, plus_percent, share_percent; last the total
         """Say how much of the interval each source makes.
         Raises: InputError for a quantity that was refused or not computed."""
-        return _budget(self, quantity)
+        return _budget_table(self.quantities()[_chosen(self, quantity)])
 
     def show(
         self,
         quantity: str = None,  # as for budget
     ) -> plt.Figure:  # bars
-        "Draw the error budget."
-        return _draw(self, quantity)
+        "Plot the error budget."
+        if quantity is None and not _answers(self):
+            return text_figure(f"No error budget: {self.refused}.")
+        return _plot_budget(self, _chosen(self, quantity))
 
     def report(self) -> str:  # Markdown
         "Tables of results, inputs and budget, and the limits."
-        return _report(self)
+        return _as_markdown(self)
 
     def to_dict(self) -> dict:  # plain numbers and text; infinity is None
         "Everything, ready for JSON."
-        return _plain(self)
+        return _as_dict(self)
 
     def save(
         self,
         folder,  # where to; files of the same names are replaced
     ) -> Path:  # the folder
         "Write ecsa.json and ecsa_budget.csv, each whole or not at all."
-        tables = [
-            self.budget(k).assign(quantity=k) for k, e in self.quantities().items() if not e.refused
-        ]
-        rows = pd.concat(tables) if tables else pd.DataFrame(columns=_COLUMNS)
-        write_csv(
-            Path(folder) / "ecsa_budget.csv", rows[["quantity", *_COLUMNS]] if tables else rows
-        )
+        tables = [pd.DataFrame(columns=["quantity", *_COLUMNS])]
+        for name, quantity in self.quantities().items():
+            if not quantity.refused:
+                tables.append(self.budget(name).assign(quantity=name))
+        rows = pd.concat(tables[1:]) if len(tables) > 1 else tables[0]
+        write_csv(Path(folder) / "ecsa_budget.csv", rows[["quantity", *_COLUMNS]])
         write_json(Path(folder) / "ecsa.json", {**self.to_dict(), **provenance()})
         return Path(folder)
 
 # %% ../../nbs/47_count.ecsa.ipynb #3506db2e
-_COLUMNS = ["source", "minus_percent", "plus_percent", "share_percent"]
+def _answers(result):
+    "Names of the answers that have a value, the furthest first."
+    there = result.quantities()
+    return [name for name in _ANSWERS if name in there and not there[name].refused]
 
 
-def _chosen(result, quantity):  # name of a quantity that has a budget
+def _chosen(result, quantity):
+    "Name of a quantity that has a budget; None: the furthest."
     there = result.quantities()
     if quantity is None:
-        good = [k for k in _ANSWERS if k in there and not there[k].refused]
-        if not good:
+        answers = _answers(result)
+        if not answers:
             raise InputError(f"no quantity has an error budget: {result.refused}.")
-        return good[0]
+        return answers[0]
     if quantity not in there:
         raise InputError(f"{quantity!r} was not computed; choose one of {', '.join(there)}.")
     if there[quantity].refused:
@@ -243,137 +279,166 @@ def _chosen(result, quantity):  # name of a quantity that has a budget
     return quantity
 
 
-def _budget(result, quantity):
-    e = result.quantities()[_chosen(result, quantity)]
-    rows = np.array([e.terms.get(s, (0.0, 0.0)) for s in SOURCES])
-    whole = np.sqrt((rows**2).sum(0))
+def _budget_table(quantity):
+    "One row per source of error, and the total."
+    terms = np.array([quantity.terms.get(source, (0.0, 0.0)) for source in SOURCES])
+    total = np.sqrt((terms**2).sum(0))
     with np.errstate(invalid="ignore"):
-        share = np.nan_to_num((rows**2 / np.where(whole, whole, 1) ** 2).mean(1), nan=1.0)
-    minus, plus = -np.expm1(-np.vstack([rows, whole])).T[0], np.expm1(np.vstack([rows, whole])).T[1]
-    columns = [[*SOURCES, "total"], 100 * minus, 100 * plus, 100 * np.r_[share, share.sum()]]
+        of_variance = (terms**2 / np.where(total, total, 1) ** 2).mean(1)
+    share = np.nan_to_num(of_variance, nan=1.0)
+    below, above = np.vstack([terms, total]).T  # distances in ln
+    columns = [
+        [*SOURCES, "total"],
+        -100 * np.expm1(-below),
+        100 * np.expm1(above),
+        100 * np.append(share, share.sum()),
+    ]
     return pd.DataFrame(dict(zip(_COLUMNS, columns)))
 
 
-def _draw(result, quantity):
-    if quantity is None and not any(
-        not e.refused for k, e in result.quantities().items() if k in _ANSWERS
-    ):
-        fig = plt.figure(figsize=(5.5, 1))
-        fig.text(
-            0.02, 0.5, f"No error budget: {result.refused}.", wrap=True, va="center", fontsize=9
-        )
-        return fig
-    name = _chosen(result, quantity)
-    b, e = _budget(result, name), result.quantities()[name]
+def _plot_budget(result, name):
+    "Bars of the interval that each source makes."
+    quantity = result.quantities()[name]
+    table = _budget_table(quantity)
     fig, ax = plt.subplots(figsize=(5.5, 2.8), layout="constrained")
-    y, colour = np.arange(len(b)), np.where(b.source == "total", ".25", ".6")
-    ax.barh(y, b.plus_percent, color=colour), ax.barh(y, -b.minus_percent, color=colour)
-    for k, (minus, plus) in enumerate(zip(b.minus_percent, b.plus_percent)):
+    y = np.arange(len(table))
+    colour = np.where(table.source == "total", ".25", ".6")
+    ax.barh(y, table.plus_percent, color=colour)
+    ax.barh(y, -table.minus_percent, color=colour)
+    for k, (minus, plus) in enumerate(zip(table.minus_percent, table.plus_percent)):
         said = f" -{minus:.2g} / +{plus:.2g}" if plus or minus else " does not enter"
         ax.annotate(said, (plus, k), va="center", fontsize=8)
     ax.axvline(0, color="k", lw=0.8)
-    ax.set(
-        yticks=y,
-        yticklabels=b.source,
-        xlabel=f"{100 * result.about['level']:.0f} % interval, % of the value",
-        title=f"{_QUANTITIES[name]}: {e}",
-    )
-    ax.title.set_fontsize(9), ax.invert_yaxis(), ax.margins(x=0.25)
+    ax.set(yticks=y, yticklabels=table.source)
+    ax.set_xlabel(f"{100 * result.about['level']:.0f} % interval, % of the value")
+    ax.set_title(f"{_QUANTITIES[name]}: {quantity}", fontsize=9)
+    ax.invert_yaxis()
+    ax.margins(x=0.25)
     return fig
 
 # %% ../../nbs/47_count.ecsa.ipynb #0c5d5907
-def _stated(i):  # inputs in words
-    named = {f.name: getattr(i, f.name) for f in fields(i) if getattr(i, f.name) is not None}
-
-    def pair(v):
-        return f"{v[0]:.6g}" + (f"±{v[1]:.2g}" if v[1] else "")
-
-    def word(v):
-        return pair(v) if isinstance(v, tuple) else f"{v:.3g}" if isinstance(v, float) else f"{v}"
-
-    return ", ".join(f"{k}={word(v)}" for k, v in named.items())
+def _in_words(value):
+    "An input as text: 0.75±0.1, 2 or hupd."
+    if isinstance(value, tuple):
+        number, sd = value
+        return f"{number:.6g}" + (f"±{sd:.2g}" if sd else "")
+    return f"{value:.3g}" if isinstance(value, float) else f"{value}"
 
 
-def _rows(result):  # name, text of each quantity
+def _inputs_in_words(inputs):
+    "All inputs that are known, as text."
+    known = {f.name: getattr(inputs, f.name) for f in fields(inputs)}
+    said = [f"{name}={_in_words(value)}" for name, value in known.items() if value is not None]
+    return ", ".join(said)
+
+
+def _lines(result):
+    "(name with its unit, value) of each quantity, as text."
     units = {"d32_nm": "nm", "geometric_m2_g": "m²/g", "geometric_cm2_cm2": "cm²/cm²"}
-    units |= dict.fromkeys(("r_vis", "r_tot", "visible_share"), "")
+    units |= {"r_vis": "", "r_tot": "", "visible_share": ""}
+    lines = []
+    for name, quantity in result.quantities().items():
+        unit = units.get(name, result.unit)
+        said = f"{_QUANTITIES[name]}, {unit}" if unit else _QUANTITIES[name]
+        lines.append((said, str(quantity)))
+    return lines
 
-    def unit(k):
-        return f", {u}" if (u := units.get(k, result.unit)) else ""
 
-    return [(_QUANTITIES[k] + unit(k), str(e)) for k, e in result.quantities().items()]
-
-
-def _text(result):
-    a = result.about
-    lines = [
-        f"{a['particles']} particles in {a['images']} image(s); {100 * a['level']:.0f} % intervals"
-    ]
+def _as_text(result):
+    about = result.about
+    counted = f"{about['particles']} particles in {about['images']} image(s)"
+    lines = [f"{counted}; {100 * about['level']:.0f} % intervals"]
     if result.refused:
         lines.append(f"not extrapolated: {result.refused}")
-    lines += [f"  {name:48s} {text}" for name, text in _rows(result)]
-    return "\n".join(
-        [
-            *lines,
-            f"inputs: {_stated(result.inputs)}",
-            "limits:",
-            *(f"  - {o}" for o in result.limits),
-        ]
-    )
+    lines += [f"  {name:48s} {value}" for name, value in _lines(result)]
+    lines += [f"inputs: {_inputs_in_words(result.inputs)}", "limits:"]
+    lines += [f"  - {limit}" for limit in result.limits]
+    return "\n".join(lines)
 
 
-def _report(result):
-    lines = [
-        "| quantity | value (interval) |",
-        "|---|---|",
-        *("| " + " | ".join(r) + " |" for r in _rows(result)),
-    ]
+def _as_markdown(result):
+    lines = ["| quantity | value (interval) |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in _lines(result)]
     if result.refused:
         lines += ["", f"Not extrapolated: {result.refused}."]
-    if any(not e.refused for k, e in result.quantities().items() if k in _ANSWERS):
+    if _answers(result):
         name = _chosen(result, None)
-        lines += [
-            "",
-            f"Error budget of {_QUANTITIES[name]}:",
-            "",
-            "| source | - % | + % | of the variance, % |",
-            "|---|---|---|---|",
-        ]
-        rows = _budget(result, name).itertuples()
-        lines += ["| " + " | ".join([r.source, *(f"{v:.2g}" for v in r[2:])]) + " |" for r in rows]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Inputs: {_stated(result.inputs)}.",
-            "",
-            "Limits:",
-            "",
-            *(f"- {o}" for o in result.limits),
-        ]
-    )
+        lines += ["", f"Error budget of {_QUANTITIES[name]}:", ""]
+        lines += ["| source | - % | + % | of the variance, % |", "|---|---|---|---|"]
+        for row in result.budget(name).itertuples():
+            numbers = (row.minus_percent, row.plus_percent, row.share_percent)
+            lines.append("| " + " | ".join([row.source, *(f"{v:.2g}" for v in numbers)]) + " |")
+    lines += ["", f"Inputs: {_inputs_in_words(result.inputs)}.", "", "Limits:", ""]
+    lines += [f"- {limit}" for limit in result.limits]
+    return "\n".join(lines)
 
 
-def _estimate_dict(e):
-    numbers = {"value": e.value, "low": e.low, "high": e.high}
-    return numbers | {"refused": e.refused, "terms_ln": e.terms, "text": str(e)}
+def _as_dict(result):
+    "Fields of a result; an ErrorBudget with its limits and as text."
+    out = {}
+    for name in (f.name for f in fields(result)):
+        value = getattr(result, name)
+        if isinstance(value, ErrorBudget):
+            value = {
+                "value": value.value,
+                "low": value.low,
+                "high": value.high,
+                "refused": value.refused,
+                "terms_ln": value.terms,
+                "text": str(value),
+            }
+        out[name] = plain(value)
+    return out
+
+# %% ../../nbs/47_count.ecsa.ipynb #5d94267c
+_CONTACT = (0.75, 0.1)  # where it is not given
 
 
-def _plain(result):  # dataclass of Estimates -> for JSON
-    def simple(v):
-        if isinstance(v, Estimate):
-            return simple(_estimate_dict(v))
-        if isinstance(v, EcsaInputs):
-            return simple(asdict(v))
-        if isinstance(v, dict):
-            return {k: simple(o) for k, o in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [simple(o) for o in v]
-        return (
-            v if not isinstance(v, (float, np.floating)) else float(v) if np.isfinite(v) else None
+def _field(field_nm2, fit):
+    "Area of all images, nm², or None."
+    if field_nm2 is None:
+        return None
+    areas = np.atleast_1d(np.asarray(field_nm2, float))
+    if len(areas) not in (1, len(fit.images)):
+        raise InputError(
+            f"{len(areas)} fields for {len(fit.images)} images; give one area each, or their sum."
         )
+    return sum(check_positive("field_nm2", float(area)) for area in areas)
 
-    return {f.name: simple(getattr(result, f.name)) for f in fields(result)}
+
+def _measured(inputs, level):
+    "What was measured, m²/g or cm²/cm², or None."
+    given = inputs.m2_g or inputs.roughness
+    if given:
+        return stated(given, "measurement", level)
+    if not inputs.charge_uC:
+        return None
+    charge = stated(inputs.charge_uC, "measurement", level)
+    area_cm2 = charge / stated(inputs.charge_constant_used, "charge constant", level)
+    if inputs.per == "area":
+        return area_cm2 / stated(inputs.area_cm2, "measurement", level)
+    # cm²/µg is 100 m²/g
+    return ErrorBudget(100.0) * area_cm2 / stated(inputs.mass_ug, "measurement", level)
+
+
+def _further_limits(fit, inputs):
+    "What else limits this result, in sentences."
+    said = []
+    if not inputs.contact:
+        said.append("The contact factor was not given; 0.75 ± 0.1 is assumed.")
+    if "charge constant" in inputs.assumed:
+        constant, sd = inputs.charge_constant_used
+        said.append(f"The charge constant was not given; {constant:g} ± {sd:g} µC/cm² is assumed.")
+    curves = [image.curve for image in fit.images]
+    if not all(isinstance(c, DetectionCurve) and c.covariance for c in curves):
+        said.append(
+            "A detection curve was given without its uncertainty, so the intervals hold no error of d50 for it."
+        )
+    if inputs.per == "mass":
+        said.append(
+            "Per mass, metal that no image shows, as in pores, is taken to have the same sizes."
+        )
+    return tuple(said)
 
 # %% ../../nbs/47_count.ecsa.ipynb #7f084fbc
 def ecsa(
@@ -388,129 +453,78 @@ def ecsa(
     Source: doi:10.1351/pac199163050711 (charge constants), doi:10.1002/sim.3095 (intervals)."""
     if not isinstance(fit, SizeFit):
         raise InputError(f"fit is a {type(fit).__name__}; give what fit_sizes returned.")
-    unit = fit.unit if unit is None or fit.unit == "px" else unit
+    if unit is None or fit.unit == "px":
+        unit = fit.unit
     if unit != "nm":
         raise InputError(
             f"the diameters are in {unit}, and an area in m² needs nm; give the pixel size and count again."
         )
-    i, area = _inputs(inputs, over), _field(field_nm2, fit)
-    if i.per == "area" and area is None:
+    inputs = ecsa_inputs(inputs, **over)
+    area = _field(field_nm2, fit)
+    if inputs.per == "area" and area is None:
         raise InputError(
             'an area per area needs field_nm2, the area of the images: detection.summary["field_area_nm2"].'
         )
     level = fit.settings["level"]
-    surface, d32 = _visible(fit)
-    q = _bounds(fit, d32)
-    if len(q) < 5:
-        q = _from_law(fit) | q
-    size = stated((1.0, i.size_percent / 100), "size", level)
-    contact = stated(i.contact or (0.75, 0.1), "contact", level, 0.5, 1)
-    density = stated(i.density, "density", level) if i.density else None
-    per_area = surface * size**2 / Estimate(area) if area else None
-    if i.per == "mass":
-        one, kinds = (
-            contact * Estimate(6e3) / (density * size),
-            (q["seen"], q["unseen"], q["d32"] ** -1),
-        )
+    # what was counted: visible surface in nm², and the quantities of the law, or their bounds
+    visible_nm2, visible_d32 = _visible(fit)
+    quantities = _bounds(fit, visible_d32)
+    if len(quantities) < len(_Surface._fields):
+        quantities = _from_law(fit) | quantities
+    surface = _Surface(**quantities)
+    # what was stated
+    size = stated((1.0, inputs.size_percent / 100), "size", level)  # factor of all diameters
+    contact = stated(inputs.contact or _CONTACT, "contact", level, 0.5, 1)
+    density = stated(inputs.density, "density", level) if inputs.density else None
+    per_area = visible_nm2 * size**2 / ErrorBudget(area) if area else None
+    if inputs.per == "mass":  # 6 c / (rho d32), m²/g with g/cm³ and nm
+        factor = contact * ErrorBudget(6e3) / (density * size)
+        visible = factor * surface.seen
+        extrapolated = factor * surface.unseen
+        total = factor * surface.d32**-1
     else:
-        one, kinds = contact * per_area, (Estimate(1.0), q["odds"], q["share"] ** -1)
-    visible, extrapolated, total = (one * o for o in kinds)
-    measured = _measured(i, level)
+        factor = contact * per_area
+        visible = factor * ErrorBudget(1.0)
+        extrapolated = factor * surface.odds
+        total = factor * surface.share**-1
+    measured = _measured(inputs, level)
     about = {
-        "particles": int(sum(len(o.x) for o in fit.images)),
+        "particles": int(sum(len(image.x) for image in fit.images)),
         "images": len(fit.images),
         "level": level,
         "field_nm2": area,
-        "basis": i.per,
-        "assumed": i.assumed,
+        "basis": inputs.per,
+        "assumed": inputs.assumed,
     }
+    used = {"contact": inputs.contact or _CONTACT, "charge_constant": inputs.charge_constant_used}
     return Ecsa(
-        d32_nm=q["d32"] * size,
-        visible_share=q["share"],
+        d32_nm=surface.d32 * size,
+        visible_share=surface.share,
         visible=visible,
         extrapolated=extrapolated,
         total=total,
-        geometric_m2_g=Estimate(6e3) / (density * q["d32"] * size) if density else None,
-        geometric_cm2_cm2=per_area / q["share"] if per_area else None,
+        geometric_m2_g=ErrorBudget(6e3) / (density * surface.d32 * size) if density else None,
+        geometric_cm2_cm2=per_area / surface.share if per_area else None,
         measured=measured,
         r_vis=visible / measured if measured else None,
         r_tot=total / measured if measured else None,
-        inputs=replace(i, contact=i.contact or (0.75, 0.1), charge_constant=_constant(i)),
-        unit="m²/g" if i.per == "mass" else "cm²/cm²",
-        refused=q["share"].refused or total.refused,
-        limits=LIMITS + _remarks(fit, i),
+        inputs=replace(inputs, **used),
+        unit="m²/g" if inputs.per == "mass" else "cm²/cm²",
+        refused=surface.share.refused or total.refused,
+        limits=LIMITS + _further_limits(fit, inputs),
         about=about,
     )
-
-# %% ../../nbs/47_count.ecsa.ipynb #5d94267c
-def _inputs(inputs, over):  # -> EcsaInputs
-    names = [f.name for f in fields(EcsaInputs)]
-    if isinstance(inputs, str):
-        inputs = ecsa_inputs(inputs)
-    if isinstance(inputs, EcsaInputs) and not over:
-        return inputs
-    given = asdict(inputs) if isinstance(inputs, EcsaInputs) else dict(inputs or {})
-    if bad := set(given | over) - set(names):
-        raise InputError(f"there is no input {min(bad)!r}; use {', '.join(names)}.")
-    return EcsaInputs(**(given | over))
-
-
-def _field(field_nm2, fit):  # -> nm² of all images, or None
-    if field_nm2 is None:
-        return None
-    areas = np.atleast_1d(np.asarray(field_nm2, float))
-    if len(areas) not in (1, len(fit.images)):
-        raise InputError(
-            f"{len(areas)} fields for {len(fit.images)} images; give one area each, or their sum."
-        )
-    return sum(check_positive("field_nm2", float(o)) for o in areas)
-
-
-def _constant(i):
-    return i.charge_constant or (CHARGE[i.method] if i.method else None)
-
-
-def _measured(i, level):  # -> Estimate or None
-    if i.m2_g or i.roughness:
-        return stated(i.m2_g or i.roughness, "measurement", level)
-    if not i.charge_uC:
-        return None
-    area = stated(i.charge_uC, "measurement", level) / stated(
-        _constant(i), "charge constant", level
-    )  # cm²
-    if i.per == "area":
-        return area / stated(i.area_cm2, "measurement", level)
-    return Estimate(100.0) * area / stated(i.mass_ug, "measurement", level)  # cm²/µg is 100 m²/g
-
-
-def _remarks(fit, i):  # what else limits this result
-    said = ["The contact factor was not given; 0.75 ± 0.1 is assumed."] if not i.contact else []
-    if "charge constant" in i.assumed:
-        said.append(
-            "The charge constant was not given; {:g} ± {:g} µC/cm² is assumed.".format(
-                *_constant(i)
-            )
-        )
-    if not all(isinstance(o.curve, DetectionCurve) and o.curve.covariance for o in fit.images):
-        said.append(
-            "A detection curve was given without its uncertainty, so the intervals hold no error of d50 for it."
-        )
-    if i.per == "mass":
-        said.append(
-            "Per mass, metal that no image shows, as in pores, is taken to have the same sizes."
-        )
-    return tuple(said)
 
 # %% ../../nbs/47_count.ecsa.ipynb #4b08f7ea
 @dataclass(frozen=True)
 class EcsaRatio:
     "Surface areas of sample A over those of sample B."
 
-    measured: Estimate | None  # of the measured ECSA
-    visible: Estimate  # of the ECSA that the visible particles explain
-    total: Estimate  # of the ECSA that all particles explain
-    explained_visible: Estimate | None  # visible / measured
-    explained_total: Estimate | None  # total / measured
+    measured: ErrorBudget | None  # of the measured ECSA
+    visible: ErrorBudget  # of the ECSA that the visible particles explain
+    total: ErrorBudget  # of the ECSA that all particles explain
+    explained_visible: ErrorBudget | None  # visible / measured
+    explained_total: ErrorBudget | None  # total / measured
     shared: tuple  # inputs that cancel
     limits: tuple  # what the numbers do not say
 
@@ -522,19 +536,22 @@ class EcsaRatio:
             "visible / measured": self.explained_visible,
             "all / measured": self.explained_total,
         }
-        lines = [f"  {k:22s} {v}" for k, v in rows.items() if v is not None]
-        return "\n".join(
-            [
-                *lines,
-                f"cancelled: {', '.join(self.shared) or 'nothing'}",
-                "limits:",
-                *(f"  - {o}" for o in self.limits),
-            ]
-        )
+        lines = [f"  {name:22s} {ratio}" for name, ratio in rows.items() if ratio is not None]
+        lines += [f"cancelled: {', '.join(self.shared) or 'nothing'}", "limits:"]
+        lines += [f"  - {limit}" for limit in self.limits]
+        return "\n".join(lines)
 
     def to_dict(self) -> dict:  # plain numbers and text
         "Everything, ready for JSON."
-        return _plain(self)
+        return _as_dict(self)
+
+# %% ../../nbs/47_count.ecsa.ipynb #724464cd
+_SHARED = {  # source of error: the input behind it
+    "contact": "contact",
+    "charge constant": "charge_constant",
+    "density": "density",
+    "size": "size_percent",
+}
 
 
 def compare_ecsa(
@@ -548,27 +565,30 @@ def compare_ecsa(
         raise InputError(
             f"A is in {a.unit} and B in {b.unit}; give basis=mass or basis=area to both."
         )
-    names = {
-        "contact": "contact",
-        "charge constant": "charge_constant",
-        "density": "density",
-        "size": "size_percent",
-    }
-    equal = [k for k, n in names.items() if getattr(a.inputs, n) == getattr(b.inputs, n)]
+    equal = []
+    for source, name in _SHARED.items():
+        if getattr(a.inputs, name) == getattr(b.inputs, name):
+            equal.append(source)
     if shared is None:
-        shared = [k for k in equal if k != "size"]
+        shared = [source for source in equal if source != "size"]
     shared = (shared,) if isinstance(shared, str) else tuple(shared)
-    if bad := set(shared) - set(equal):
+    differ = set(shared) - set(equal)
+    if differ:
         raise InputError(
-            f"{min(bad)} cannot be shared; choose among what is equal in both: {', '.join(equal)}."
+            f"{min(differ)} cannot be shared; choose among what is equal in both: {', '.join(equal)}."
         )
 
-    def ratio(k):
-        return getattr(a, k).without(*shared) / getattr(b, k).without(*shared)
+    def ratio(name):
+        return getattr(a, name).without(*shared) / getattr(b, name).without(*shared)
 
     measured = ratio("measured") if a.measured and b.measured else None
     visible, total = ratio("visible"), ratio("total")
-    explained = [e / measured if measured else None for e in (visible, total)]
     return EcsaRatio(
-        measured, visible, total, *explained, shared, tuple(dict.fromkeys(a.limits + b.limits))
+        measured=measured,
+        visible=visible,
+        total=total,
+        explained_visible=visible / measured if measured else None,
+        explained_total=total / measured if measured else None,
+        shared=shared,
+        limits=tuple(dict.fromkeys(a.limits + b.limits)),
     )

@@ -15,6 +15,9 @@ from scipy.special import digamma, expit, gammaln, logit, ndtr, polygamma
 from ..core import InputError, as_rng, check_finite, check_positive
 
 # %% ../../nbs/41_count.law.ipynb #cdf2c937
+_Z90 = 1.2815515655446004  # nine tenths of a normal distribution lie below
+
+
 @dataclass(frozen=True)
 class DetectionCurve:
     "Share of the particles of each size that is found, p(d) = upper Φ(ln(d/d50)/width), and how well it is known."
@@ -22,28 +25,17 @@ class DetectionCurve:
     d50: float  # diameter found half as often as a large one, nm
     width: float  # sd of the step in ln d; the 10-90 % band is 2.56 widths
     upper: float = 1.0  # share found of large particles, in (0, 1]
-    covariance: tuple | None = (
-        None  # (3, 3) of (ln d50, ln width, logit upper); None: the curve is known exactly
-    )
+    covariance: tuple | None = None  # (3, 3) of (ln d50, ln width, logit upper); None: exact
 
     def __post_init__(self):
-        check_positive("d50", self.d50), check_positive("width", self.width)
+        check_positive("d50", self.d50)
+        check_positive("width", self.width)
         if not 0 < check_positive("upper", self.upper) <= 1:
             raise InputError(
                 f"upper={self.upper!r} is the share found of large particles; give a number in (0, 1]."
             )
-        if self.covariance is None:
-            return
-        c = check_finite("covariance", np.asarray(self.covariance, float))
-        if (
-            c.shape != (3, 3)
-            or not np.allclose(c, c.T)
-            or np.linalg.eigvalsh(c).min() < -1e-9 * np.trace(c)
-        ):
-            raise InputError(
-                "covariance must be a symmetric, positive (3, 3) matrix of ln d50, ln width and logit upper."
-            )
-        object.__setattr__(self, "covariance", tuple(map(tuple, c.tolist())))
+        if self.covariance is not None:
+            object.__setattr__(self, "covariance", _checked_covariance(self.covariance))
 
     def __call__(self, d_nm):
         return self.upper * ndtr((np.log(d_nm) - np.log(self.d50)) / self.width)
@@ -51,25 +43,72 @@ class DetectionCurve:
     @property
     def d10(self):
         "Diameter found a tenth as often as a large one, nm."
-        return self.d50 * np.exp(-1.2815515655446004 * self.width)
+        return self.d50 * np.exp(-_Z90 * self.width)
 
     @property
     def d90(self):
         "Diameter found nine tenths as often as a large one, nm."
-        return self.d50 * np.exp(1.2815515655446004 * self.width)
+        return self.d50 * np.exp(_Z90 * self.width)
 
     @property
     def d50_se(self):
         "Standard error of d50, nm."
         return 0.0 if self.covariance is None else self.d50 * self.covariance[0][0] ** 0.5
 
+
+def _checked_covariance(covariance):
+    "The covariance of a curve as tuples."
+    matrix = check_finite("covariance", np.asarray(covariance, float))
+    good = matrix.shape == (3, 3) and np.allclose(matrix, matrix.T)
+    if not good or np.linalg.eigvalsh(matrix).min() < -1e-9 * np.trace(matrix):
+        raise InputError(
+            "covariance must be a symmetric, positive (3, 3) matrix of ln d50, ln width and logit upper."
+        )
+    return tuple(map(tuple, matrix.tolist()))
+
 # %% ../../nbs/41_count.law.ipynb #770671a8
-def _curve(psi, x):  # (ln d50, ln width, logit upper), (N,) -> p (N,), dp (3, N)
-    z, u = (x - psi[0]) / np.exp(psi[1]), expit(psi[2])
-    p, slope = ndtr(z), np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
-    return u * p, u * np.stack([-slope / np.exp(psi[1]), -slope * z, (1 - u) * p])
+def _share_found(psi, x):
+    "Share found (N,) at x = ln d, and its slopes (3, N) by psi = (ln d50, ln width, logit upper)."
+    ln_d50, ln_width, logit_upper = psi
+    width = np.exp(ln_width)
+    upper = expit(logit_upper)
+    z = (x - ln_d50) / width
+    p = ndtr(z)
+    density = np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
+    slopes = np.stack([-density / width, -density * z, (1 - upper) * p])
+    return upper * p, upper * slopes
 
 
+def _fit_curve(x, found, chance):
+    "(ln d50, ln width, logit upper) of greatest likelihood."
+
+    def loss(psi):
+        "Negative log-likelihood with half a miss among the largest, and its gradient."
+        p, dp = _share_found(psi, x)
+        q = np.clip(chance + (1 - chance) * p, 1e-12, 1 - 1e-12)
+        upper = expit(psi[2])
+        log_likelihood = (found * np.log(q) + (1 - found) * np.log1p(-q)).sum()
+        half_a_miss = 0.5 * np.log(1 - upper)
+        by_p = (1 - chance) * (found / q - (1 - found) / (1 - q))
+        gradient = -dp @ by_p + [0, 0, 0.5 * upper]
+        return -log_likelihood - half_a_miss, gradient
+
+    smallest, largest = x.min(), x.max()
+    middle = smallest
+    if 0 < found.mean() < 1:
+        middle = x[found == 0].mean() / 2 + x[found == 1].mean() / 2
+    start = [middle, np.log(0.2), 3.0]
+    bounds = [(smallest - 1, largest + 1), (np.log(0.01), np.log(2)), (-5, 12)]
+    psi = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
+    hits = int(found.sum())
+    if not smallest < psi[0] < largest or hits < 10 or len(found) - hits < 10:
+        raise InputError(
+            f"{hits} of {len(found)} injected particles between {np.exp(smallest):.3g} and {np.exp(largest):.3g} nm were found, "
+            "which fixes no curve; inject sizes that are mostly missed and sizes that are mostly found."
+        )
+    return psi
+
+# %% ../../nbs/41_count.law.ipynb #3939741b
 def fit_detection(
     d_nm,  # (N,) true diameters of the injected particles, nm
     found,  # (N,) whether each was found, bool
@@ -78,50 +117,29 @@ def fit_detection(
     """Fit a detection curve with an upper asymptote to injected particles, found or missed.
     Raises: InputError when the sizes do not reach from missed to found, or are no sizes.
     Source: MIL-HDBK-1823A (hit/miss probability of detection)."""
-    d, y = check_finite("d_nm", np.asarray(d_nm, float)), np.asarray(found).astype(float)
-    if d.ndim != 1 or d.shape != y.shape or (d <= 0).any() or not np.isin(y, (0, 1)).all():
+    d = check_finite("d_nm", np.asarray(d_nm, float))
+    found = np.asarray(found).astype(float)
+    if d.ndim != 1 or d.shape != found.shape or (d <= 0).any() or not np.isin(found, (0, 1)).all():
         raise InputError(
             "give one diameter above zero and one True or False for each injected particle."
         )
     if not 0 <= chance < 1:
         raise InputError(f"chance={chance!r} must be a probability below 1.")
     x = np.log(d)
-    psi = _fit_curve(x, y, chance)
-    p, dp = _curve(psi, x)
-    observed = chance + (1 - chance) * p
-    weight = (1 - chance) ** 2 / np.clip(observed * (1 - observed), 1e-12, None)
-    u = expit(psi[2])
-    info = (dp * weight) @ dp.T + np.diag([0, 0, 0.5 * u * (1 - u)])
+    psi = _fit_curve(x, found, chance)
+    ln_d50, ln_width, logit_upper = psi
+    upper = expit(logit_upper)
+    # information of hits and misses, (dq/dpsi)^2 / (q (1 - q)), and of half a miss at the top
+    p, dp = _share_found(psi, x)
+    q = chance + (1 - chance) * p
+    weight = (1 - chance) ** 2 / np.clip(q * (1 - q), 1e-12, None)
+    information = (dp * weight) @ dp.T + np.diag([0, 0, 0.5 * upper * (1 - upper)])
     return DetectionCurve(
-        float(np.exp(psi[0])), float(np.exp(psi[1])), float(u), np.linalg.inv(info)
+        d50=float(np.exp(ln_d50)),
+        width=float(np.exp(ln_width)),
+        upper=float(upper),
+        covariance=np.linalg.inv(information),
     )
-
-
-def _fit_curve(x, y, chance):  # -> psi
-    lo, hi = x.min(), x.max()
-
-    def loss(psi):
-        p, dp = _curve(psi, x)
-        q = np.clip(chance + (1 - chance) * p, 1e-12, 1 - 1e-12)
-        u = expit(psi[2])
-        residual = (1 - chance) * (y / q - (1 - y) / (1 - q))
-        return -(y * np.log(q) + (1 - y) * np.log1p(-q)).sum() - 0.5 * np.log(
-            1 - u
-        ), -dp @ residual + [0, 0, 0.5 * u]
-
-    start = [
-        x[y == 0].mean() / 2 + x[y == 1].mean() / 2 if 0 < y.mean() < 1 else lo,
-        np.log(0.2),
-        3.0,
-    ]
-    bounds = [(lo - 1, hi + 1), (np.log(0.01), np.log(2)), (-5, 12)]
-    best = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
-    if not lo < best.x[0] < hi or y.sum() < 10 or (1 - y).sum() < 10:
-        raise InputError(
-            f"{int(y.sum())} of {len(y)} injected particles between {np.exp(lo):.3g} and {np.exp(hi):.3g} nm were found, "
-            "which fixes no curve; inject sizes that are mostly missed and sizes that are mostly found."
-        )
-    return best.x
 
 # %% ../../nbs/41_count.law.ipynb #11c174da
 @dataclass(frozen=True)
@@ -133,11 +151,12 @@ class SizeResponse:
     sd: tuple  # its standard deviation at these
 
     def __post_init__(self):
-        d, bias, sd = (
-            check_finite(k, np.atleast_1d(np.asarray(getattr(self, k), float)))
-            for k in ("d", "bias", "sd")
-        )
-        if not len(d) == len(bias) == len(sd) or (d <= 0).any() or (np.diff(d) <= 0).any():
+        for name in ("d", "bias", "sd"):
+            values = np.atleast_1d(np.asarray(getattr(self, name), float))
+            object.__setattr__(self, name, tuple(check_finite(name, values).tolist()))
+        d, sd = np.array(self.d), np.array(self.sd)
+        equal = len(self.d) == len(self.bias) == len(self.sd)
+        if not equal or (d <= 0).any() or (np.diff(d) <= 0).any():
             raise InputError(
                 "a size response needs rising diameters above zero, and one bias and one sd for each."
             )
@@ -145,17 +164,29 @@ class SizeResponse:
             raise InputError(
                 f"sd={sd.max():.3g} is a relative size error; give numbers above 0 and below 0.5."
             )
-        sd = np.maximum(sd, 0.005)  # less than this the grid of the likelihood does not show
-        for name, value in (("d", d), ("bias", bias), ("sd", sd)):
-            object.__setattr__(self, name, tuple(value.tolist()))
+        shown = np.maximum(sd, 0.005)  # less than this the grid of the likelihood does not show
+        object.__setattr__(self, "sd", tuple(shown.tolist()))
 
     def __call__(
         self,
         d_nm,  # (N,) true diameters, nm
     ) -> tuple:  # mean (N,) and sd (N,) of ln(measured / true)
         "Mean and scatter at any size; beyond the ends as at the ends."
-        x, at = np.log(d_nm), np.log(self.d)
+        x = np.log(d_nm)
+        at = np.log(self.d)
         return np.interp(x, at, self.bias), np.interp(x, at, self.sd)
+
+# %% ../../nbs/41_count.law.ipynb #dbe1bee4
+def _local_line(u, ratio, reach):
+    "Mean at u = 0 of a straight line through the neighbours, and the scatter about it."
+    weight = np.exp(-((u / reach) ** 2) / 2)
+    middle = weight @ u / weight.sum()
+    weight = weight / weight.sum()
+    mean = weight @ ratio
+    along = u - middle
+    slope = weight @ (along * ratio) / (weight @ along**2 + 0.03**2)  # few neighbours fix no slope
+    rest = ratio - mean - slope * along
+    return mean - slope * middle, np.sqrt(weight @ rest**2)
 
 
 def fit_response(
@@ -165,49 +196,44 @@ def fit_response(
 ) -> SizeResponse:  # mean and scatter along the sizes
     """Follow mean and scatter of measured over true diameters along the sizes.
     Raises: InputError for fewer than 10 particles, or what is no diameter."""
-    d, m = (
-        check_finite(n, np.asarray(v, float))
-        for n, v in (("d_nm", d_nm), ("measured_nm", measured_nm))
-    )
-    if d.ndim != 1 or d.shape != m.shape or (d <= 0).any() or (m <= 0).any():
+    d = check_finite("d_nm", np.asarray(d_nm, float))
+    measured = check_finite("measured_nm", np.asarray(measured_nm, float))
+    if d.ndim != 1 or d.shape != measured.shape or (d <= 0).any() or (measured <= 0).any():
         raise InputError(
             "give two diameters above zero for each particle, the true and the measured one."
         )
-    x, ratio = np.log(d), np.log(m / d)
+    x = np.log(d)
+    ratio = np.log(measured / d)
     good = np.abs(ratio - np.median(ratio)) < 0.6  # others are particles that were taken for one
     if good.sum() < 10:
         raise InputError(f"{good.sum()} particles show no scatter of sizes; inject more.")
     x, ratio = x[good], ratio[good]
-    at = np.linspace(*np.quantile(x, (0.01, 0.99)), 16) if np.ptp(x) > 1e-6 else x[:1]
-    bias, sd = np.array([_line(x - a, ratio, reach) for a in at]).T
+    at = x[:1]
+    if np.ptp(x) > 1e-6:
+        smallest, largest = np.quantile(x, (0.01, 0.99))
+        at = np.linspace(smallest, largest, 16)
+    bias, sd = np.array([_local_line(x - a, ratio, reach) for a in at]).T
     return SizeResponse(np.exp(at), bias, np.clip(sd, 0.005, 0.45))
-
-
-def _line(u, ratio, reach):  # mean at u = 0 and scatter, of a straight line through the neighbours
-    w = np.exp(-((u / reach) ** 2) / 2)
-    w, middle = w / w.sum(), w @ u / w.sum()
-    mean, along = w @ ratio, u - middle
-    slope = w @ (along * ratio) / (w @ along**2 + 0.03**2)  # few neighbours fix no slope
-    return mean - slope * middle, np.sqrt(w @ (ratio - mean - slope * along) ** 2)
 
 # %% ../../nbs/41_count.law.ipynb #b2312e47
 class _Lognormal:
-    n, widest = (
-        2,
-        np.log(np.log(4.0)),
-    )  # number of parameters; the largest ln width that a fit may reach (GSD 4)
+    "Normal in ln d: theta = (mean, ln sd)."
+
+    n = 2
+    widest = np.log(np.log(4.0))
 
     @staticmethod
-    def log_density(x, t):  # (G,), (M, 2) -> (M, G), (M, 2, G)
-        z = (x - t[:, :1]) / np.exp(t[:, 1:])
-        return -z * z / 2 - t[:, 1:] - 0.5 * np.log(2 * np.pi), np.stack(
-            [z * np.exp(-t[:, 1:]), z * z - 1], 1
-        )
+    def log_density(x, theta):
+        mean, ln_sd = theta[:, :1], theta[:, 1:]
+        z = (x - mean) / np.exp(ln_sd)
+        value = -z * z / 2 - ln_sd - 0.5 * np.log(2 * np.pi)
+        return value, np.stack([z * np.exp(-ln_sd), z * z - 1], axis=1)
 
     @staticmethod
-    def log_moment(q, t):  # -> ln E[d^q] (M,), its gradient (M, 2)
-        s2 = np.exp(2 * t[:, 1])
-        return q * t[:, 0] + q * q * s2 / 2, np.stack([np.full_like(s2, q), q * q * s2], 1)
+    def log_moment(q, theta):
+        variance = np.exp(2 * theta[:, 1])
+        value = q * theta[:, 0] + q * q * variance / 2
+        return value, np.stack([np.full_like(variance, q), q * q * variance], axis=1)
 
     @staticmethod
     def start(mean, sd):
@@ -215,90 +241,108 @@ class _Lognormal:
 
 
 class _Weibull:
-    n, widest = 2, np.log(np.log(4.0) * np.sqrt(6) / np.pi)
+    "Weibull in d: theta = (ln scale, -ln shape)."
+
+    n = 2
+    widest = np.log(np.log(4.0) * np.sqrt(6) / np.pi)
 
     @staticmethod
-    def log_density(x, t):
-        b = np.exp(t[:, 1:])
-        z = np.minimum((x - t[:, :1]) / b, 50.0)
+    def log_density(x, theta):
+        ln_scale, ln_b = theta[:, :1], theta[:, 1:]
+        b = np.exp(ln_b)  # 1 / shape
+        z = np.minimum((x - ln_scale) / b, 50.0)
         e = np.exp(z)
-        return z - e - t[:, 1:], np.stack([(e - 1) / b, z * (e - 1) - 1], 1)
+        return z - e - ln_b, np.stack([(e - 1) / b, z * (e - 1) - 1], axis=1)
 
     @staticmethod
-    def log_moment(q, t):
-        qb = q * np.exp(t[:, 1])
-        return q * t[:, 0] + gammaln(1 + qb), np.stack(
-            [np.full_like(qb, q), qb * digamma(1 + qb)], 1
-        )
+    def log_moment(q, theta):
+        qb = q * np.exp(theta[:, 1])
+        value = q * theta[:, 0] + gammaln(1 + qb)
+        return value, np.stack([np.full_like(qb, q), qb * digamma(1 + qb)], axis=1)
 
     @staticmethod
     def start(mean, sd):
-        return np.array(
-            [mean + np.euler_gamma * sd * np.sqrt(6) / np.pi, np.log(sd * np.sqrt(6) / np.pi)]
-        )
+        b = sd * np.sqrt(6) / np.pi
+        return np.array([mean + np.euler_gamma * sd * np.sqrt(6) / np.pi, np.log(b)])
 
 
-class _Gamma:  # location is the logarithm of the mean; shape k = exp(-2 theta_1)
-    n, widest = 2, -0.5 * np.log(0.9113)
+class _Gamma:
+    "Gamma in d: theta = (ln mean, -ln(shape) / 2)."
+
+    n = 2
+    widest = -0.5 * np.log(0.9113)
 
     @staticmethod
-    def log_density(x, t):
-        k, y = np.exp(-2 * t[:, 1:]), x - t[:, :1]
+    def log_density(x, theta):
+        shape = np.exp(-2 * theta[:, 1:])
+        y = x - theta[:, :1]
         e = np.exp(np.minimum(y, 50.0))
-        slope = -2 * k * (np.log(k) + 1 - digamma(k) + y - e)
-        return k * (y - e) + k * np.log(k) - gammaln(k), np.stack([k * (e - 1), slope], 1)
+        value = shape * (y - e) + shape * np.log(shape) - gammaln(shape)
+        by_width = -2 * shape * (np.log(shape) + 1 - digamma(shape) + y - e)
+        return value, np.stack([shape * (e - 1), by_width], axis=1)
 
     @staticmethod
-    def log_moment(q, t):
-        k = np.exp(-2 * t[:, 1])
-        slope = -2 * k * (digamma(k + q) - digamma(k) - q / k)
-        return q * (t[:, 0] - np.log(k)) + gammaln(k + q) - gammaln(k), np.stack(
-            [np.full_like(k, q), slope], 1
-        )
+    def log_moment(q, theta):
+        shape = np.exp(-2 * theta[:, 1])
+        value = q * (theta[:, 0] - np.log(shape)) + gammaln(shape + q) - gammaln(shape)
+        by_width = -2 * shape * (digamma(shape + q) - digamma(shape) - q / shape)
+        return value, np.stack([np.full_like(shape, q), by_width], axis=1)
 
     @staticmethod
     def start(mean, sd):
         return np.array([mean + sd * sd / 2, np.log(sd)])
 
 # %% ../../nbs/41_count.law.ipynb #e850f752
-class _TwoLognormals:  # theta = (mu1, ln s1, mu2, ln s2, logit of the share of the first)
-    n, widest = 5, _Lognormal.widest
+class _TwoLognormals:
+    "Mixture: theta = (mean 1, ln sd 1, mean 2, ln sd 2, logit of the share of the first)."
+
+    n = 5
+    widest = _Lognormal.widest
 
     @staticmethod
-    def _parts(t):
-        return [(t[:, :2], -np.logaddexp(0, -t[:, 4])), (t[:, 2:4], -np.logaddexp(0, t[:, 4]))]
+    def _mixed(first, second, by_first, by_second, share):
+        "ln of a sum and its slopes, from the logarithms of its two parts and theirs."
+        total = np.logaddexp(first, second)
+        part = np.exp(first - total)[:, None]  # of the first in the sum
+        rest = np.exp(second - total)[:, None]
+        return total, np.concatenate([part * by_first, rest * by_second, part - share], axis=1)
 
     @classmethod
-    def log_density(cls, x, t):
-        (a, da), (b, db) = [_Lognormal.log_density(x, u) for u, _ in cls._parts(t)]
-        a, b = (l + w[:, None] for l, (_, w) in zip((a, b), cls._parts(t)))
-        total = np.logaddexp(a, b)
-        ra, rb = np.exp(a - total)[:, None], np.exp(b - total)[:, None]
-        return total, np.concatenate([ra * da, rb * db, ra - expit(t[:, 4])[:, None, None]], 1)
+    def log_density(cls, x, theta):
+        first, by_first = _Lognormal.log_density(x, theta[:, :2])
+        second, by_second = _Lognormal.log_density(x, theta[:, 2:4])
+        logit_share = theta[:, 4, None]
+        first = first - np.logaddexp(0, -logit_share)  # + ln share
+        second = second - np.logaddexp(0, logit_share)  # + ln (1 - share)
+        return cls._mixed(first, second, by_first, by_second, expit(logit_share)[..., None])
 
     @classmethod
-    def log_moment(cls, q, t):
-        (a, da), (b, db) = [_Lognormal.log_moment(q, u) for u, _ in cls._parts(t)]
-        a, b = (l + w for l, (_, w) in zip((a, b), cls._parts(t)))
-        total = np.logaddexp(a, b)
-        ra, rb = np.exp(a - total)[:, None], np.exp(b - total)[:, None]
-        return total, np.concatenate([ra * da, rb * db, ra - expit(t[:, 4])[:, None]], 1)
+    def log_moment(cls, q, theta):
+        first, by_first = _Lognormal.log_moment(q, theta[:, :2])
+        second, by_second = _Lognormal.log_moment(q, theta[:, 2:4])
+        logit_share = theta[:, 4]
+        first = first - np.logaddexp(0, -logit_share)
+        second = second - np.logaddexp(0, logit_share)
+        return cls._mixed(first, second, by_first, by_second, expit(logit_share)[:, None])
 
     @staticmethod
     def start(mean, sd):
         return np.array([mean - sd, np.log(sd / 2), mean + 0.5 * sd, np.log(sd / 1.5), -0.5])
 
 
-class _PowerLaw:  # theta = (exponent,): a law that never turns; improper, so it has no moments and no unseen share
+class _PowerLaw:
+    "Theta = (exponent,): a law that never turns; improper, so it has no moments and no unseen share."
+
     n = 1
 
     @staticmethod
-    def log_density(x, t):
-        return -t * (x - x[-1]), np.broadcast_to(x[-1] - x, (len(t), 1, len(x)))
+    def log_density(x, theta):
+        from_last = x - x[-1]
+        return -theta * from_last, np.broadcast_to(x[-1] - x, (len(theta), 1, len(x)))
 
     @staticmethod
-    def log_moment(q, t):
-        return np.zeros(len(t)), np.zeros((len(t), 1))
+    def log_moment(q, theta):
+        return np.zeros(len(theta)), np.zeros((len(theta), 1))
 
     @staticmethod
     def start(mean, sd):
@@ -326,7 +370,8 @@ class SizeLaw:
         x,  # (N,) ln d, d in nm
     ) -> np.ndarray:  # (N,) ln of the number density per unit of ln d
         "Logarithm of the density in ln d."
-        return FAMILIES[self.family].log_density(np.asarray(x, float), np.array([self.theta]))[0][0]
+        value, _ = FAMILIES[self.family].log_density(np.asarray(x, float), np.array([self.theta]))
+        return value[0]
 
     def pdf(
         self,
@@ -340,46 +385,51 @@ class SizeLaw:
         q: float,  # power of the diameter: 0 number, 2 surface, 3 mass
     ) -> float:  # mean of d^q, nm^q
         "Moment of the diameters, in closed form."
-        return float(np.exp(FAMILIES[self.family].log_moment(q, np.array([self.theta]))[0][0]))
+        value, _ = FAMILIES[self.family].log_moment(q, np.array([self.theta]))
+        return float(np.exp(value[0]))
 
     def sample(
         self,
         n: int,  # how many
         rng=None,  # seed or generator
     ) -> np.ndarray:  # (n,) diameters, nm
-        "Draw diameters."
-        x, _, cdf = self._grid()
-        return np.exp(np.interp(as_rng(rng).random(n), cdf, x))
+        "Sample diameters."
+        x, _, below = self._grid()
+        return np.exp(np.interp(as_rng(rng).random(n), below, x))
 
-    def _grid(self):  # x (5000,), density in x, cumulated share
+    def _grid(self):
+        "ln d (5000,), the density there, the share of particles below."
         x = np.linspace(np.log(self.moment(1)) - 14, np.log(self.moment(3)) / 3 + 6, 5000)
-        f = np.exp(self.log_density(x))
-        return x, f, (np.cumsum(f) - f / 2) / f.sum()
+        density = np.exp(self.log_density(x))
+        below = (np.cumsum(density) - density / 2) / density.sum()
+        return x, density, below
 
     @property
     def gsd(self):
         "Geometric standard deviation, exp(sd of ln d)."
-        x, f, _ = self._grid()
-        return float(np.exp(np.sqrt(np.average(x * x, weights=f) - np.average(x, weights=f) ** 2)))
+        x, density, _ = self._grid()
+        mean = np.average(x, weights=density)
+        variance = np.average(x * x, weights=density) - mean**2
+        return float(np.exp(np.sqrt(variance)))
 
     @property
     def median_nm(self):
         "Median diameter, nm."
-        x, _, cdf = self._grid()
-        return float(np.exp(np.interp(0.5, cdf, x)))
+        x, _, below = self._grid()
+        return float(np.exp(np.interp(0.5, below, x)))
 
     @property
     def mode_nm(self):
         "Most common size, nm: the maximum of the number per ln d, as a histogram with a logarithmic axis shows it."
-        x, f, _ = self._grid()
-        return float(np.exp(x[f.argmax()]))
+        x, density, _ = self._grid()
+        return float(np.exp(x[density.argmax()]))
 
     @property
     def d32_nm(self):
         "Surface-weighted (Sauter) diameter, nm."
         return self.moment(3) / self.moment(2)
 
-
+# %% ../../nbs/41_count.law.ipynb #92273713
 def size_law(
     family: str,  # "lognormal", "weibull" or "gamma"
     median_nm: float,  # median diameter, nm
@@ -391,10 +441,14 @@ def size_law(
         raise InputError(f"family={family!r} is not known; choose lognormal, weibull or gamma.")
     if not 1.005 < check_positive("gsd", gsd) < 10:
         raise InputError(f"gsd={gsd!r} must lie between 1.005 and 10.")
-    s, median = np.log(gsd), np.log(check_positive("median_nm", median_nm))
-    if family == "gamma":
-        shape = -0.5 * np.log(brentq(lambda k: polygamma(1, k) - s * s, 1e-3, 1e6))
-    else:
-        shape = np.log(s * (np.sqrt(6) / np.pi if family == "weibull" else 1))
-    centred = SizeLaw(family, (0.0, float(shape)))
-    return SizeLaw(family, (float(median - np.log(centred.median_nm)), float(shape)))
+    ln_median = np.log(check_positive("median_nm", median_nm))
+    sd = np.log(gsd)  # of ln d
+    if family == "lognormal":
+        ln_width = np.log(sd)
+    elif family == "weibull":  # variance of ln d: pi^2 / 6 / shape^2
+        ln_width = np.log(sd * (np.sqrt(6) / np.pi))
+    else:  # variance of ln d: trigamma(shape)
+        ln_width = -0.5 * np.log(brentq(lambda k: polygamma(1, k) - sd * sd, 1e-3, 1e6))
+    centred = SizeLaw(family, (0.0, float(ln_width)))
+    location = ln_median - np.log(centred.median_nm)
+    return SizeLaw(family, (float(location), float(ln_width)))

@@ -9,7 +9,7 @@ __all__ = ['hidden_by', 'beside']
 import numpy as np
 from scipy import ndimage as ndi
 
-from .contour import _COS, _SIN, N_RAYS, Outlines, edge_score, select, trace
+from .contour import N_RAYS, RAY_COS, RAY_SIN, Outlines, edge_score, select, trace
 from .propose import level_proposals, pyramid
 
 # %% ../../nbs/38_count.neighbour.ipynb #8807b4d2
@@ -24,8 +24,8 @@ def hidden_by(
     "Measure how much of each outline ends on particles that were found before."
     (high, wide), r = label.shape, outlines.radius + beyond
     y, x = (
-        np.rint(outlines.y[:, None] + _SIN * r).astype(int),
-        np.rint(outlines.x[:, None] + _COS * r).astype(int),
+        np.rint(outlines.y[:, None] + RAY_SIN * r).astype(int),
+        np.rint(outlines.x[:, None] + RAY_COS * r).astype(int),
     )
     met = label[np.clip(y, 0, high - 1), np.clip(x, 0, wide - 1)]
     run, longest = np.zeros((2, len(met)), int)

@@ -11,6 +11,7 @@ import zlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,16 +21,17 @@ from ..core import InputError
 from .batch import count_images, image_files
 from .calibrate import calibrate
 from .detect import Detector
-from .ecsa import Ecsa, _inputs, ecsa
+from .ecsa import Ecsa, ecsa
+from .electrode import ecsa_inputs
 from .law import DetectionCurve, SizeResponse
-from .size import SizeFit, fit_sizes, show_sizes
+from .size import SizeFit, fit_sizes, show_sizes, text_figure
 from ..io.files import atomic_path, provenance, write_csv, write_json
 from ..plot import to_png
 
 # %% ../../nbs/48_count.sample.ipynb #d8efcbed
 def _calibrate(n, seed, detector, workers, progress, detection, folder):
     "Calibrate one image and write what was learned; columns for its row of summary.csv."
-    rng = np.random.default_rng([seed, zlib.crc32(folder.name.encode())])
+    rng = np.random.default_rng([seed, zlib.crc32(folder.name.encode())])  # of its own, by its name
     try:
         found = calibrate(
             detection.micrograph,
@@ -43,9 +45,8 @@ def _calibrate(n, seed, detector, workers, progress, detection, folder):
     except InputError as why:
         return {"calibration": str(why)}
     unit, curve = found.unit, found.curve
-    write_csv(
-        folder / "particles.csv", detection.particles.assign(**{f"fitted_{unit}": found.sizes})
-    )
+    particles = detection.particles.assign(**{f"fitted_{unit}": found.sizes})
+    write_csv(folder / "particles.csv", particles)
     write_csv(folder / "injections.csv", found.injections)
     write_json(folder / "calibration.json", found.to_dict() | provenance(seed))
     return {
@@ -57,14 +58,23 @@ def _calibrate(n, seed, detector, workers, progress, detection, folder):
     }
 
 
-def _read(folder):
-    "Diameters, edge weights, curve and size response of one calibrated image."
+class _Calibrated(NamedTuple):
+    "One calibrated image, as its folder holds it."
+
+    d_nm: np.ndarray  # fitted diameters of the particles that the frame does not cut
+    edge_weight: np.ndarray  # of these
+    curve: DetectionCurve  # of the image
+    response: SizeResponse  # of the image
+
+
+def _calibrated_image(folder):
+    "Read what was counted and calibrated."
     facts = json.loads((folder / "calibration.json").read_text())
-    p = pd.read_csv(folder / "particles.csv")
-    p = p[p.edge_weight > 0]
-    return (
-        p.fitted_nm.to_numpy(),
-        p.edge_weight.to_numpy(),
+    particles = pd.read_csv(folder / "particles.csv")
+    whole = particles[particles.edge_weight > 0]
+    return _Calibrated(
+        whole.fitted_nm.to_numpy(),
+        whole.edge_weight.to_numpy(),
         DetectionCurve(**facts["curve"]),
         SizeResponse(**facts["response"]),
     )
@@ -76,100 +86,129 @@ class Sample:
 
     out: Path  # folder with one folder per image
     table: pd.DataFrame  # one row per file, as in summary.csv
-    # sizes of all images together; None where that was not asked for or not possible
-    fit: SizeFit | None
+    fit: SizeFit | None  # sizes of all images together; None where not asked for or not possible
     ecsa: Ecsa | None  # surface area
     note: str  # why there is no fit, or which images take no part in it; empty when all do
     missing: str = ""  # why there is no surface area although it was asked for; empty otherwise
 
-    def __str__(self):
-        return "\n".join(
-            str(o) for o in (self._counted(), self.missing or self.note, self.fit, self.ecsa) if o
-        )
+    @property
+    def counted(self) -> pd.DataFrame:  # rows of table
+        "The files that could be counted."
+        return self.table[self.table.error == ""]
 
-    def _counted(self):
-        good = self.table[self.table.error == ""]
-        bad = [f"  {r.file}: {r.error}" for r in self.table[self.table.error != ""].itertuples()]
-        total = int(good.n_particles.sum()) if len(good) else 0
-        return "\n".join([f"{total} particles in {len(good)} of {len(self.table)} images", *bad])
+    def __str__(self):
+        counted = self.counted
+        total = int(counted.n_particles.sum()) if len(counted) else 0
+        lines = [f"{total} particles in {len(counted)} of {len(self.table)} images"]
+        for row in self.table[self.table.error != ""].itertuples():
+            lines.append(f"  {row.file}: {row.error}")
+        said = (self.missing or self.note, self.fit, self.ecsa)
+        return "\n".join([*lines, *(str(what) for what in said if what)])
 
     def particles(self) -> pd.DataFrame:  # particles.csv of all images, with the column folder
         "Read the particles of all images that were counted; no row where none could be."
-        folders = self.table.folder[self.table.error == ""]
-        parts = [pd.read_csv(self.out / f / "particles.csv").assign(folder=f) for f in folders]
-        return (
-            pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["id", "folder"])
-        )
+        parts = []
+        for folder in self.counted.folder:
+            part = pd.read_csv(self.out / folder / "particles.csv")
+            parts.append(part.assign(folder=folder))
+        if not parts:
+            return pd.DataFrame(columns=["id", "folder"])
+        return pd.concat(parts, ignore_index=True)
 
     def show(
         self,
-        most: int = 3,  # images to draw
+        most: int = 3,  # images to show
     ) -> plt.Figure:  # what was counted in the first images, and the diameters of all
-        "Draw what was counted."
-        good = self.table[self.table.error == ""]
-        if not len(good):
-            return _sentence("No image could be counted; the column error of the table says why.")
-        fig, axes = plt.subplots(
-            1,
-            min(most, len(good)) + 1,
-            figsize=(3.4 * min(most, len(good)) + 3.4, 3.2),
-            layout="constrained",
-        )
-        for ax, row in zip(axes, good.itertuples()):
-            ax.imshow(plt.imread(self.out / row.folder / "overlay.png"))
-            ax.set_title(f"{Path(row.file).name}: {row.n_particles}", fontsize=9)
-            ax.set_axis_off()
-        for unit, rows in good.groupby("unit"):
-            p = pd.concat([pd.read_csv(self.out / f / "particles.csv") for f in rows.folder])
-            sizes, colour = (
-                p.loc[p.edge_weight > 0, f"diameter_{unit}"],
-                "0.4" if unit == "nm" else "tab:blue",
-            )
-            axes[-1].hist(sizes, 30, alpha=0.6, color=colour, label=unit)
-        axes[-1].set(xlabel=f"diameter ({', '.join(sorted(set(good.unit)))})", ylabel="particles")
-        return fig
+        "Plot what was counted."
+        if not len(self.counted):
+            return text_figure("No image could be counted; the column error of the table says why.")
+        return _plot_sample(self, min(most, len(self.counted)))
 
 # %% ../../nbs/48_count.sample.ipynb #4a6dc245
-def _sentence(text):
-    fig = plt.figure(figsize=(5.5, 1))
-    fig.text(0.02, 0.5, text, wrap=True, va="center", fontsize=9)
+def _plot_sample(sample, n_images):
+    "Overlays of the first images, and a histogram of all diameters, by unit."
+    counted = sample.counted
+    size = (3.4 * n_images + 3.4, 3.2)
+    fig, axes = plt.subplots(1, n_images + 1, figsize=size, layout="constrained")
+    for ax, row in zip(axes[:-1], counted.itertuples()):
+        ax.imshow(plt.imread(sample.out / row.folder / "overlay.png"))
+        ax.set_title(f"{Path(row.file).name}: {row.n_particles}", fontsize=9)
+        ax.set_axis_off()
+    for unit, rows in counted.groupby("unit"):
+        tables = [pd.read_csv(sample.out / folder / "particles.csv") for folder in rows.folder]
+        particles = pd.concat(tables)
+        d = particles.loc[particles.edge_weight > 0, f"diameter_{unit}"]
+        colour = "0.4" if unit == "nm" else "tab:blue"
+        axes[-1].hist(d, 30, alpha=0.6, color=colour, label=unit)
+    units = ", ".join(sorted(set(counted.unit)))
+    axes[-1].set(xlabel=f"diameter ({units})", ylabel="particles")
     return fig
 
 
 def _write_png(path, fig):
-    with atomic_path(path) as p:
-        p.write_bytes(to_png(fig, 100))
+    with atomic_path(path) as whole:
+        whole.write_bytes(to_png(fig, 100))
     plt.close(fig)
+
+# %% ../../nbs/48_count.sample.ipynb #bce21d2b
+def _takes_part(table):
+    "Rows of the images that take part in the fit."
+    return table[(table.error == "") & (table.unit == "nm") & (table.calibration == "")]
 
 
 def _fit(out, table):
-    "One fit to all calibrated images, and what to say about the others."
+    "One fit to all calibrated images, or None, and what to say about the others."
     counted = table[table.error == ""]
     if not len(counted):
         return None, "no image could be counted, so nothing was fitted."
     if "calibration" not in counted:
         return None, ""
-    scaled = counted[(counted.unit == "nm") & (counted.calibration == "")]
-    why = [
-        f"{Path(r.file).name} takes no part in the fit: {r.calibration or 'its pixel size is not known.'}"
-        for r in counted.drop(scaled.index).itertuples()
-    ]
-    if not len(scaled):
-        return None, " ".join(["nothing was fitted.", *why])
-    d, weight, curves, responses = map(list, zip(*(_read(out / f) for f in scaled.folder)))
-    return fit_sizes(
-        d, curves, edge_weight=weight, size_error=responses, min_detection=0.02
-    ), " ".join(why)
+    used = _takes_part(table)
+    said = []
+    for row in counted.drop(used.index).itertuples():
+        why = row.calibration or "its pixel size is not known."
+        said.append(f"{Path(row.file).name} takes no part in the fit: {why}")
+    if not len(used):
+        return None, " ".join(["nothing was fitted.", *said])
+    images = [_calibrated_image(out / folder) for folder in used.folder]
+    fit = fit_sizes(
+        [image.d_nm for image in images],
+        [image.curve for image in images],
+        edge_weight=[image.edge_weight for image in images],
+        size_error=[image.response for image in images],
+        min_detection=0.02,
+    )
+    return fit, " ".join(said)
 
 
-OWN = (
+def _area(fit, inputs, table):
+    "Surface area of the fit; the error that the look leaves is shared by all diameters, as the stated one."
+    used = _takes_part(table)
+    look_percent = 100 * np.sqrt(np.mean(used.look_error**2))
+    percent = min(np.hypot(inputs.size_percent, look_percent), 49.0)
+    inputs = replace(inputs, size_percent=float(f"{percent:.3g}"))
+    return ecsa(fit, inputs, field_nm2=used.field_area_nm2.to_list())
+
+
+def _save(sample, seed):
+    "Write the files of all images together."
+    if sample.fit is not None:
+        write_json(sample.out / "sizes.json", sample.fit.to_dict() | provenance(seed))
+        write_csv(sample.out / "families.csv", sample.fit.families)
+        _write_png(sample.out / "sizes.png", show_sizes(sample.fit))
+    if sample.ecsa is not None:
+        sample.ecsa.save(sample.out)
+        _write_png(sample.out / "ecsa.png", sample.ecsa.show())
+
+# %% ../../nbs/48_count.sample.ipynb #1c5c8ab6
+OWN = (  # of all images together
     "sizes.json",
     "families.csv",
     "sizes.png",
     "ecsa.json",
     "ecsa_budget.csv",
     "ecsa.png",
-)  # of all images together
+)
 _LEAST = 200  # injected particles that fix a curve
 
 
@@ -189,51 +228,30 @@ def count_sample(
 
     What an earlier run wrote into the same folder is removed first.
     Raises: InputError when there is no image, for too few injections, and for inputs of the surface area that cannot be right."""
-    more, files = calibrate or ecsa is not None, image_files(paths)
-    if more and n < _LEAST:
+    files = image_files(paths)
+    injects = calibrate or ecsa is not None
+    if injects and n < _LEAST:
         raise InputError(
             f"n={n} injected particles fix no curve; give {_LEAST} or more, best 2000."
         )
-    if ecsa is not None:
-        ecsa = _inputs(ecsa, {})
-    out, alone = (
-        Path(out),
-        more and len(files) == 1,
-    )  # one image alone shows the bar of its injections
+    inputs = None if ecsa is None else ecsa_inputs(ecsa)
+    out = Path(out)
     for name in OWN:
         (out / name).unlink(missing_ok=True)
-    then = (
-        partial(_calibrate, n, seed, detector, workers if alone else 1, progress and alone)
-        if more
-        else None
-    )
-    table = count_images(files, out, pixel_size, detector, workers, progress and not alone, then)
+    then = None
+    one_image = injects and len(files) == 1  # its injections take the processes and show the bar
+    if injects:
+        inner_workers = workers if one_image else 1
+        inner_bar = progress and one_image
+        then = partial(_calibrate, n, seed, detector, inner_workers, inner_bar)
+    outer_bar = progress and not one_image
+    table = count_images(files, out, pixel_size, detector, workers, outer_bar, then)
     fit, note = _fit(out, table)
-    area = None if fit is None or ecsa is None else _area(fit, ecsa, table)
-    missing = (
-        f"ECSA was not computed, because {note or 'nothing was fitted.'}"
-        if ecsa is not None and area is None
-        else ""
-    )
+    area, missing = None, ""
+    if inputs is not None and fit is not None:
+        area = _area(fit, inputs, table)
+    elif inputs is not None:
+        missing = f"ECSA was not computed, because {note or 'nothing was fitted.'}"
     sample = Sample(out, table, fit, area, note, missing)
     _save(sample, seed)
     return sample
-
-
-def _area(fit, inputs, table):
-    used = table[(table.error == "") & (table.unit == "nm") & (table.calibration == "")]
-    look = 100 * np.sqrt(
-        np.mean(used.look_error**2)
-    )  # in %, shared by all diameters as what was stated is
-    shared = float(f"{min(np.hypot(inputs.size_percent, look), 49.0):.3g}")
-    return ecsa(fit, replace(inputs, size_percent=shared), field_nm2=used.field_area_nm2.to_list())
-
-
-def _save(sample, seed):
-    if sample.fit is not None:
-        write_json(sample.out / "sizes.json", sample.fit.to_dict() | provenance(seed))
-        write_csv(sample.out / "families.csv", sample.fit.families)
-        _write_png(sample.out / "sizes.png", show_sizes(sample.fit))
-    if sample.ecsa is not None:
-        sample.ecsa.save(sample.out)
-        _write_png(sample.out / "ecsa.png", sample.ecsa.show())

@@ -156,10 +156,10 @@ def pair_table(
         except MissingExtra:
             pass  # torchmetrics is not installed: the row is left out
     rows = []
-    for column in values:
-        if np.isfinite(values[column]).any():
-            row = mean_estimate(values[column], names.get(column, column), rng).row()
-            row["floor"] = reached.get(column, np.nan)
+    for measure in values:
+        if np.isfinite(values[measure]).any():
+            row = mean_estimate(values[measure], names.get(measure, measure), rng).row()
+            row["floor"] = reached.get(measure, np.nan)
             rows.append(row)
     return pd.DataFrame(rows).rename(columns={"name": "metric", "floor": "two real scans"})
 
@@ -170,8 +170,7 @@ def evaluation_table(
     truths,  # N Truths: what each image was asked to show
     context=None,  # what the evaluations share, of kind.context
     references=None,  # N real images of the same scenes
-    # one row per image, one column per measure; no column where the kind measures nothing
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # one row per image; empty where the kind measures nothing
     "Evaluate every image of a set against its truth."
     references = references or [None] * len(images)
     rows = []

@@ -413,18 +413,18 @@ def image_table(
     real, fake = _paired(as_images(real, pixel_size), as_images(fake, pixel_size))
     L = data_range(real) if L is None else L
     pairs = list(zip(real.data, fake.data))
-    columns = {
+    values = {
         "ssim": ssim(real, fake, L),
         "psnr_dB": psnr(real, fake, L),
         "js": [intensity_distance(a, b)["js"] for a, b in pairs],
     }
     scale = real.pixel_size or fake.pixel_size
     if scale is not None:
-        columns["spectrum_distance"] = [spectrum_distance(a, b, scale) for a, b in pairs]
-        columns["limit_real_1_nm"] = information_limit(real.data, scale)
-        columns["limit_fake_1_nm"] = information_limit(fake.data, scale)
-        columns["ring_limit_1_nm"] = ring_limit(ring_correlation(real.data, fake.data, scale))
-    return pd.DataFrame(columns)
+        values["spectrum_distance"] = [spectrum_distance(a, b, scale) for a, b in pairs]
+        values["limit_real_1_nm"] = information_limit(real.data, scale)
+        values["limit_fake_1_nm"] = information_limit(fake.data, scale)
+        values["ring_limit_1_nm"] = ring_limit(ring_correlation(real.data, fake.data, scale))
+    return pd.DataFrame(values)
 
 # %% ../../nbs/78_metrics.image.ipynb #b1891017
 def show_values(

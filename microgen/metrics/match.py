@@ -80,15 +80,22 @@ def load_set(
 ) -> Loaded:  # images, and the truth where the folder holds it
     """Read a set of images from a folder, or take it as it is.
     Raises: InputError for a folder without readable images, or images that make no set; ReadError for a bad table."""
-    if not isinstance(source, (str, Path)):
+    if isinstance(source, (str, Path)):
+        loaded = _load_folder(source, pixel_size, most, rng, name)
+    else:
         images = as_images(source, pixel_size, name)
-        if standardise:
-            images = standardised(images)
         n = len(images.data)
         scales = None if images.pixel_size is None else [images.pixel_size] * n
-        return Loaded(images, [str(i) for i in range(n)], scales=scales)
+        loaded = Loaded(images, [str(i) for i in range(n)], scales=scales)
+    if standardise:
+        loaded.images = standardised(loaded.images)
+    return loaded
+
+
+def _load_folder(folder, pixel_size, most, rng, name):
+    "The images of a folder that can be read, with what the folder knows of them."
     notes = []
-    listed = list_images(source)
+    listed = list_images(folder)
     if len(listed) > most:
         notes.append(f"{most} of {len(listed)} {name} were chosen at random.")
         chosen = as_rng(rng).permutation(len(listed))[:most]
@@ -97,32 +104,29 @@ def load_set(
     readable = np.array([m is not None for m in micrographs])
     if not readable.any():
         raise InputError(
-            f"none of the {len(micrographs)} files in {source} can be read as an image."
+            f"none of the {len(micrographs)} files in {folder} can be read as an image."
         )
     if not readable.all():
-        bad = (~readable).sum()
-        notes.append(f"{bad} of {len(micrographs)} {name} cannot be read and are left out.")
+        n_bad = (~readable).sum()
+        notes.append(f"{n_bad} of {len(micrographs)} {name} cannot be read and are left out.")
     listed = listed[readable].reset_index(drop=True)
-    own_kind = kind_of(source)
+    micrographs = _all_grey_or_all_colour([m for m in micrographs if m is not None])
+
+    own_kind = kind_of(folder)
     truths = [read_truth(row, own_kind.table_columns) for _, row in listed.iterrows()]
-    known = all(truth.maps is not None or truth.table is not None for truth in truths)
-    micrographs = [m for m in micrographs if m is not None]
-    if any(m.metadata.get("pixel size") == "unknown" for m in micrographs):
-        scales = None
-    else:
-        scales = [m.pixel_size for m in micrographs]
-    in_one_array = [m.data for m in _all_grey_or_all_colour(micrographs)]
-    called = f"{name} in {source}"
-    images = as_images(in_one_array, _common_scale(scales, known, called, notes), called)
+    has_truth = all(truth.maps is not None or truth.table is not None for truth in truths)
+    scales = _scales(micrographs)
+    called = f"{name} in {folder}"
+    common_scale = _common_scale(scales, has_truth, called, notes)
     return Loaded(
-        images=standardised(images) if standardise else images,
+        images=as_images([m.data for m in micrographs], common_scale, called),
         names=[path.name for path in listed.image],
-        truths=truths if known else None,
+        truths=truths if has_truth else None,
         scales=scales,
         notes=notes,
         labels=listed.label.tolist() if (listed.label != "").all() else None,
         kind=own_kind,
-        recipe=_recipe(source),
+        recipe=_recipe(folder),
     )
 
 
@@ -148,6 +152,13 @@ def _all_grey_or_all_colour(micrographs):
         data = np.repeat(m.data[None], 3, axis=0) if m.data.ndim == 2 else m.data
         in_colour.append(replace(m, data=data))
     return in_colour
+
+
+def _scales(micrographs):
+    "The pixel size of each image; None when one of them is not known."
+    if any(m.metadata.get("pixel size") == "unknown" for m in micrographs):
+        return None
+    return [m.pixel_size for m in micrographs]
 
 
 def _common_scale(scales, simulated, name, notes):
@@ -177,8 +188,7 @@ def _recipe(folder):
 
 def standardised(
     images: ImageSet,  # N images
-    # each with mean 0 and standard deviation 1; colour is moved and stretched with its luminance
-) -> ImageSet:
+) -> ImageSet:  # each with mean 0, std 1; colour is moved with its luminance
     "Take differences of brightness and contrast out of a set."
     mean = images.data.mean((1, 2), keepdims=True)
     centred = images.data - mean

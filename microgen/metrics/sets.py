@@ -115,7 +115,9 @@ def neighbour_metrics(
         raise InputError(
             f"{len(x)} images have no {k} neighbours each: give more images or a smaller k."
         )
-    among_real = np.sort(cdist(x, x), axis=1)  # column 0: distance to itself; k: radius of the ball
+    among_real = np.sort(
+        cdist(x, x), axis=1
+    )  # at 0 the distance to itself, at k the radius of the ball
     among_fake = np.sort(cdist(y, y), axis=1)
     between = cdist(x, y)
     in_real_ball = between < among_real[:, k, None]

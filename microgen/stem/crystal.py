@@ -22,7 +22,7 @@ from microgen.stem.structure import (
     reference,
     site_roles,
     trimer,
-)  # all found here too
+)
 
 # %% ../../nbs/16_stem.crystal.ipynb #979aa4a5
 def _complete(zone: np.ndarray) -> np.ndarray:

@@ -249,8 +249,7 @@ def check_pixel(
     columns,  # Columns
     pixel_size,  # nm per pixel: float or (y, x)
     shape,  # pixels (H, W), rim included
-    # median distance of neighbouring columns of the heaviest element, nm; inf for one alone
-) -> float:
+) -> float:  # median distance of neighbouring columns of the heaviest element, nm; inf for one
     """Refuse pixels that cannot show the lattice, fewer than two per spacing of the columns, and more than memory holds.
 
     Raises: `InputError` with the pixel size or the size to use.

@@ -233,7 +233,8 @@ def calibration(
     Raises: `InputError` for an unknown source or a table that lacks an element.
     """
     distinct = list(dict.fromkeys(str(element) for element in elements))
-    return pd.DataFrame(scatterers(distinct, thickness_nm, source), columns=Scatterer._fields)
+    rows = scatterers(distinct, thickness_nm, source)
+    return pd.DataFrame.from_records(rows, columns=list(Scatterer._fields))
 
 # %% ../../nbs/22_stem.scattering.ipynb #5c7ed832
 #: Least and most of each quantity in the fit of the shipped table: kV, mrad, nm

@@ -496,8 +496,7 @@ _LABEL = (
 
 def label(
     field: Field,  # field of the image
-    # label, field, phi_left, phi_right, delta_phi, normal_deg, width_nm, ..., charge, character
-) -> dict:
+) -> dict:  # label, field, phi_left, phi_right, delta_phi, ..., charge, character
     """Label of a field: its name and the numbers behind it; None where a number has no meaning."""
     name = field.name or ("sum" if isinstance(field, Sum) else _name_of(field))
     found = dict(label=name, field=type(field).__name__)

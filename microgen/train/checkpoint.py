@@ -275,7 +275,8 @@ def roll_back(
 # %% ../../nbs/56_train.checkpoint.ipynb #5e32a11f
 @patch
 def before_epoch(self: Checkpoint):
-    "Pass over epochs that are done."
+    """Pass over epochs that are done.
+    Raises: CancelEpochException for each of them."""
     if self.learn.epoch < self.epochs:
         raise CancelEpochException
 
@@ -301,7 +302,8 @@ def before_train(self: Checkpoint):
 
 @patch
 def before_batch(self: Checkpoint):
-    "Pass over batches that were used."
+    """Pass over batches that were used.
+    Raises: CancelBatchException for each of them."""
     if not self.learn.training:
         return
     if self.skip:

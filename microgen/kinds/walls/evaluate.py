@@ -19,8 +19,14 @@ from ...core import InputError, Micrograph, as_micrograph, as_rng
 from ...kind import Truth
 from ...metrics.image import as_images, radial_spectrum
 from ...stem.column import find_columns, fit_columns
-from ...stem.lattice import _fourier, _motif, _peaks, _taper, reference_columns
-from ...stem.measure import _add_order, measure
+from microgen.stem.lattice import (
+    fourier_coefficients,
+    hann_window,
+    projected_motif,
+    reference_columns,
+    strongest_reflections,
+)
+from ...stem.measure import add_order, measure
 from ...stem.structure import load_structure, trimer
 
 # %% ../../../nbs/85_kinds.walls.evaluate.ipynb #898ac2cc
@@ -250,7 +256,7 @@ def _true_walls(found, pairs, constants):
     table = table.assign(disp_pm=table.disp_pm.to_numpy().copy())
     table.iloc[paired, table.columns.get_loc("disp_pm")] = pairs.disp_pm_true.to_numpy()
     kept = other.tolist() + paired.tolist()
-    _, (walls, rows) = _add_order(table.iloc[kept].reset_index(drop=True), constants, None)
+    _, (walls, rows) = add_order(table.iloc[kept].reset_index(drop=True), constants, None)
     return walls, rows
 
 # %% ../../../nbs/85_kinds.walls.evaluate.ipynb #23b2f89b
@@ -335,7 +341,7 @@ def reflections(
     q_max,  # highest frequency, 1/nm
 ) -> Reflections:  # those below q_max, seen along a with c up
     "Bragg reflections that an image may show."
-    motif, net = _motif(structure, fov, (1, 0, 0), (0, 0, 1))
+    motif, net = projected_motif(structure, fov, (1, 0, 0), (0, 0, 1))
     index = np.arange(-15, 16)
     hk = np.stack(np.meshgrid(index, index, indexing="ij"), -1).reshape(-1, 2)
     g = hk @ net
@@ -343,7 +349,7 @@ def reflections(
     one_of_pair = (g[:, 0] > 1e-6) | (on_axis & (g[:, 1] > 1e-6))
     kept = one_of_pair & (np.hypot(g[:, 0], g[:, 1]) < q_max)
     hk, g = hk[kept], g[kept]
-    strong = _peaks(motif, net, 400)[0]
+    strong = strongest_reflections(motif, net, 400)[0]
     is_main = cKDTree(strong).query(g)[0] < 1e-6
     return Reflections(hk, g, np.where(is_main, "main", "superlattice"))
 
@@ -356,38 +362,36 @@ def bragg_transfer(
     paired=True,  # the i-th images show the same scene
     # h, k, q_1_nm, kind, snr_real, transfer (amplitude ratio), phase_deg (rms; NaN when not paired)
 ) -> pd.DataFrame:
-    """Amplitude and phase of every visible Bragg reflection, generated against real.
+    """Amplitude ratio and rms phase of every visible Bragg reflection, generated against real; NaN when not paired.
     Raises: InputError when sets do not pair up, or the lattice is not in the real images."""
     real = as_images(real, pixel_size)
     fake = as_images(fake, pixel_size)
-    scale = real.pixel_size or fake.pixel_size
-    if scale is None:
-        raise InputError("Bragg reflections need the pixel size: give pixel_size= in nm.")
     if paired and len(real.data) != len(fake.data):
         raise InputError(
             f"{len(real.data)} real and {len(fake.data)} generated images make no pairs."
         )
+    scale = real.pixel_size or fake.pixel_size
+    if scale is None:
+        raise InputError("Bragg reflections need the pixel size: give pixel_size= in nm.")
     height, width = real.data.shape[1:]
     fov = (height * scale[0], width * scale[1])
-    just_below_nyquist = 0.45 / max(scale)
-    asked = reflections(structure, fov, just_below_nyquist)
+    below_nyquist = 0.45 / max(scale)
+    asked = reflections(structure, fov, below_nyquist)
 
-    lattices_real = [_lattice(image, scale, structure) for image in real.data]
-    if paired:
-        lattices_fake = lattices_real
-    else:
-        lattices_fake = [_lattice(image, scale, structure) for image in fake.data]
-    F_real = _coefficients(real.data, scale, asked.g, lattices_real)
-    F_fake = _coefficients(fake.data, scale, asked.g, lattices_fake)
+    lattices = [_lattice(image, scale, structure) for image in real.data]
+    F_real = _coefficients(real.data, scale, asked.g, lattices)
+    if not paired:
+        lattices = [_lattice(image, scale, structure) for image in fake.data]
+    F_fake = _coefficients(fake.data, scale, asked.g, lattices)
 
-    noise_real = _white_noise(real.data, scale)
-    power_real = np.mean(np.abs(F_real) ** 2, 0) - noise_real
-    power_fake = np.mean(np.abs(F_fake) ** 2, 0) - _white_noise(fake.data, scale)
-    visible = power_real > 8 * noise_real + 1e-4 * power_real.max()
+    noise = _white_noise(real.data, scale)
+    power_real = np.mean(np.abs(F_real) ** 2, axis=0) - noise
+    power_fake = np.mean(np.abs(F_fake) ** 2, axis=0) - _white_noise(fake.data, scale)
     transfer = np.sqrt(np.maximum(power_fake, 0) / np.maximum(power_real, 1e-300))
     phase = np.full(len(asked.g), np.nan)
     if paired:
-        phase = np.sqrt(np.mean(np.angle(F_fake * F_real.conj()) ** 2, 0))  # rad, rms
+        turn = np.angle(F_fake * F_real.conj())
+        phase = np.sqrt(np.mean(turn**2, axis=0))  # rad, rms over the images
 
     table = pd.DataFrame(
         {
@@ -395,11 +399,12 @@ def bragg_transfer(
             "k": asked.hk[:, 1],
             "q_1_nm": np.hypot(asked.g[:, 0], asked.g[:, 1]),
             "kind": asked.kind,
-            "snr_real": power_real / noise_real,
+            "snr_real": power_real / noise,
             "transfer": transfer,
             "phase_deg": np.degrees(phase),
         }
     )
+    visible = power_real > 8 * noise + 1e-4 * power_real.max()
     return table[visible].sort_values("q_1_nm", ignore_index=True)
 
 
@@ -410,13 +415,13 @@ def _lattice(image, scale, structure):
 
 def _coefficients(images, scale, g, lattices):
     "(N, G) Fourier coefficients at the reflections; of white noise of variance s² they have |F|² = s²."
-    window = _taper(images.shape[1:])
+    window = hann_window(images.shape[1:])
     unit = np.sqrt((window**2).sum())
     coefficients = []
     for image, lattice in zip(images, lattices):
         g_image = g @ np.linalg.inv(lattice)
         windowed = (image - image.mean()) * window
-        coefficients.append(_fourier(windowed, np.array(scale), g_image) / unit)
+        coefficients.append(fourier_coefficients(windowed, np.array(scale), g_image) / unit)
     return np.array(coefficients)
 
 
