@@ -62,7 +62,7 @@ def summary(node):
 
 def patched_class(function):
     "Name of the class that a function with @patch becomes a method of, or ''."
-    names = [ast.unparse(decorator) for decorator in function.decorator_list]
+    names = [ast.unparse(decorator).split("(")[0] for decorator in function.decorator_list]
     if "patch" not in names or not function.args.args:
         return ""
     return ast.unparse(function.args.args[0].annotation)

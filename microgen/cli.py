@@ -302,9 +302,8 @@ def count(
     pixel_size: float | None = None,  # nm per pixel of all, where the files do not tell
     calibrate: bool = False,  # inject particles of known size, and say what share is missed
     ecsa: str = "",  # measured surface area and what is assumed, such as m2_g=62,density=21.45; calibrates too
-    out: Path = Path(
-        "counted"
-    ),  # folder to write: one folder per image, summary.csv, and the fits of all together
+    # folder to write: one folder per image, summary.csv, and the fits of all together
+    out: Path = Path("counted"),
     n: int = 2000,  # particles injected into each image
     # of the detector, NAME=VALUE, such as polarity=dark; as often as needed
     setting: list[str] | None = None,

@@ -71,7 +71,7 @@ class Symmetry:
 
     def points(
         self,
-        y,  # (N,) in pixels, or in nm when `shape` is in nm
+        y,  # (N,) in pixels, or in nm when shape is in nm
         x,  # (N,)
         shape: tuple,  # (y, x) of the last pixel: (H - 1, W - 1), or that times the pixel size
     ) -> tuple:  # (y, x) afterwards
@@ -128,7 +128,7 @@ class Kind:
     directed = ()  # columns of metadata.csv that a mirror would change
     classes_are = "classes"  # what the recipe calls its classes, such as "walls"
     measures = {}  # what `evaluate` gives: name to a line for the model card
-    takes_structure = False  # does `context` want a crystal structure?
+    takes_structure = False  # does context want a crystal structure?
 
     recipe_name = (
         ""  # dotted name of the DatasetRecipe of which images are simulated, if there is one
@@ -226,7 +226,7 @@ def context(
     self: Kind,
     recipe=None,  # DatasetRecipe of the images, or None
     structure=None,  # what a user gave instead: a shipped name, a CIF, a pymatgen Structure
-) -> object:  # whatever `evaluate` and `compare_sets` of this kind need
+) -> object:  # whatever evaluate and compare_sets of this kind need
     "What evaluations of one set of images share."
     return None
 
@@ -236,7 +236,7 @@ def evaluate(
     self: Kind,
     image: Micrograph,  # generated or real image
     truth: Truth,  # what it was asked to show
-    context: object = None,  # of `context`
+    context: object = None,  # of context
     reference: Micrograph = None,  # a real image of the same scene: what is within reach
 ) -> dict:  # measure to number; NaN where an image does not show it
     "Compare an image with its truth."
@@ -248,7 +248,7 @@ def compare_sets(
     self: Kind,
     real: list,  # N Micrographs, each with its scale: real images
     fake: list,  # N Micrographs: generated images
-    context: object = None,  # of `context`
+    context: object = None,  # of context
     paired: bool = False,  # do the i-th images show the same scene?
     # heading to (table, caption); a kind may raise InputError where the images do not allow it
 ) -> dict:

@@ -748,9 +748,18 @@ def documented(obj):
     except ValueError:  # fastcore compares defaults with ==
         yield "a default that is an array, which nbdev cannot show: write None and make it inside"
         return
+    inherited = comments_of_parents(obj)  # a dataclass has the fields of its parents
     for name, d in parameters.items():
-        if name not in silent and not (d.docment or "").strip():
+        if name not in silent and not (d.docment or inherited.get(name) or "").strip():
             yield "no comment on what it returns" if name == "return" else f"no comment on {name}"
+
+
+def comments_of_parents(obj):
+    "Comments of the fields that a dataclass has from its parents."
+    if not dataclasses.is_dataclass(obj):
+        return {}
+    parents = [base for base in obj.__mro__[1:] if dataclasses.is_dataclass(base)]
+    return {name: c for base in reversed(parents) for name, c in docments(base).items() if c}
 
 
 def returns_nothing(function):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -68,7 +69,7 @@ class Denoiser(Model):
         images = dls.loaders[-1].one_batch()[-1]
         with torch.no_grad():
             errors = (network(images) - images).abs().mean((1, 2, 3)).cpu().numpy()
-        return card_rows({"error": errors}, {"error": "mean error of a clean image"})
+        return card_rows(pd.DataFrame({"error": errors}), {"error": "mean error of a clean image"})
 
 
 FOLDERS = ("walls", "particles", "grey", "colour")  # each kind; images of anything twice

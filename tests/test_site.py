@@ -637,7 +637,8 @@ def test_no_page_shows_the_file_of_a_notebook(pages):
         prose = re.sub(r"<pre\b.*?</pre>|<[^>]+>", " ", html, flags=re.S)
         found += [f"{name}: {m}" for m in re.findall(r"\b\d\d_[a-z][\w.]*\.ipynb", unescape(prose))]
     report(
-        found, "name the module (`scan.acquire`): the site makes a link of it, and numbers change."
+        found,
+        "run `python .ci/names.py`, or name the module (`scan.acquire`): the site makes a link of it, and numbers change.",
     )
 
 

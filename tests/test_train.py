@@ -192,7 +192,7 @@ def test_ctrl_c_stops_cleanly_and_continues(undisturbed, tmp_path):
 
 
 def test_a_second_process_is_refused(tmp_path):
-    first = start(tmp_path / "run", pause=0.2)
+    first = start(tmp_path / "run", pause=60)
     while not (tmp_path / "run/checkpoints").exists() and first.poll() is None:
         time.sleep(0.02)
     second = start(tmp_path / "run")

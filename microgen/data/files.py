@@ -216,7 +216,7 @@ def read_maps(
 
 
 def read_truth(
-    row,  # of `list_images`: maps and table are paths, or None where there are none
+    row,  # of list_images: maps and table are paths, or None where there are none
     known: tuple = ("y_nm", "x_nm"),  # columns of the table without which no object is described
 ) -> Truth:  # maps, table and class
     """Read what is known of one image of a dataset folder.
@@ -536,7 +536,7 @@ def _check_sizes(self: Pixels, shapes):
 def use(
     self: Pixels,
     rows,  # row numbers of the training images
-) -> dict:  # how grey levels are scaled: mode, percentiles, low, high; `unscale` undoes it
+) -> dict:  # how grey levels are scaled: mode, percentiles, low, high; unscale undoes it
     "Take the limits of the grey levels from the training images."
     rows = np.asarray(rows)
     domains = np.zeros(len(self), int)
@@ -561,7 +561,7 @@ def use(
 def image(
     self: Pixels,
     i: int,  # row number
-) -> np.ndarray:  # (1 or 3, h, w) float32 in [-1, 1], cropped at `corner`
+) -> np.ndarray:  # (1 or 3, h, w) float32 in [-1, 1], cropped at corner
     "One image, scaled."
     data = self._get(i)[0]
     data = data[self._window(data.shape)].astype(np.float32)
@@ -573,7 +573,7 @@ def image(
 def maps(
     self: Pixels,
     i: int,  # row number
-) -> np.ndarray:  # (C, h, w) float32, cropped at `corner`
+) -> np.ndarray:  # (C, h, w) float32, cropped at corner
     "Condition channels of one image; zeros where it has no maps."
     condition = self._get(i)[1]
     if condition is None:
@@ -585,7 +585,7 @@ def maps(
 def focus(
     self: Pixels,
     i: int,  # row number
-) -> np.ndarray:  # (1, h, w) float32, 0 or 1, cropped at `corner`
+) -> np.ndarray:  # (1, h, w) float32, 0 or 1, cropped at corner
     "Mask of what attention may learn from; zeros where an image has no maps."
     condition = self._get(i)[1]
     if condition is None:

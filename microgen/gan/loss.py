@@ -84,8 +84,7 @@ def read_batch(
 def generate(
     model: nn.Module,  # Pix2Pix
     batch: Batch,  # maps, images and what is known of them
-    # image, mean, sd; focus and z where the model has them; maps and donor: of which image they are
-) -> dict:
+) -> dict:  # image, mean, sd, maps, donor (whose maps); focus and z where there are any
     "Generate images for a step of the training."
     donor = _donors(batch.paired)
     maps = batch.maps[donor]

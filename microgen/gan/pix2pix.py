@@ -99,8 +99,7 @@ class Pix2Pix(Parts, HubModel):
         norm: str = "instance",  # norm of both
         spectral_norm: bool = True,  # divide the discriminator's weights by their spectral norm
         seed: int = 0,  # seed of all weights
-        # of the data: vocab, channels, pixel_size, scaling, size, domains, properties
-        about: dict | None = None,
+        about: dict | None = None,  # of the data: vocab, channels, pixel_size, size, domains, ...
         n_props: int = 0,  # properties, such as the dose
         out_ch: int = 1,  # channels of the image, 1 or 3
     ):
@@ -129,8 +128,7 @@ def sample(
     z=None,  # (n, z_dim) instead of a random one
     bs: int = 16,  # images at once
     domain: str = "simulated",  # whose style: "simulated", or "real" after a training with real images
-    # name to number or (n,) numbers, in the units of the metadata; missing ones are the mean
-    props: dict | None = None,
+    props: dict | None = None,  # name to number or (n,), in the unit of the metadata; else the mean
 ) -> torch.Tensor:  # (n, out_ch, H, W) in [-1, 1], on the CPU
     """Generate images of given maps, each with its own latent variable and noise.
     Raises: InputError without maps, or for maps, a domain or a property that the network does not know."""
@@ -493,4 +491,4 @@ def spread(
     images = torch.as_tensor(images).float()
     if images.ndim == 3:
         images = images[:, None]
-    return pd.DataFrame(statistics(images).numpy(), columns=list(STYLE))
+    return pd.DataFrame(statistics(images).numpy()).set_axis(list(STYLE), axis=1)

@@ -79,8 +79,7 @@ class Router(nn.Module):
         domain=None,  # (B,) 0 simulated, 1 real
         props=None,  # (B, n_props)
         expert: str | None = None,  # this one for all images
-        # as of UNet.generate; the focus is what the expert with attention finds, for all images
-    ) -> Generated:
+    ) -> Generated:  # the focus is what the expert with attention finds, for all images
         "Send each image to its expert."
         told = (label, z, noise, domain, props)
         focus = self.experts["attention"].attention(maps)
@@ -161,8 +160,7 @@ def experts_by_focus(
 
 def router_learner(
     dls: DataLoaders,  # of microgen.data.load.paired_dls or mixed_dls
-    # class to "film" or "attention"; None, or a class that is missing: experts_by_focus
-    experts: dict | None = None,
+    experts: dict | None = None,  # class to "film" or "attention"; missing: experts_by_focus
     explore: float = 0.2,  # share of the images that the other expert makes in training
     **kwargs,  # of microgen.gan.pix2pix.pix2pix_learner
 ) -> Learner:  # its model is a RouterPix2Pix
@@ -190,8 +188,7 @@ def expert_table(
     batches,  # batches of microgen.data.load, such as dls.valid; images without maps are left out
     vocab,  # class names
     fields: tuple | None = None,  # names of the tensors of a batch; None takes batches.fields
-    # per class: n, SSIM of each, their difference and its error, winner, and who makes it now
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # per class: n, SSIM of each, gain and its error, winner, who makes it
     """Let both experts generate every image, and compare them class by class.
     Raises: InputError when the model is no router."""
     router = model.g

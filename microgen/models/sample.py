@@ -78,7 +78,7 @@ def sample_run(
     n: int = 16,  # images
     seed: int = 0,  # of scenes, latent variables and noise
     progress: bool = True,  # show a bar with time left
-    **options,  # of the model's sampling, such as walls="typeC" or maps=FOLDER
+    **options,  # of the model's sampling, such as classes="one" or maps=FOLDER
 ) -> Path:  # the dataset folder
     """Sample images from a run, and write them as a dataset folder.
     Raises: InputError for an option or a class that is not known, and for a folder in use; ReadError."""

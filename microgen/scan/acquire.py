@@ -29,24 +29,26 @@ class _Motion(NamedTuple):
     columns: np.ndarray  # (R, W)
 
 
-def _smooth_motion(s, shape, line_s, rng):
-    "Drift, random walk and mains."
-    walk_rng, mains_rng = split_rng(rng, 2)
-    i, j = (np.arange(n, dtype=float) for n in shape)
-    dwell_s = s.dwell_us * 1e-6
-    line_time, pixel_time = (i - i.mean()) * line_s, (j - j.mean()) * dwell_s  # s
-
+def _drift_and_walk(s, i, j, line_s, rng):
+    "Position at each line times 1, and velocity times the time within the line."
+    line_time = (i - i.mean()) * line_s
+    pixel_time = (j - j.mean()) * s.dwell_us * 1e-6
     # the walk goes from line to line, and on within a line as a straight step
-    walk = np.cumsum(walk_rng.standard_normal((2, len(i) + 1)), axis=1) * s.walk_pm * line_s**0.5
+    steps = rng.standard_normal((2, len(i) + 1))
+    walk = np.cumsum(steps, axis=1) * s.walk_pm * line_s**0.5
     walk -= walk.mean(1, keepdims=True)
     drift = s.drift_pm_s * _direction(s.drift_deg)[:, None]
     position = drift * line_time + walk[:, :-1]
     velocity = drift + np.diff(walk) / line_s
-    rows, columns = [position, velocity], [np.ones(len(j)), pixel_time]
+    return [position, velocity], [np.ones(len(j)), pixel_time]
 
+
+def _mains(s, i, j, line_s, rng):
+    "The harmonics of the mains, two products for each."
     # sin(w (t_i + t_j) + phase) = sin(w t_i + phase) cos(w t_j) + cos(w t_i + phase) sin(w t_j)
-    phases = 2 * np.pi * mains_rng.random(s.harmonics)
-    directions = _direction(360 * mains_rng.random(s.harmonics)).T
+    rows, columns, dwell_s = [], [], s.dwell_us * 1e-6
+    phases = 2 * np.pi * rng.random(s.harmonics)
+    directions = _direction(360 * rng.random(s.harmonics)).T
     for k, (phase, direction) in enumerate(zip(phases, directions), start=1):
         omega = 2 * np.pi * k * s.mains_hz
         amplitude = s.mains_pm / k * direction[:, None]
@@ -54,6 +56,17 @@ def _smooth_motion(s, shape, line_s, rng):
         columns.append(np.cos(omega * j * dwell_s))
         rows.append(amplitude * np.cos(omega * i * line_s + phase))
         columns.append(np.sin(omega * j * dwell_s))
+    return rows, columns
+
+
+def _smooth_motion(s, shape, line_s, rng):
+    "Drift, random walk and mains."
+    walk_rng, mains_rng = split_rng(rng, 2)
+    i, j = (np.arange(n, dtype=float) for n in shape)
+    rows, columns = _drift_and_walk(s, i, j, line_s, walk_rng)
+    mains_rows, mains_columns = _mains(s, i, j, line_s, mains_rng)
+    rows += mains_rows
+    columns += mains_columns
     return _Motion(np.stack(rows, -1), np.stack(columns))
 
 # %% ../../nbs/12_scan.acquire.ipynb #e962faab

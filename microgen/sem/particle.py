@@ -13,7 +13,7 @@ import numpy as np
 from scipy import optimize, spatial, special, stats
 
 from ..core import InputError, as_rng, check_positive
-from .solid import Ellipsoids, Polyhedra, silhouettes
+from .solid import Ellipsoids, Polyhedra, silhouette_ellipse, silhouettes
 
 # %% ../../nbs/29_sem.particle.ipynb #42d920f5
 FAMILIES = ("lognormal", "weibull", "gamma")
@@ -144,8 +144,8 @@ def _ellipsoids(d_nm, aspect, tilt_deg, rng):
     turn = _rotations(n, rng, tilt_deg)
     semi_axes = _axes(n, aspect, rng)
     A = np.einsum("nij,nj,nkj->nik", turn, semi_axes**-2, turn)
-    S = A[:, :2, :2] - A[:, :2, 2:] * A[:, 2:, :2] / A[:, 2:, 2:]
-    radius = np.linalg.det(S) ** -0.25  # of the circle of the silhouette's area
+    # radius of the circle of the silhouette's area
+    radius = np.linalg.det(silhouette_ellipse(A)) ** -0.25
     bodies = Ellipsoids(np.arange(n), np.zeros((n, 3)), semi_axes.max(1), A)
     return _enlarged(bodies, d_nm / 2 / radius)
 
@@ -193,9 +193,11 @@ def _agglomerates(d_nm, spheres, rng):
         apart = 0.85 * (radius[particle, parent] + radius[:, new])
         center[:, new] = center[particle, parent] + apart[:, None] * direction
     exists = np.arange(most) < n_spheres[:, None]
-    low = np.where(exists[..., None], center - radius[..., None], np.inf).min(1)
-    high = np.where(exists[..., None], center + radius[..., None], -np.inf).max(1)
-    center = (center - (low + high)[:, None] / 2)[exists]
+    there, half = exists[..., None], radius[..., None]
+    low = np.where(there, center - half, np.inf).min(1)
+    high = np.where(there, center + half, -np.inf).max(1)
+    middle = (low + high) / 2
+    center = (center - middle[:, None])[exists]
     radius = radius[exists]
     owner = np.nonzero(exists)[0]
     matrix = np.eye(3) / radius[:, None, None] ** 2
@@ -320,25 +322,34 @@ def _settle(field, which, propose, rounds=40):
     return pending
 
 # %% ../../nbs/29_sem.particle.ipynb #c0a1bb0a
+def _contact_distance(field, which, others, rng):
+    "Distance of the centres of touching particles, nm; shorter where they may overlap."
+    apart = field.radius[which] + field.radius[others]
+    return (1 - field.overlap * rng.random(len(which))) * apart
+
+
+def _one_of_the_nearest(at, members, first, rng):
+    "A member of the cluster among the six nearest of the first, and its distance, nm."
+    tree = spatial.cKDTree(at[members])
+    distances, nearest = tree.query(at[first], k=min(7, len(members)))
+    row, pick = np.arange(len(first)), rng.integers(1, nearest.shape[1], len(first))
+    return members[nearest[row, pick]], np.maximum(distances[row, pick], 1e-9)
+
+
 def _in_contact(field, which, members, packing, rng):
     "Positions in contact with one or two particles of a cluster."
-    n, radius, at = len(which), field.radius, field.at
+    n, at = len(which), field.at
     first = members[rng.integers(0, len(members), n)]
-    to_first = (1 - field.overlap * rng.random(n)) * (radius[which] + radius[first])
+    to_first = _contact_distance(field, which, first, rng)
     angle = rng.uniform(0, 2 * np.pi, n)
     direction = np.stack([np.sin(angle), np.cos(angle)], -1)
     beside_one = at[first] + to_first[:, None] * direction
     if not packing or len(members) < 2:
         return beside_one
 
-    # a second particle among the six nearest of the first
-    distances, nearest = spatial.cKDTree(at[members]).query(at[first], k=min(7, len(members)))
-    pick = rng.integers(1, nearest.shape[1], n)
-    second = members[nearest[np.arange(n), pick]]
-    gap = np.maximum(distances[np.arange(n), pick], 1e-9)
-    to_second = (1 - field.overlap * rng.random(n)) * (radius[which] + radius[second])
-
-    # the triangle of the three centres: along and across the line from the first to the second
+    # the triangle of three centres: along and across the line from the first to the second
+    second, gap = _one_of_the_nearest(at, members, first, rng)
+    to_second = _contact_distance(field, which, second, rng)
     along = (gap**2 + to_first**2 - to_second**2) / (2 * gap)
     side = np.where(rng.random(n) < 0.5, 1, -1)
     across = np.sqrt(np.maximum(to_first**2 - along**2, 0)) * side

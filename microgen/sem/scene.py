@@ -51,7 +51,8 @@ def _frame(s):
 
 def _value_at(image, at):
     "Values of an image at the positions (n, 2) in px, by the nearest pixel."
-    row, column = np.clip(np.rint(at).astype(int), 0, np.array(image.shape) - 1).T
+    last = np.array(image.shape) - 1
+    row, column = np.clip(np.rint(at).astype(int), 0, last).T
     return image[row, column]
 
 # %% ../../nbs/32_sem.scene.ipynb #e7966f66
@@ -123,7 +124,8 @@ def _debris(s, shape, rng):
     n = rng.poisson(expected)
     row, column = (rng.random((n, 2)) * shape).astype(int).T
     specks = np.zeros(shape, np.float32)
-    specks[row, column] = s.support_level * rng.choice([-1, 1], n) * rng.uniform(1, 6, n)
+    sign, height = rng.choice([-1, 1], n), rng.uniform(1, 6, n)
+    specks[row, column] = s.support_level * sign * height
     return blur(specks, 0.8)
 
 # %% ../../nbs/32_sem.scene.ipynb #e0e4781f
@@ -213,6 +215,13 @@ def _beam_path(s, frame, rng):
     drift = drift_px * time[:, None] * (np.sin(direction), np.cos(direction))
     jitter = s.jitter_nm / s.pixel_size * rng.standard_normal((n_lines, 2))
     return drift, drift + jitter
+
+
+def _appear_at(particles, drift, frame):
+    "Where particles appear in the image, px: the drift moves each as it moves the line of its centre."
+    line = np.rint(particles.at[:, 0]).astype(int)
+    line = np.clip(line, 0, frame.shape[0] - 1)
+    return particles.at - drift[line] - frame.border
 
 
 def _along_lines(image, lines):
@@ -370,8 +379,7 @@ def simulate_scene(
 
     # the truth, where particles appear
     labels = np.where(burnt_in, 0, frame.inner(label_image(seen, frame.shape)))
-    line = np.clip(np.rint(particles.at[:, 0]).astype(int), 0, frame.shape[0] - 1)
-    at = particles.at - drift[line] - frame.border
+    at = _appear_at(particles, drift, frame)
     table = _truth(s, frame, particles, at, seen, added, signal, burnt_in, labels)
     labels, table = _numbered(labels, table)
     metadata = {"unit": "grey level" if s.bits else "signal", "scene": asdict(s)}

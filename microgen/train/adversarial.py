@@ -9,7 +9,7 @@ __all__ = ['GAN_MODES', 'Parts', 'Optimisers', 'Every', 'AdversarialTrainer', 'P
 # %% ../../nbs/59_train.adversarial.ipynb #75dd9bdd
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -177,8 +177,7 @@ class AdversarialTrainer(Callback):
         generate: Callable,  # (model, batch) -> fakes
         d_loss: Callable,  # (model, batch, detached fakes) -> {name: scalar}
         g_loss: Callable,  # (model, batch, fakes) -> {name: scalar}
-        # name -> factor in the loss, 1 where missing; "g_adv" wins over "adv"
-        weights: dict | None = None,
+        weights: dict | None = None,  # name -> factor, 1 where missing; "g_adv" beats "adv"
         d_regs=(),  # terms of d that are not in every step: Every(16, r1)
         g_regs=(),  # terms of g that are not in every step of g: Every(8, path_length)
         autocast: str | None = None,  # None for float32, "bf16" for bfloat16 on CPU and GPU
@@ -227,7 +226,7 @@ class AdversarialTrainer(Callback):
         learn.pred = pred.float() if isinstance(pred, torch.Tensor) else pred
         learn.loss = learn.loss_func(learn.pred, *learn.yb)
 
-    def precision(self):  # a context manager
+    def precision(self) -> AbstractContextManager:  # to use in with
         "bfloat16, where it is asked for."
         if not self.autocast:
             return nullcontext()
@@ -285,7 +284,7 @@ def run_phase(
     n_images: int,  # of all processes
     fakes=None,  # those of the phase before; None makes new ones
     graph: bool = False,  # whether the generator shall learn from new ones later
-):  # the fakes, for the other network; None where each share of the batch has its own
+) -> object:  # the fakes, for the other network; None where each share has its own
     "Move one network by the mean gradient over the batch."
     learn = self.learn
     n_processes = processes()[1]
@@ -346,7 +345,7 @@ def make_fakes(
     self: AdversarialTrainer,
     batch: tuple,  # of tensors
     graph: bool,  # whether the generator shall learn from them
-):  # what generate gives
+) -> object:  # what generate gives
     "Let the generator work."
     with torch.set_grad_enabled(graph), self.precision():
         return self.generate(self.learn.model, self.read(batch))
@@ -397,7 +396,7 @@ def weighted(
 
 def detached(
     fakes,  # a tensor, or a dict of tensors
-):  # the same without their graph
+) -> object:  # the same without their graph
     "Cut what a generator made off from the generator."
     if isinstance(fakes, dict):
         return {name: value.detach() for name, value in fakes.items()}
@@ -582,8 +581,7 @@ GAN_MODES = ("vanilla", "lsgan", "hinge", "relativistic")
 
 def gan_losses(
     mode: str = "vanilla",  # one of GAN_MODES
-    # d(real logits, fake logits) -> dict of scalars; g(fake logits, real logits=None) -> scalar
-) -> tuple:
+) -> tuple:  # d(real, fake) -> dict of scalars; g(fake, real=None) -> scalar; all of logits
     """The adversarial terms: cross-entropy, least squares, hinge, or relativistic pairs (real logits in g too).
     Raises: InputError for another name.
     Source: 10.48550/arXiv.1406.2661, arXiv.1611.04076, arXiv.1705.02894, arXiv.2501.05441"""

@@ -275,7 +275,8 @@ def roll_back(
 # %% ../../nbs/56_train.checkpoint.ipynb #5e32a11f
 @patch
 def before_epoch(self: Checkpoint):
-    "Pass over epochs that are done."
+    """Pass over epochs that are done.
+    Raises: CancelEpochException for each of them."""
     if self.learn.epoch < self.epochs:
         raise CancelEpochException
 
@@ -295,13 +296,14 @@ def before_train(self: Checkpoint):
     for _ in range(self.skip):
         learn.pct_train += 1.0 / (len(loader) * learn.n_epoch)  # summed up, as fastai rounds it
     learn.train_iter += self.skip
+    self.jumped = self.skip < len(loader)  # the next epoch begins with random numbers of its own
     self.skip = 0
-    self.jumped = True
 
 
 @patch
 def before_batch(self: Checkpoint):
-    "Pass over batches that were used."
+    """Pass over batches that were used.
+    Raises: CancelBatchException for each of them."""
     if not self.learn.training:
         return
     if self.skip:

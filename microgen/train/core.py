@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from ..io.files import atomic_path
 # %% ../../nbs/55_train.core.ipynb #a476a527
 def plain_tensor(
     value,  # a tensor, a subclass of it, or anything else
-):  # the same as a torch.Tensor; what is no tensor as it is
+) -> object:  # the same as a torch.Tensor; what is no tensor as it is
     "Take the subclass from a tensor."
     return value.as_subclass(torch.Tensor) if isinstance(value, torch.Tensor) else value
 
@@ -428,7 +428,7 @@ def roll_back(
 
 def averaged_weights(
     learn: Learner,  # with a callback EMA, or without
-):  # a context manager
+) -> AbstractContextManager:  # to use in with
     "Run a block with the averaged weights in the model; with the raw ones where nothing is averaged."
     ema = getattr(learn, "ema", None)
     return ema.applied() if ema is not None else nullcontext()
@@ -522,8 +522,7 @@ class TimeBudget(Callback):
 
     def __init__(
         self,
-        # of training until it stops by itself, to be resumed; None for no limit
-        hours: float | None = None,
+        hours: float | None = None,  # hours of training until it stops; None for no limit
     ):
         self.hours = hours
         self.begin = 0.0  # seconds, on the monotonic clock

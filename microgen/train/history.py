@@ -31,13 +31,15 @@ def picture_grid(
     height = max(row.shape[-2] for row in rows)
     width = max(row.shape[-1] for row in rows)
     most = max(len(row) for row in rows)
-    channels = 3 if any(row.shape[1] == 3 for row in rows) else 1
-    grid = np.full((len(rows), height + pad, most, width + pad, channels), 255, np.uint8)
+    channels = max(row.shape[1] for row in rows)
+    shape = (len(rows), height + pad, most, width + pad, channels)
+    grid = np.full(shape, 255, np.uint8)  # white where there is no picture
     for k, row in enumerate(rows):
         grey = row.detach().float().cpu().clamp(-1, 1) * 127.5 + 127.5  # [-1, 1] to [0, 255]
         pictures = np.moveaxis(grey.round().byte().numpy(), 1, -1)
+        h, w = row.shape[-2:]
         for i, picture in enumerate(pictures):
-            grid[k, : picture.shape[0], i, : picture.shape[1]] = picture
+            grid[k, :h, i, :w] = picture
     image = grid.reshape(len(rows) * (height + pad), most * (width + pad), channels)
     return image[:-pad, :-pad].squeeze()
 
@@ -70,8 +72,7 @@ class Preview(Callback):
         every: int = 500,  # steps between pictures
         n: int = 8,  # inputs, the first of the validation set
         seed: int = 0,  # of the random numbers of each picture
-        # (model, xb, yb) -> tensors, an image (H, W[, 3]) uint8, or a matplotlib figure
-        make: Callable | None = None,
+        make: Callable | None = None,  # (model, xb, yb) -> tensors, uint8 image or figure
         shown: bool = True,  # show it in a notebook too
     ):
         self.folder = Path(out)
@@ -256,7 +257,7 @@ def widen(
         return
     old = self.table() if self.header else pd.DataFrame()
     self.header = [*self.header, *new]
-    write_csv(self.file, old.reindex(columns=self.header))
+    write_csv(self.file, old.reindex(self.header, axis=1))
 
 
 @patch

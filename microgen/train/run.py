@@ -406,8 +406,7 @@ def train(
     checkpoint_every: int | None = None,  # steps between checkpoints, instead of minutes
     shown: bool = True,  # previews in the notebook
     cbs=(),  # more callbacks
-    # the learner; its model is the result. learn.stopped says why it stopped early, or is empty
-) -> Learner:
+) -> Learner:  # its model is the result; .stopped says why it ended early, or is empty
     """Train into a folder, so that nothing is ever lost.
     Raises: InputError when the folder holds another model or other data, or when nothing trains; Diverged; MicrogenError when memory is short."""
     options = RunOptions(
