@@ -482,7 +482,7 @@ def test_no_page_shows_an_error(pages):
 
 def anchors(html):
     "Names that a link may point to on a page: headings as Pandoc names them, show_doc's symbols, ids."
-    ids = set(re.findall(r'\bid="([^"]+)"', html))
+    ids = {unquote(unescape(i)) for i in re.findall(r'\bid="([^"]+)"', html)}
     heads = [
         unescape(re.sub(r"<a class=\"anchor-link.*?</a>|<[^>]+>", "", h))
         for h in re.findall(r"<h[1-6][^>]*>(.*?)</h[1-6]>", html, re.S)
