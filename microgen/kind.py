@@ -8,6 +8,7 @@ __all__ = ['SYMMETRIES', 'KINDS', 'Truth', 'Symmetry', 'symmetry', 'Kind', 'kind
 # %% ../nbs/01_kind.ipynb #378d415f
 import importlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -190,7 +191,7 @@ def action(
     op,  # one of SYMMETRIES, or its name
     vocab: tuple = (),  # class names
     channels: tuple = (),  # names of the condition channels in "maps"
-):  # function {field: tensor} -> {field: tensor}: image (B, C, H, W), maps, focus, label (B,) and others
+) -> Callable:  # {field: tensor} -> {field: tensor}, such as image (B, C, H, W), label (B,)
     """How a symmetry acts on a batch: here it moves pixels and nothing else.
     Raises: InputError for an operation that leads out of these classes."""
     op = symmetry(op)

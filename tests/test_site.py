@@ -474,7 +474,7 @@ def test_no_page_shows_an_error(pages):
         f"{name}: {m.group(0)[:120]}"
         for name, html in pages.items()
         for m in re.finditer(
-            r"Traceback \(most recent call last\)|[Nn]o module named|\bNameError\b: name", html
+            r"Traceback \(most recent call last\)|ModuleNotFoundError|\bNameError\b: name", html
         )
     ]
     report(found, "run the notebook to its end; errors that teach are shown with test_fail.")
@@ -482,7 +482,7 @@ def test_no_page_shows_an_error(pages):
 
 def anchors(html):
     "Names that a link may point to on a page: headings as Pandoc names them, show_doc's symbols, ids."
-    ids = set(re.findall(r'\bid="([^"]+)"', html))
+    ids = {unquote(unescape(i)) for i in re.findall(r'\bid="([^"]+)"', html)}
     heads = [
         unescape(re.sub(r"<a class=\"anchor-link.*?</a>|<[^>]+>", "", h))
         for h in re.findall(r"<h[1-6][^>]*>(.*?)</h[1-6]>", html, re.S)
@@ -665,8 +665,9 @@ def test_every_picture_has_an_alternative_text(processed_notebooks):
 
 
 def test_tests_of_library_pages_are_folded(processed_notebooks):
+    folded_by_us = '#| code-summary: "Show the test"'
     folded = {
-        path: sum("#| code-fold: true" in cell.source for cell in notebook.cells)
+        path: sum(folded_by_us in cell.source for cell in notebook.cells)
         for path, notebook in processed_notebooks.items()
     }
     assert sum(folded.values()) > 150
@@ -675,7 +676,7 @@ def test_tests_of_library_pages_are_folded(processed_notebooks):
     )
     for path, notebook in processed_notebooks.items():
         for cell in notebook.cells:
-            if "#| code-fold: true" in cell.source:
+            if folded_by_us in cell.source:
                 assert "quarto-exclude-from-search-index" in cell.source, path
 
 

@@ -323,7 +323,7 @@ def unpaired_dls(
     num_workers: int | None = None,  # processes that read; default: none when images are in memory
     device=None,  # default: the GPU where there is one
     progress: bool = False,  # show progress while reading
-    kind: Kind | str | None = None,  # what the images show; None is what folder `a` says
+    kind: Kind | str | None = None,  # what the images show; None is what folder a says
     colour="auto",  # True, False, or "auto": as the kind says
 ) -> DataLoaders:  # batches (image_a, image_b)
     """Load two sets of images that do not correspond, paired anew in each epoch.
@@ -397,7 +397,7 @@ def mixed_dls(
     contrast: float = 0.0,  # contrast of training images varies by factors exp(±contrast)
     gamma: float = 0.0,  # gamma of training images varies by factors exp(±gamma)
     progress: bool = False,  # show progress while reading
-    kind: Kind | str | None = None,  # what the images show; None is what `sim` says
+    kind: Kind | str | None = None,  # what the images show; None is what sim says
 ) -> DataLoaders:  # batches (maps, label, focus, domain, image), in validation simulated ones only
     """Load simulated images with their truth and real ones without, in one batch.
     Raises: InputError, one sentence each, for what is wrong with the folders or the arguments."""

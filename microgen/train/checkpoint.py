@@ -296,8 +296,8 @@ def before_train(self: Checkpoint):
     for _ in range(self.skip):
         learn.pct_train += 1.0 / (len(loader) * learn.n_epoch)  # summed up, as fastai rounds it
     learn.train_iter += self.skip
+    self.jumped = self.skip < len(loader)  # the next epoch begins with random numbers of its own
     self.skip = 0
-    self.jumped = True
 
 
 @patch

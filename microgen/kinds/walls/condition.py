@@ -18,7 +18,7 @@ from ...stem.wall import resolve
 
 # %% ../../../nbs/85_kinds.walls.condition.ipynb #8961e81f
 CHANNELS = ("q_cos", "q_sin", "disp", "sites")
-DISP_PM = 40.0  # displacement that the channel `disp` shows as 1
+DISP_PM = 40.0  # displacement that the channel disp shows as 1
 SITES = {"R": 1.0, "Mn": -0.6}  # weight of a column's spot
 
 
