@@ -174,3 +174,33 @@ def test_what_is_no_result_is_refused(tmp_path):
 )
 def test_numbers_are_plain(value, text):
     assert results.text_of(value) == text
+
+
+# --- What the benchmarks save replaces what the page shows
+
+
+def keys_of(rows):
+    return {(row["what"], row["case"]) for row in rows}
+
+
+def test_saved_walls_are_those_of_the_page():
+    import measure
+    import pandas as pd
+
+    ideal = pd.DataFrame(1.0, index=measure.KINDS, columns=list(measure.SAVED)[:10])
+    ideal["walls"] = ["0 of 0" if kind == "UP" else "20 of 20" for kind in measure.KINDS]
+    scans = pd.DataFrame(1.0, index=["good", "typical", "poor"], columns=list(measure.SAVED)[10:])
+    scans["pull, least and most of an image"] = "0.90 to 1.10"
+    rows = measure.saved(ideal, 20) + measure.saved(scans, 12, "{} scan")
+    held = [r for r in results.read("measure") if "measure.py" in r["command"]]
+    assert keys_of(rows) == keys_of(held)
+
+
+def test_saved_trainings_are_those_of_the_page():
+    import training
+
+    times = [(part, 1.0, 1.0, 1.0, 0.9, 1.1) for part in training.PARTS]
+    rows = training.saved_overhead(times, "64 px", 30)
+    rows += training.saved_memory({"bare": 1e3, "microgen": 1e3, "ema": 1e3}, "64 px")
+    rows += training.saved_kills(20, 40, 20)
+    assert keys_of(rows) == keys_of(results.read("training"))
