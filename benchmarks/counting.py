@@ -29,6 +29,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
+from results import write
 from scipy.optimize import brentq
 from scipy.stats import binomtest
 
@@ -228,6 +229,36 @@ def verdict(rows):
     )
 
 
+def saved_sizes(rows, runs):
+    "Coverage over all cells as rows of the results."
+    kept = rows[~rows.refused.astype(bool)]
+    held = 100 * kept.groupby("quantity").inside.mean()
+    cells = judged(rows[rows.quantity == "number"])
+    counts = {
+        "cells that read 0.93 to 0.98": cells.coverage.between(*AIM).sum(),
+        "cells that read less": (cells.coverage < AIM[0]).sum(),
+        "cells that read more": (cells.coverage > AIM[1]).sum(),
+        "cells outside by more than chance": (cells.beyond != "").sum(),
+    }
+    mean = {"what": f"coverage, mean of {len(cells)} cells", "unit": "%", "n": runs}
+    found = [mean | {"case": f"unseen {name}", "value": v} for name, v in held.items()]
+    found += [
+        {"what": what, "case": "unseen number", "value": v, "unit": "cells", "n": len(cells)}
+        for what, v in counts.items()
+    ]
+    share = 100 * rows.refused.astype(bool).mean()
+    found.append(
+        {
+            "what": "fits refused",
+            "case": "coverage study",
+            "value": share,
+            "unit": "%",
+            "n": runs,
+        }
+    )
+    return found
+
+
 def sizes(a):
     "Coverage study."
     grid = (
@@ -254,6 +285,8 @@ def sizes(a):
             .round(3)
             .to_string()
         )
+    if a.save:
+        write("counting", saved_sizes(rows, runs))
     assert rows[~rows.refused.astype(bool) & (rows.quantity == "number")].inside.mean() > 0.9, (
         "intervals miss the truth too often"
     )
@@ -305,6 +338,7 @@ def refused(case, run):
 def refusals(a):
     "Cases that must be refused and cases that must not."
     runs = 10 if a.quick else a.runs
+    rows = []
     for title, cases in (("cannot be identified", UNIDENTIFIABLE), ("good", GOOD)):
         print(f"\n{title}: share refused, {runs} runs each")
         total = []
@@ -314,21 +348,39 @@ def refusals(a):
             why = pd.Series([r.split(",")[0][:60] for r in reasons if r]).value_counts()
             print(f"  {case:42s} {np.mean(total[-runs:]):.3f}   {why.index[0] if len(why) else ''}")
         print(f"  {'all':42s} {np.mean(total):.3f}")
+        rows.append(
+            {
+                "what": "fits refused",
+                "case": f"{title} sizes" if title == "good" else f"sizes that {title}",
+                "value": 100 * np.mean(total),
+                "unit": "%",
+                "n": len(total),
+            }
+        )
+    if a.save:
+        write("counting", rows)
 
 
 def speed(a):
     "Time of one fit with three families and envelope."
     rng = np.random.default_rng(0)
     d = observe(law_with("lognormal", 1.5, 0.5, PROBIT), PROBIT, 5000, rng)
+    every = []
     for name, curve in (("known curve", logistic), ("injected curve", injected(PROBIT, rng))):
         times = []
         for _ in range(7):
             start = time.perf_counter()
             fit_sizes(d, curve)
             times.append(time.perf_counter() - start)
+        every += times
         print(
             f"5,000 sizes, three families and envelope, {name}: median {np.median(times):.3f} s, best {min(times):.3f} s"
         )
+    if a.save:
+        fit = {"case": "5,000 sizes, three families with envelope", "unit": "s", "n": len(every)}
+        fastest = fit | {"what": "time of the fit, fastest", "value": min(every)}
+        slowest = fit | {"what": "time of the fit, slowest", "value": max(every)}
+        write("counting", [fastest, slowest])
 
 
 if __name__ == "__main__":
@@ -348,6 +400,7 @@ if __name__ == "__main__":
     )
     p.add_argument("--jobs", type=int, default=-1, help="processes")
     p.add_argument("--scheduler", help="address of a Dask scheduler, in place of processes (sizes)")
+    p.add_argument("--save", action="store_true", help="put the results into benchmarks/results")
     p.add_argument(
         "--out",
         help="CSV file for every run, which the same command goes on with when it was stopped (sizes)",

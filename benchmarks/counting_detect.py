@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from results import write
 from scipy import ndimage as ndi
 from scipy.optimize import linear_sum_assignment
 
@@ -90,15 +91,16 @@ def discs(seed, shape=(512, 512), n=125, median=14.0, gsd=1.45, touching=0, elec
 
 
 def report(name, images):
-    "One line per image and the pooled line."
+    "One line per image and the pooled line; F1 of each image, F1 and deviation of the median diameter of all, %."
     tp = n_true = n_found = 0
-    ratios = []
+    ratios, each = [], []
     for tag, image, label, diameter in images:
         found = detect(image)
         pairs = matched(label, found.labels)
         t, f = label.max(), len(found.particles)
         ratio = found.particles["diameter_px"].to_numpy()[pairs[:, 1]] / diameter[pairs[:, 0]]
         tp, n_true, n_found, ratios = tp + len(pairs), n_true + t, n_found + f, [*ratios, *ratio]
+        each.append(2 * len(pairs) / max(t + f, 1))
         print(
             f"{name:10} {tag:12} true {t:4d} found {f:4d} F1 {2 * len(pairs) / max(t + f, 1):.3f} diameter {100 * (np.median(ratio) - 1) if len(ratio) else 0:+.1f} % "
             f"{found.summary['polarity']} {found.summary['support']}",
@@ -108,6 +110,16 @@ def report(name, images):
         f"{name:10} {'POOLED':12} true {n_true:4d} found {n_found:4d} F1 {2 * tp / max(n_true + n_found, 1):.3f} median diameter {100 * (np.median(ratios) - 1):+.2f} %\n",
         flush=True,
     )
+    return each, 2 * tp / max(n_true + n_found, 1), 100 * (np.median(ratios) - 1)
+
+
+def saved(case, n, f1, off=None):
+    "F1 and, where it is known, deviation of the median diameter as rows of the results."
+    rows = [{"what": "F1", "case": case, "value": f1, "unit": "1", "n": n}]
+    if off is not None:
+        what = "median diameter, deviation"
+        rows.append({"what": what, "case": case, "value": off, "unit": "%", "n": n})
+    return rows
 
 
 def sem(folder):
@@ -124,9 +136,10 @@ def sem(folder):
 
 
 def catalysts(folder):
+    "One line per image and the pooled line; number of images and pooled centre F1."
     from skimage.io import imread
 
-    tp = n_true = n_found = 0
+    tp = n_true = n_found = n_images = 0
     for p in sorted((folder / "images").glob("*.jpg")):
         image = imread(p)
         high, wide = image.shape[:2]
@@ -143,6 +156,7 @@ def catalysts(folder):
             len(found.particles),
         )
         tp, n_true, n_found = tp + len(pairs), n_true + len(b), n_found + f
+        n_images += 1
         print(
             f"{'catalyst':10} {p.stem:12} true {len(b):4d} found {f:4d} centre F1 {2 * len(pairs) / max(len(b) + f, 1):.3f} {found.summary['polarity']} {found.summary['support']}",
             flush=True,
@@ -151,6 +165,7 @@ def catalysts(folder):
         f"{'catalyst':10} {'POOLED':12} true {n_true:4d} found {n_found:4d} centre F1 {2 * tp / max(n_true + n_found, 1):.3f}\n",
         flush=True,
     )
+    return n_images, 2 * tp / max(n_true + n_found, 1)
 
 
 GRID = dict(
@@ -223,7 +238,8 @@ def scored(scene, seed):
 
 
 def scenes(n):
-    "Table in Markdown of n images of each kind of scene."
+    "Table in Markdown of n images of each kind of scene; the same as rows of the results."
+    rows = []
     print(
         "| scene of `sem.scene`, 512 x 512 | true | found | F1 | of single images | median diameter |\n|---|---|---|---|---|---|"
     )
@@ -236,6 +252,14 @@ def scenes(n):
             f"| {name} | {sum(true)} | {sum(found)} | {2 * sum(right) / max(sum(true) + sum(found), 1):.3f} | {each.min():.2f} to {each.max():.2f} | {off} |",
             flush=True,
         )
+        f1 = 2 * sum(right) / max(sum(true) + sum(found), 1)
+        count = {"case": name, "unit": "particles", "n": n}
+        rows.append(count | {"what": "true particles", "value": sum(true)})
+        rows.append(count | {"what": "found particles", "value": sum(found)})
+        judged = saved(name, n, f1, 100 * (np.median(ratio) - 1) if len(ratio) else None)
+        judged[0] |= {"low": each.min(), "high": each.max()}
+        rows += judged
+    return rows
 
 
 def main():
@@ -245,6 +269,11 @@ def main():
     a.add_argument("--quick", action="store_true", help="simulated images only, two of each")
     a.add_argument("--scenes", action="store_true", help="images of sem.scene only")
     a.add_argument("--leave-one-out", action="store_true", help="real SEM images only")
+    a.add_argument(
+        "--save",
+        action="store_true",
+        help="put the results into benchmarks/results (not with --leave-one-out)",
+    )
     a.add_argument("--data", default=os.environ.get("MICROGEN_TEST_DATA"))
     a = a.parse_args()
     if a.leave_one_out:
@@ -255,23 +284,37 @@ def main():
         return leave_one_out(Path(a.data) / "particles" / "sem")
     n = 2 if a.quick else 6
     if a.scenes:
-        return scenes(n)
-    report("isolated", ((f"seed {s}", *discs(s)) for s in range(n)))
-    report("touching", ((f"seed {s}", *discs(100 + s, touching=1)) for s in range(n)))
+        rows = scenes(n)
+        if a.save:
+            write("counting_scenes", rows)
+        return
+    isolated = report("isolated", ((f"seed {s}", *discs(s)) for s in range(n)))
+    touching = report("touching", ((f"seed {s}", *discs(100 + s, touching=1)) for s in range(n)))
+    rows = saved("isolated discs, simulated", n, *isolated[1:])
+    rows += saved("touching discs, simulated", n, *touching[1:])
     image, label, _ = discs(7, (1024, 1024), 500)
     times = []
     for _ in range(3):
         t, c = time.perf_counter(), time.process_time()
         found = detect(image)
         times.append((time.perf_counter() - t, time.process_time() - c))
+    wall, cpu = min(times)[0], min(t[1] for t in times)
     print(
-        f"1024 x 1024, {label.max()} particles, {len(found.particles)} found: {min(times)[0]:.2f} s wall, {min(t[1] for t in times):.2f} s CPU\n",
+        f"1024 x 1024, {label.max()} particles, {len(found.particles)} found: {wall:.2f} s wall, {cpu:.2f} s CPU\n",
         flush=True,
     )
-    if a.quick or not a.data:
-        return
-    report("sem", sem(Path(a.data) / "particles" / "sem"))
-    catalysts(Path(a.data) / "particles" / "catalysts")
+    spent = {"case": "1024 × 1024, 500 particles", "unit": "s", "n": len(times)}
+    rows.append(spent | {"what": "time, wall", "value": wall})
+    rows.append(spent | {"what": "time, processor", "value": cpu})
+    if a.data and not a.quick:
+        each, pooled, off = report("sem", sem(Path(a.data) / "particles" / "sem"))
+        rows += saved("published SEM images, pooled", len(each), pooled, off)
+        rows += saved("published SEM images, worst", len(each), min(each))
+        n_images, f1 = catalysts(Path(a.data) / "particles" / "catalysts")
+        row = {"what": "centre F1", "case": "catalysts in TEM and STEM, pooled", "unit": "1"}
+        rows.append(row | {"value": f1, "n": n_images})
+    if a.save:
+        write("counting", rows)
 
 
 if __name__ == "__main__":

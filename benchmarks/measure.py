@@ -11,6 +11,7 @@ import argparse
 
 import numpy as np
 import pandas as pd
+from results import write
 from scipy.spatial import cKDTree
 
 from microgen.core import InputError, Micrograph
@@ -137,12 +138,53 @@ def acquired(n):
     return pd.DataFrame(rows).set_index("preset")
 
 
+SAVED = {  # column of a table: quantity and unit in the results
+    "phi, domains °": ("Φ error in domains", "°"),
+    "phi, core °": ("Φ error in the core", "°"),
+    "stated, core °": ("Φ error stated in the core", "°"),
+    "pull, domains": ("error over stated, Φ in domains", "1"),
+    "pull, core": ("error over stated, Φ in the core", "1"),
+    "disp pm": ("displacement error", "pm rms"),
+    "pull of disp": ("error over stated, displacement", "1"),
+    "off pm, rms": ("wall position error, rms", "pm"),
+    "largest": ("wall position error, largest", "pm"),
+    "stated pm": ("wall position error, stated", "pm"),
+    "disp pm, rms": ("displacement error", "pm rms"),
+    "pull": ("error over stated, displacement", "1"),
+}
+
+
+def saved(table, n, case="{}"):
+    "Rows of the results, of a table with a line for each wall or preset; a domain without a wall has fewer."
+    found = []
+    for name, line in table.iterrows():
+        walls = str(line.get("walls", "1")).split()[0]
+        for column, (what, unit) in SAVED.items():
+            of_wall = "wall" in what or "core" in what
+            if column not in line or not np.isfinite(line[column]) or (of_wall and walls == "0"):
+                continue
+            row = {"what": what, "case": case.format(name), "value": line[column], "unit": unit}
+            if column == "pull":
+                low, high = line["pull, least and most of an image"].split(" to ")
+                row |= {"low": low, "high": high}
+            found.append(row | {"n": n})
+    return found
+
+
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arguments.add_argument("--quick", action="store_true", help="fewer draws")
-    quick = arguments.parse_args().quick
+    arguments.add_argument(
+        "--save", action="store_true", help="put the results into benchmarks/results"
+    )
+    chosen = arguments.parse_args()
+    n_draws, n_scans = (4, 4) if chosen.quick else (20, 12)
     with pd.option_context("display.width", 250, "display.max_columns", 30):
-        print(order(4 if quick else 20).round(2).to_string(), "\n")
-        print(acquired(4 if quick else 12).round(2).to_string())
+        ideal = order(n_draws)
+        print(ideal.round(2).to_string(), "\n")
+        scans = acquired(n_scans)
+        print(scans.round(2).to_string())
+    if chosen.save:
+        write("measure", saved(ideal, n_draws) + saved(scans, n_scans, "{} scan"))

@@ -27,6 +27,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
@@ -36,6 +37,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from results import write
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -321,26 +323,57 @@ def over_scenes(statistic, *tables, n=999):
     return statistic(*tables), *np.nanpercentile(draws, (2.5, 97.5))
 
 
+# Quantity, column of the scenes, how they are averaged, unit.
 ROWS = [
-    ("SSIM, mean over z", "ssim_mean", "mean"),
-    ("SSIM, draws in the scan's own style", "ssim_same", "mean"),
-    ("SSIM, draws in any style; beside: scans by other microscopes", "ssim_draw", "mean"),
-    ("column error of the mean, rms pm", "mean_rms_pm", "rms"),
-    ("column error of draws, rms pm", "rms_pm", "rms"),
-    ("column error of draws in the scan's own style, rms pm", "same_rms_pm", "rms"),
-    ("columns found, draws", "found", "mean"),
-    ("polarity right, draws", "polarity", "mean"),
-    ("phase error of draws, degrees, median of medians", "phi_deg", "median"),
-    ("walls found, draws", "walls_found", "mean"),
-    ("wall error of draws, median, unit cells", "wall_cells", "median"),
-    ("wall width error of draws, median, nm", "width_nm", "median"),
-    ("Bragg transfer of draws, main", "bragg_main", "mean"),
-    ("Bragg transfer of draws, superlattice", "bragg_superlattice", "mean"),
-    ("spread of draws: level", "sd_level", "mean"),
-    ("spread of draws: contrast", "sd_contrast", "mean"),
-    ("spread of draws: noise", "sd_noise", "mean"),
-    ("spread of draws: sharpness", "sd_sharpness", "mean"),
+    ("SSIM, mean over z", "ssim_mean", "mean", "1"),
+    ("SSIM, own style", "ssim_same", "mean", "1"),
+    ("SSIM, any style", "ssim_draw", "mean", "1"),
+    ("column error, mean over z", "mean_rms_pm", "rms", "pm rms"),
+    ("column error, any style", "rms_pm", "rms", "pm rms"),
+    ("column error, own style", "same_rms_pm", "rms", "pm rms"),
+    ("columns found", "found", "mean", "1"),
+    ("polarity right", "polarity", "mean", "1"),
+    ("Φ error", "phi_deg", "median", "°"),
+    ("walls found", "walls_found", "mean", "1"),
+    ("wall error, median", "wall_cells", "median", "unit cells"),
+    ("wall width error", "width_nm", "median", "nm"),
+    ("Bragg transfer, main reflections", "bragg_main", "mean", "1"),
+    ("Bragg transfer, superlattice reflections", "bragg_superlattice", "mean", "1"),
+    ("spread over z, level", "sd_level", "mean", "1"),
+    ("spread over z, contrast", "sd_contrast", "mean", "1"),
+    ("spread over z, noise", "sd_noise", "mean", "1"),
+    ("spread over z, sharpness", "sd_sharpness", "mean", "1"),
 ]
+
+
+class Judgement(NamedTuple):
+    "One quantity over the held-out scenes: value and 95 % interval of all seeds, each seed, and scans beside."
+
+    what: str
+    unit: str
+    generated: tuple  # value, low, high
+    each: list  # value of each seed
+    scans: tuple | None  # value, low, high of a second scan, where there is one
+
+
+def judgements(seeds, again):
+    "Every quantity of the report."
+    tables = [pd.DataFrame(s["scenes"]) for s in seeds]
+    found = []
+    for what, key, how, unit in ROWS:
+
+        def one(values, how=how):
+            return aim(values, how)
+
+        generated = over_scenes(one, column(tables, key))
+        each = [aim(t[key], how) for t in tables]
+        scans = over_scenes(one, column([again], key)) if key in again else None
+        found.append(Judgement(what, unit, generated, each, scans))
+    return found + _ratios(tables, again)
+
+
+def say(v, low, high):
+    return f"{v:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def report(seeds, again):
@@ -349,18 +382,12 @@ def report(seeds, again):
         "| held-out walls | generated [95 % over scenes] | each seed | a second scan [95 % over scenes] |",
         "|---|---|---|---|",
     ]
-    tables = [pd.DataFrame(s["scenes"]) for s in seeds]
-
-    def say(v, low, high):
-        return f"{v:.3f} [{low:.3f}, {high:.3f}]"
-
-    for name, key, how in ROWS:
-        one, each = lambda t: aim(t, how), ", ".join(f"{aim(t[key], how):.3f}" for t in tables)
-        beside = say(*over_scenes(one, column([again], key))) if key in again else ""
-        lines.append(
-            f"| {name} | {say(*over_scenes(one, column(tables, key)))} | {each} | {beside} |"
-        )
-    lines += _ratios(tables, again, say)
+    for j in judgements(seeds, again):
+        what = j.what if j.unit == "1" else f"{j.what}, {j.unit}"
+        each = ", ".join(f"{v:.3f}" for v in j.each)
+        beside = say(*j.scans) if j.scans else ""
+        lines.append(f"| {what} | {say(*j.generated)} | {each} | {beside} |")
+    lines.append(f"| Cramér–Rao bound of the columns, pm | {aim(again['bound_pm']):.3f} | | |")
     for s in seeds:
         k = s["sets"]
         lines.append(
@@ -373,46 +400,63 @@ def report(seeds, again):
     return "\n".join(lines)
 
 
+def saved(seeds, again, counts):
+    "The report as rows of the results."
+    n_ssim, n_physics, n_spread = counts
+    found = []
+    for j in judgements(seeds, again):
+        ssim = "SSIM" in j.what or "ceiling" in j.what
+        n = n_ssim if ssim else n_spread if "spread" in j.what else n_physics
+        cases = [("generated", *j.generated)]
+        cases += [(f"seed {s['seed']}", v, np.nan, np.nan) for s, v in zip(seeds, j.each)]
+        cases += [("scans", *j.scans)] if j.scans else []
+        for case, value, low, high in cases:
+            row = {"what": j.what, "case": case, "value": value, "unit": j.unit, "n": n}
+            interval = {"low": low, "high": high} if np.isfinite(low) else {}
+            found += [row | interval] if np.isfinite(value) else []
+    bound = {"what": "Cramér–Rao bound of the columns", "case": "scans", "unit": "pm rms"}
+    found.append(bound | {"value": aim(again["bound_pm"]), "n": n_physics})
+    copied = [s["sets"]["copy"][0] for s in seeds]
+    for which, value in (("lowest", min(copied)), ("highest", max(copied))):
+        what = f"copying test, {which} seed"
+        row = {"what": what, "case": "generated", "value": value, "unit": "1", "n": len(seeds)}
+        found.append(row)
+    return found
+
+
 def column(frames, key):
     "(frames, scenes) of one column."
     return np.stack([f[key].to_numpy(float) for f in frames])
 
 
 RATIOS = [
-    ("column error of draws over the Cramér–Rao bound", "rms_pm", "bound_pm", "rms"),
-    ("the same in the scan's own style", "same_rms_pm", "bound_pm", "rms"),
-    ("column error of the mean over the bound", "mean_rms_pm", "bound_pm", "rms"),
-    ("share of the ceiling, SSIM of the mean", "ssim_mean", "ssim_same", "mean"),
-    (
-        "share of the ceiling, SSIM of draws in the scan's own style",
-        "ssim_same",
-        "ssim_same",
-        "mean",
-    ),
-    ("share of the ceiling, SSIM of draws in any style", "ssim_draw", "ssim_draw", "mean"),
-    *((f"spread of draws over spread of scans: {v}", f"sd_{v}", f"sd_{v}", "mean") for v in STYLE),
+    ("column error over the Cramér–Rao bound, any style", "rms_pm", "bound_pm", "rms"),
+    ("column error over the Cramér–Rao bound, own style", "same_rms_pm", "bound_pm", "rms"),
+    ("column error over the Cramér–Rao bound, mean over z", "mean_rms_pm", "bound_pm", "rms"),
+    ("share of the ceiling of a second scan, mean over z", "ssim_mean", "ssim_same", "mean"),
+    ("share of the ceiling, own style", "ssim_same", "ssim_same", "mean"),
+    ("share of the ceiling, any style", "ssim_draw", "ssim_draw", "mean"),
+    *((f"spread over z over that of scans, {v}", f"sd_{v}", f"sd_{v}", "mean") for v in STYLE),
 ]
 
 
-def _ratios(tables, again, say):
-    "Rows of what is divided: errors by the bound, spread of draws by that of scans, SSIM by the ceiling."
-    rows = []
-    for name, top, bottom, how in RATIOS:
+def _ratios(tables, again):
+    "What is divided: errors by the bound, spread of draws by that of scans, SSIM by the ceiling."
+    found = []
+    for what, top, bottom, how in RATIOS:
 
-        def ratio(a, b):
+        def ratio(a, b, how=how):
             return aim(a, how) / aim(b, how)
 
         known = np.isfinite(column([again], bottom)[0])
         below = column([again], bottom)[:, known]
-        values = over_scenes(ratio, column(tables, top)[:, known], below)
-        beside = (
-            say(*over_scenes(ratio, column([again], top)[:, known], below))
-            if top == "rms_pm"
-            else ""
-        )
-        each = ", ".join(f"{ratio(column([t], top)[:, known], below):.3f}" for t in tables)
-        rows.append(f"| {name} | {say(*values)} | {each} | {beside} |")
-    return [*rows, f"| Cramér–Rao bound of the columns, pm | {aim(again['bound_pm']):.3f} | | |"]
+        generated = over_scenes(ratio, column(tables, top)[:, known], below)
+        each = [ratio(column([t], top)[:, known], below) for t in tables]
+        scans = None
+        if top == "rms_pm":
+            scans = over_scenes(ratio, column([again], top)[:, known], below)
+        found.append(Judgement(what, "1", generated, each, scans))
+    return found
 
 
 def pictures(model, data, runs, out, per_kind=("UP", "typeC", "typeD")):
@@ -502,6 +546,7 @@ def main():
     ask.add_argument("--quick", action="store_true")
     ask.add_argument("--keep", help="folder for data and runs; default: thrown away")
     ask.add_argument("--out", default="pix2pix.json")
+    ask.add_argument("--save", action="store_true", help="put the results into benchmarks/results")
     a = ask.parse_args()
     if a.quick:
         a.minutes, a.seeds, a.size, a.pixel_size, a.n, a.config, a.judge = (
@@ -559,6 +604,8 @@ def run(a, folder):
         f"steps {[s['steps'] for s in seeds]}, minutes {[round(s.get('wall_minutes', np.nan), 1) for s in seeds]}\n"
     )
     print(report(seeds, again))
+    if a.save:
+        write("pix2pix", saved(seeds, again, a.judge))
     if a.pictures:
         pictures(load_model(runs[0]), data, runs, a.pictures)
 

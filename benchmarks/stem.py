@@ -23,6 +23,7 @@ import calibrate_haadf as reference
 import numpy as np
 import pandas as pd
 import torch
+from results import write
 from scipy.ndimage import gaussian_filter
 
 from microgen.core import Micrograph
@@ -284,6 +285,21 @@ def complete(quick, row, found):
     )
 
 
+def saved(table):
+    "Speed and accuracy of each method as rows of the results; what is missing is left out."
+    found = []
+    for row in table.to_dict("records"):
+        values = [("speed", row["images/s"], "images/s")]
+        values += [(name, v, "1") for name, v in row.items() if name.startswith("r, ")]
+        values += [("column error", row["columns pm"], "pm rms")]
+        found += [
+            {"what": what, "case": row["method"], "value": value, "unit": unit}
+            for what, value, unit in values
+            if np.isfinite(value)
+        ]
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -292,6 +308,9 @@ def main():
         "--quick", action="store_true", help="fewer repeats, for continuous integration"
     )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument(
+        "--save", action="store_true", help="put the results into benchmarks/results"
+    )
     args = parser.parse_args()
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__} on "
@@ -313,6 +332,8 @@ def main():
     )
     if args.json:
         args.json.write_text(json.dumps(table.to_dict("records"), indent=1), encoding="utf-8")
+    if args.save:
+        write("stem", saved(table))
 
 
 if __name__ == "__main__":

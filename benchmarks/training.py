@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
+from results import write
 from torch import nn
 
 from microgen.train.adversarial import Parts, adversarial_learner
@@ -214,7 +215,7 @@ def through_microgen(width, size, bs, steps, block, step=None, ema=None, minutes
 
 def overhead(width, size, bs, repeats, block):
     rows = []
-    for label, ema in (("guard, history, checkpoints", None), ("the same with EMA", 10_000)):
+    for label, ema in ((PARTS[0], None), (PARTS[1], 10_000)):
         times = through_microgen(
             width, size, bs, (repeats + 1) * block, block, bare(width, batch_of(size, bs)), ema
         )
@@ -278,6 +279,7 @@ def memory(width, size, bs, steps):
         f"with EMA {found['ema']:.0f} MB (ratio {found['ema'] / found['bare']:.3f})",
         flush=True,
     )
+    return found
 
 
 def kills(trials):
@@ -302,7 +304,67 @@ def kills(trials):
         f"resume after kill -9: {same} of {trials} trials bitwise equal ({met} kills met a running process)",
         flush=True,
     )
-    return same
+    return same, met
+
+
+PARTS = "guard, history, checkpoints", "the same with EMA"  # of the training core
+AIM = "≤ 1.03"  # of time and memory over those of the plain loop
+
+
+def saved_overhead(rows, setting, repeats):
+    "Time over that of the plain loop as rows of the results."
+    return [
+        {
+            "what": "time over a bare loop",
+            "case": label,
+            "value": ratio,
+            "low": low,
+            "high": high,
+            "unit": "1",
+            "n": repeats,
+            "aim": AIM,
+            "note": setting,
+        }
+        for label, _, _, ratio, low, high in rows
+    ]
+
+
+def saved_memory(found, setting):
+    "Memory over that of the plain loop as rows of the results."
+    ratio = {"what": "memory over a bare loop", "unit": "1", "aim": AIM, "note": setting}
+    return [
+        ratio | {"case": PARTS[0], "value": found["microgen"] / found["bare"]},
+        ratio | {"case": PARTS[1], "value": found["ema"] / found["bare"]},
+        {
+            "what": "memory",
+            "case": "bare loop",
+            "value": round(found["bare"]),
+            "unit": "MB",
+            "note": f"largest resident size; {setting}",
+        },
+    ]
+
+
+def saved_kills(same, met, trials):
+    "Killed and resumed runs as rows of the results."
+    killed = {"case": "killed twice and resumed"}
+    return [
+        killed
+        | {
+            "what": "trials that end bitwise equal",
+            "value": same,
+            "unit": "trials",
+            "n": trials,
+            "aim": str(trials),
+        },
+        killed
+        | {
+            "what": "kills that met a running process",
+            "value": met,
+            "unit": "kills",
+            "n": 2 * trials,
+        },
+    ]
 
 
 if __name__ == "__main__":
@@ -312,6 +374,7 @@ if __name__ == "__main__":
     p.add_argument("--quick", action="store_true", help="small nets, few repeats, 3 kills")
     p.add_argument("--only", choices=("overhead", "memory", "kills"))
     p.add_argument("--trials", type=int, help="kills")
+    p.add_argument("--save", action="store_true", help="put the results into benchmarks/results")
     p.add_argument("--width", type=int)
     p.add_argument("--size", type=int, default=64)
     p.add_argument("--bs", type=int)
@@ -326,11 +389,18 @@ if __name__ == "__main__":
         print(
             f"{DEVICE}, torch {torch.__version__}, {o.size} px, batch {bs}, width {width}, one thread"
         )
+        setting = f"{o.size} px, width {width}, batch {bs}"
+        trials = o.trials or (3 if o.quick else 20)
+        same, rows = trials, []
         if o.only in (None, "overhead"):
-            overhead(width, o.size, bs, 10 if o.quick else 30, 10 if o.quick else 4)
+            repeats = 10 if o.quick else 30
+            times = overhead(width, o.size, bs, repeats, 10 if o.quick else 4)
+            rows += saved_overhead(times, setting, repeats)
         if o.only in (None, "memory"):
-            memory(width, o.size, bs, o.steps)
+            rows += saved_memory(memory(width, o.size, bs, o.steps), setting)
         if o.only in (None, "kills"):
-            sys.exit(
-                kills(o.trials or (3 if o.quick else 20)) < (o.trials or (3 if o.quick else 20))
-            )
+            same, met = kills(trials)
+            rows += saved_kills(same, met, trials)
+        if o.save:
+            write("training", rows)
+        sys.exit(same < trials)

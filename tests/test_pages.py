@@ -20,7 +20,7 @@ import microgen
 from microgen.cli import app
 from microgen.io.formats import READERS
 
-WRITTEN_ELSEWHERE = {"explanations/measured.ipynb", "explanations/house.ipynb", "reference.ipynb"}
+WRITTEN_ELSEWHERE = {"explanations/house.ipynb", "reference.ipynb"}
 
 
 def cells(name, kind=None):
