@@ -8,8 +8,8 @@ from microgen.core import InputError
 from microgen.count.appearance import stamp
 from microgen.count.calibrate import calibrate, match
 from microgen.count.detect import detect
+from microgen.count.fitting import fitted_sizes, look_of
 from microgen.count.law import fit_detection
-from microgen.count.look import fitted_sizes, look_of
 
 
 def discs(seed=0, shape=(200, 200), n=40, sign=1, noise=12.0):

@@ -20,8 +20,8 @@ from scipy.special import ndtri
 from ..core import InputError, as_rng
 from .appearance import Look, in_pixels, inject, unit_per_px
 from .detect import Detector, detect
+from .fitting import d50_shift, fitted_sizes, look_error, look_of, size_shift
 from .law import DetectionCurve, SizeResponse, fit_detection, fit_response
-from .look import d50_shift, fitted_sizes, look_error, look_of, size_shift
 from .propose import overlay_mask
 from .size import size_axis
 from ..progress import progress_bar
