@@ -228,10 +228,10 @@ def test_compared(name, folder_of, tmp_path):
 
 def test_a_colour_shift_is_seen(folder_of, tmp_path):
     real = folder_of("colour")
-    same = compare(real, folder_of("colour", 1)).tables["intensity_and_spectrum"]
+    same = compare(real, folder_of("colour", 1)).tables["intensity_by_channel"]
     tinted = photographs(tmp_path / "tinted", True, 1, tint=(1.0, 1.0, 0.3))
-    other = compare(real, tinted).tables["intensity_and_spectrum"]
-    js = [t[t.metric.str.startswith("js")].value.max() for t in (same, other)]
+    other = compare(real, tinted).tables["intensity_by_channel"]
+    js = [table[table.metric.str.startswith("js")].value.max() for table in (same, other)]
     assert js[1] > 3 * js[0], js
 
 

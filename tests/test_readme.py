@@ -116,7 +116,7 @@ def test_four_commands_generate_walls(tmp_path):
         seconds += sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before
         assert done.returncode == 0 and "Traceback" not in done.stderr, (words, done.stderr[-1000:])
         said.append(done.stdout)
-    assert seconds < 60, f"the commands took {seconds:.0f} s of processor time"
+    assert seconds < 100, f"the commands took {seconds:.0f} s of processor time"
     assert "base64" not in said[3] and said[3].strip().endswith("report.html")
     labels = pd.read_csv(tmp_path / "generated/metadata.csv").label
     assert "typeC" in set(labels), "walls of type C are generated"
