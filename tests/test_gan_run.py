@@ -58,7 +58,7 @@ def test_the_card_says_what_was_measured(runs, data, model):
     assert "None was measured" not in card
     rows = re.findall(r"^\| (?!metric|-)(.+?) \| (\S+) \| (\S+ to \S+) \| (\d+) \|$", card, re.M)
     names = [r[0] for r in rows]
-    assert names[:2] == ["SSIM, drawn without noise", "SSIM, drawn with noise"]
+    assert names[:2] == ["SSIM, generated without noise", "SSIM, generated with noise"]
     measures = Walls().measures.values()
     asked = [name for name in names[2:] if not name.endswith("; true images")]
     assert set(asked) <= set(measures) and bool(asked) == bool(measures)

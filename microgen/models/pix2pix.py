@@ -64,8 +64,8 @@ class AdversarialModel(PairedModel):
     sampling = Pix2PixSampling
     more_is_better = ("ssim",)
     ways = {
-        "SSIM, drawn without noise": {"noise": False},
-        "SSIM, drawn with noise": {"noise": True},
+        "SSIM, generated without noise": {"noise": False},
+        "SSIM, generated with noise": {"noise": True},
     }
 
     def settled(self, dls: DataLoaders) -> "AdversarialModel":
