@@ -289,7 +289,8 @@ def kind(
         return name
     if name not in KINDS:
         raise InputError(
-            f"{name!r} is no kind of image: choose among {', '.join(KINDS)}, or use a newer microgen."
+            f"{name!r} is no kind of image: choose among {', '.join(KINDS)}; a kind of your own joins KINDS in a "
+            "module that every process imports."
         )
     found = KINDS[name]
     if isinstance(found, str):

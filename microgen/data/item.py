@@ -118,7 +118,12 @@ class DatasetRecipe:
     @property
     def classes(self) -> tuple:  # names
         "Names among which the images are shared: the labels."
-        return getattr(self, self.classes_field)
+        name = self.classes_field
+        if name == "classes":
+            raise InputError(
+                f"The kind {self.kind!r} does not say which field of its recipe holds the classes: set classes_are."
+            )
+        return getattr(self, name)
 
     def rehearse(self) -> None:
         "Meet, before anything is written, the errors that making an image would meet."

@@ -63,7 +63,9 @@ def new_scenes(
             "give maps=, a dataset folder with truth maps."
         )
     size = asked.size or data.size[0]
-    recipe = recipe.asking(asked.classes or None, asked.n, asked.seed, size)
+    # the scenes of a seed are those of the training, if that had the same: new ones have seeds of their own
+    new_seed = int(np.random.SeedSequence([asked.seed, 1]).generate_state(1)[0])
+    recipe = recipe.asking(asked.classes or None, asked.n, new_seed, size)
     for index in range(asked.n):
         yield AskedScene(recipe.truth(index), {}, {"seed": asked.seed})
 

@@ -77,6 +77,10 @@ def train_model(
         model.begin(learn.model, model.init)
     metric = model.chosen_by()
     twentieth = len(dls.train) * model.epochs // 20
+    preview_every = model.preview_every or max(50, twentieth)
+    shows_something = hasattr(learn.model, "sample") or dls.n_inp < len(dls.fields)
+    if not shows_something:  # no images to sample, and no target to compare with
+        preview_every = None
     with learn.no_logging():
         learn = train(
             learn,
@@ -89,7 +93,7 @@ def train_model(
             best_by=metric,
             largest=metric in model.more_is_better,
             patience=model.patience,
-            preview_every=model.preview_every or max(50, twentieth),
+            preview_every=preview_every,
             shown=progress,
             cbs=[Progress(progress)],
             **model.train_arguments(),
