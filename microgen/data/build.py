@@ -136,7 +136,9 @@ def _difference(held, recipe):
     "The first field in which two recipes differ; texts as long as a file are not printed."
     there = {"kind": held.kind, **held.to_dict()}
     here = {"kind": recipe.kind, **recipe.to_dict()}
-    name = next(key for key in there if there[key] != here.get(key))
+    name = next((key for key in there if there[key] != here.get(key)), None)
+    if name is None:
+        return f"it is a {type(held).__name__}, this one a {type(recipe).__name__}"
     before, now = repr(there[name]), repr(here.get(name))
     if max(len(before), len(now)) > 200:
         return f"the content of its {name} is not that of {here.get('structure', 'now')}"
