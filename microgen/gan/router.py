@@ -202,7 +202,8 @@ def expert_table(
         for name in EXPERTS:
             made = router.generate(batch.maps, batch.label, props=batch.props, expert=name)
             images[name] = made.image
-        for i in torch.where(batch.paired)[0].tolist():
+        with_maps = range(len(batch.maps)) if batch.paired is None else torch.where(batch.paired)[0]
+        for i in with_maps:
             one = slice(i, i + 1)
             row = {"label": vocab[batch.label[i]]}
             for name in EXPERTS:

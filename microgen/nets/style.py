@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import InputError
+from .blocks import constant
 from .unet import full_precision
 
 # %% ../../nbs/52_nets.style.ipynb #e237a25c
@@ -31,8 +32,8 @@ def statistics(
     Source: Immerkaer 1996, doi 10.1006/cviu.1996.0060 (the noise)."""
     image = luminance(image)
     # the difference of two Laplacians sees the noise alone; divided by 6 it has norm 1
-    mask = image.new_tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
-    noise_var = F.conv2d(image, mask[None, None]).square().mean((1, 2, 3))
+    mask = _noise_filter(image.device, image.dtype)
+    noise_var = F.conv2d(image, mask).square().mean((1, 2, 3))
     signal_var = image.flatten(1).var(1) - noise_var
     slope_y = (image[..., 2:, 1:-1] - image[..., :-2, 1:-1]) / 2
     slope_x = (image[..., 1:-1, 2:] - image[..., 1:-1, :-2]) / 2
@@ -44,6 +45,12 @@ def statistics(
     slope = slope_var.clamp_min(1e-8).sqrt()
     level = image.mean((1, 2, 3))
     return torch.stack([level, contrast, noise, slope / contrast], 1)
+
+
+@constant
+def _noise_filter(device, dtype):
+    mask = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
+    return mask[None, None].to(device, dtype)
 
 # %% ../../nbs/52_nets.style.ipynb #7d2ba25f
 class Style(nn.Module):
@@ -75,7 +82,7 @@ class Style(nn.Module):
             if self.training:
                 self.observe(s)
             floor = 1e-6 * torch.eye(len(self.cov), device=s.device)  # alike images have rank 0
-            lower = torch.linalg.cholesky(self.cov + floor)
+            lower, _ = torch.linalg.cholesky_ex(self.cov + floor)  # unchecked: a GPU would wait
             # z = L^-1 (s - m)
             return torch.linalg.solve_triangular(lower, (s - self.mean).T, upper=False).T
 

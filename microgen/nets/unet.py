@@ -17,6 +17,7 @@ from microgen.nets.blocks import (
     Block,
     FocusGate,
     PixelNoise,
+    check_classes,
     code,
     code_length,
     grow,
@@ -92,6 +93,7 @@ class UNet(nn.Module):
         self.head.weight.data.mul_(0.1)  # begin near a grey image
 
     def forward(self, maps, label=None, z=None, noise=None):
+        check_classes(label, self.n_classes)
         return self.generate(maps, label, z, noise).image
 
     def generate(
