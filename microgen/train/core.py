@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['plain_tensor', 'device_of', 'random_state', 'set_random_state', 'seed_everything', 'random_state_kept', 'Repeat',
            'processes', 'any_process', 'save_weights', 'read_weights', 'misfit', 'fit_weights', 'ImageIsTarget',
-           'MustTrain', 'gradient_norm', 'EMA', 'averaged_weights', 'Diverged', 'NaNGuard', 'TimeBudget']
+           'MustTrain', 'gradient_norm', 'LossesOnDevice', 'EMA', 'averaged_weights', 'Diverged', 'NaNGuard',
+           'TimeBudget']
 
 # %% ../../nbs/55_train.core.ipynb #df8ae563
 import random
@@ -21,12 +22,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
-from fastai.learner import Learner
+from fastai.learner import AvgLoss, AvgSmoothLoss, Learner
+from fastai.torch_core import find_bs
 from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from ..core import InputError, MicrogenError, ReadError
 from ..io.files import atomic_path
@@ -57,13 +59,20 @@ _python_state, _set_python_state = random.getstate, random.setstate
 _numpy_state, _set_numpy_state = np.random.get_state, np.random.set_state
 
 
+def _has_mps():
+    return torch.backends.mps.is_available()
+
+
 def random_state() -> dict:  # generator name -> its state, tensors, arrays and numbers
     "The states of the global generators of Python, NumPy and torch."
-    return {
+    state = {
         "python": _python_state(),
         "numpy": _numpy_state(),
         "torch": [generator.get_state() for generator in _torch_generators()],
     }
+    if _has_mps():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
 
 
 def set_random_state(
@@ -76,6 +85,8 @@ def set_random_state(
     _set_numpy_state((name, np.asarray(keys, np.uint32), *rest))
     for generator, stored in zip(_torch_generators(), state["torch"]):
         generator.set_state(stored.cpu())
+    if _has_mps() and "mps" in state:
+        torch.mps.set_rng_state(state["mps"].cpu())
 
 
 def seed_everything(
@@ -88,6 +99,8 @@ def seed_everything(
     _set_numpy_state(np.random.RandomState(for_numpy).get_state())
     for generator in _torch_generators():
         generator.manual_seed(for_torch)
+    if _has_mps():
+        torch.mps.manual_seed(for_torch)
 
 
 @contextmanager
@@ -170,7 +183,9 @@ def read_weights(
     """Read what `save_weights` wrote.
     Raises: ReadError when the file is missing or damaged."""
     try:
-        return load_file(path)
+        mapped = load_file(path)
+        # copies: a mapped file cannot be deleted on Windows, and holds its space elsewhere
+        return {name: value.clone() for name, value in mapped.items()}
     except FileNotFoundError:
         raise ReadError(path, "safetensors", "there is no such file") from None
     except (SafetensorError, OSError, ValueError) as e:
@@ -279,11 +294,47 @@ def gradient_norm(
     params,  # parameters
 ) -> torch.Tensor:  # scalar, float32
     "Euclidean norm of all their gradients."
-    norms = []
-    for p in params:
-        if p.grad is not None:
-            norms.append(torch.linalg.vector_norm(p.grad, dtype=torch.float32))
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    gradients = [p.grad for p in params if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norms = torch._foreach_norm(gradients, 2, torch.float32)  # one operation for all of them
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+# %% ../../nbs/55_train.core.ipynb #bafd1a48
+class _DeviceLoss(AvgLoss):
+    "Mean loss of an epoch."
+
+    def accumulate(self, learn):
+        n_images = find_bs(learn.yb)
+        self.total = self.total + learn.loss.detach().mean() * n_images
+        self.count += n_images
+
+
+class _DeviceSmoothLoss(AvgSmoothLoss):
+    "Smoothed loss of the steps."
+
+    def accumulate(self, learn):
+        self.count += 1
+        loss = learn.loss.detach().mean()
+        self.val = torch.lerp(loss, self.val.to(loss), self.beta)
+
+
+class LossesOnDevice(Callback):
+    "Let fastai's Recorder add losses up where they are computed."
+
+    order = 49  # before the Recorder, which resets what it has
+
+    def before_fit(self):
+        "Put sums in the place of numbers that are fetched."
+        recorder = self.learn.recorder
+        recorder.loss = _DeviceLoss()
+        recorder.smooth_loss = _DeviceSmoothLoss(recorder.smooth_loss.beta)
+
+    def after_fit(self):
+        "Fetch what plots need, in one go."
+        recorder = self.learn.recorder
+        if recorder.losses:
+            recorder.losses = list(torch.stack(recorder.losses).cpu())
 
 # %% ../../nbs/55_train.core.ipynb #2d2e6f63
 class EMA(Callback):
@@ -303,6 +354,7 @@ class EMA(Callback):
         self.seen = 0  # images
         self.new = 0  # images since the last update
         self.count = 0  # steps
+        self.updates = 0  # of the average
         self.averaged_model = None  # the model that is trained
         self.average = None  # AveragedModel of it, made at the start of a training
         self.is_applied = False  # whether the averaged weights are in the model
@@ -329,8 +381,16 @@ class EMA(Callback):
         if self.ramp:
             half_life = min(half_life, self.ramp * self.seen)
         beta = 0.5 ** (self.new / half_life)  # share of the old average that stays
-        self.average.multi_avg_fn = get_ema_multi_avg_fn(beta)
-        self.average.update_parameters(self.averaged_model)
+        if not self.updates:
+            beta = 0.0
+        mean, model = self.average.module, self.averaged_model
+        # as AveragedModel.update_parameters, in three operations instead of three for each parameter
+        with torch.no_grad():
+            torch._foreach_lerp_(list(mean.parameters()), list(model.parameters()), 1 - beta)
+            if buffers := list(model.buffers()):
+                torch._foreach_copy_(list(mean.buffers()), buffers)
+            self.average.n_averaged += 1
+        self.updates += 1
         self.new = 0
 
 # %% ../../nbs/55_train.core.ipynb #8438dc66
@@ -346,7 +406,7 @@ def swap(self: EMA):
 @patch
 def apply(self: EMA):
     "Leave the averaged weights in the model; until the first update there are none."
-    if not self.is_applied and self.average is not None and self.average.n_averaged > 0:
+    if not self.is_applied and self.average is not None and self.updates:
         self.swap()
 
 
@@ -424,6 +484,7 @@ def roll_back(
 ):
     "Take the average back, and nothing else."
     self.average.load_state_dict(state["average"])
+    self.updates = int(self.average.n_averaged)
 
 
 def averaged_weights(

@@ -8,6 +8,7 @@ __all__ = ['picture_grid', 'preview_images', 'Preview', 'History', 'Fade']
 # %% ../../nbs/57_train.history.ipynb #14933422
 import csv
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -289,7 +290,22 @@ def load_state(
     if not self.n_rows:
         self.file.unlink(missing_ok=True)
         return
-    table = self.table().iloc[: self.n_rows]
+    try:
+        table = self.table()
+    except (OSError, ValueError) as e:  # pandas says ValueError for a file that is no table
+        warnings.warn(
+            f"the history {self.file} cannot be read ({type(e).__name__}); the training goes on, and a "
+            "new history begins at this step."
+        )
+        self.n_rows = 0
+        self.file.unlink(missing_ok=True)
+        return
+    if len(table) < self.n_rows:
+        warnings.warn(
+            f"the history {self.file} has lost {self.n_rows - len(table)} rows; the training goes on."
+        )
+    table = table.iloc[: self.n_rows]
+    self.n_rows = len(table)
     self.header = list(table)
     write_csv(self.file, table)
 

@@ -121,7 +121,8 @@ class AdversarialLearner(Learner):
 
     def get_preds(self, *args, **kwargs) -> list:  # generated images, targets
         "What the generator makes of the conditions of the validation images."
-        self._need_condition("get_preds")
+        if kwargs.get("dl") is None:  # summary gives a batch of its own
+            self._need_condition("get_preds")
         return super().get_preds(*args, **kwargs)
 
     def show_results(self, *args, **kwargs):
