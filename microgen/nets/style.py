@@ -31,13 +31,10 @@ def statistics(
     """Measure the numbers of `STYLE` in each image, differentiably.
     Source: Immerkaer 1996, doi 10.1006/cviu.1996.0060 (the noise)."""
     image = luminance(image)
-    # the difference of two Laplacians sees the noise alone; divided by 6 it has norm 1
-    mask = _noise_filter(image.device, image.dtype)
-    noise_var = F.conv2d(image, mask).square().mean((1, 2, 3))
+    filtered = F.conv2d(image, _noise_and_slopes(image.device, image.dtype))
+    noise_var, slope_y_var, slope_x_var = filtered.square().mean((2, 3)).unbind(1)
     signal_var = image.flatten(1).var(1) - noise_var
-    slope_y = (image[..., 2:, 1:-1] - image[..., :-2, 1:-1]) / 2
-    slope_x = (image[..., 1:-1, 2:] - image[..., 1:-1, :-2]) / 2
-    slope_var = slope_y.square().mean((1, 2, 3)) + slope_x.square().mean((1, 2, 3))
+    slope_var = slope_y_var + slope_x_var
     slope_var = slope_var - noise_var  # each of the two holds half of the noise's variance
 
     contrast = signal_var.clamp_min(1e-8).sqrt()
@@ -48,9 +45,12 @@ def statistics(
 
 
 @constant
-def _noise_filter(device, dtype):
-    mask = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
-    return mask[None, None].to(device, dtype)
+def _noise_and_slopes(device, dtype):
+    "(3, 1, 3, 3) filters: noise of norm 1, slope along y, slope along x."
+    # the difference of two Laplacians sees the noise alone; divided by 6 it has norm 1
+    noise = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
+    slope_y = torch.tensor([[0.0, -1, 0], [0, 0, 0], [0, 1, 0]]) / 2
+    return torch.stack([noise, slope_y, slope_y.T])[:, None].to(device, dtype)
 
 # %% ../../nbs/52_nets.style.ipynb #7d2ba25f
 class Style(nn.Module):

@@ -23,6 +23,7 @@ from microgen.nets.blocks import (
     grow,
     initialise,
     norm_layer,
+    scales_and_shifts,
     shrink,
     spectral,
 )
@@ -125,15 +126,23 @@ class UNet(nn.Module):
         c: torch.Tensor,  # (B, n_code) vector of code
     ) -> torch.Tensor:  # (B, base, H, W)
         "The features of which the image is made."
+        blocks = [*self.down, self.bottom, *self.up]
+        told = [()] * len(blocks)
+        if c.shape[1]:
+            films = [film for block in blocks for film in block.films]
+            pairs = scales_and_shifts(films, c)
+            told = list(zip(pairs[::2], pairs[1::2]))  # two layers a block
+        told = iter(told)
+
         h = self.stem(maps)
         skips = []
         for block in self.down:
-            h = block(h, c)
+            h = block(h, next(told))
             skips.append(h)
             h = shrink(h)
-        h = self.bottom(h, c)
+        h = self.bottom(h, next(told))
         for block in self.up:
-            h = block(torch.cat([grow(h), skips.pop()], 1), c)
+            h = block(torch.cat([grow(h), skips.pop()], 1), next(told))
         return h
 
     def _check(self, maps):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GAN_MODES', 'Parts', 'Every', 'MeanTerm', 'AdversarialTrainer', 'Phase', 'buffers_kept', 'part_of', 'in_shares',
-           'detached', 'sum_over_processes', 'image_l1', 'adversarial_learner', 'gan_losses', 'r1_penalty']
+           'sum_of', 'detached', 'sum_over_processes', 'image_l1', 'adversarial_learner', 'gan_losses', 'r1_penalty']
 
 # %% ../../nbs/59_train.adversarial.ipynb #75dd9bdd
 import warnings
@@ -63,7 +63,7 @@ class Every:
         "Whether the term is computed."
         return step % self.steps == 0
 
-# %% ../../nbs/59_train.adversarial.ipynb #d7962246
+# %% ../../nbs/59_train.adversarial.ipynb #d01d247a
 @dataclass(frozen=True)
 class MeanTerm:
     "A term of a loss that is a function of means over images: one batch in any number of shares gives one gradient."
@@ -85,6 +85,8 @@ class MeanTerm:
         whole: torch.Tensor | None = None,  # (K + 1,) sums over all shares; None when this is all
     ) -> torch.Tensor:  # scalar with graph; 0 where no image counts
         "The term of the whole batch; its graph is that of the images of this share."
+        if self.counts is None and whole is None and self.rows.ndim == 1 and self.of is torch.sum:
+            return self.rows.float().mean()
         if self.counts is None and whole is None:
             return self.of(self.rows.float().reshape(len(self.rows), -1).mean(0))
         own = self.sums()
@@ -130,6 +132,7 @@ class AdversarialTrainer(Callback):
         self.accumulate = accumulate
         self.read = read or tuple
         self.names = set()  # of the terms that were seen
+        self.factors = {}  # weights and device -> tensor
         self.unused = set(self.weights)  # weights whose term was not seen yet
         intervals = [n_disc]
         intervals += [reg.steps for reg in self.d_regs]
@@ -275,7 +278,7 @@ def gradient(
             p.requires_grad_(True)
     return total, fakes, None
 
-# %% ../../nbs/59_train.adversarial.ipynb #dac03edf
+# %% ../../nbs/59_train.adversarial.ipynb #cb53e66b
 @patch
 def sums_of_shares(
     self: AdversarialTrainer,
@@ -320,7 +323,7 @@ def buffers_kept(
         for value, kept in zip(model.buffers(), before):
             value.copy_(kept)
 
-# %% ../../nbs/59_train.adversarial.ipynb #c34012eb
+# %% ../../nbs/59_train.adversarial.ipynb #5dad470e
 def part_of(
     batch: tuple,  # of tensors over images, and of None; or a NamedTuple of them
     which: slice,  # of the images
@@ -371,8 +374,18 @@ def backward(
         for reg in phase.regs:
             lazy = self.weighted(phase.name, reg.terms(model, batch, fakes), {}, share)
             total = total + reg.steps * lazy
-    total.backward()
+    gradients = torch.autograd.grad(total, phase.params, allow_unused=True)
+    for p, gradient in zip(phase.params, gradients):
+        p.grad = gradient if p.grad is None else sum_of(p.grad, gradient)
     return total.detach()
+
+
+def sum_of(
+    a: torch.Tensor,  # changed in place
+    b: torch.Tensor | None,  # same shape; None for zero
+) -> torch.Tensor:  # the first
+    "Add up the gradients of shares."
+    return a if b is None else a.add_(b)
 
 
 @patch
@@ -384,25 +397,40 @@ def weighted(
     share: float,  # of the whole batch
 ) -> torch.Tensor:  # scalar with graph
     "Sum the terms up with their weights; note them by name in `learn.terms`."
-    total = 0.0
-    noted = self.learn.terms
+    if not terms:
+        return 0.0
+    names, factors, parts = [], [], []
     for name, term in terms.items():
         if isinstance(term, MeanTerm):
             value = term.value(whole.get(name))
             # its value is that of the whole batch, a share of which counts here; its slope counts in full
-            part = value + (share - 1) * value.detach() if share != 1 else value
+            parts.append(value + (share - 1) * value.detach() if share != 1 else value)
         else:
-            value = term.float()
-            part = share * value if share != 1 else value
+            parts.append(share * term.float() if share != 1 else term.float())
         if not name.startswith(("d_", "g_")):
             name = f"{network}_{name}"
-        short = name[2:]
-        key = name if name in self.weights else short
+        key = name if name in self.weights else name[2:]
         self.unused.discard(key)
-        noted[name] = noted[name] + part.detach() if name in noted else part.detach()
-        weight = self.weights.get(key, 1.0)
-        total = total + (part if weight == 1 else weight * part)
-    return total
+        names.append(name)
+        factors.append(float(self.weights.get(key, 1.0)))
+    values = torch.stack(parts)
+    noted = self.learn.terms
+    for name, value in zip(names, values.detach().unbind()):
+        noted[name] = noted[name] + value if name in noted else value
+    return values @ self.on_device(tuple(factors), values.device)
+
+
+@patch
+def on_device(
+    self: AdversarialTrainer,
+    factors: tuple,  # numbers
+    device: torch.device,  # where the loss is
+) -> torch.Tensor:  # (K,) the same
+    "The weights of a loss, copied to the device once."
+    key = factors, device
+    if key not in self.factors:
+        self.factors[key] = torch.tensor(factors, device=device)
+    return self.factors[key]
 
 
 def detached(

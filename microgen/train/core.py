@@ -9,6 +9,7 @@ __all__ = ['plain_tensor', 'device_of', 'random_state', 'set_random_state', 'see
            'TimeBudget']
 
 # %% ../../nbs/55_train.core.ipynb #df8ae563
+import math
 import random
 import signal
 import threading
@@ -300,7 +301,7 @@ def gradient_norm(
     norms = torch._foreach_norm(gradients, 2, torch.float32)  # one operation for all of them
     return torch.linalg.vector_norm(torch.stack(norms))
 
-# %% ../../nbs/55_train.core.ipynb #bafd1a48
+# %% ../../nbs/55_train.core.ipynb #0ea64c1f
 class _DeviceLoss(AvgLoss):
     "Mean loss of an epoch."
 
@@ -521,7 +522,8 @@ class NaNGuard(Callback):
         stepping = getattr(learn, "stepping", None) or learn.model.parameters()
         norm = gradient_norm(stepping)
         loss = learn.loss_grad.detach().to(norm.device)
-        if not torch.isfinite(norm + loss):  # one question to the GPU, not two
+        both = (norm + loss).item()  # one question to the GPU, not two
+        if not math.isfinite(both):
             self.refuse()
 
     def after_step(self):

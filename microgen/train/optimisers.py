@@ -169,8 +169,9 @@ class Optimisers:
 
     def zero_grad(self):
         "Forget all gradients."
-        for opt in self.opts.values():
-            opt.zero_grad(set_to_none=True)
+        for params in self.param_lists:
+            for p in params:
+                p.grad = None
 
     def clear_state(self):
         "Forget all moments."
