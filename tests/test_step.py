@@ -1,0 +1,283 @@
+"""One step of two networks: what fastai's verbs and callbacks do with it, what a GPU would wait for, and batches that are cut."""
+
+import warnings
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("fastai")
+import fastai.callback.hook  # noqa: F401  gives the learner summary
+import fastai.callback.schedule  # noqa: F401  gives the learner its other verbs
+import torch
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import CSVLogger
+from fastai.callback.tracker import (
+    EarlyStoppingCallback,
+    ReduceLROnPlateau,
+    SaveModelCallback,
+    TerminateOnNaNCallback,
+)
+from fastai.callback.training import (
+    BnFreeze,
+    GradientAccumulation,
+    GradientClip,
+    ShortEpochCallback,
+)
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from microgen import gan
+from microgen.core import InputError
+from microgen.data.build import build
+from microgen.data.load import image_dls, mixed_dls, paired_dls
+from microgen.gan.pix2pix import pix2pix_learner
+from microgen.gan.router import router_learner
+from microgen.kinds.walls.recipe import Recipe
+from microgen.train.adversarial import Parts, adversarial_learner, gan_losses
+from microgen.train.core import random_state_kept
+from microgen.train.run import train
+
+TINY = {"config": "small", "base": 8, "depth": 2, "disc_base": 8}
+
+
+@pytest.fixture(scope="module")
+def walls(tmp_path_factory):
+    "Forty small scans with their maps."
+    folder = tmp_path_factory.mktemp("step") / "walls"
+    build(Recipe(n=40, size=32, pixel_size=0.05, preset="good"), folder, workers=1, progress=False)
+    return folder
+
+
+class FromNothing(Parts):
+    "A generator without a condition."
+
+    def sample(self, n, cond=None, rng=0):
+        return self.g(torch.randn(n, 8, 1, 1))
+
+
+def from_nothing(walls):
+    d_terms, g_term = gan_losses("vanilla")
+    generator = nn.Sequential(nn.ConvTranspose2d(8, 1, 32), nn.Tanh())
+    judge = nn.Sequential(nn.Conv2d(1, 4, 4, 4), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 8))
+    return adversarial_learner(
+        image_dls(walls, bs=8, size=32, device="cpu"),
+        FromNothing(generator, judge),
+        lambda model, batch: model.g(torch.randn(len(batch[0]), 8, 1, 1)),
+        lambda model, batch, fakes: d_terms(model.d(batch[0]), model.d(fakes)),
+        lambda model, batch, fakes: {"adv": g_term(model.d(fakes))},
+    )
+
+
+def pix2pix(arch):
+    return lambda walls: pix2pix_learner(paired_dls(walls, bs=8, device="cpu"), arch, **TINY)
+
+
+def router(walls):
+    return router_learner(paired_dls(walls, bs=8, device="cpu"), **TINY)
+
+
+LEARNERS = {
+    "plain": pix2pix("plain"),
+    "film": pix2pix("film"),
+    "attention": pix2pix("attention"),
+    "router": router,
+    "from nothing": from_nothing,
+}
+
+# verb -> what it does with a learner, and what its refusal names (None: it works)
+TRAINS = {
+    "fit": lambda learn: learn.fit(1),
+    "fit_one_cycle": lambda learn: learn.fit_one_cycle(1),
+    "fit_flat_cos": lambda learn: learn.fit_flat_cos(1),
+    "unfreeze": lambda learn: (learn.unfreeze(), learn.fit(1)),
+    "CSVLogger": lambda learn: learn.fit(1, cbs=CSVLogger()),
+    "GradientClip": lambda learn: learn.fit(1, cbs=GradientClip(0.1)),
+    "ShortEpoch": lambda learn: learn.fit(1, cbs=ShortEpochCallback(pct=0.5)),
+    "TerminateOnNaN": lambda learn: learn.fit(1, cbs=TerminateOnNaNCallback()),
+    "BnFreeze": lambda learn: learn.fit(1, cbs=BnFreeze()),
+}
+NEEDS_A_TARGET = {
+    "SaveModel": lambda learn: learn.fit(2, cbs=SaveModelCallback()),
+    "EarlyStopping": lambda learn: learn.fit(3, cbs=EarlyStoppingCallback(patience=1)),
+    "ReduceLROnPlateau": lambda learn: learn.fit(3, cbs=ReduceLROnPlateau(patience=1)),
+    "get_preds": lambda learn: learn.get_preds(),
+    "validate": lambda learn: learn.validate(),
+    "show_results": lambda learn: learn.show_results(),
+}
+REFUSED = {
+    "freeze": (lambda learn: learn.freeze(), "freeze="),
+    "fine_tune": (lambda learn: learn.fine_tune(1), "freeze="),
+    "predict": (lambda learn: learn.predict(0), "model.sample"),
+    "export": (lambda learn: learn.export("learner.pkl"), "save_pretrained"),
+    "to_fp16": (lambda learn: learn.to_fp16(), "autocast="),
+    "to_bf16": (lambda learn: learn.to_bf16(), "autocast="),
+    "MixedPrecision": (lambda learn: learn.fit(1, cbs=MixedPrecision()), "autocast="),
+    "GradientAccumulation": (lambda learn: learn.fit(1, cbs=GradientAccumulation(8)), "accumulate"),
+    "MixUp": (lambda learn: learn.fit(1, cbs=MixUp()), "augment="),
+    "CutMix": (lambda learn: learn.fit(1, cbs=CutMix()), "augment="),
+}
+
+
+@pytest.mark.parametrize("model", LEARNERS)
+def test_verbs_and_callbacks_of_fastai(walls, tmp_path, monkeypatch, model):
+    "Each works, or says in one sentence what to use instead."
+    monkeypatch.chdir(tmp_path)  # for what SaveModel and CSVLogger write
+    learn = LEARNERS[model](walls)
+    start = {name: p.detach().clone() for name, p in learn.model.named_parameters()}
+    with learn.no_bar(), learn.no_logging(), random_state_kept(0):
+        for name, verb in TRAINS.items():
+            for parameter, value in learn.model.named_parameters():
+                value.data.copy_(start[parameter])
+            verb(learn)
+            for network in "gd":
+                moved = [
+                    not torch.equal(value, start[parameter])
+                    for parameter, value in learn.model.named_parameters()
+                    if parameter.startswith(f"{network}.")
+                ]
+                assert any(moved), f"{name} left {network} where it was"
+        learn.lr_find(num_it=4, show_plot=False)
+        assert len(learn.recorder.losses) >= 4
+        learn.summary()
+        for verb in NEEDS_A_TARGET.values():
+            if model != "from nothing":
+                verb(learn)
+                continue
+            with pytest.raises(InputError, match="target"):
+                verb(learn)
+        for name, (verb, instead) in REFUSED.items():
+            with pytest.raises(InputError) as error:
+                verb(learn)
+            assert instead in str(error.value) and "\n" not in str(error.value), name
+    for text in list(tmp_path.rglob("*.pkl")):
+        raise AssertionError(f"{text} was written")
+
+
+def test_a_plateau_lowers_both_rates(walls):
+    "ReduceLROnPlateau writes into the hyper-parameters; both networks follow."
+    learn = pix2pix("film")(walls)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(3, cbs=ReduceLROnPlateau(patience=0, min_delta=100))
+    assert [hyper["lr"] for hyper in learn.opt.hypers] == pytest.approx([5e-5, 5e-6])
+
+
+# what a GPU would wait for: a number for Python, a tensor from Python, indices of unknown number
+WAITS = ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero")
+
+
+class Operations(TorchDispatchMode):
+    "Count operations, and those for which a GPU would wait."
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+        self.waits = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        self.total += 1
+        indices = args[1] if name.startswith(("aten.index.Tensor", "aten.index_put")) else None
+        by_mask = any(getattr(index, "dtype", None) == torch.bool for index in indices or [])
+        if by_mask or any(word in name for word in WAITS):
+            self.waits[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class CountOneStep(Callback):
+    "The operations of the third step of a training."
+
+    order = 5
+
+    def before_batch(self):
+        if self.training and self.learn.train_iter == 2:
+            self.counted = Operations()
+            self.counted.__enter__()
+
+    def after_batch(self):
+        if self.training and self.learn.train_iter == 3:
+            self.counted.__exit__(None, None, None)
+
+
+def operations(learn, out):
+    count = CountOneStep()
+    with learn.no_bar(), learn.no_logging():
+        train(learn, 1, out, ema=50, preview_every=None, shown=False, cbs=[count])
+    return count.counted
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_step_waits_twice_and_is_short(walls, tmp_path, mixed):
+    "The guard asks once for each network whether the numbers are finite; nothing else waits."
+    dls = paired_dls(walls, bs=8, device="cpu")
+    if mixed:
+        dls = mixed_dls(walls, walls, bs=8, size=32, device="cpu")
+    counted = operations(pix2pix_learner(dls, "film", "small"), tmp_path / "run")
+    assert dict(counted.waits) == {"aten._local_scalar_dense.default": 2}
+    assert counted.total <= (1400 if mixed else 900)
+
+
+def one_step(walls, mixed, accumulate, monkeypatch):
+    "The gradients of both networks in the first step, and the terms; no random numbers differ."
+    monkeypatch.setattr(
+        gan.loss, "normal", lambda shape, like, rng=None: torch.zeros(shape).to(like)
+    )
+    dls = paired_dls(walls, bs=8, size=32, device="cpu")
+    if mixed:
+        dls = mixed_dls(walls, walls, ratio=0.25, bs=8, size=32, device="cpu")
+    learn = pix2pix_learner(dls, "film", norm="none", spectral_norm=False, **TINY)
+    learn.adversarial_trainer.accumulate = accumulate
+    learn.model.g.style.forward = lambda image: torch.zeros(len(image), 4)
+    gradients = []
+
+    class Keep(Callback):
+        def before_step(self):
+            gradients.append(torch.cat([p.grad.flatten() for p in self.learn.stepping]))
+
+        def after_step(self):
+            raise CancelFitException
+
+    dls.train.set_epoch(0)
+    with learn.no_bar(), learn.no_logging(), random_state_kept(0):
+        learn.fit(1, cbs=Keep())
+    return gradients, {name: float(value) for name, value in learn.terms.items()}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_batch_in_shares_has_the_gradient_of_the_whole(walls, monkeypatch, mixed):
+    "Also where a share holds no real image, or none with maps."
+    whole, terms = one_step(walls, mixed, 1, monkeypatch)
+    assert ("g_style" in terms) == mixed
+    for accumulate in (2, 4, 8):
+        cut, terms_cut = one_step(walls, mixed, accumulate, monkeypatch)
+        for one, other in zip(whole, cut):
+            assert (one - other).norm() < 1e-5 * one.norm()
+        assert terms_cut == pytest.approx(terms, rel=1e-4, abs=1e-5)
+
+
+def test_a_metric_that_is_not_finite_is_never_the_best(walls, tmp_path):
+    "The first epoch gives NaN, the third is the best."
+    from fastai.metrics import AvgMetric
+
+    values = iter([float("nan"), 0.5, 0.3, 0.9])
+
+    def score(pred, *targets):
+        return torch.tensor(next(values))
+
+    dls = paired_dls(walls, bs=16, device="cpu")
+    learn = pix2pix_learner(dls, "film", **TINY)
+    learn.metrics = [AvgMetric(score)]
+    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(learn, 4, tmp_path / "run", best_by="score", preview_every=None, shown=False)
+    assert any("score is nan in epoch 1" in str(warning.message) for warning in said)
+    assert '"epoch": 2' in (tmp_path / "run/result.json").read_text()
+
+
+def test_a_metric_without_a_target_is_refused_at_once(walls, tmp_path):
+    "An unconditional model has no validation loss."
+    learn = from_nothing(walls)
+    with pytest.raises(InputError, match="has no target to compare with"), learn.no_logging():
+        train(learn, 1, tmp_path / "run", best_by="valid_loss", preview_every=None, shown=False)
+    assert not (tmp_path / "run/checkpoints").exists()
