@@ -18,7 +18,7 @@ def at_share(
     share,  # where in the range, from 0 to 1
     logarithmic=False,  # uniform in the logarithm, for a range above 0
     whole=False,  # whole numbers, each as likely as the next
-):  # the number; anything but a tuple as it is
+) -> float:  # the number; anything but a tuple as it is
     "The value at this share of a range."
     if not isinstance(value, tuple):
         return value
@@ -43,7 +43,7 @@ class Settings:
     def checked(
         name,  # of the setting
         value,  # what was given
-    ):  # the setting as it should be; an InputError for what cannot be
+    ) -> object:  # the setting as it should be; an InputError for what cannot be
         "Check one setting; a dataclass says how."
         return value
 
@@ -52,7 +52,7 @@ class Settings:
         name,  # of the setting
         value,  # a number, or a range as a tuple (low, high)
         share,  # where in the range, from 0 to 1
-    ):  # the number
+    ) -> object:  # the number
         "Sample one setting; a dataclass says how."
         return at_share(value, share)
 
