@@ -188,13 +188,17 @@ class _Calibration:
     "The curves that are known only within a covariance, and the prior of their parameters."
 
     def __init__(self, curves):
-        self.curves = list(dict.fromkeys(c for c in curves if c.covariance is not None))
+        uncertain = [curve for curve in curves if curve.covariance is not None]
+        self.curves = list(dict.fromkeys(uncertain))  # each once
+        self.centre = np.array([self._parameters(curve) for curve in self.curves])  # (curves, 3)
         self.free = []
+        phi0 = []
         for k, curve in enumerate(self.curves):
-            variances = np.diag(curve.covariance)
-            self.free += [_Free(k, j) for j in np.flatnonzero(variances > 0)]
-        self.centre = np.array([self._parameters(c) for c in self.curves])  # (curves, 3)
-        self.phi0 = np.array([self.centre[free.curve][free.parameter] for free in self.free])
+            for j, variance in enumerate(np.diag(curve.covariance)):
+                if variance > 0:
+                    self.free.append(_Free(k, j))
+                    phi0.append(self.centre[k, j])
+        self.phi0 = np.array(phi0)
         self.precision = np.zeros((0, 0))
         if self.free:
             self.precision = np.linalg.inv(self._covariance())
@@ -393,6 +397,7 @@ class ThinnedLikelihood:
         by_present = sum(field.by_present for field in fields)
         seen = sum(field.seen for field in fields)
         by_seen = sum(field.by_seen for field in fields)
+        # (seen / present)' = (seen' - share present') / present
         share = seen / present[:, None]
         by_share = by_seen - share[..., None] * by_present[:, None]
         return share, by_share / present[:, None, None]
@@ -433,8 +438,9 @@ def _solve(information, v):
     "information^-1 v, (M, P); scaled so that parameters of any size are equal."
     diagonal = np.einsum("mii->mi", information)
     scale = 1 / np.sqrt(np.maximum(diagonal, 1e-12))
-    scaled = information * scale[:, :, None] * scale[:, None]
-    scaled = scaled + 1e-9 * np.eye(information.shape[1])
+    columns = scale[:, :, None]
+    rows = scale[:, None]
+    scaled = information * columns * rows + 1e-9 * np.eye(information.shape[1])
     solved = np.linalg.solve(scaled, (scale * v)[..., None])
     return scale * solved[..., 0]
 

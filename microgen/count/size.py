@@ -709,12 +709,14 @@ def _band(curve, d):
 def _plot_curves(fit, ax):
     "Detection curves, with the band in which they are known."
     x = np.concatenate([image.x for image in fit.images])
-    s = np.exp(np.linspace(x.min() - 1, x.max() + 0.3, 200))
-    for curve in dict.fromkeys(image.curve for image in fit.images):
-        ax.semilogx(s, np.broadcast_to(curve(s), s.shape), "k")
+    d = np.exp(np.linspace(x.min() - 1, x.max() + 0.3, 200))
+    curves = [image.curve for image in fit.images]
+    for curve in dict.fromkeys(curves):  # each once
+        share = np.broadcast_to(curve(d), d.shape)
+        ax.semilogx(d, share, "k")
         if _uncertain(curve):
-            low, high = _band(curve, s)
-            ax.fill_between(s, low, high, color="tab:blue", alpha=0.3)
+            low, high = _band(curve, d)
+            ax.fill_between(d, low, high, color="tab:blue", alpha=0.3)
     ax.set(xlabel=f"diameter, {fit.unit}", ylabel="share found", ylim=(0, 1.02))
     size_axis(ax.xaxis)
 
