@@ -98,9 +98,9 @@ def folders(tmp_path_factory):
     return made
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def with_a_plain_model():
-    "The denoiser stands beside the models of microgen."
+    "The denoiser stands beside the models of microgen, in this module alone: pages list MODELS too."
     MODELS["denoiser"] = Denoiser
     yield
     del MODELS["denoiser"]
