@@ -189,7 +189,11 @@ def read_table(
         raise ReadError(path, "parquet", f"{str(e).splitlines()[0]}; {again}") from e
     for name in known:
         if name not in table and columns is None:
-            raise ReadError(path, "parquet", f"it lacks the column {name}; {again}")
+            raise ReadError(
+                path,
+                "parquet",
+                f"it lacks the column {name}, which table_columns of its kind names; {again}",
+            )
     for name in table.columns.intersection(known):
         values = table[name]
         bad = ~np.isfinite(values) if values.dtype.kind == "f" else values.isna()
@@ -202,7 +206,7 @@ def read_table(
 def read_maps(
     path,  # TIFF of a dataset folder: maps/*/*.tif
     pixel_size=None,  # nm per pixel, where the file's own does not count
-) -> dict:  # name to (H, W) array
+) -> dict:  # name to (H, W) array: float32, or int32 where whole numbers were written
     """Read the maps of one image.
     Raises: InputError when the file does not name its maps; ReadError."""
     stack = read(path, pixel_size)
@@ -212,7 +216,21 @@ def read_maps(
             f"{path} does not say which maps it holds: build the dataset with this microgen."
         )
     planes = stack.data if stack.data.ndim == 3 else stack.data[None]
-    return dict(zip(names, planes))
+    whole = stack.metadata.get("whole", names if _of_whole_numbers(path, planes) else ())
+    return {
+        name: plane.astype(np.int32) if name in whole else plane
+        for name, plane in zip(names, planes)
+    }
+
+
+def _of_whole_numbers(path, planes):
+    "Are the pixels of a file of maps stored as whole numbers? It is opened only where they may be."
+    if (planes % 1).any():
+        return False
+    import tifffile
+
+    with tifffile.TiffFile(path) as tif:
+        return tif.pages[0].dtype.kind in "iu"
 
 
 def read_truth(
@@ -231,7 +249,7 @@ def split_by_group(
     valid: float = 0.2,  # share of the images to hold back
     rng=0,  # seed or generator
 ) -> tuple:  # (train, valid): two sorted arrays of indices; no group is in both
-    """Draw whole groups for validation, about a share of the images.
+    """Hold back whole groups, chosen at random, for validation, about a share of the images.
     Raises: InputError when there is one image or one group, or the share is not between 0 and 1."""
     names, member, count = np.unique(
         np.asarray(groups, str), return_inverse=True, return_counts=True
@@ -287,7 +305,7 @@ def split_images(
 
 
 def _drawn(listed, valid, rng):
-    "Train and valid drawn by group"
+    "Train and valid, split by group"
     if len(listed) == 1:
         raise InputError(
             f"There is one image, {listed['image'].iloc[0]}: at least two are needed, to train on one "
