@@ -280,7 +280,7 @@ def split_images(
     """Split images as their column `split` says, or else by group.
     Raises: InputError when train or valid would be empty, or a group is in both."""
     if "split" not in listed:
-        return _drawn(listed, valid, rng)
+        return _by_group(listed, valid, rng)
     parts = [np.flatnonzero(listed["split"] == name) for name in SPLITS]
     if strange := sorted(set(listed["split"].astype(str)) - set(SPLITS)):
         raise InputError(
@@ -304,7 +304,7 @@ def split_images(
     return [p for p in parts if len(p)]
 
 
-def _drawn(listed, valid, rng):
+def _by_group(listed, valid, rng):
     "Train and valid, split by group"
     if len(listed) == 1:
         raise InputError(
