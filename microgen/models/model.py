@@ -199,9 +199,7 @@ class Model(Options):
     group: str | None = None  # column of metadata.csv, or pattern of paths, that names the specimen
     best_by: str | None = "auto"  # metric whose best epoch is the result; none: the last epoch
     patience: int | None = None  # stop after so many epochs without a better one
-    max_hours: float | None = (
-        None  # stop cleanly after so many hours; run the same command again to resume
-    )
+    max_hours: float | None = None  # hours until it stops; run the same command again to resume
     preview_every: int | None = None  # steps between previews; twenty in all when not given
     init: Path | None = None  # run whose weights to start from
     freeze: tuple = ()  # parts of the network that keep their weights

@@ -394,8 +394,7 @@ def train(
     seed: int = 0,  # of shuffling, augmentation and dropout; the model comes with its own
     init=None,  # start from the weights of another run
     freeze=(),  # parts that stay as they are, such as ("g.down",)
-    max_hours: float
-    | None = None,  # stop cleanly after so many hours; run the same command again to resume
+    max_hours: float | None = None,  # hours until it stops; run the same command again to resume
     best_by: str | None = None,  # metric, such as "valid_loss", whose best epoch becomes the result
     largest: bool = False,  # more of the metric is better
     patience: int | None = None,  # stop after so many epochs without a better value
