@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from fastai.learner import Learner
 from PIL import Image
 from torch import nn
 
+from microgen.cli import comments_of
 from microgen.core import InputError, PlugError, as_rng
 from microgen.data.build import build
 from microgen.data.files import list_images
@@ -124,6 +125,14 @@ def kind_of_name(folder):
 
 def weights(network):
     return {name: w.cpu().clone() for name, w in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_has_a_line_of_help(name):
+    model = model_named(name)
+    for options in (model, model.sampling):
+        silent = {field.name for field in fields(options)} - set(comments_of(options))
+        assert not silent, f"{options.__name__}: a comment beside {silent}, on the same line"
 
 
 def test_the_folders_show_every_kind(folders):
