@@ -10,7 +10,7 @@ Each scene is simulated, counted, calibrated by injection into its own image, an
 size law is scaled so that the share asked for is missed by the curve of a first, broad scene with the same imaging; the true
 share of a scene is counted in its own table: particles wholly in the frame without a match. `degraded` blurs and reduces the
 annotated images of FOLDER/particles/sem (default: MICROGEN_TEST_DATA) by 2, 3 and 4, adds noise, and compares with the masks.
-`--scheduler ADDRESS` sends the scenes to Dask.
+`--scheduler ADDRESS` sends the scenes to Dask. `--save` puts the numbers into results/counting_end_to_end.csv.
 """
 
 import argparse
@@ -26,6 +26,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import numpy as np
 import pandas as pd
 from counting import FAMILIES, results
+from results import write
 from scipy import ndimage as ndi
 from scipy.optimize import brentq
 
@@ -210,6 +211,18 @@ def coverage(a):
         "seed", ignore_index=True
     )
     report(rows, a)
+    if a.save:
+        counts = refusals(rows)
+        del counts["refused: fewer than 200 found"]  # of scenes that are too small: other reasons
+        counts[OTHERS] = rows.refused.notna().sum() - sum(
+            n for name, n in counts.items() if name != OTHERS
+        )
+        values = of_number(rows) | {name: (n, "scenes") for name, n in counts.items()}
+        case = (
+            f"{len(cells)} cells once" if runs == 1 else f"{len(cells)} cells, {runs} scenes each"
+        )
+        values |= of_surface(rows) | of_d50(rows)
+        write("counting_end_to_end", as_rows(values, case, len(rows)))
     columns = [
         c
         for c in (
@@ -232,6 +245,84 @@ def coverage(a):
         .mean()
     )
     print(means.round(3).to_string())
+
+
+REFUSALS = {  # name of a result: words of the reason
+    "refused: interval wider than 0.4": "wider than 0.4",
+    "refused: no family fits": "no family fits",
+    "refused: most common size below the limit": "the most common size",
+    "refused: fewer than 200 found": "count 200 or more",
+}
+OTHERS = "refused: other reasons"
+
+
+def rms(errors):
+    return np.sqrt((errors**2).mean())
+
+
+def refusals(rows):
+    "Number of refused rows for each of REFUSALS, and for other reasons."
+    said = rows.refused.dropna()
+    counts = {name: said.str.contains(words).sum() for name, words in REFUSALS.items()}
+    return counts | {OTHERS: len(said) - sum(counts.values())}
+
+
+def as_rows(values, case, n):
+    "{name: (value, unit)} as rows of the results, less what has no value."
+    rows = []
+    for what, (value, unit) in values.items():
+        if np.isfinite(value):
+            rows.append({"what": what, "case": case, "value": value, "unit": unit, "n": n})
+    return rows
+
+
+def column(rows, name):
+    "A column, empty where no row has it."
+    return rows[name] if name in rows else pd.Series(np.nan, rows.index)
+
+
+def of_number(rows, unit="scenes"):
+    "What was said about the unseen number: {name: (value, unit)}."
+    kept = rows[rows.refused.isna()]
+    inside = column(rows, "inside")
+    error = column(kept, "value") - kept.unseen
+    width = column(kept, "high") - column(kept, "low")
+    return {
+        "unseen number: intervals given": (len(kept), unit),
+        "unseen number: intervals that hold the truth": (inside[kept.index].sum(), unit),
+        "unseen number: rms error": (rms(error), "1"),
+        "unseen number: median width of the interval": (width.median(), "1"),
+        "unseen number: refused": (len(rows) - len(kept), unit),
+        "unseen number: one-sided bounds of refused scenes that hold the truth": (
+            inside.drop(kept.index).sum(),
+            unit,
+        ),
+    }
+
+
+def of_surface(rows):
+    "What was said about the visible surface: {name: (value, unit)}."
+    given = rows[column(rows, "surface").notna()]
+    error = column(given, "surface") - given.visible_surface
+    return {
+        "visible surface: intervals given": (len(given), "scenes"),
+        "visible surface: intervals that hold the truth": (
+            column(given, "surface_inside").sum(),
+            "scenes",
+        ),
+        "visible surface: rms error": (rms(error), "1"),
+    }
+
+
+def of_d50(rows):
+    "d50 in fitted diameters against that of the scene's own particles: {name: (value, unit)}."
+    gap = 100 * column(rows, "gap").dropna()
+    error = 100 * (column(rows, "d50_se") / column(rows, "d50")).median()
+    return {
+        "d50 in fitted diameters, mean deviation": (gap.mean(), "%"),
+        "d50 in fitted diameters, rms deviation": (rms(gap), "%"),
+        "d50 in fitted diameters, stated error": (error, "%"),
+    }
 
 
 def stated(rows):
@@ -372,6 +463,19 @@ def degraded(a):
         print(
             f"interval or bound holds the truth: {int(rows.inside.dropna().sum())} of {len(rows.inside.dropna())}"
         )
+    if a.save:
+        few = "refused: fewer than 200 found"
+        bounds = "unseen number: one-sided bounds of refused scenes that hold the truth"
+        number = of_number(rows, "images")
+        refused = {
+            "unseen number: refused": number["unseen number: refused"],
+            few: (refusals(rows)[few], "images"),
+            bounds: number[bounds],
+        }
+        close = {"best family's own estimate within 0.10": ((guess <= 0.1).sum(), "images")}
+        case = "real images degraded ×2, ×3, ×4"
+        found = as_rows(refused, case, len(rows)) + as_rows(close, case, guess.notna().sum())
+        write("counting_end_to_end", found)
     print(
         f"within 0.10: {int((np.abs(kept.value - kept.unseen) <= 0.1).sum()) if len(kept) else 0} of {len(rows)}; refused {len(rows) - len(kept)}"
     )
@@ -419,6 +523,18 @@ def looks(a):
         print(
             f"d50 against that of the particles of {which}: mean {off.mean():+.3f}, rms {np.sqrt((off**2).mean()):.3f}, stated {stated(rows).mean():.3f}"
         )
+    if a.save:
+        off = 100 * np.log(rows.d50 / rows.d50_true)
+        d50 = {
+            "d50 in nm, mean deviation": (off.mean(), "%"),
+            "d50 in nm, rms deviation": (rms(off), "%"),
+            "d50 in nm, stated error": (100 * stated(rows).mean(), "%"),
+        }
+        number = of_number(rows)
+        del number["unseen number: median width of the interval"]
+        case = "eight imagings" if len(rows) == 8 else f"{len(rows)} imaging(s)"
+        values = d50 | of_d50(rows) | number | of_surface(rows)
+        write("counting_end_to_end", as_rows(values, case, len(rows)))
 
 
 def calibration(a):
@@ -428,16 +544,34 @@ def calibration(a):
     t = time.perf_counter()
     c = calibrate(None, detection=found, n=a.injections, workers=a.jobs)
     alone = fit_detection(c.injections["d_nm"], c.injections["found"])
+    seconds = time.perf_counter() - t
+    of_injections = 100 * alone.d50_se / alone.d50
+    in_fitted = 100 * c.curve.d50_se / c.curve.d50
+    in_nm = np.hypot(in_fitted, 100 * c.look_error(c.curve.d50))
     print(
         f"{s.image.shape}, {len(found.particles)} found, {len(c.injections)} injected: d50 {c.curve.d50:.3f} nm, standard error "
-        f"{100 * c.curve.d50_se / c.curve.d50:.2f} % in fitted diameters, {100 * np.hypot(c.curve.d50_se / c.curve.d50, c.look_error(c.curve.d50)):.2f} % in nm, of the injections alone {100 * alone.d50_se / alone.d50:.2f} %, {time.perf_counter() - t:.0f} s on {a.jobs} processes"
+        f"{in_fitted:.2f} % in fitted diameters, {in_nm:.2f} % in nm, of the injections alone {of_injections:.2f} %, "
+        f"{seconds:.0f} s on {a.jobs} processes"
     )
+    jobs = {1: "one process", 2: "two processes"}.get(a.jobs, f"{a.jobs} processes")
+    values = {
+        "standard error of d50, injections alone": (of_injections, "%"),
+        "standard error of d50, in fitted diameters": (in_fitted, "%"),
+        "standard error of d50, in nm": (in_nm, "%"),
+        "d50, calibrated": (c.curve.d50, "nm"),
+        f"time, {jobs}": (seconds, "s"),
+    }
+    rows = as_rows(values, f"calibration of one image, {a.injections:,} injections", 1)
     try:
-        print(
-            f"d50 of the particles that are there: {(k := fit_detection(*seen(s, found))).d50:.3f} ± {k.d50_se:.3f} nm"
-        )
+        own = fit_detection(*seen(s, found))
+        print(f"d50 of the particles that are there: {own.d50:.3f} ± {own.d50_se:.3f} nm")
+        limits = {"low": own.d50 - own.d50_se, "high": own.d50 + own.d50_se}
+        what = "d50 of the scene's own particles"
+        rows.append(rows[0] | {"what": what, "value": own.d50, "unit": "nm"} | limits)
     except InputError as e:
         print(e)
+    if a.save:
+        write("counting_end_to_end", rows)
 
 
 if __name__ == "__main__":
@@ -460,6 +594,7 @@ if __name__ == "__main__":
         help="folder that holds particles/sem",
     )
     p.add_argument("--out", help="CSV file for every image")
+    p.add_argument("--save", action="store_true", help="put the results into benchmarks/results")
     args = p.parse_args()
     start = time.perf_counter()
     {"coverage": coverage, "degraded": degraded, "calibration": calibration, "looks": looks}[

@@ -3,6 +3,7 @@
     python benchmarks/ecsa.py                  # inputs sampled from their stated distributions: a few minutes
     python benchmarks/ecsa.py --exact          # inputs known: only count, detection curve and family are left
     python benchmarks/ecsa.py --runs 5         # quick
+    python benchmarks/ecsa.py --save           # the lowest and the highest cell into results/counting.csv
 
 Each run: a Poisson number of particles of GSD 1.5 and median 3 nm, d50 2.6 nm (known from 2,000 injected particles), and a
 charge computed from the true law. The interval of R_tot, per area and per mass, should hold 1.
@@ -15,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pandas as pd
+from results import write
 
 from microgen.count.ecsa import ecsa
 from microgen.count.law import DetectionCurve, fit_detection, size_law
@@ -53,13 +55,27 @@ def one_run(seed, family, expected, exact):
     ]
 
 
+def saved(cells, runs, exact):
+    "Coverage of the lowest and the highest cell as rows of the results."
+    rows = []
+    for basis, coverage in cells.items():
+        case = f"per {basis}, inputs known" if exact else f"per {basis}"
+        for which, value in (("lowest", min(coverage)), ("highest", max(coverage))):
+            what = f"coverage of the ECSA interval, {which} cell"
+            rows.append({"what": what, "case": case, "value": value, "unit": "1", "n": runs})
+    return rows
+
+
 def main():
     a = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    a.add_argument("--runs", type=int, default=80), a.add_argument("--exact", action="store_true")
+    a.add_argument("--runs", type=int, default=80, help="fields per cell")
+    a.add_argument("--exact", action="store_true", help="inputs known")
+    a.add_argument("--save", action="store_true", help="put the results into benchmarks/results")
     a = a.parse_args()
     first = 200 if a.exact else 100
+    cells = {"area": [], "mass": []}
     for expected in (800, 2500):
         for family in ("lognormal", "weibull", "gamma"):
             runs = [one_run(s, family, expected, a.exact) for s in range(first, first + a.runs)]
@@ -69,6 +85,10 @@ def main():
                 f"per mass {t.mass.dropna().mean():.3f}; relative error {t.error.median():.3f}",
                 flush=True,
             )
+            for basis, coverage in cells.items():
+                coverage += [t[basis].dropna().mean()] if t[basis].notna().any() else []
+    if a.save:
+        write("counting", saved(cells, a.runs, a.exact))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@
 Data: walls of YMnO3, low-noise scans (preset "good"); every image is a geometry, a crystal and a scan of its own, so those of the
 test split are unseen. The seeds change weights, order and noise; the images are the same for all. Judged is the averaged
 generator, against four things: the true image; a second scan of the same scene (the same specimen, optics and settings, other
-noise and other jitter: the ceiling for draws in the style of the true image; a mean over z is free of noise and can pass it); scans
-of the same scene by other microscopes (the ceiling for draws with any z); and the Cramér-Rao bound of the true image's columns.
+noise and other jitter: the ceiling for samples in the style of the true image; a mean over z is free of noise and can pass it); scans
+of the same scene by other microscopes (the ceiling for samples with any z); and the Cramér-Rao bound of the true image's columns.
 Intervals are 95 % bootstrap intervals over scenes, which all seeds share. Set metrics are those of a network with random weights,
-each beside its floor, real half against real half. The draws of one scene over z are compared with scans of that scene by the
+each beside its floor, real half against real half. The samples of one scene over z are compared with scans of that scene by the
 microscopes (optics, thickness, dose) of other images.
 The second half of a training lowers its rates to zero. By the clock: half of the minutes at the full rate, then as many steps again.
 """
@@ -152,7 +152,7 @@ def physics(image, table, maps=None, true=None):
 
 
 def bragg(true, image):
-    "Amplitude of a drawn image over that of the true one: median over the main and over the superlattice reflections of the scene."
+    "Amplitude of a generated image over that of the true one: median over the main and over the superlattice reflections of the scene."
     pair = [Micrograph(unit(i.data), i.pixel_size) for i in (true, image)]
     t = bragg_transfer(pair[:1], pair[1:], "YMnO3")
     return {
@@ -183,7 +183,7 @@ def repeat_scans(folder, n_ssim, n_physics, n_spread):
     return pd.DataFrame(rows)
 
 
-N_SPREAD = 12  # draws and scans of one scene
+N_SPREAD = 12  # samples and scans of one scene
 
 
 def varied(images):
@@ -192,7 +192,7 @@ def varied(images):
 
 
 def judge(model, folder, n_ssim, n_physics, n_spread, n_z=16):
-    "One row per test scene, and what holds for the set: SSIM of the mean over z and of single draws, physics, spread; sets."
+    "One row per test scene, and what holds for the set: SSIM of the mean over z and of single samples, physics, spread; sets."
     about, rows, real, fake = model.about, [], [], []
     for k, (image, maps, table, label, index) in enumerate(scenes(folder, n_ssim)):
         cond = torch.from_numpy(
@@ -229,7 +229,7 @@ def judge(model, folder, n_ssim, n_physics, n_spread, n_z=16):
 
 
 def sets(folder, real, fake, n_train=400):
-    "Kernel distance of drawn to true images with its floor, and the copying test, in features of a network with random weights."
+    "Kernel distance of generated to true images with its floor, and the copying test, in features of a network with random weights."
     listed, net = list_images(folder), random_extractor()
     train = np.stack(
         [unit(read(p).data) for p in listed[listed.split == "train"].image.head(n_train)]
@@ -317,7 +317,7 @@ def aim(v, how="rms"):
 
 
 def over_scenes(statistic, *tables, n=999):
-    "Value and 95 % interval of a function of tables (seeds, scenes), with the scenes drawn anew."
+    "Value and 95 % interval of a function of tables (seeds, scenes), with the scenes sampled anew."
     rng, size = np.random.default_rng(0), tables[0].shape[1]
     draws = [statistic(*(t[:, i] for t in tables)) for i in rng.integers(size, size=(n, size))]
     return statistic(*tables), *np.nanpercentile(draws, (2.5, 97.5))
@@ -441,7 +441,7 @@ RATIOS = [
 
 
 def _ratios(tables, again):
-    "What is divided: errors by the bound, spread of draws by that of scans, SSIM by the ceiling."
+    "What is divided: errors by the bound, spread of samples by that of scans, SSIM by the ceiling."
     found = []
     for what, top, bottom, how in RATIOS:
 
@@ -467,7 +467,14 @@ def pictures(model, data, runs, out, per_kind=("UP", "typeC", "typeD")):
             shown.setdefault(scene[3], scene)
         if len(shown) == len(per_kind):
             break
-    titles = ("displacement", "a scan", "a second scan", "drawn", "drawn, another z", "mean over z")
+    titles = (
+        "displacement",
+        "a scan",
+        "a second scan",
+        "generated",
+        "generated, another z",
+        "mean over z",
+    )
     fig, axes = plt.subplots(
         len(shown),
         len(titles),

@@ -160,7 +160,7 @@ def simulate(
     pixel_size: float = 0.015,  # nm
     preset: str = "typical",  # scan preset: ideal, good, typical or poor
     thickness: str = "5,10",  # specimen thickness in nm: one number or low,high
-    partial: bool = False,  # accept a crystal whose sites are partly occupied: 0.75 of a site is drawn as 0.75 of an atom
+    partial: bool = False,  # accept a crystal whose sites are partly occupied: 0.75 of a site is shown as 0.75 of an atom
     seed: int = 0,  # root seed
     workers: int = 0,  # processes; 0 takes one per core
     scheduler: str = "",  # address of a Dask scheduler, such as tcp://host:8786

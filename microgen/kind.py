@@ -10,6 +10,8 @@ import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from numbers import Number
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import InputError, Micrograph
+from .core import InputError, Micrograph, PlugError
 
 # %% ../nbs/01_kind.ipynb #1c43b795
 class Truth(NamedTuple):
@@ -130,6 +132,7 @@ class Kind:
     classes_are = "classes"  # what the recipe calls its classes, such as "walls"
     measures = {}  # what `evaluate` gives: name to a line for the model card
     takes_structure = False  # does context want a crystal structure?
+    channel_limit = 1.5  # what no condition channel exceeds: networks expect about -1 to 1
 
     recipe_name = (
         ""  # dotted name of the DatasetRecipe of which images are simulated, if there is one
@@ -139,6 +142,14 @@ class Kind:
         "The recipe of which images of this kind are simulated; None where nobody simulates them."
         return _named(self.recipe_name) if self.recipe_name else None
 
+    def __init_subclass__(cls, **kw):
+        "A new kind: what it states is checked now, what it answers whenever it is asked."
+        super().__init_subclass__(**kw)
+        _check_statements(cls)
+        for name, checked in _CHECKED.items():
+            if name in vars(cls):
+                setattr(cls, name, checked(vars(cls)[name]))
+
     def __repr__(self):
         return f"{type(self).__name__}()"
 
@@ -147,6 +158,94 @@ class Kind:
 
     def __hash__(self):
         return hash(type(self))
+
+# %% ../nbs/01_kind.ipynb #adf6a330
+def _check_statements(cls):
+    "Refuse a kind whose statements are not of the form that is read."
+    for name in ("channels", "table_channels", "table_columns", "directed"):
+        value = getattr(cls, name)
+        names = value if isinstance(value, (tuple, list)) else (None,)
+        if not all(isinstance(one, str) for one in names):
+            raise PlugError(
+                f"The kind {cls.__name__} states {name} = {value!r}: give a tuple of names, such as ('one',)."
+            )
+    if not isinstance(cls.measures, dict):
+        raise PlugError(
+            f"The kind {cls.__name__} states measures = {cls.measures!r}: give a dict, name of a number "
+            "to the line of the model card."
+        )
+
+
+def _condition_checked(make):
+    "`condition` of a kind, whose array is looked at before it is passed on."
+
+    @wraps(make)
+    def condition(self, truth, shape, pixel_size, channels):
+        made = make(self, truth, shape, pixel_size, channels)
+        asked = (len(channels), *(int(n) for n in shape))
+        if not isinstance(made, np.ndarray):
+            wrong = f"a {type(made).__name__}", "a NumPy array"
+        elif made.dtype != np.float32:
+            wrong = f"{made.dtype}", "float32: end with .astype(np.float32)"
+        elif made.shape != asked:
+            wrong = f"shape {made.shape}", f"{asked}, one (H, W) array for each channel"
+        elif not np.isfinite(made).all():
+            wrong = "NaN or infinity", "finite numbers"
+        elif made.size and np.abs(made).max() > self.channel_limit:
+            low, high = made.min(), made.max()
+            wrong = (
+                f"values from {low:.4g} to {high:.4g}",
+                "about -1 to 1: divide by a fixed number",
+            )
+        else:
+            return made
+        raise PlugError(
+            f"The kind {self.name!r} gave {wrong[0]} as condition {', '.join(channels)}, "
+            f"and {wrong[1]} is expected."
+        )
+
+    return condition
+
+
+def _evaluate_checked(measure):
+    "`evaluate` of a kind, whose numbers are looked at before they are passed on."
+
+    @wraps(measure)
+    def evaluate(self, image, truth, context=None, reference=None):
+        _check_columns(self, truth.table)
+        values = measure(self, image, truth, context, reference)
+        if not isinstance(values, dict):
+            wrong = f"a {type(values).__name__}", "a dict of names and numbers"
+        elif strange := [
+            name
+            for name in self.measures
+            if name in values and not isinstance(values[name], Number)
+        ]:
+            value = values[strange[0]]
+            wrong = f"a {type(value).__name__} for {strange[0]!r}", "one number, or NaN,"
+        elif values and not set(values) & set(self.measures):
+            known = ", ".join(self.measures) or "empty"
+            wrong = f"{', '.join(values)}", f"a name of its measures ({known})"
+        else:
+            return values
+        raise PlugError(
+            f"The kind {self.name!r} evaluated an image as {wrong[0]}, and {wrong[1]} is expected."
+        )
+
+    return evaluate
+
+
+def _check_columns(kind, table):
+    "Refuse a table without the columns that its kind states."
+    missing = [] if table is None else [name for name in kind.table_columns if name not in table]
+    if missing:
+        raise PlugError(
+            f"The kind {kind.name!r} states table_columns = {kind.table_columns!r}, and a table of its truth has "
+            f"{', '.join(map(str, table))}: state columns that every table has."
+        )
+
+
+_CHECKED = {"condition": _condition_checked, "evaluate": _evaluate_checked}
 
 # %% ../nbs/01_kind.ipynb #181628be
 @patch

@@ -1,17 +1,20 @@
 """Every kind of image is built, loaded, mirrored, compared and evaluated: the registry, and plain folders in grey and colour."""
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-from microgen.core import Micrograph
+from microgen.core import InputError, Micrograph, PlugError, check_names
 from microgen.data.build import build, read_recipe
 from microgen.data.files import list_images, read_truth
+from microgen.data.item import DatasetRecipe, Simulated
 from microgen.data.load import image_dls, paired_dls
 from microgen.io.files import read
-from microgen.kind import KINDS, SYMMETRIES, Truth, kind, kind_of, symmetry
+from microgen.kind import KINDS, SYMMETRIES, Kind, Truth, kind, kind_of, symmetry
 from microgen.metrics.compare import compare
 
 SMALL = {  # recipes whose images take no time: settings beside n, size and seed
@@ -87,6 +90,9 @@ def test_built_and_read_back(name, folder_of):
         assert list(held.maps) == list(one.maps)
         for key, values in one.maps.items():
             np.testing.assert_allclose(held.maps[key], values, rtol=1e-6)
+            assert held.maps[key].dtype.kind == values.dtype.kind, (
+                f"{key} came back as another type"
+            )
         pd.testing.assert_frame_equal(held.table, one.table, check_dtype=False)
     assert recipe.facts()
 
@@ -238,3 +244,133 @@ def test_a_colour_shift_is_seen(folder_of, tmp_path):
 def test_images_read_as_they_lie(folder_of):
     listed = list_images(folder_of("colour"))
     assert read(listed.image[0], 1.0, colour=True).shape == (3, 64, 64)
+
+
+# --- a kind of somebody else, who has read one page
+
+
+@dataclass(frozen=True)
+class DotRecipe(DatasetRecipe):
+    "One bright dot, small or large, named by a map."
+
+    dots: tuple = ("small", "large")
+    n: int = 4
+    size: int = 32
+    seed: int = 0
+    shares: tuple | None = None
+    splits: tuple = (0.5, 0.5, 0)
+    kind = "dots"
+
+    def __post_init__(self):
+        self.check()
+        check_names("dots", self.dots, ("small", "large"))
+
+    def simulate(self, index):
+        label, split = self.plan(index)
+        y, x = np.indices((self.size, self.size))
+        inside = np.hypot(y - 16, x - 16) < {"small": 4, "large": 9}[label]
+        maps = {"dot": inside.astype(np.int64), "height": np.sqrt(inside).astype(np.float32)}
+        table = pd.DataFrame({"width_nm": [2.0 * np.sqrt(inside.sum())]})
+        about = {"label": label, "split": split, "pixel_size_nm": 2.0}
+        return Simulated(Micrograph(1.0 * inside, 2.0, about), maps, table, about)
+
+    def row(self, out, index):
+        label, split = self.plan(index)
+        return {"label": label, "split": split, "pixel_size_nm": 2.0}
+
+
+class Dots(Kind):
+    "Dots, whose answers a test can change."
+
+    name = "dots"
+    channels = ("dot",)
+    table_columns = ("width_nm",)
+    classes_are = "dots"
+    measures = {"width_error_nm": "width found against width asked for, nm"}
+
+    def recipe(self):
+        return DotRecipe
+
+    def condition(self, truth, shape, pixel_size, channels):
+        return self.made(truth.maps["dot"])
+
+    def made(self, dot):
+        return dot[None].astype(np.float32)
+
+    def evaluate(self, image, truth, context=None, reference=None):
+        return self.found(2.0 * np.sqrt((image.data > 0.5).sum()) - truth.table.width_nm[0])
+
+    def found(self, error):
+        return {"width_error_nm": error}
+
+
+@pytest.fixture
+def dots(monkeypatch, tmp_path):
+    "The folder of a kind that is registered for one test."
+    monkeypatch.setitem(KINDS, "dots", Dots)
+    return build(DotRecipe(), tmp_path / "dots", workers=1)
+
+
+@pytest.mark.parametrize("name", [*SIMULATED, "dots"])
+def test_a_class_that_there_is_not_is_refused_by_the_recipe(name, dots):
+    recipe = recipe_of(name) if name != "dots" else DotRecipe()
+    with pytest.raises(InputError, match="no_such_class"):
+        replace(recipe, **{recipe.classes_field: ("no_such_class",), "shares": None})
+    with pytest.raises(InputError, match="no_such_class"):
+        recipe.asking("no_such_class")
+
+
+def test_whole_numbers_come_back_as_whole_numbers_beside_others(dots):
+    held = read_truth(list_images(dots).iloc[0], ("width_nm",))
+    assert held.maps["dot"].dtype == np.int32 and held.maps["height"].dtype == np.float32
+    batch = paired_dls(dots, bs=2, device="cpu").one_batch()
+    assert {x.dtype for x in batch if x.ndim == 4} == {torch.float32}
+
+
+WRONG_CHANNELS = {
+    "float64": (lambda dot: dot[None].astype(float), "float64.*float32"),
+    "shape": (lambda dot: dot.astype(np.float32), r"shape \(32, 32\).*\(1, 32, 32\)"),
+    "nm": (lambda dot: 50.0 * dot[None].astype(np.float32), "values from 0 to 50.*about -1 to 1"),
+    "NaN": (lambda dot: np.full((1, 32, 32), np.nan, np.float32), "NaN.*finite"),
+    "tensor": (lambda dot: torch.zeros(1, 32, 32), "a Tensor.*NumPy"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_CHANNELS)
+def test_a_condition_of_another_form_is_one_sentence(wrong, dots, monkeypatch):
+    made, said = WRONG_CHANNELS[wrong]
+    monkeypatch.setattr(Dots, "made", lambda self, dot: made(dot))
+    with pytest.raises(PlugError, match=f"'dots' gave {said}"):
+        paired_dls(dots, bs=2, device="cpu")
+
+
+WRONG_VALUES = {
+    "number": (lambda error: error, "a float"),
+    "nothing": (lambda error: None, "a NoneType"),
+    "array": (lambda error: {"width_error_nm": np.ones(2)}, "a ndarray for 'width_error_nm'"),
+    "name": (
+        lambda error: {"error": error},
+        r"error, and a name of its measures \(width_error_nm\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_VALUES)
+def test_an_evaluation_of_another_form_is_one_sentence(wrong, dots, monkeypatch):
+    found, said = WRONG_VALUES[wrong]
+    monkeypatch.setattr(Dots, "found", lambda self, error: found(error))
+    with pytest.raises(PlugError, match=f"'dots'.*{said}"):
+        compare(dots, dots)
+
+
+def test_columns_that_a_table_has_not_are_one_sentence(dots, monkeypatch):
+    monkeypatch.setattr(Dots, "table_columns", ("y_nm", "x_nm"))
+    one = DotRecipe().simulate(0)
+    with pytest.raises(PlugError, match="'dots' states table_columns.*width_nm"):
+        Dots().evaluate(one.image, Truth(one.maps, one.table))
+
+
+@pytest.mark.parametrize("stated", [{"channels": "dot"}, {"table_columns": 3}, {"measures": ()}])
+def test_a_kind_that_states_another_form_is_refused_when_it_is_made(stated):
+    with pytest.raises(PlugError, match=f"Odd states {min(stated)}"):
+        type("Odd", (Kind,), stated)

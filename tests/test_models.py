@@ -1,6 +1,8 @@
 "Every model on every kind of image: trained, stopped, resumed bit by bit, sampled, saved, loaded, judged; others are refused."
 
-from dataclasses import dataclass, replace
+import subprocess
+import sys
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,8 @@ from fastai.learner import Learner
 from PIL import Image
 from torch import nn
 
-from microgen.core import InputError, as_rng
+from microgen.cli import comments_of
+from microgen.core import InputError, PlugError, as_rng
 from microgen.data.build import build
 from microgen.data.files import list_images
 from microgen.kind import KINDS, Kind, kind, kind_of
@@ -98,9 +101,9 @@ def folders(tmp_path_factory):
     return made
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def with_a_plain_model():
-    "The denoiser stands beside the models of microgen."
+    "The denoiser stands beside the models of microgen, in this module alone: pages list MODELS too."
     MODELS["denoiser"] = Denoiser
     yield
     del MODELS["denoiser"]
@@ -122,6 +125,14 @@ def kind_of_name(folder):
 
 def weights(network):
     return {name: w.cpu().clone() for name, w in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_option_has_a_line_of_help(name):
+    model = model_named(name)
+    for options in (model, model.sampling):
+        silent = {field.name for field in fields(options)} - set(comments_of(options))
+        assert not silent, f"{options.__name__}: a comment beside {silent}, on the same line"
 
 
 def test_the_folders_show_every_kind(folders):
@@ -180,3 +191,105 @@ def test_some_pairs_are_accepted_and_some_refused():
     assert answers["pix2pix", "walls"] and answers["pix2pix", "particles"]
     assert not answers["pix2pix", "grey"] and not answers["router", "colour"]
     assert all(answers["denoiser", folder] for folder in FOLDERS)
+
+
+# --- a model of somebody else, who has read one page
+
+
+def quick(folders, out, **options):
+    "A denoiser that has learned next to nothing."
+    return train_model(Denoiser(epochs=1, bs=4, **options), folders["grey"], out, progress=False)
+
+
+def test_an_unknown_option_to_sample_by_is_called_as_the_user_called_it(folders, tmp_path):
+    model = Denoiser(epochs=1, bs=4, judged=0)
+    train_model(model, folders["walls"], tmp_path / "run", progress=False)
+    with pytest.raises(
+        InputError, match="denoiser has no option 'walls' to sample by: use n, seed"
+    ):
+        sample_run(tmp_path / "run", tmp_path / "out", walls="typeC", progress=False)
+
+
+def test_a_model_that_nobody_could_load_is_refused_before_it_trains(folders, tmp_path, monkeypatch):
+    monkeypatch.delitem(MODELS, "denoiser")
+    with pytest.raises(InputError, match=r"write MODELS\['denoiser'\] = Denoiser first"):
+        quick(folders, tmp_path / "run")
+    monkeypatch.setitem(MODELS, "denoiser", "microgen.models.pix2pix.Pix2PixModel")
+    with pytest.raises(InputError, match="is that of Pix2PixModel"):
+        quick(folders, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+WRONG_JUDGEMENTS = {
+    "number": (0.3, "0.3 \\(a float\\)"),
+    "nothing": (None, "None"),
+    "table": (pd.DataFrame({"error": [0.3]}), "a DataFrame"),
+    "rows": ([{"name": "error"}], "a dict"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_JUDGEMENTS)
+def test_a_judgement_of_another_form_is_one_sentence(wrong, folders, tmp_path, monkeypatch):
+    judged, said = WRONG_JUDGEMENTS[wrong]
+    right = Denoiser.judge
+    monkeypatch.setattr(Denoiser, "judge", lambda *a, **k: judged)
+    with pytest.raises(PlugError, match=f"'denoiser' judged its result as .*{said}.*card_rows"):
+        quick(folders, tmp_path / "run")
+    monkeypatch.setattr(Denoiser, "judge", right)
+    assert len(quick(folders, tmp_path / "run").model.facts["metrics"]) == 1  # the training is kept
+
+
+SCRIPT = """
+import sys
+from dataclasses import dataclass
+
+from fastai.learner import Learner
+from torch import nn
+
+from microgen.models.model import MODELS, Model
+from microgen.models.train import train_model
+from microgen.train.hub import HubModel
+
+
+class Net(PARENT):
+    def __init__(self, width=4):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.Conv2d(width, 1, 1))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+@dataclass(kw_only=True)
+class Plain(Model):
+    "A net."
+
+    name = "plain"
+    summary = "a net"
+
+    def network(self, data):
+        return Net()
+
+    def learner(self, dls, data):
+        return Learner(dls, self.network(data), nn.MSELoss(), lr=1e-3)
+
+
+MODELS["plain"] = Plain
+data, out = sys.argv[1:]
+train_model(Plain(epochs=1, bs=4, judged=0), data, out, progress=False)
+card = open(f"{out}/model/README.md").read()
+example = card.split("```python")[1].split("```")[0]
+assert "from __main__" not in card and "defined in the script mine.py" in example, example
+exec(example.replace("FOLDER or USER/NAME", out).replace("FOLDER", out).split("images =")[0])
+from microgen.models.run import load_run
+assert type(load_run(out).network) is Net
+"""
+
+
+@pytest.mark.parametrize("parent", ["nn.Module", "HubModel, nn.Module"])
+def test_the_card_of_a_model_of_a_script_shows_what_works(parent, folders, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(SCRIPT.replace("PARENT", parent))
+    words = [sys.executable, script, folders["grey"], tmp_path / "run"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -316,6 +316,16 @@ def test_the_english_of_a_page(name):
     report(found, "write as in a paper on microscopy.")
 
 
+def test_the_library_says_how_to_resume_as_the_pages_do():
+    found = [
+        f"{path.relative_to(ROOT)}: {hit[0]!r}: write {HOUSE_WORDS[word]}"
+        for path in sorted((ROOT / "microgen").rglob("*.py"))
+        for word in (r"\bthe same line\b",)
+        for hit in re.finditer(word, path.read_text(encoding="utf-8"), re.I)
+    ]
+    report(found, "the comments are what --help and the reference show.")
+
+
 @pytest.mark.parametrize("name", readers_pages())
 def test_no_page_installs_another_project(name):
     "The name on PyPI is not ours."

@@ -37,6 +37,29 @@ def _steepness(cos, d, depth):
     return np.minimum(1 / cos, most) - 1
 
 # %% ../../nbs/44_count.appearance.ipynb #54a18f00
+class _Sphere(NamedTuple):
+    "A sphere squeezed to an ellipse, seen from above, at some points."
+
+    inside: np.ndarray  # bool, is the point within the outline
+    cos: np.ndarray  # of the slope of the surface there
+    chord: np.ndarray  # path through the particle there, px
+
+
+def _sphere_at(y, x, radius, aspect, angle):
+    "The sphere at points y, x from its centre; its long axis lies at this angle."
+    along = np.cos(angle) * x + np.sin(angle) * y
+    across = np.cos(angle) * y - np.sin(angle) * x
+    rho2 = (along**2 / aspect + across**2 * aspect) / radius**2  # 1 at the outline
+    cos = np.sqrt(np.clip(1 - rho2, 1e-9, 1))
+    return _Sphere(rho2 < 1, cos, 2 * radius * cos)
+
+
+def _subpixels(d_px):
+    "Subpixels along a pixel, an odd number: the more the smaller the particle."
+    wanted = np.clip(np.ceil(30 / max(d_px, 0.5)), 4, 25)
+    return int(wanted) // 2 * 2 + 1
+
+
 def stamp(
     look,  # Look
     d_px,  # diameter of the circle with the silhouette's area, px
@@ -46,23 +69,22 @@ def stamp(
 ) -> np.ndarray:  # (3, 2 h + 1, 2 h + 1): share of each pixel covered; face of 1; rim of 1
     "Simulate cover, face and rim of one particle, blurred by the probe; face and rim for one grey value each."
     radius = d_px / 2
-    half = int(np.ceil(radius * np.sqrt(aspect) + 4 * look.blur_px)) + 1
+    reach = radius * np.sqrt(aspect) + 4 * look.blur_px
+    half = int(np.ceil(reach)) + 1
     wide = 2 * half + 1
-    fine = int(np.clip(np.ceil(30 / max(d_px, 0.5)), 4, 25)) // 2 * 2 + 1  # subpixels of a pixel
-    at = (np.arange(wide * fine) + 0.5) / fine - 0.5 - half  # their centres, px
-    y = (at - shift[0])[:, None]
-    x = (at - shift[1])[None]
-    along = np.cos(angle) * x + np.sin(angle) * y
-    across = np.cos(angle) * y - np.sin(angle) * x
-    rho2 = (along**2 / aspect + across**2 * aspect) / radius**2  # 1 at the outline
-    inside = rho2 < 1
-    cos = np.sqrt(np.clip(1 - rho2, 1e-9, 1))  # of the slope of the surface
-    chord = 2 * radius * cos
-    face = -np.expm1(-chord / look.depth_px) * inside  # 1 - exp(-t / depth)
-    rim = face * _steepness(cos, d_px, look.depth_px)
-    planes = np.stack([inside.astype(float), face, rim])
-    planes = planes.reshape(3, wide, fine, wide, fine).mean((2, 4))
-    return ndi.gaussian_filter(planes, (0, look.blur_px, look.blur_px), truncate=4)
+    fine = _subpixels(d_px)
+    centres = (np.arange(wide * fine) + 0.5) / fine - 0.5 - half  # of the subpixels, px
+    shift_y, shift_x = shift
+    y = (centres - shift_y)[:, None]
+    x = (centres - shift_x)[None]
+    sphere = _sphere_at(y, x, radius, aspect, angle)
+    # face: 1 - exp(-t / depth); rim: face (1/cos - 1)
+    face = -np.expm1(-sphere.chord / look.depth_px) * sphere.inside
+    rim = face * _steepness(sphere.cos, d_px, look.depth_px)
+    planes = np.stack([sphere.inside.astype(float), face, rim])
+    in_pixels = planes.reshape(3, wide, fine, wide, fine).mean((2, 4))
+    blur = (0, look.blur_px, look.blur_px)
+    return ndi.gaussian_filter(in_pixels, blur, truncate=4)
 
 # %% ../../nbs/44_count.appearance.ipynb #155c791e
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(64)
@@ -79,16 +101,20 @@ def radial_profile(
     "Calculate the signal of round particles along the radius."
     d = np.exp(ln_d)[:, None]
     cos = np.cos(_ANGLE)
-    rho = d / 2 * np.sin(_ANGLE)
-    r = np.abs(from_edge + d / 2)[:, :, None]
+    rho = d / 2 * np.sin(_ANGLE)  # radius of the ring at each angle
     variance = blur_px**2 + 1 / 12  # of the probe and of a pixel
     # (1 - exp(-t / depth)) rho drho / v, with t = d cos and drho = d / 2 cos dangle
-    face = -np.expm1(-d * cos / depth_px) * _SHARE * rho * d / 2 * cos / variance
+    emitted = -np.expm1(-d * cos / depth_px)
+    face = emitted * _SHARE * rho * d / 2 * cos / variance
     rim = face * _steepness(cos, d, depth_px)
-    # ive(0, z) = exp(-z) I0(z), which makes a difference of squares of the exponent
+    # exp(-(r^2 + rho^2) / 2 v) I0(r rho / v), with ive(0, z) = exp(-z) I0(z)
+    r = np.abs(from_edge + d / 2)[:, :, None]
     ring = rho[:, None]
-    spread = np.exp(-((r - ring) ** 2) / 2 / variance) * ive(0, r * ring / variance)
-    return np.einsum("nrk,nk->nr", spread, face), np.einsum("nrk,nk->nr", spread, rim)
+    across = np.exp(-((r - ring) ** 2) / 2 / variance)
+    spread = across * ive(0, r * ring / variance)
+    of_face = np.einsum("nrk,nk->nr", spread, face)
+    of_rim = np.einsum("nrk,nk->nr", spread, rim)
+    return of_face, of_rim
 
 # %% ../../nbs/44_count.appearance.ipynb #003eb041
 def unit_per_px(
@@ -126,11 +152,50 @@ def _overlap(row, column, half, shape):
     "Where a stamp about a pixel meets the image: slices of the image, slices of the stamp."
     box, part = [], []
     for middle, n in zip((row, column), shape):
-        start = max(middle - half, 0)
+        first = middle - half  # pixel of the image under the first of the stamp
+        start = max(first, 0)
         stop = max(min(middle + half + 1, n), start)
         box.append(slice(start, stop))
-        part.append(slice(start - middle + half, stop - middle + half))
+        part.append(slice(start - first, stop - first))
     return tuple(box), tuple(part)
+
+
+class _Canvas(NamedTuple):
+    "What is known of an image before particles are injected."
+
+    image: np.ndarray  # (H, W) grey values
+    grain: np.ndarray  # (H, W) noise: the image less a smooth one
+    variance: float  # of the noise of the ground
+    d: np.ndarray  # (H, W) diameter of the particle found at each pixel, px; 0: ground
+
+    def cut(self, box):
+        "The part of it in a box."
+        return self._replace(image=self.image[box], grain=self.grain[box], d=self.d[box])
+
+
+def _canvas_of(detection):
+    "Lay out the noise of an image and the diameters of its particles."
+    image = detection.micrograph.data
+    label = detection.labels
+    diameters = np.zeros(1)  # px, of each label; the ground is 0
+    if label.any():
+        diameters = np.r_[0, in_pixels(detection).d]
+    grain = image - ndi.gaussian_filter(image, 1.0)
+    sd = max(float(np.median(np.abs(grain))) * 1.4826, 1e-6)
+    return _Canvas(image, grain, sd**2, diameters[label])
+
+
+def _change(look, signal, cover, canvas, ground):
+    "What a particle changes in the box that it covers: its signal, its noise, and what it hides."
+    smooth = canvas.image - canvas.grain
+    hidden = np.where(canvas.d > 0, cover * (ground - smooth), 0)
+    change = signal + hidden
+    if look.gain > 0:
+        # noise variance over that of the ground
+        variance = 1 + look.gain * np.abs(signal) / canvas.variance
+        noisier = np.sqrt(np.clip(variance, 0.1, 10)) - 1
+        change = change + canvas.grain * noisier
+    return change
 
 # %% ../../nbs/44_count.appearance.ipynb #0fbcbcca
 def inject(
@@ -142,35 +207,24 @@ def inject(
 ) -> np.ndarray:  # (H, W) float32, the image with the particles
     "Inject particles into the image: over its own ground and noise, hidden by larger ones, hiding smaller ones."
     rng = as_rng(rng)
-    image = detection.micrograph.data
-    label = detection.labels
-    found_d = np.zeros(1)  # px, of each label; the ground is 0
-    if label.any():
-        found_d = np.r_[0, in_pixels(detection).d]
-    grain = image - ndi.gaussian_filter(image, 1.0)
-    variance = max(float(np.median(np.abs(grain))) * 1.4826, 1e-6) ** 2
+    canvas = _canvas_of(detection)
+    image = canvas.image
     out = image.astype(float)
     for d, (y, x) in zip(d_px, at):
-        row, column = int(np.rint(y)), int(np.rint(x))
+        row = int(np.rint(y))
+        column = int(np.rint(x))
         aspect = rng.choice(look.aspects)
-        planes = stamp(look, d, (y - row, x - column), aspect, rng.uniform(0, np.pi))
+        angle = rng.uniform(0, np.pi)
+        tone = rng.choice(look.tones)
+        planes = stamp(look, d, (y - row, x - column), aspect, angle)
         box, part = _overlap(row, column, planes.shape[1] // 2, out.shape)
         cover, face, rim = planes[(slice(None), *part)]
         signal = look.face * face + look.rim * rim
-        added = rng.choice(look.tones) * signal
-        bare = label[box] == 0
-        ground = np.median(image[box][bare]) if bare.any() else np.median(image)
-        under = found_d[label[box]]  # px, diameter of the particle that is seen there
-        smooth = image[box] - grain[box]
-        hidden = np.where(under > 0, cover * (ground - smooth), 0)
-        change = added + hidden
-        if look.gain > 0:
-            more = (
-                1 + look.gain * np.abs(added) / variance
-            )  # noise variance over that of the ground
-            noisier = np.sqrt(np.clip(more, 0.1, 10)) - 1
-            change = change + grain[box] * noisier
-        on_top = np.where(under > 0, d > under, True)
+        here = canvas.cut(box)
+        bare = here.d == 0
+        ground = np.median(here.image[bare] if bare.any() else image)
+        change = _change(look, tone * signal, cover, here, ground)
+        on_top = np.where(here.d > 0, d > here.d, True)  # of a smaller particle, or of the ground
         out[box] += on_top * change
     if (image == np.rint(image)).all():
         out = np.rint(out)

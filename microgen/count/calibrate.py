@@ -36,11 +36,29 @@ def _overlap_share(detection):
     if len(r) > 1:
         pairs = cKDTree(at).query_pairs(2 * r.max(), output_type="ndarray")
     first, second = pairs.T
-    apart = np.hypot(*(at[first] - at[second]).T) / (r[first] + r[second])
+    distance = np.hypot(*(at[first] - at[second]).T)
+    apart = distance / (r[first] + r[second])
     seen = ((apart > 0.6) & (apart < 0.9)).sum()
+    # by chance: n^2 / 2 pairs, each in a ring of area pi (0.9^2 - 0.6^2) (r1 + r2)^2
     half_square = np.mean(r**2) + np.mean(r) ** 2  # half the mean of (r1 + r2)^2
     expected = len(r) ** 2 * np.pi * (0.81 - 0.36) * half_square / detection.labels.size
-    return float(min(1, (seen + 0.5) / (expected + 0.5)))
+    share = (seen + 0.5) / (expected + 0.5)
+    return float(min(1, share))
+
+
+def _room(detection):
+    "Distance of each pixel to the frame or to what is burnt in, px."
+    specimen = ~overlay_mask(detection.micrograph.data)
+    framed = np.pad(specimen, 1)
+    return ndi.distance_transform_edt(framed)[1:-1, 1:-1]
+
+
+def _has_room(room, centre, d):
+    "Does a particle fit here, two pixels off the frame and what is burnt in?"
+    height, width = room.shape
+    row, column = np.rint(centre).astype(int)
+    inside = 0 <= row < height and 0 <= column < width
+    return inside and room[row, column] >= d / 2 + 2
 
 
 def _places(detection, room, d_px, overlap, gap, rng):
@@ -54,21 +72,29 @@ def _places(detection, room, d_px, overlap, gap, rng):
 
     def somewhere():
         if near_others:
-            return at[rng.integers(len(at))] + rng.normal(size=2) * 4 * np.median(r)
+            neighbour = at[rng.integers(len(at))]
+            return neighbour + rng.normal(size=2) * 4 * np.median(r)
         return rng.uniform(0, 1, 2) * (np.array(room.shape) - 1)
 
-    def is_free(centre, d):
-        row, column = np.rint(centre).astype(int)
-        inside = 0 <= row < room.shape[0] and 0 <= column < room.shape[1]
-        if not inside or room[row, column] < d / 2 + 2:
-            return False
+    def touches_found(centre, d):
         near = tree.query_ball_point(centre, d / 2 + r.max())
-        touches = near and (np.hypot(*(at[near] - centre).T) < r[near] + d / 2).any()
-        if touches and rng.random() > overlap:
+        if not near:
             return False
+        distance = np.hypot(*(at[near] - centre).T)
+        return (distance < r[near] + d / 2).any()
+
+    def is_near_placed(centre, d):
         placed = ~np.isnan(centres[:, 0])
-        apart = np.hypot(*(centres[placed] - centre).T)
-        return not (apart < (d_px[placed] + d) / 2 + gap).any()
+        distance = np.hypot(*(centres[placed] - centre).T)
+        touching = (d_px[placed] + d) / 2
+        return (distance < touching + gap).any()
+
+    def is_free(centre, d):
+        if not _has_room(room, centre, d):
+            return False
+        if touches_found(centre, d) and rng.random() > overlap:
+            return False
+        return not is_near_placed(centre, d)
 
     for k in np.argsort(-d_px, kind="stable"):
         for _ in range(30):
@@ -87,7 +113,8 @@ def match(
     alike=2.0,  # if their diameters differ by less than this factor
 ) -> np.ndarray:  # (n,) row of the particle found for each, or -1
     "Match true particles with those found, each with one of its own."
-    table, unit = detection.particles, detection.unit
+    table = detection.particles
+    unit = detection.unit
     d = np.asarray(d, float)
     rows = np.full(len(d), -1)
     if not len(table) or not len(d):
@@ -96,16 +123,19 @@ def match(
     found_d = table[f"diameter_{unit}"].to_numpy()
     k = min(3, len(found_at))  # nearest ones that are asked
     distance, candidate = cKDTree(found_at).query(np.reshape(at, (-1, 2)), k=k)
-    distance, candidate = distance.reshape(len(d), k), candidate.reshape(len(d), k)
-    reach = np.maximum(near * d, 1.5 * unit_per_px(detection))[:, None]
-    is_alike = np.abs(np.log(found_d[candidate] / d[:, None])) < np.log(alike)
-    true, nth = np.nonzero((distance < reach) & is_alike)
-    closeness = (distance / d[:, None])[true, nth]
+    distance = distance.reshape(len(d), k)
+    candidate = candidate.reshape(len(d), k)
+    diameter = d[:, None]
+    reach = np.maximum(near * diameter, 1.5 * unit_per_px(detection))
+    ratio = found_d[candidate] / diameter
+    is_alike = np.abs(np.log(ratio)) < np.log(alike)
+    pairs = np.nonzero((distance < reach) & is_alike)
+    closest_first = np.argsort((distance / diameter)[pairs], kind="stable")
+    true, _ = pairs
     taken = set()
-    for pair in np.argsort(closeness, kind="stable"):
-        row = candidate[true[pair], nth[pair]]
-        if rows[true[pair]] < 0 and row not in taken:
-            rows[true[pair]] = row
+    for particle, row in zip(true[closest_first], candidate[pairs][closest_first]):
+        if rows[particle] < 0 and row not in taken:
+            rows[particle] = row
             taken.add(row)
     return rows
 
@@ -227,12 +257,8 @@ def calibrate(
     look = look_of(detection)
     read_as = {key: detection.summary[key] for key in ("polarity", "support")}
     fixed = replace(detector, **read_as)
-    specimen = np.pad(~overlay_mask(detection.micrograph.data), 1)
-    room = ndi.distance_transform_edt(specimen)[
-        1:-1, 1:-1
-    ]  # px to the frame or to what is burnt in
     overlap = _overlap_share(detection)
-    one = delayed(partial(_inject_and_count, detection, look, fixed, room, overlap))
+    one = partial(_inject_and_count, detection, look, fixed, _room(detection), overlap)
     rng = as_rng(rng)
     rows = pd.DataFrame()
     with progress_bar(n, "injecting", progress, "particles") as advance, Parallel(workers) as pool:
@@ -240,7 +266,8 @@ def calibrate(
             sizes = _sizes_to_inject(rows, n, detection, detector, rng)
             portions = _portions(sizes, detection)
             seeds = rng.spawn(len(portions))
-            new = pd.concat(pool(one(d, seed) for d, seed in zip(portions, seeds)))
+            jobs = [delayed(one)(d, seed) for d, seed in zip(portions, seeds)]
+            new = pd.concat(pool(jobs))
             if not len(new):
                 raise InputError(
                     "the image has no room for another particle; calibrate a larger or emptier one."
@@ -254,42 +281,55 @@ _LEAST = 10  # particles that must be there
 _FEW = f"{{}} particles do not show how particles look here; calibrate an image that shows {_LEAST} or more."
 
 
+def _curve_so_far(rows, detection):
+    "Detection curve of the injections that are counted already, in px."
+    d_px = rows[f"d_{detection.unit}"] / unit_per_px(detection)
+    chance = min(rows["by_chance"].mean(), 0.5)
+    return fit_detection(d_px, rows["found"], chance)
+
+
 def _sizes_to_inject(rows, n, detection, detector, rng):
     "Diameters to inject next, px: n in all, after these rows."
     d = in_pixels(detection).d
-    unit, px = detection.unit, unit_per_px(detection)
-    low = np.log(max(0.4 * detector.smallest_px, 0.8))
-    high = np.log(max(1.2 * np.quantile(d, 0.98), 3 * detector.smallest_px))
+    smallest = detector.smallest_px
+    low = np.log(max(0.4 * smallest, 0.8))
+    high = np.log(max(1.2 * np.quantile(d, 0.98), 3 * smallest))
     if not len(rows):
         return np.exp(rng.uniform(low, high, n // 8))
     some = min(n - len(rows), max(n // 3, 100))
-    chance = min(rows["by_chance"].mean(), 0.5)
     try:
-        curve = fit_detection(rows[f"d_{unit}"] / px, rows["found"], chance)
+        curve = _curve_so_far(rows, detection)
     except InputError:
         return np.exp(rng.uniform(low, high, some))
-    ln_d50, width = np.log(curve.d50), min(curve.width, 0.6)
+    ln_d50 = np.log(curve.d50)
+    width = min(curve.width, 0.6)
     rising = rng.uniform(ln_d50 - 1.8 * width, ln_d50 + 1.8 * width, some)
     # as they are found: larger ones would raise what the counter asks of the small
-    large = np.log(d[np.log(d) > ln_d50 + width])
-    above = rng.choice(large if len(large) > 9 else [high - 0.1, high], some)
-    return np.exp(np.where(rng.random(some) < 0.75, rising, above))
+    ln_d = np.log(d)
+    large = ln_d[ln_d > ln_d50 + width]
+    if len(large) < 10:
+        large = [high - 0.1, high]
+    above = rng.choice(large, some)
+    is_rising = rng.random(some) < 0.75
+    return np.exp(np.where(is_rising, rising, above))
 
 
 def _portions(d_px, detection, share=0.15):
     "The sizes in portions that are injected at a time: few against the particles that are there, or 40."
     found = in_pixels(detection).d
     by_area = share * (found**2).sum() / (d_px**2).mean()
-    n = max(40, min(by_area, 0.2 * len(found), 150))
-    return np.array_split(d_px, int(np.ceil(len(d_px) / n)))
+    at_a_time = max(40, min(by_area, 0.2 * len(found), 150))
+    n_portions = int(np.ceil(len(d_px) / at_a_time))
+    return np.array_split(d_px, n_portions)
 
 # %% ../../nbs/45_count.calibrate.ipynb #ed10eff1
 def _with_look(curve, detection, look, least=0.01, shape=0.15):
     "The curve with what the look leaves open of d50 and of ln width, in fitted diameters."
     d50_px = curve.d50 / unit_per_px(detection)
     d = np.sort(in_pixels(detection).d)
-    area = np.cumsum(d**2)
-    large_px = d[np.searchsorted(area, (d**2).sum() / 2)]  # half of the area is in larger ones
+    area = d**2
+    half = area.sum() / 2
+    large_px = d[np.searchsorted(np.cumsum(area), half)]  # half of the area is in larger ones
     shift = d50_shift(look, d50_px, large_px) - size_shift(look, d50_px)
     apart = look_error(look, shift)
     more = np.diag([least**2 + apart**2, shape**2, 0])
@@ -298,38 +338,48 @@ def _with_look(curve, detection, look, least=0.01, shape=0.15):
 
 def _calibration(detection, look, rows):
     "Fit curve and response to the injections."
-    unit, px = detection.unit, unit_per_px(detection)
+    unit = detection.unit
+    px = unit_per_px(detection)
     d = rows[f"d_{unit}"].to_numpy()
     measured = rows[f"measured_{unit}"].to_numpy()
     found = rows["found"].to_numpy()
-    curve = fit_detection(d, found, float(rows["by_chance"].mean()))
+    by_chance = rows["by_chance"]
+    curve = fit_detection(d, found, float(by_chance.mean()))
     curve = _with_look(curve, detection, look)
-    sized = found & ~rows["by_chance"].to_numpy()
+    sized = found & ~by_chance.to_numpy()
     response = fit_response(d[sized], measured[sized])
     off = look_error(look, size_shift(look, curve.d50 / px))
     note = (
         f"{len(rows)} particles injected, {int(found.sum())} found; d50 {curve.d50:.3g} {unit} "
         f"± {100 * curve.d50_se / curve.d50:.1f} %; all diameters near it ± {100 * off:.1f} %, for the look"
     )
-    return Calibration(curve, response, fitted_sizes(detection, look), rows, look, note, unit, px)
+    sizes = fitted_sizes(detection, look)
+    return Calibration(curve, response, sizes, rows, look, note, unit, px)
 
 # %% ../../nbs/45_count.calibrate.ipynb #8f92a3c3
+def _share_in_groups(d, found, n):
+    "Particles in n groups of size: mean diameter, share found, its standard error."
+    groups = np.array_split(np.argsort(d), n)
+    middle = [np.exp(np.log(d[group]).mean()) for group in groups]
+    share = np.array([found[group].mean() for group in groups])
+    size = np.array([len(group) for group in groups])
+    return middle, share, np.sqrt(share * (1 - share) / size)
+
+
 def show_calibration(
     calibration,  # what calibrate returned
     bins=14,  # groups in which the share found is plotted
 ) -> plt.Figure:  # detection curve with its injections; measured against true size
     "Plot the share found in groups of size with the curve, and measured over true diameters."
-    rows, unit = calibration.injections, calibration.unit
-    d, found = rows[f"d_{unit}"].to_numpy(), rows["found"].to_numpy()
+    rows = calibration.injections
+    unit = calibration.unit
+    d = rows[f"d_{unit}"].to_numpy()
+    found = rows["found"].to_numpy()
     measured = rows[f"measured_{unit}"].to_numpy()
-    groups = np.array_split(np.argsort(d), bins)
-    middle = [np.exp(np.log(d[group]).mean()) for group in groups]
-    share = np.array([found[group].mean() for group in groups])
-    size = np.array([len(group) for group in groups])
-    bar = np.sqrt(share * (1 - share) / size)
     s = np.geomspace(d.min(), d.max(), 200)
     fig, (of_curve, of_sizes) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    of_curve.errorbar(middle, share, bar, fmt="k.", label="injected")
+    middle, share, error = _share_in_groups(d, found, bins)
+    of_curve.errorbar(middle, share, error, fmt="k.", label="injected")
     of_curve.semilogx(s, calibration.curve(s), "k", label="curve")
     of_curve.set(xlabel=f"diameter, {unit}", ylabel="share found", ylim=(0, 1.02))
     of_curve.legend()
@@ -374,8 +424,10 @@ def horvitz_thompson(
     weight = np.ones(len(d)) if edge_weight is None else np.asarray(edge_weight, float)
     p = curve(d)
     keep = p > least
+    # number = sum of w / p, variance = sum of w^2 (1 - p) / p^2
     variance = (weight**2 * (1 - p) / p**2)[keep].sum()
-    above = curve.d50 * np.exp(curve.width * ndtri(min(least / curve.upper, 0.999)))
+    of_upper = min(least / curve.upper, 0.999)
+    above = curve.d50 * np.exp(curve.width * ndtri(of_upper))
     return HorvitzThompson(
         number=float((weight / p)[keep].sum()),
         se=float(np.sqrt(variance)),

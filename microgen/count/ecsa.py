@@ -100,7 +100,8 @@ def _added(whole, part):
     "What a step added to a distance, in quadrature."
     finite = np.isfinite(part)
     part = np.where(finite, part, 0)
-    return np.where(finite, np.sqrt(np.maximum(whole**2 - part**2, 0)), 0)
+    square = np.maximum(whole**2 - part**2, 0)
+    return np.where(finite, np.sqrt(square), 0)
 
 
 def _known_exactly(image):
@@ -110,23 +111,31 @@ def _known_exactly(image):
     return replace(image, curve=replace(image.curve, covariance=None))
 
 
+def _with_share(value, ends):
+    "Value and ends with ln of the visible share behind them, of which the odds come first."
+    # share = 1 / (1 + odds) falls when the odds rise, so its sides are swapped
+    share = log_expit(-value[0])
+    share_ends = log_expit(-ends[:, ::-1, :1])
+    return np.append(value, share), np.concatenate([ends, share_ends], axis=2)
+
+
 def _from_law(fit):
     "{quantity of _Surface: ErrorBudget}, with errors of count, d50 and family."
     level = fit.settings["level"]
     free = _ends(fit.images, fit.settings["families"], level)
-    exact = _ends([_known_exactly(i) for i in fit.images], [free.family], level)
-    count = exact.own - exact.value + free.value
-    value = free.value
-    ends = np.array([count, free.own, free.whole])  # (step, side, quantity)
-    # ln of the visible share, 1 / (1 + odds): it falls when the odds rise, so its sides are swapped
-    value = np.append(value, log_expit(-value[0]))
-    share = log_expit(-ends[:, ::-1, :1])
-    distance = np.abs(np.concatenate([ends, share], axis=2) - value)
+    known = [_known_exactly(image) for image in fit.images]
+    exact = _ends(known, [free.family], level)
+    of_count = exact.own - exact.value + free.value
+    ends = np.array([of_count, free.own, free.whole])  # (step, side, quantity)
+    value, ends = _with_share(free.value, ends)
+    distance = np.abs(ends - value)
     count, own, whole = np.maximum.accumulate(distance, axis=0)
     sources = {"count": count, "d50": _added(own, count), "family": _added(whole, own)}
     out = {}
     for k, name in enumerate(_Surface._fields):
-        terms = {source: tuple(term[:, k].tolist()) for source, term in sources.items()}
+        terms = {}
+        for source, term in sources.items():
+            terms[source] = tuple(term[:, k].tolist())
         out[name] = ErrorBudget(float(np.exp(value[k])), terms)
     return out
 
@@ -136,16 +145,18 @@ def _visible(fit):
     z = norm.ppf((1 + fit.settings["level"]) / 2)
     sizes = visible_sizes(fit.images)
     area = np.pi * sizes.d**2
-    volume = np.pi * sizes.d**3  # six times
-    surface = sizes.number @ area
-    six_volumes = sizes.number @ volume
+    six_volume = np.pi * sizes.d**3
+    total_area = sizes.number @ area
+    total_six_volume = sizes.number @ six_volume
 
-    def counted(by_number):  # distances in ln, from the slopes of ln value
+    def counted(value, by_number):  # by_number: slopes of ln value
         distance = z * float(np.sqrt(sizes.variance @ by_number**2))
-        return {"count": (distance, distance)}
+        return ErrorBudget(float(value), {"count": (distance, distance)})
 
-    d32 = ErrorBudget(float(six_volumes / surface), counted(volume / six_volumes - area / surface))
-    return ErrorBudget(float(surface), counted(area / surface)), d32
+    # d32 = sum of n d^3 / sum of n d^2
+    by_number = six_volume / total_six_volume - area / total_area
+    d32 = counted(total_six_volume / total_area, by_number)
+    return counted(total_area, area / total_area), d32
 
 
 def _bounds(fit, d32):
@@ -248,14 +259,16 @@ class Ecsa:
         folder,  # where to; files of the same names are replaced
     ) -> Path:  # the folder
         "Write ecsa.json and ecsa_budget.csv, each whole or not at all."
-        tables = [pd.DataFrame(columns=["quantity", *_COLUMNS])]
+        folder = Path(folder)
+        columns = ["quantity", *_COLUMNS]
+        tables = []
         for name, quantity in self.quantities().items():
             if not quantity.refused:
                 tables.append(self.budget(name).assign(quantity=name))
-        rows = pd.concat(tables[1:]) if len(tables) > 1 else tables[0]
-        write_csv(Path(folder) / "ecsa_budget.csv", rows[["quantity", *_COLUMNS]])
-        write_json(Path(folder) / "ecsa.json", {**self.to_dict(), **provenance()})
-        return Path(folder)
+        rows = pd.concat(tables) if tables else pd.DataFrame(columns=columns)
+        write_csv(folder / "ecsa_budget.csv", rows[columns])
+        write_json(folder / "ecsa.json", self.to_dict() | provenance())
+        return folder
 
 # %% ../../nbs/47_count.ecsa.ipynb #3506db2e
 def _answers(result):
@@ -283,8 +296,9 @@ def _budget_table(quantity):
     "One row per source of error, and the total."
     terms = np.array([quantity.terms.get(source, (0.0, 0.0)) for source in SOURCES])
     total = np.sqrt((terms**2).sum(0))
+    divisor = np.where(total, total, 1)
     with np.errstate(invalid="ignore"):
-        of_variance = (terms**2 / np.where(total, total, 1) ** 2).mean(1)
+        of_variance = (terms**2 / divisor**2).mean(1)
     share = np.nan_to_num(of_variance, nan=1.0)
     below, above = np.vstack([terms, total]).T  # distances in ln
     columns = [
@@ -441,6 +455,18 @@ def _further_limits(fit, inputs):
     return tuple(said)
 
 # %% ../../nbs/47_count.ecsa.ipynb #7f084fbc
+def _per_mass(surface, contact, density, size):
+    "Areas of the visible, the unseen and all particles per mass of metal, m²/g."
+    factor = contact * ErrorBudget(6e3) / (density * size)  # 6 c / rho, with g/cm³ and nm
+    return factor * surface.seen, factor * surface.unseen, factor * surface.d32**-1
+
+
+def _per_area(surface, contact, visible):
+    "Areas of the visible, the unseen and all particles per area of the field, from the visible one."
+    factor = contact * visible
+    return factor * ErrorBudget(1.0), factor * surface.odds, factor * surface.share**-1
+
+
 def ecsa(
     fit: SizeFit,  # what fit_sizes returned
     inputs=None,  # EcsaInputs, text such as "m2_g=62,density=21.45", or a dict; None: geometry only
@@ -477,16 +503,10 @@ def ecsa(
     contact = stated(inputs.contact or _CONTACT, "contact", level, 0.5, 1)
     density = stated(inputs.density, "density", level) if inputs.density else None
     per_area = visible_nm2 * size**2 / ErrorBudget(area) if area else None
-    if inputs.per == "mass":  # 6 c / (rho d32), m²/g with g/cm³ and nm
-        factor = contact * ErrorBudget(6e3) / (density * size)
-        visible = factor * surface.seen
-        extrapolated = factor * surface.unseen
-        total = factor * surface.d32**-1
+    if inputs.per == "mass":
+        visible, extrapolated, total = _per_mass(surface, contact, density, size)
     else:
-        factor = contact * per_area
-        visible = factor * ErrorBudget(1.0)
-        extrapolated = factor * surface.odds
-        total = factor * surface.share**-1
+        visible, extrapolated, total = _per_area(surface, contact, per_area)
     measured = _measured(inputs, level)
     about = {
         "particles": int(sum(len(image.x) for image in fit.images)),

@@ -270,11 +270,14 @@ class ErrorBudget:
         return ErrorBudget(self.value * other.value, terms)
 
     def __pow__(self, p):
-        turn = -1 if p < 0 else 1  # a negative power makes the upper limit the lower
+        def turned(pair):
+            "A negative power makes the upper limit the lower."
+            return pair[::-1] if p < 0 else pair
+
         terms = {}
-        for source, term in self.terms.items():
-            terms[source] = tuple(abs(p) * distance for distance in term[::turn])
-        bound = tuple(_power(b, p) for b in self.bound[::turn])
+        for source, distances in self.terms.items():
+            terms[source] = tuple(abs(p) * distance for distance in turned(distances))
+        bound = tuple(_power(limit, p) for limit in turned(self.bound))
         return ErrorBudget(self.value**p, terms, self.refused, bound)
 
     def __truediv__(self, other):
@@ -313,6 +316,10 @@ def stated(
     value, sd = pair
     ln_sd = np.sqrt(np.log1p((sd / value) ** 2))
     reach = norm.ppf((1 + level) / 2) * ln_sd
-    below = max(0, np.log(value / low)) if low else np.inf
-    above = max(0, np.log(high / value))
-    return ErrorBudget(value, {source: (float(min(reach, below)), float(min(reach, above)))})
+    to_low = np.inf  # distances in ln
+    if low:
+        to_low = max(0, np.log(value / low))
+    to_high = max(0, np.log(high / value))
+    below = float(min(reach, to_low))
+    above = float(min(reach, to_high))
+    return ErrorBudget(value, {source: (below, above)})

@@ -174,12 +174,16 @@ def _to_fit(detection, rows, blur):
 def _begin(pixels, blur):
     "Where a fit starts: the look, and each particle's own values with the ground around it."
     theta = np.array(_SHARED_MEAN._replace(ln_blur=np.log(blur)))
-    own = np.zeros((len(pixels.d), len(_Own._fields)))
-    from_edge = np.hypot(pixels.y, pixels.x) - pixels.d[pixels.who] / 2
-    for k, of in enumerate(pixels.of_each()):
-        around = from_edge[of] >= min(1, from_edge[of].max())
-        own[k, _Own._fields.index("ground")] = np.median(pixels.grey[of][around])
-    return theta, own
+    radius = pixels.d[pixels.who] / 2
+    from_edge = np.hypot(pixels.y, pixels.x) - radius
+    ground = []
+    for of in pixels.of_each():
+        outwards = from_edge[of]
+        around = outwards >= min(1, outwards.max())
+        ground.append(np.median(pixels.grey[of][around]))
+    nothing = np.zeros((len(_Own._fields), len(pixels.d)))
+    own = _Own(*nothing)._replace(ground=np.array(ground))
+    return theta, np.stack(own, axis=1)
 
 # %% ../../nbs/44_count.fitting.ipynb #4aa50729
 class _Profile(NamedTuple):
@@ -277,12 +281,14 @@ def _compare(theta, own, pixels, profile=None):
 def _costs(own, pixels, sds, match):
     "(n,) cost of each particle: its residuals, the noise that it is said to have, its own values."
     of_pixels = match.residual**2 + 2 * np.log(match.sd)
-    return np.bincount(pixels.who, of_pixels, len(pixels.d)) + ((own / sds) ** 2).sum(1)
+    of_own = ((own / sds) ** 2).sum(1)
+    return np.bincount(pixels.who, of_pixels, len(pixels.d)) + of_own
 
 
 def _total_cost(theta, own, pixels, sds, match):
     "Cost of all particles and of the look."
-    of_look = (((theta - np.array(_SHARED_MEAN)) / _SHARED_SD) ** 2).sum()
+    off = (theta - np.array(_SHARED_MEAN)) / _SHARED_SD
+    of_look = (off**2).sum()
     return _costs(own, pixels, sds, match).sum() + of_look
 
 
@@ -313,11 +319,13 @@ def _slopes_by_look(theta, pixels, match):
     blur = np.exp(look.ln_blur)
     at = match.ln_d, match.from_edge
     step = 0.01  # of ln depth and of ln blur
-    deeper = _profile(depth * np.exp(step), blur, pixels.d).signal(match.face, look.rim, *at)
-    wider = _profile(depth, blur * np.exp(step), pixels.d).signal(match.face, look.rim, *at)
+    deeper = _profile(depth * np.exp(step), blur, pixels.d)
+    wider = _profile(depth, blur * np.exp(step), pixels.d)
+    if_deeper = deeper.signal(match.face, look.rim, *at)
+    if_wider = wider.signal(match.face, look.rim, *at)
     slopes = _Shared(
-        ln_depth=match.tone * (deeper - match.signal) / step,
-        ln_blur=match.tone * (wider - match.signal) / step,
+        ln_depth=match.tone * (if_deeper - match.signal) / step,
+        ln_blur=match.tone * (if_wider - match.signal) / step,
         ln_face=match.tone * match.signal,
         rim=match.tone * match.face * match.profile.rim.ev(*at),
     )
@@ -336,31 +344,30 @@ class _Eliminated(NamedTuple):
 
 def _eliminate(own, pixels, sds, match, by_own, by_look, damp=0.0):
     "Normal equations of each particle, damped as Levenberg and Marquardt do."
-    prior = np.array(sds) ** -2
+    sds = np.array(sds)
+    prior = sds**-2
     particles = []
-    for k, of in enumerate(pixels.of_each()):
-        a, b, q = by_own[:, of], by_look[:, of], match.residual[of]
+    for of, values in zip(pixels.of_each(), own):
+        a = by_own[:, of]
+        b = by_look[:, of]
+        residual = match.residual[of]
         square = a @ a.T
-        inverse = np.linalg.inv(square + np.diag(prior + damp * np.diag(square)))
-        pull = a @ q - own[k] / np.array(sds) ** 2
+        added = prior + damp * np.diag(square)
+        inverse = np.linalg.inv(square + np.diag(added))
+        pull = a @ residual - values / sds**2
         mixed = b @ a.T
-        particles.append(
-            _Eliminated(
-                inverse,
-                pull,
-                mixed,
-                square=b @ b.T - mixed @ inverse @ mixed.T,
-                right=b @ q - mixed @ inverse @ pull,
-            )
-        )
+        # Schur complement: b b' - b a' (a a' + prior)^-1 a b'
+        left = b @ b.T - mixed @ inverse @ mixed.T
+        right = b @ residual - mixed @ inverse @ pull
+        particles.append(_Eliminated(inverse, pull, mixed, left, right))
     return particles
 
 
 def _of_look(theta, particles):
     "Normal equations of the look, its prior included: (4, 4) and right side (4,)."
-    square = np.diag(np.array(_SHARED_SD) ** -2) + sum(p.square for p in particles)
-    distance = (theta - np.array(_SHARED_MEAN)) / np.array(_SHARED_SD) ** 2
-    right = sum(p.right for p in particles) - distance
+    mean, sd = np.array(_SHARED_MEAN), np.array(_SHARED_SD)
+    square = np.diag(sd**-2) + sum(particle.square for particle in particles)
+    right = sum(particle.right for particle in particles) - (theta - mean) / sd**2
     return square, right
 
 # %% ../../nbs/44_count.fitting.ipynb #41cf4347
@@ -383,52 +390,81 @@ def _range_of_look(pixels):
     return np.array(low), np.array(high)
 
 
+class _Point(NamedTuple):
+    "A look and own values on the way to the best ones, beside the pixels."
+
+    theta: np.ndarray  # (4,) the look, _Shared
+    own: np.ndarray  # (n, 9) what each particle has of its own, _Own
+    match: _Match
+    cost: float
+
+    @classmethod
+    def at(cls, theta, own, pixels, sds):
+        "Compare with the pixels."
+        match = _compare(theta, own, pixels)
+        return cls(theta, own, match, _total_cost(theta, own, pixels, sds, match))
+
+
+def _slopes(here, pixels):
+    "Slopes of the residual: by what each particle has of its own, by the look."
+    by_own = _slopes_by_own(pixels, here.match)
+    by_look = _slopes_by_look(here.theta, pixels, here.match)
+    return by_own, by_look
+
+
+def _damped_step(here, pixels, sds, slopes, damp):
+    "Step of the look (4,) and of the own values (n, 9), by Levenberg and Marquardt."
+    particles = _eliminate(here.own, pixels, sds, here.match, *slopes, damp)
+    square, right = _of_look(here.theta, particles)
+    diagonal = np.diag(np.diag(square))
+    step = np.linalg.solve(square + damp * diagonal, right)
+    step = np.clip(step, -np.array(_SHARED_STEP), _SHARED_STEP)
+    own_step = []
+    for particle in particles:
+        pull = particle.pull - particle.mixed.T @ step
+        own_step.append(particle.inverse @ pull)
+    return step, np.clip(own_step, -np.array(_OWN_STEP), _OWN_STEP)
+
+
 def _descend(pixels, theta, own, sds, most=20):
-    "Fit look and own values together: Levenberg-Marquardt, at most so many steps."
+    "Fit look and own values together, in at most so many steps."
     low, high = _range_of_look(pixels)
-    theta = np.clip(theta, low, high)
+    here = _Point.at(np.clip(theta, low, high), own, pixels, sds)
+    slopes = _slopes(here, pixels)
     damp = 1e-3
-    match = _compare(theta, own, pixels)
-    cost = _total_cost(theta, own, pixels, sds, match)
-    by_own = _slopes_by_own(pixels, match)
-    by_look = _slopes_by_look(theta, pixels, match)
     for _ in range(most):
-        particles = _eliminate(own, pixels, sds, match, by_own, by_look, damp)
-        square, right = _of_look(theta, particles)
-        step = np.linalg.solve(square + damp * np.diag(np.diag(square)), right)
-        step = np.clip(step, -np.array(_SHARED_STEP), _SHARED_STEP)
-        own_step = [p.inverse @ (p.pull - p.mixed.T @ step) for p in particles]
-        new_theta = np.clip(theta + step, low, high)
-        new_own = own + np.clip(own_step, -np.array(_OWN_STEP), _OWN_STEP)
-        new_match = _compare(new_theta, new_own, pixels)
-        new_cost = _total_cost(new_theta, new_own, pixels, sds, new_match)
-        if new_cost < cost:
-            moved = np.abs(new_theta - theta).max()
-            settled = moved < 0.01 and cost - new_cost < 0.1 * np.sqrt(len(pixels.d))
-            theta, own, match, cost = new_theta, new_own, new_match, new_cost
-            by_own = _slopes_by_own(pixels, match)
-            by_look = _slopes_by_look(theta, pixels, match)
+        step, own_step = _damped_step(here, pixels, sds, slopes, damp)
+        theta = np.clip(here.theta + step, low, high)
+        new = _Point.at(theta, here.own + own_step, pixels, sds)
+        if new.cost < here.cost:
+            moved = np.abs(new.theta - here.theta).max()
+            gained = here.cost - new.cost
+            here = new
+            slopes = _slopes(here, pixels)
             damp = max(damp / 5, 1e-5)
-            if settled:
+            if moved < 0.01 and gained < 0.1 * np.sqrt(len(pixels.d)):
                 break
         else:
             damp *= 8
             if damp > 1e3:
                 break
-    particles = _eliminate(own, pixels, sds, match, by_own, by_look)
-    square, _ = _of_look(theta, particles)
-    return _Fit(theta, own, particles, square, sds)
+    particles = _eliminate(here.own, pixels, sds, here.match, *slopes)
+    square, _ = _of_look(here.theta, particles)
+    return _Fit(here.theta, here.own, particles, square, sds)
 
 # %% ../../nbs/44_count.fitting.ipynb #41248597
 def _with_spread(fit):
     "Expected spreads: tone and bends as far as the fitted particles differ in them."
     sds = np.array(fit.sds)
     known = np.array([np.diag(p.inverse) for p in fit.particles])  # variance, shrunk by the prior
-    noise = 1 / np.maximum(1 / known - 1 / sds**2, 1e-12)  # variance of the particle's pixels alone
+    precision = 1 / known - 1 / sds**2  # of the particle's pixels alone
+    noise = 1 / np.maximum(precision, 1e-12)
     free = fit.own * noise / known  # value without the prior
     weight = 1 / (noise + 0.01) ** 2
-    variance = (weight * (free**2 - noise)).sum(0) / weight.sum(0)
-    spread = _Own(*np.clip(np.sqrt(np.maximum(variance, 0)), 0.02, sds))
+    beyond_noise = weight * (free**2 - noise)
+    variance = beyond_noise.sum(0) / weight.sum(0)
+    sd = np.sqrt(np.maximum(variance, 0))
+    spread = _Own(*np.clip(sd, 0.02, sds))
     return _OWN_SD._replace(tone=spread.tone, bend_cos=spread.bend_cos, bend_sin=spread.bend_sin)
 
 
@@ -438,12 +474,14 @@ def _noise_growth(pixels, fit):
     rest = match.residual * match.weighed
     n = np.bincount(pixels.who, minlength=len(pixels.d))
     freedom = n / np.maximum(n - len(_Own._fields), 1)  # own values have followed the noise
-    square = (rest * match.sd) ** 2 * freedom[pixels.who]
+    variance = (rest * match.sd) ** 2 * freedom[pixels.who]
     signal = np.abs(match.signal)
+    # variance = noise^2 + gain signal: a line through the ground, weighted with 1 / variance^2
     good = np.abs(rest) < 4
     along = good / match.sd**4 * signal
-    # straight line through the variance of the ground
-    return float(max(0, along @ (square - pixels.noise**2) / max(along @ signal, 1e-12)))
+    more = variance - pixels.noise**2
+    gain = along @ more / max(along @ signal, 1e-12)
+    return float(max(0, gain))
 
 
 def _fit_look(pixels, blur, rounds=4):
@@ -471,6 +509,22 @@ def _look(fit, pixels):
     )
 
 # %% ../../nbs/44_count.fitting.ipynb #d3272caa
+def _own_steps(own, pixels, sds, match, damp):
+    "Steps (n, 9) of own values with the look held fixed, each particle with a damping (n,) of its own."
+    slopes = _slopes_by_own(pixels, match)
+    squares, pulls = [], []
+    for of in pixels.of_each():
+        a = slopes[:, of]
+        squares.append(a @ a.T)
+        pulls.append(a @ match.residual[of])
+    square = np.stack(squares)
+    pull = -own / sds**2 + np.stack(pulls)
+    damping = damp[:, None, None] * square * np.eye(len(sds))
+    prior = np.diag(sds**-2)
+    step = np.linalg.solve(square + (damping + prior), pull[..., None])[..., 0]
+    return np.clip(step, -np.array(_OWN_STEP), _OWN_STEP)
+
+
 def _fit_own(theta, pixels, sds, steps):
     "Fit each particle's own values with the look held fixed: Levenberg-Marquardt, each for itself."
     blur = np.exp(_Shared(*theta).ln_blur)
@@ -480,27 +534,30 @@ def _fit_own(theta, pixels, sds, steps):
     match = _compare(theta, own, pixels, profile)
     damp = np.full(len(pixels.d), 1e-3)
     for _ in range(steps):
-        slopes = _slopes_by_own(pixels, match)
-        square, pull = [], []
-        for of in pixels.of_each():
-            square.append(slopes[:, of] @ slopes[:, of].T)
-            pull.append(slopes[:, of] @ match.residual[of])
-        square = np.stack(square)
-        pull = -own / sds**2 + np.stack(pull)
-        damped = damp[:, None, None] * square * np.eye(len(sds)) + np.diag(sds**-2)
-        step = np.linalg.solve(square + damped, pull[..., None])[..., 0]
-        step = np.clip(step, -np.array(_OWN_STEP), _OWN_STEP)
-        new = _compare(theta, own + step, pixels, profile)
-        better = _costs(own + step, pixels, sds, new) < _costs(own, pixels, sds, match)
-        own = np.where(better[:, None], own + step, own)
+        step = _own_steps(own, pixels, sds, match, damp)
+        moved = own + step
+        new = _compare(theta, moved, pixels, profile)
+        better = _costs(moved, pixels, sds, new) < _costs(own, pixels, sds, match)
+        own = np.where(better[:, None], moved, own)
         damp = np.where(better, np.maximum(damp / 5, 1e-5), damp * 8)
-        match = new if better.all() else _compare(theta, own, pixels, profile)
+        match = new
+        if not better.all():
+            match = _compare(theta, own, pixels, profile)
         settled = np.abs(_Own(*step.T).ln_size) < 0.003
-        if (settled | (damp > 1e3)).all():
+        stuck = damp > 1e3
+        if (settled | stuck).all():
             break
     return own
 
 # %% ../../nbs/44_count.fitting.ipynb #48a94d7c
+def _expected_spread(look):
+    "Spreads of own values that a look expects, from its tones and aspects."
+    tone = max(np.std(look.tones), 0.02)
+    mean_square = np.mean(np.log(look.aspects) ** 2)
+    bend = max(np.sqrt(mean_square / 8), 0.02)  # ln aspect = 2 hypot(bends)
+    return _OWN_SD._replace(tone=tone, bend_cos=bend, bend_sin=bend)
+
+
 def fitted_sizes(
     detection,  # Detection of the image, or of the image with injected particles
     look,  # Look
@@ -510,17 +567,13 @@ def fitted_sizes(
     "Measure the diameters of found particles by fitting how they appear."
     found = in_pixels(detection)
     rows = np.arange(len(found.d)) if rows is None else np.asarray(rows, int)
-    d, whole = found.d[rows], found.whole[rows]
+    d = found.d[rows]
+    whole = found.whole[rows]
     fitted = np.where(whole, d, np.nan)
-    theta = _Shared(0, np.log(look.blur_px), 0, look.rim / look.face)
-    bend = max(np.sqrt(np.mean(np.log(look.aspects) ** 2) / 8), 0.02)
-    sds = _OWN_SD._replace(tone=max(np.std(look.tones), 0.02), bend_cos=bend, bend_sin=bend)
-    about = {
-        "noise": _grey_noise(detection, look.face),
-        "gain": look.gain,
-        "depth": look.depth_px,
-        "face": look.face,
-    }
+    theta = _Shared(ln_depth=0, ln_blur=np.log(look.blur_px), ln_face=0, rim=look.rim / look.face)
+    sds = _expected_spread(look)
+    noise = _grey_noise(detection, look.face)
+    about = {"noise": noise, "gain": look.gain, "depth": look.depth_px, "face": look.face}
     # groups of nearly one size, so that one profile serves all of a group
     group = np.floor(np.log(np.maximum(d, 0.1)) / np.log(1.6))
     for number in np.unique(group[whole]):
@@ -538,12 +591,14 @@ def _clear(detection, look, rows):
     score = detection.particles["score"].to_numpy()[rows]
     if len(rows) < 60 or size.std() < 0.01 * size.mean():
         return rows
+    # ln score = base + slope ln size reaches the limit at the size cut
     slope, base = np.polyfit(np.log(size), np.log(score), 1)
     limit = np.log(1.6 * np.quantile(score, 0.02))
     cut = np.exp((limit - base) / max(slope, 0.2))
     if (size >= cut).mean() > 0.55:
         return rows
-    return rows[size >= min(cut, np.quantile(size, 0.6))]
+    largest = np.quantile(size, 0.6)
+    return rows[size >= min(cut, largest)]
 
 
 def _as_wide(values, sd):
@@ -555,9 +610,29 @@ def _as_wide(values, sd):
 def _look_covariance(fit):
     "(4, 4) of the look; the scatter between particles, not the noise alone, says how well it is known."
     inverse = np.linalg.inv(fit.square)
-    pulls = np.array([p.right for p in fit.particles])
-    scatter = pulls.T @ pulls + np.diag(np.array(_SHARED_SD) ** -2)
+    pulls = np.array([particle.right for particle in fit.particles])
+    prior = np.diag(np.array(_SHARED_SD) ** -2)
+    scatter = pulls.T @ pulls + prior
     return inverse @ scatter @ inverse
+
+
+def _with_own(look, fit):
+    "The look, as bright as its particles are on average, with their tones and aspects and its covariance."
+    own = _Own(*fit.own.T)
+    mean_tone = own.tone.mean()
+    tones = 1 + _as_wide(own.tone - mean_tone, fit.sds.tone)
+    bends = np.stack([own.bend_cos, own.bend_sin], axis=1)
+    bends = _as_wide(bends, np.array([fit.sds.bend_cos, fit.sds.bend_sin]))
+    bend_cos, bend_sin = bends.T
+    aspects = np.exp(2 * np.hypot(bend_cos, bend_sin))
+    return replace(
+        look,
+        face=look.face * (1 + mean_tone),
+        rim=look.rim * (1 + mean_tone),
+        tones=tuple(np.clip(tones, 0.2, 3)),
+        aspects=tuple(aspects),
+        covariance=tuple(map(tuple, _look_covariance(fit))),
+    )
 
 # %% ../../nbs/44_count.fitting.ipynb #61c7ce5c
 def look_of(
@@ -581,22 +656,8 @@ def look_of(
     # the look
     pixels = _to_fit(detection, _thinned(clear, most), blur)
     fit = _fit_look(pixels, blur)
-    look = _look(fit, pixels)
-    own = _Own(*fit.own.T)
-    brighter = 1 + own.tone.mean()
-    tones = 1 + _as_wide(own.tone - own.tone.mean(), fit.sds.tone)
-    bends = np.stack([own.bend_cos, own.bend_sin], axis=1)
-    bends = _as_wide(bends, np.array([fit.sds.bend_cos, fit.sds.bend_sin]))
-    aspects = np.exp(2 * np.hypot(bends[:, 0], bends[:, 1]))
-    return replace(
-        look,
-        face=look.face * brighter,
-        rim=look.rim * brighter,
-        noise=pixels.noise,
-        tones=tuple(np.clip(tones, 0.2, 3)),
-        aspects=tuple(aspects),
-        covariance=tuple(map(tuple, _look_covariance(fit))),
-    )
+    look = replace(_look(fit, pixels), noise=pixels.noise)
+    return _with_own(look, fit)
 
 # %% ../../nbs/44_count.fitting.ipynb #9544b4ae
 def _signal(look, ln_d, from_edge):
@@ -623,22 +684,27 @@ def size_shift(
 ) -> np.ndarray:  # (4,) change of ln diameter by ln depth, ln blur, ln face, rim / face
     "Say how the fitted diameter of a particle moves with the look."
     from_edge = np.linspace(-d_px / 2, 2 * look.blur_px + 2, 80)  # px, as far as fits look
+    spacing = from_edge[1] - from_edge[0]
     r = from_edge + d_px / 2
 
     def signal(of, ln_larger=0.0):
-        s = r - d_px * np.exp(ln_larger) / 2
-        return _signal(of, np.log([d_px]) + ln_larger, s[None])[0]
+        radius = d_px * np.exp(ln_larger) / 2
+        ln_d = np.log([d_px]) + ln_larger
+        (of_one,) = _signal(of, ln_d, (r - radius)[None])
+        return of_one
 
     base = signal(look)
     by_size = (signal(look, by) - signal(look, -by)) / (2 * by)
+    by_tone, by_ground = base, np.ones_like(r)
+    by_own = np.stack([by_size, by_tone, by_ground])
     by_look = np.stack([(signal(other) - base) / by for other in _varied(look, by)])
-    own = np.stack([by_size, base, np.ones_like(r)])  # by size, tone, ground
-    ring = 2 * np.pi * r * (from_edge[1] - from_edge[0])  # pixels at each distance
-    weight = ring / (look.noise**2 + look.gain * np.abs(base))
-    tone_sd = max(np.std(look.tones), 0.02)
-    prior = np.diag([_OWN_SD.ln_size**-2, tone_sd**-2, 0])
-    moved = np.linalg.solve((own * weight) @ own.T + prior, (own * weight) @ by_look.T)
-    return -moved[0]
+    pixels = 2 * np.pi * r * spacing  # at each distance
+    weight = pixels / (look.noise**2 + look.gain * np.abs(base))
+    prior = np.diag([_OWN_SD.ln_size**-2, _expected_spread(look).tone ** -2, 0])
+    # weighted least squares: (own W own' + prior) moved = own W look'
+    weighted = by_own * weight
+    size, _, _ = np.linalg.solve(weighted @ by_own.T + prior, weighted @ by_look.T)
+    return -size
 
 # %% ../../nbs/44_count.fitting.ipynb #8ac8f943
 def d50_shift(
@@ -654,14 +720,18 @@ def d50_shift(
         smoothed = replace(of, blur_px=float(np.hypot(of.blur_px, 0.7)))
         from_edge = np.array([[-2.0, -1.0, 3.0]])  # px: twice inside, once outside
         signal = np.abs(_signal(smoothed, np.log([d, large_px]), from_edge))
-        contrast = np.abs(signal[:, :2].max(1) - signal[:, 2])
-        return np.log(contrast + 1e-9) @ (1, -1)
+        inner, outer, outside = signal.T
+        contrast = np.abs(np.maximum(inner, outer) - outside)
+        small, large = np.log(contrast + 1e-9)
+        return small - large
 
-    above, below = ln_contrast(look, d50_px * np.exp(by)), ln_contrast(look, d50_px * np.exp(-by))
-    rise = (above - below) / (2 * by)
+    above = ln_contrast(look, d50_px * np.exp(by))
+    below = ln_contrast(look, d50_px * np.exp(-by))
+    by_size = (above - below) / (2 * by)
     base = ln_contrast(look, d50_px)
     moved = np.array([ln_contrast(other, d50_px) - base for other in _varied(look, by)])
-    return -moved / by / max(rise, 0.3)
+    by_look = moved / by
+    return -by_look / max(by_size, 0.3)
 
 
 def look_error(

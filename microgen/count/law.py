@@ -75,8 +75,10 @@ def _share_found(psi, x):
     z = (x - ln_d50) / width
     p = ndtr(z)
     density = np.exp(-z * z / 2) / np.sqrt(2 * np.pi)
-    slopes = np.stack([-density / width, -density * z, (1 - upper) * p])
-    return upper * p, upper * slopes
+    by_d50 = -density / width
+    by_width = -density * z
+    by_upper = (1 - upper) * p
+    return upper * p, upper * np.stack([by_d50, by_width, by_upper])
 
 
 def _fit_curve(x, found, chance):
@@ -85,14 +87,17 @@ def _fit_curve(x, found, chance):
     def loss(psi):
         "Negative log-likelihood with half a miss among the largest, and its gradient."
         p, dp = _share_found(psi, x)
+        _, _, logit_upper = psi
+        upper = expit(logit_upper)
+        # ln L = sum of found ln q + missed ln(1 - q), with q = chance + (1 - chance) p
         q = np.clip(chance + (1 - chance) * p, 1e-12, 1 - 1e-12)
-        upper = expit(psi[2])
-        log_likelihood = (found * np.log(q) + (1 - found) * np.log1p(-q)).sum()
+        log_likelihood = (found * np.log(q) + missed * np.log1p(-q)).sum()
         half_a_miss = 0.5 * np.log(1 - upper)
-        by_p = (1 - chance) * (found / q - (1 - found) / (1 - q))
+        by_p = (1 - chance) * (found / q - missed / (1 - q))
         gradient = -dp @ by_p + [0, 0, 0.5 * upper]
         return -log_likelihood - half_a_miss, gradient
 
+    missed = 1 - found
     smallest, largest = x.min(), x.max()
     middle = smallest
     if 0 < found.mean() < 1:
@@ -100,8 +105,10 @@ def _fit_curve(x, found, chance):
     start = [middle, np.log(0.2), 3.0]
     bounds = [(smallest - 1, largest + 1), (np.log(0.01), np.log(2)), (-5, 12)]
     psi = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
+    ln_d50, _, _ = psi
     hits = int(found.sum())
-    if not smallest < psi[0] < largest or hits < 10 or len(found) - hits < 10:
+    misses = len(found) - hits
+    if not smallest < ln_d50 < largest or hits < 10 or misses < 10:
         raise InputError(
             f"{hits} of {len(found)} injected particles between {np.exp(smallest):.3g} and {np.exp(largest):.3g} nm were found, "
             "which fixes no curve; inject sizes that are mostly missed and sizes that are mostly found."
@@ -133,7 +140,8 @@ def fit_detection(
     p, dp = _share_found(psi, x)
     q = chance + (1 - chance) * p
     weight = (1 - chance) ** 2 / np.clip(q * (1 - q), 1e-12, None)
-    information = (dp * weight) @ dp.T + np.diag([0, 0, 0.5 * upper * (1 - upper)])
+    half_a_miss = np.diag([0, 0, 0.5 * upper * (1 - upper)])
+    information = (dp * weight) @ dp.T + half_a_miss
     return DetectionCurve(
         d50=float(np.exp(ln_d50)),
         width=float(np.exp(ln_width)),
@@ -184,9 +192,11 @@ def _local_line(u, ratio, reach):
     weight = weight / weight.sum()
     mean = weight @ ratio
     along = u - middle
-    slope = weight @ (along * ratio) / (weight @ along**2 + 0.03**2)  # few neighbours fix no slope
+    spread = weight @ along**2 + 0.03**2  # few neighbours fix no slope
+    slope = weight @ (along * ratio) / spread
     rest = ratio - mean - slope * along
-    return mean - slope * middle, np.sqrt(weight @ rest**2)
+    at_zero = mean - slope * middle
+    return at_zero, np.sqrt(weight @ rest**2)
 
 
 def fit_response(
@@ -212,7 +222,8 @@ def fit_response(
     if np.ptp(x) > 1e-6:
         smallest, largest = np.quantile(x, (0.01, 0.99))
         at = np.linspace(smallest, largest, 16)
-    bias, sd = np.array([_local_line(x - a, ratio, reach) for a in at]).T
+    lines = [_local_line(x - here, ratio, reach) for here in at]
+    bias, sd = np.array(lines).T
     return SizeResponse(np.exp(at), bias, np.clip(sd, 0.005, 0.45))
 
 # %% ../../nbs/41_count.law.ipynb #b2312e47
@@ -224,16 +235,22 @@ class _Lognormal:
 
     @staticmethod
     def log_density(x, theta):
-        mean, ln_sd = theta[:, :1], theta[:, 1:]
+        mean = theta[:, :1]
+        ln_sd = theta[:, 1:]
         z = (x - mean) / np.exp(ln_sd)
         value = -z * z / 2 - ln_sd - 0.5 * np.log(2 * np.pi)
-        return value, np.stack([z * np.exp(-ln_sd), z * z - 1], axis=1)
+        by_mean = z * np.exp(-ln_sd)
+        by_width = z * z - 1
+        return value, np.stack([by_mean, by_width], axis=1)
 
     @staticmethod
     def log_moment(q, theta):
-        variance = np.exp(2 * theta[:, 1])
-        value = q * theta[:, 0] + q * q * variance / 2
-        return value, np.stack([np.full_like(variance, q), q * q * variance], axis=1)
+        mean, ln_sd = theta.T
+        variance = np.exp(2 * ln_sd)
+        value = q * mean + q * q * variance / 2
+        by_mean = np.full_like(variance, q)
+        by_width = q * q * variance
+        return value, np.stack([by_mean, by_width], axis=1)
 
     @staticmethod
     def start(mean, sd):
@@ -248,22 +265,29 @@ class _Weibull:
 
     @staticmethod
     def log_density(x, theta):
-        ln_scale, ln_b = theta[:, :1], theta[:, 1:]
+        ln_scale = theta[:, :1]
+        ln_b = theta[:, 1:]
         b = np.exp(ln_b)  # 1 / shape
         z = np.minimum((x - ln_scale) / b, 50.0)
         e = np.exp(z)
-        return z - e - ln_b, np.stack([(e - 1) / b, z * (e - 1) - 1], axis=1)
+        by_scale = (e - 1) / b
+        by_width = z * (e - 1) - 1
+        return z - e - ln_b, np.stack([by_scale, by_width], axis=1)
 
     @staticmethod
     def log_moment(q, theta):
-        qb = q * np.exp(theta[:, 1])
-        value = q * theta[:, 0] + gammaln(1 + qb)
-        return value, np.stack([np.full_like(qb, q), qb * digamma(1 + qb)], axis=1)
+        ln_scale, ln_b = theta.T
+        qb = q * np.exp(ln_b)
+        value = q * ln_scale + gammaln(1 + qb)
+        by_scale = np.full_like(qb, q)
+        by_width = qb * digamma(1 + qb)
+        return value, np.stack([by_scale, by_width], axis=1)
 
     @staticmethod
     def start(mean, sd):
         b = sd * np.sqrt(6) / np.pi
-        return np.array([mean + np.euler_gamma * sd * np.sqrt(6) / np.pi, np.log(b)])
+        ln_scale = mean + np.euler_gamma * sd * np.sqrt(6) / np.pi
+        return np.array([ln_scale, np.log(b)])
 
 
 class _Gamma:
@@ -274,19 +298,25 @@ class _Gamma:
 
     @staticmethod
     def log_density(x, theta):
+        ln_mean = theta[:, :1]
         shape = np.exp(-2 * theta[:, 1:])
-        y = x - theta[:, :1]
+        ln_shape = np.log(shape)
+        y = x - ln_mean
         e = np.exp(np.minimum(y, 50.0))
-        value = shape * (y - e) + shape * np.log(shape) - gammaln(shape)
-        by_width = -2 * shape * (np.log(shape) + 1 - digamma(shape) + y - e)
-        return value, np.stack([shape * (e - 1), by_width], axis=1)
+        value = shape * (y - e) + shape * ln_shape - gammaln(shape)
+        by_mean = shape * (e - 1)
+        by_width = -2 * shape * (ln_shape + 1 - digamma(shape) + y - e)
+        return value, np.stack([by_mean, by_width], axis=1)
 
     @staticmethod
     def log_moment(q, theta):
-        shape = np.exp(-2 * theta[:, 1])
-        value = q * (theta[:, 0] - np.log(shape)) + gammaln(shape + q) - gammaln(shape)
+        ln_mean, ln_width = theta.T
+        shape = np.exp(-2 * ln_width)
+        ln_scale = ln_mean - np.log(shape)
+        value = q * ln_scale + gammaln(shape + q) - gammaln(shape)
+        by_mean = np.full_like(shape, q)
         by_width = -2 * shape * (digamma(shape + q) - digamma(shape) - q / shape)
-        return value, np.stack([np.full_like(shape, q), by_width], axis=1)
+        return value, np.stack([by_mean, by_width], axis=1)
 
     @staticmethod
     def start(mean, sd):
@@ -305,7 +335,9 @@ class _TwoLognormals:
         total = np.logaddexp(first, second)
         part = np.exp(first - total)[:, None]  # of the first in the sum
         rest = np.exp(second - total)[:, None]
-        return total, np.concatenate([part * by_first, rest * by_second, part - share], axis=1)
+        by_share = part - share
+        slopes = np.concatenate([part * by_first, rest * by_second, by_share], axis=1)
+        return total, slopes
 
     @classmethod
     def log_density(cls, x, theta):
@@ -399,7 +431,9 @@ class SizeLaw:
 
     def _grid(self):
         "ln d (5000,), the density there, the share of particles below."
-        x = np.linspace(np.log(self.moment(1)) - 14, np.log(self.moment(3)) / 3 + 6, 5000)
+        start = np.log(self.moment(1)) - 14
+        stop = np.log(self.moment(3)) / 3 + 6
+        x = np.linspace(start, stop, 5000)
         density = np.exp(self.log_density(x))
         below = (np.cumsum(density) - density / 2) / density.sum()
         return x, density, below

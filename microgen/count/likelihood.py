@@ -49,6 +49,18 @@ class TrueSizes(NamedTuple):
     variance: np.ndarray  # (G,) of number, of counting
 
 
+def _measured_on_grid(image, weight):
+    "Grid of ln d (G,) on which the true sizes may lie, and the particles measured at each point (G,)."
+    step = 0.02
+    reach = 2 * max(image.response.sd)
+    bias = max(map(abs, image.response.bias))
+    smallest = image.x.min() - reach - bias
+    largest = image.x.max() + reach + bias
+    x = np.arange(smallest, largest + step, step)
+    nearest = np.rint((image.x - x[0]) / step).astype(int)
+    return x, np.bincount(nearest, weight, len(x))
+
+
 def true_sizes(
     image: Sizes,  # the particles of one image
     rounds: int = 30,  # of the iteration; more follow the noise
@@ -58,21 +70,22 @@ def true_sizes(
     weight = np.ones(len(image.x)) if image.weight is None else image.weight
     if image.response is None:
         return TrueSizes(image.x, weight, weight**2)
-    step = 0.02
-    reach = 2 * max(image.response.sd)
-    bias = max(map(abs, image.response.bias))
-    x = np.arange(image.x.min() - reach - bias, image.x.max() + reach + bias + step, step)
-    bins = np.rint((image.x - x[0]) / step).astype(int)
-    measured = np.bincount(bins, weight, len(x))
+    x, measured = _measured_on_grid(image, weight)
     matrix = response_matrix(image.response, x)
     if image.least:
-        matrix = matrix * (image.curve(np.exp(x)) >= image.least)
+        p = image.curve(np.exp(x))
+        matrix = matrix * (p >= image.least)
     kept = matrix.sum(1)  # share of the particles of each true size that were not left out
-    number = np.full(len(x), measured.sum() / len(x)) * (kept > 0.05)
+    known = kept > 0.05
+    divisor = np.maximum(kept, 0.05)
+    number = np.full(len(x), measured.sum() / len(x)) * known
     for _ in range(rounds):
+        # number(x) <- number(x) / kept(x) * sum over m of r(m | x) measured(m) / expected(m)
         expected = np.maximum(number @ matrix, 1e-12)
-        number = number * (matrix @ (measured / expected)) / np.maximum(kept, 0.05)
-    return TrueSizes(x, number, number * (weight @ weight / weight.sum()))
+        correction = matrix @ (measured / expected)
+        number = number * correction / divisor
+    mean_weight = weight @ weight / weight.sum()
+    return TrueSizes(x, number, variance=number * mean_weight)
 
 # %% ../../nbs/42_count.likelihood.ipynb #1bd12e0f
 class LikelihoodAt(NamedTuple):
@@ -110,23 +123,28 @@ class _Density(NamedTuple):
 # %% ../../nbs/42_count.likelihood.ipynb #63840589
 def _deposit(x, grid):
     "(G,) weights of cubic interpolation at all x (N,)."
-    u = (x - grid[0]) / (grid[1] - grid[0])
-    i = np.floor(u).astype(int)
-    t = u - i
-    weights = [  # Lagrange, at the grid points i - 1 to i + 2
-        -t * (t - 1) * (t - 2) / 6,
-        (t + 1) * (t - 1) * (t - 2) / 2,
-        -(t + 1) * t * (t - 2) / 2,
-        (t + 1) * t * (t - 1) / 6,
-    ]
-    return sum(np.bincount(i + j - 1, w, len(grid)) for j, w in enumerate(weights))
+    position = (x - grid[0]) / (grid[1] - grid[0])
+    below = np.floor(position).astype(int)  # the grid point below
+    t = position - below
+    lagrange = {  # grid point from the one below: its polynomial
+        -1: -t * (t - 1) * (t - 2) / 6,
+        0: (t + 1) * (t - 1) * (t - 2) / 2,
+        1: -(t + 1) * t * (t - 2) / 2,
+        2: (t + 1) * t * (t - 1) / 6,
+    }
+    total = 0
+    for offset, weight in lagrange.items():
+        total = total + np.bincount(below + offset, weight, len(grid))
+    return total
 
 
 def _log_share(curve, x, step):
     "ln p (G,); a foreign function is averaged over each cell, so that it may have steps."
-    exact = isinstance(curve, DetectionCurve)
-    within = [0] if exact else range(-4, 5)
-    p = np.mean([curve(np.exp(x + step * j / 9)) for j in within], axis=0)
+    ninths = range(-4, 5)  # of a cell
+    if isinstance(curve, DetectionCurve):
+        ninths = [0]
+    shares = [curve(np.exp(x + step * k / 9)) for k in ninths]
+    p = np.mean(shares, axis=0)
     with np.errstate(divide="ignore"):
         return np.log(p)
 
@@ -142,35 +160,58 @@ def _foot(curve, smallest):
 
 def _size_grid(images, x):
     "Grid of ln d that holds all images, and its step: a sixth of the narrowest feature."
-    curves = [i.curve for i in images if isinstance(i.curve, DetectionCurve)]
-    responses = [i.response for i in images if i.response is not None]
-    blur, bias = 0.0, 0.0
-    for response in responses:
-        blur = max(blur, *response.sd)
-        bias = max(bias, *map(abs, response.bias))
-    step = max(min([0.02, x.std() / 6] + [c.width / 6 for c in curves]), 0.003)
-    feet = [np.log(c.d50) - 5 * c.width for c in curves]
-    feet += [_foot(i.curve, x.min()) for i in images]
+    curves = [image.curve for image in images if isinstance(image.curve, DetectionCurve)]
+    blur = 0.0
+    bias = 0.0
+    for image in images:
+        if image.response is not None:
+            blur = max(blur, *image.response.sd)
+            bias = max(bias, *map(abs, image.response.bias))
+    narrowest = min([x.std()] + [curve.width for curve in curves])
+    step = max(min(0.02, narrowest / 6), 0.003)
+    feet = [np.log(curve.d50) - 5 * curve.width for curve in curves]
+    feet += [_foot(image.curve, x.min()) for image in images]
     start = min(feet) - 4 * step - 5 * blur - bias
-    return start + step * np.arange(int((x.max() + 4 - start) / step) + 3), step
+    stop = x.max() + 4
+    n = int((stop - start) / step) + 3
+    return start + step * np.arange(n), step
 
 # %% ../../nbs/42_count.likelihood.ipynb #a67c79bf
+class _Free(NamedTuple):
+    "A parameter of a curve that is not known exactly: one column of phi."
+
+    curve: int  # number of the curve
+    parameter: int  # 0 ln d50, 1 ln width, 2 logit upper
+
+
 class _Calibration:
     "The curves that are known only within a covariance, and the prior of their parameters."
 
     def __init__(self, curves):
-        self.curves = list(dict.fromkeys(c for c in curves if c.covariance is not None))
-        self.free = []  # (number of the curve, which of its three parameters) of each column of phi
+        uncertain = [curve for curve in curves if curve.covariance is not None]
+        self.curves = list(dict.fromkeys(uncertain))  # each once
+        self.centre = np.array([self._parameters(curve) for curve in self.curves])  # (curves, 3)
+        self.free = []
+        phi0 = []
         for k, curve in enumerate(self.curves):
-            self.free += [(k, j) for j in range(3) if curve.covariance[j][j] > 0]
-        self.centre = np.array([self._parameters(c) for c in self.curves])  # (curves, 3)
-        self.phi0 = np.array([self.centre[k][j] for k, j in self.free])
+            for j, variance in enumerate(np.diag(curve.covariance)):
+                if variance > 0:
+                    self.free.append(_Free(k, j))
+                    phi0.append(self.centre[k, j])
+        self.phi0 = np.array(phi0)
+        self.precision = np.zeros((0, 0))
+        if self.free:
+            self.precision = np.linalg.inv(self._covariance())
+
+    def _covariance(self):
+        "(F, F) of the columns of phi; two curves know nothing of each other."
         covariance = np.zeros((len(self.free), len(self.free)))
-        for row, (k, i) in enumerate(self.free):
-            for column, (other, j) in enumerate(self.free):
-                if k == other:
-                    covariance[row, column] = self.curves[k].covariance[i][j]
-        self.precision = np.linalg.inv(covariance) if self.free else np.zeros((0, 0))
+        for row, a in enumerate(self.free):
+            for column, b in enumerate(self.free):
+                if a.curve == b.curve:
+                    of_curve = self.curves[a.curve].covariance
+                    covariance[row, column] = of_curve[a.parameter][b.parameter]
+        return covariance
 
     @staticmethod
     def _parameters(curve):
@@ -181,22 +222,51 @@ class _Calibration:
     def log_share(self, k, phi, x):
         "ln p (M, G) of a curve, and its slopes by the columns of phi: {column: (M, G)}."
         parameters = np.repeat(self.centre[k][None], len(phi), axis=0)
-        columns = {c: j for c, (curve, j) in enumerate(self.free) if curve == k}
-        for column, j in columns.items():
-            parameters[:, j] = phi[:, column]
+        for column, free in enumerate(self.free):
+            if free.curve == k:
+                parameters[:, free.parameter] = phi[:, column]
         ln_d50, ln_width, logit_upper = parameters.T[:, :, None]
+        # ln p = ln Phi(z) + ln upper, with z = (ln d - ln d50) / width
         upper = expit(logit_upper)
         z = (x - ln_d50) / np.exp(ln_width)
-        log_p = log_ndtr(z)
-        hazard = np.exp(-z * z / 2 - 0.5 * np.log(2 * np.pi) - log_p)  # d ln Phi / dz
-        slopes = (
+        log_phi = log_ndtr(z)
+        hazard = np.exp(-z * z / 2 - 0.5 * np.log(2 * np.pi) - log_phi)  # d ln Phi / dz
+        by_parameter = (
             -hazard * np.exp(-ln_width),
             -hazard * z,
             np.broadcast_to(1 - upper, z.shape),
         )
-        return log_p + np.log(upper), {column: slopes[j] for column, j in columns.items()}
+        slopes = {}
+        for column, free in enumerate(self.free):
+            if free.curve == k:
+                slopes[column] = by_parameter[free.parameter]
+        return log_phi + np.log(upper), slopes
 
 # %% ../../nbs/42_count.likelihood.ipynb #73273d6e
+class _LogMoments(NamedTuple):
+    "ln of the mean of d^q of a law, at M sets of its T parameters, for Q powers q."
+
+    value: np.ndarray  # (M, Q)
+    slopes: np.ndarray  # (M, Q, T)
+
+
+class _Field(NamedTuple):
+    "Particles in the field of one image, at M sets of P parameters."
+
+    present: np.ndarray  # (M,) seen or not
+    by_present: np.ndarray  # (M, P) slopes
+    seen: np.ndarray  # (M, Q) these times the share found of each moment
+    by_seen: np.ndarray  # (M, Q, P) slopes
+
+
+class _Score(NamedTuple):
+    "The score of one particle under the density of what is observed, at M sets of P parameters."
+
+    total: np.ndarray  # (M,) integral P of that density
+    mean: np.ndarray  # (M, P): the slopes of ln P
+    covariance: np.ndarray  # (M, P, P)
+
+
 class ThinnedLikelihood:
     "Thinned likelihood of the sizes in several images, with the logit of the unseen shares of number, surface and mass."
 
@@ -206,13 +276,14 @@ class ThinnedLikelihood:
         self,
         images,  # [Sizes]
     ):
-        x = np.concatenate([i.x for i in images])
+        x = np.concatenate([image.x for image in images])
         self.n = len(x)
         self.x, self.h = _size_grid(images, x)
-        curves = [i.curve for i in images if isinstance(i.curve, DetectionCurve)]
+        curves = [image.curve for image in images]
+        curves = [curve for curve in curves if isinstance(curve, DetectionCurve)]
         self.calibration = _Calibration(curves)
         self.phi0 = self.calibration.phi0
-        self.images = [self._on_grid(i) for i in images]
+        self.images = [self._on_grid(image) for image in images]
 
     def _on_grid(self, image):
         d = np.exp(self.x)
@@ -247,7 +318,8 @@ class ThinnedLikelihood:
         log_p, by_phi = image.log_p, {}
         if image.uncertain is not None:
             log_p, by_phi = self.calibration.log_share(image.uncertain, phi, self.x)
-        score = np.zeros((len(theta), n_theta + phi.shape[1], len(self.x)))
+        n_parameters = n_theta + phi.shape[1]
+        score = np.zeros((len(theta), n_parameters, len(self.x)))
         score[:, :n_theta] = by_theta
         for column, slope in by_phi.items():
             score[:, n_theta + column] = slope
@@ -257,77 +329,120 @@ class ThinnedLikelihood:
             # a curve without parameters drops out
             log_observed = log_f + (log_p if by_phi else 0)
             return _Density(found, score, framed * image.kept, score, log_observed)
+        # g(m) = integral of f p r(m | x) dx
         blurred = np.maximum(framed @ image.response, 1e-300)
-        blurred_score = (score * framed[:, None]) @ image.response / blurred[:, None]
+        by_parameter = (score * framed[:, None]) @ image.response
+        blurred_score = by_parameter / blurred[:, None]
         return _Density(found, score, blurred * image.kept, blurred_score, np.log(blurred))
 
     def __call__(self, family, psi):
         "(M, P) parameters -> LikelihoodAt."
         law = FAMILIES[family]
-        theta, phi = psi[:, : law.n], psi[:, law.n :]
+        theta = psi[:, : law.n]
+        phi = psi[:, law.n :]
+        moments = self._log_moments(law, theta)
         log_likelihood, score, information = self._priors(law, theta, phi)
-        moments = [law.log_moment(q, theta) for q in self.moments]
-        present, by_present = 0.0, 0.0  # particles in the fields, seen or not
-        seen, by_seen = 0.0, 0.0  # these, times the share found of each moment
+        fields = []
         for image in self.images:
             at = self.density(image, family, theta, phi)
-            s = at.observed_score
-            P = np.maximum(at.observed.sum(1) * self.h, 1e-280)  # integral of what is observed
-            mean = np.einsum("mg,mpg->mp", at.observed, s) * self.h / P[:, None]  # d ln P
-            weight = (at.observed * self.h / P[:, None])[:, None]
-            square = (s * weight) @ s.transpose(0, 2, 1)
-            log_likelihood = log_likelihood + at.log_observed @ image.counts - image.n * np.log(P)
-            score = score + s @ image.counts - image.n * mean
-            information = information + image.n * (square - mean[:, :, None] * mean[:, None])
-            here = image.n / P
-            share, by_share = self._share_found(at, moments, law.n)
-            present = present + here
-            by_present = by_present - here[:, None] * mean
-            seen = seen + here[:, None] * share
-            by_here = by_share - share[..., None] * mean[:, None]
-            by_seen = by_seen + here[:, None, None] * by_here
-        share = seen / present[:, None]
-        by_share = (by_seen - share[..., None] * by_present[:, None]) / present[:, None, None]
+            one = self._score_of_one(at)
+            # ln L = sum of ln g(x_i) - n ln P
+            of_sizes = at.log_observed @ image.counts
+            log_likelihood = log_likelihood + of_sizes - image.n * np.log(one.total)
+            # score = sum of s_i - n mean(s)
+            of_sizes = at.observed_score @ image.counts
+            score = score + of_sizes - image.n * one.mean
+            # information = n cov(s)
+            information = information + image.n * one.covariance
+            fields.append(self._field(image.n, at, one, moments))
+        share, by_share = self._share_of_all(fields)
         share = np.clip(share, 1e-9, 1 - 1e-9)
         by_logit = -by_share / (share * (1 - share))[..., None]
         return LikelihoodAt(log_likelihood, score, information, -logit(share), by_logit)
 
-    def _share_found(self, at, moments, n_theta):
+    def _log_moments(self, law, theta):
+        "ln of the moments of number, surface and mass of a law, with their slopes."
+        moments = [law.log_moment(q, theta) for q in self.moments]
+        values, slopes = zip(*moments)
+        return _LogMoments(np.stack(values, axis=1), np.stack(slopes, axis=1))
+
+    def _score_of_one(self, at):
+        "Mean and covariance of the score of a particle that is observed."
+        score = at.observed_score
+        integral = at.observed.sum(1) * self.h
+        total = np.maximum(integral, 1e-280)
+        by_parameter = np.einsum("mg,mpg->mp", at.observed, score) * self.h
+        mean = by_parameter / total[:, None]
+        density = at.observed * self.h / total[:, None]
+        mean_square = (score * density[:, None]) @ score.transpose(0, 2, 1)
+        square_of_mean = mean[:, :, None] * mean[:, None]
+        return _Score(total, mean, mean_square - square_of_mean)
+
+    def _field(self, n, at, one, moments):
+        "Particles in the field of an image in which n were found."
+        share, by_share = self._share_found(at, moments)
+        present = n / one.total  # and the slopes of its logarithm are -one.mean
+        by_seen = by_share - share[..., None] * one.mean[:, None]
+        return _Field(
+            present,
+            by_present=-present[:, None] * one.mean,
+            seen=present[:, None] * share,
+            by_seen=present[:, None, None] * by_seen,
+        )
+
+    @staticmethod
+    def _share_of_all(fields):
+        "Share found of each moment in all fields: (M, Q), (M, Q, P)."
+        present = sum(field.present for field in fields)
+        by_present = sum(field.by_present for field in fields)
+        seen = sum(field.seen for field in fields)
+        by_seen = sum(field.by_seen for field in fields)
+        # (seen / present)' = (seen' - share present') / present
+        share = seen / present[:, None]
+        by_share = by_seen - share[..., None] * by_present[:, None]
+        return share, by_share / present[:, None, None]
+
+    def _share_found(self, at, moments):
         "Share found of each moment, the integral of d^q f p over that of d^q f: (M, Q), (M, Q, P)."
-        weights = []
-        for q, (log_moment, _) in zip(self.moments, moments):
-            weights.append(np.exp(q * self.x - log_moment[:, None]))
-        found = np.stack(weights, axis=1) * (at.found * self.h)[:, None]
+        q = np.array(self.moments)[:, None]
+        relative = np.exp(q * self.x - moments.value[..., None])  # d^q over its mean
+        found = relative * (at.found * self.h)[:, None]
         share = found.sum(2)
         slopes = found @ at.found_score.transpose(0, 2, 1)
-        by_moment = np.stack([slope for _, slope in moments], axis=1)
-        slopes[..., :n_theta] -= share[..., None] * by_moment
+        n_theta = moments.slopes.shape[2]
+        slopes[..., :n_theta] -= share[..., None] * moments.slopes
         return share, slopes
 
     def _priors(self, law, theta, phi):
         "The calibration, and a wall at the widest law: log-likelihood, score, information."
-        T, P = theta.shape[1], theta.shape[1] + phi.shape[1]
+        n_theta = theta.shape[1]
+        n_parameters = n_theta + phi.shape[1]
         precision = self.calibration.precision
-        over = np.zeros_like(theta)
-        if T > 1:
+        too_wide = np.zeros_like(theta)  # by how much a ln width lies behind the wall
+        if n_theta > 1:
             widths = slice(1, 4, 2)
-            over[:, widths] = np.maximum(theta[:, widths] - law.widest, 0)
-        d = phi - self.phi0
-        wall = 5e3 * (over**2).sum(1)
-        calibrated = 0.5 * np.einsum("mi,ij,mj->m", d, precision, d)
-        score = -np.concatenate([1e4 * over, d @ precision], axis=1)
-        information = np.zeros((len(theta), P, P))
-        information[:, range(T), range(T)] = 1e4 * (over > 0)
-        information[:, T:, T:] = precision
+            too_wide[:, widths] = np.maximum(theta[:, widths] - law.widest, 0)
+        off = phi - self.phi0
+        # ln L = -5e3 too_wide^2 - 1/2 off' precision off
+        wall = 5e3 * (too_wide**2).sum(1)
+        calibrated = 0.5 * np.einsum("mi,ij,mj->m", off, precision, off)
+        score = -np.concatenate([1e4 * too_wide, off @ precision], axis=1)
+        information = np.zeros((len(theta), n_parameters, n_parameters))
+        diagonal = range(n_theta)
+        information[:, diagonal, diagonal] = 1e4 * (too_wide > 0)
+        information[:, n_theta:, n_theta:] = precision
         return -wall - calibrated, score, information
 
 # %% ../../nbs/42_count.likelihood.ipynb #e11b3a79
 def _solve(information, v):
     "information^-1 v, (M, P); scaled so that parameters of any size are equal."
-    scale = 1 / np.sqrt(np.maximum(np.einsum("mii->mi", information), 1e-12))
-    scaled = information * scale[:, :, None] * scale[:, None]
-    scaled = scaled + 1e-9 * np.eye(information.shape[1])
-    return scale * np.linalg.solve(scaled, (scale * v)[..., None])[..., 0]
+    diagonal = np.einsum("mii->mi", information)
+    scale = 1 / np.sqrt(np.maximum(diagonal, 1e-12))
+    columns = scale[:, :, None]
+    rows = scale[:, None]
+    scaled = information * columns * rows + 1e-9 * np.eye(information.shape[1])
+    solved = np.linalg.solve(scaled, (scale * v)[..., None])
+    return scale * solved[..., 0]
 
 
 def maximise(
@@ -356,6 +471,34 @@ def maximise(
     return psi, at
 
 # %% ../../nbs/42_count.likelihood.ipynb #28a8d04c
+class _Sought(NamedTuple):
+    "Ends of intervals that are sought together, E of them."
+
+    reach: np.ndarray  # (E,) number of its reach
+    side: np.ndarray  # (E,) -1 for a lower end, 1 for an upper one
+    quantity: np.ndarray  # (E,) number of its quantity
+
+
+def _towards_end(here, slope, side, target):
+    "Step (E, P) to the end of a quantity of this slope, if the log-likelihood were a parabola."
+    up = _solve(here.information, here.score)  # to the maximum
+    along = _solve(here.information, slope)
+    # fall = stride^2 slope' information^-1 slope, in twice the log-likelihood
+    fall = (here.score * up).sum(1) - 2 * (target - here.log_likelihood)
+    unit_fall = (slope * along).sum(1)
+    stride = np.sqrt(np.maximum(fall, 0) / np.maximum(unit_fall, 1e-30))
+    return up + (side * stride)[:, None] * along
+
+
+def _caution(step):
+    "Part of a step that is taken: shares that saturate make full steps oscillate."
+    if step >= 25:
+        return 0.2
+    if step >= 8:
+        return 0.5
+    return 1.0
+
+
 def profile_ends(
     like: ThinnedLikelihood,  # the likelihood
     family: str,  # a key of FAMILIES
@@ -365,37 +508,31 @@ def profile_ends(
 ) -> tuple:  # low (R, Q) and high (R, Q) ends of the values, such as the logit of the unseen shares
     """Find the ends of the profile-likelihood intervals of all unseen shares at once.
     Source: doi:10.2307/2347496 (Venzon and Moolgavkar)."""
-    n_reach, n_values = len(reach), at.values.shape[1]
+    n_reach = len(reach)
+    n_values = at.values.shape[1]
     ends = np.meshgrid(np.arange(n_reach), [-1.0, 1.0], np.arange(n_values), indexing="ij")
-    which, side, quantity = (a.ravel() for a in ends)  # of each end that is sought
-    rows = np.arange(len(which))
-    target = at.log_likelihood[0] - np.asarray(reach)[which] / 2
+    sought = _Sought(*(axis.ravel() for axis in ends))
+    rows = np.arange(len(sought.side))
+    target = at.log_likelihood[0] - np.asarray(reach)[sought.reach] / 2
     now = np.repeat(psi[None], len(rows), axis=0)
-    here = LikelihoodAt(*[np.repeat(a, len(rows), axis=0) for a in at])
+    here = LikelihoodAt(*[np.repeat(values, len(rows), axis=0) for values in at])
     for step in range(60):
-        slope = here.slopes[rows, quantity]
-        up = _solve(here.information, here.score)
-        along = _solve(here.information, slope)
-        fall = (here.score * up).sum(1) - 2 * (target - here.log_likelihood)
-        stride = np.sqrt(np.maximum(fall, 0) / np.maximum((slope * along).sum(1), 1e-30))
-        move = up + (side * stride)[:, None] * along
+        slope = here.slopes[rows, sought.quantity]
+        move = _towards_end(here, slope, sought.side, target)
+        there = np.abs(here.log_likelihood - target) < 2e-3
         still = np.einsum("mi,mij,mj->m", move, here.information, move) < 2e-3
-        done = (np.abs(here.log_likelihood - target) < 2e-3) & still
+        done = there & still
         if done.all():
             break
-        careful = 1.0  # shares that saturate make full steps oscillate
-        if step >= 8:
-            careful = 0.5
-        if step >= 25:
-            careful = 0.2
         length = np.maximum(1, np.abs(move).max(1) / 0.7)
-        now = now + careful * move / length[:, None]
+        now = now + _caution(step) * move / length[:, None]
         here = like(family, now)
-    value = np.where(done, here.values[rows, quantity], side * np.inf)  # not found: no limit
-    best = at.values[0, quantity]
+    value = here.values[rows, sought.quantity]
+    value = np.where(done, value, sought.side * np.inf)  # not found: no limit
+    best = at.values[0, sought.quantity]
     value = np.where(np.abs(best) > 16, best, value)  # nothing is unseen
-    value = value.reshape(n_reach, 2, n_values)
-    return value[:, 0], value[:, 1]
+    by_side = value.reshape(n_reach, 2, n_values)
+    return by_side[:, 0], by_side[:, 1]
 
 # %% ../../nbs/42_count.likelihood.ipynb #30df75f4
 def _chi2_sum_tail(x, weights):
@@ -409,9 +546,12 @@ def _chi2_sum_tail(x, weights):
         return 0.0
     u = (np.arange(6000) + 0.5) * (120 / weights.sum() / 6000)
     wu = weights[:, None] * u
+    # 1/2 + 1/pi integral of sin(phase) / (u product of (1 + (w u)^2)^(1/4)) du
     phase = 0.5 * np.arctan(wu).sum(0) - 0.5 * x * u
-    wave = np.sin(phase) / (u * np.exp(0.25 * np.log1p(wu**2).sum(0)))
-    return float(np.clip(0.5 + wave.mean() * u[-1] / np.pi, 0, 1))
+    damping = np.exp(0.25 * np.log1p(wu**2).sum(0))
+    wave = np.sin(phase) / (u * damping)
+    tail = 0.5 + wave.mean() * u[-1] / np.pi
+    return float(np.clip(tail, 0, 1))
 
 
 def _anderson_darling(z):
@@ -420,6 +560,25 @@ def _anderson_darling(z):
     n = len(z)
     odd = 2 * np.arange(1, n + 1) - 1
     return -n - np.sum(odd * (np.log(z) + np.log1p(-z[::-1]))) / n
+
+
+def _slopes_of_cdf(density, score, cdf, u):
+    "(P, U) slopes of a cumulative distribution by the parameters, where it reaches u."
+    mean = (score * density).sum(1, keepdims=True)
+    centred = score - mean
+    slopes = np.cumsum(centred * density, axis=1)
+    return np.array([np.interp(u, cdf, slope) for slope in slopes])
+
+
+def _covariance_of_process(absorbed, information, u, n_images):
+    "Covariance of the weighted empirical processes: Brownian bridges, less what the fit absorbed."
+    s = u[:, None]
+    bridge = np.minimum(s, u) - s * u
+    free = np.kron(np.eye(n_images), bridge)
+    informations = np.repeat(information, absorbed.shape[1], 0)
+    taken_out = absorbed.T @ _solve(informations, absorbed.T).T
+    sd = np.sqrt(np.tile(u * (1 - u), n_images))
+    return (free - taken_out) / sd[:, None] / sd
 
 
 def goodness_of_fit(
@@ -433,24 +592,20 @@ def goodness_of_fit(
     """Test the fit by the Anderson-Darling statistic, fitted parameters taken into account.
     Source: doi:10.1214/aos/1176343411 (Stephens), doi:10.1093/biomet/48.3-4.419 (Imhof)."""
     n_theta = FAMILIES[family].n
-    theta, phi = psi[None, :n_theta], psi[None, n_theta:]
+    theta = psi[None, :n_theta]
+    phi = psi[None, n_theta:]
     u = (np.arange(nodes) + 0.5) / nodes
     statistic = 0.0
     absorbed = []  # what the fit has absorbed of the empirical process, at u, by each parameter
     for image, on_grid in zip(images, like.images):
         at = like.density(on_grid, family, theta, phi)
         density = at.observed[0] / at.observed.sum()
-        score = at.observed_score[0]
         cdf = np.cumsum(density) - density / 2
-        statistic += _anderson_darling(np.interp(image.x, like.x, cdf))
-        mean = (score * density).sum(1, keepdims=True)
-        by_parameter = np.cumsum((score - mean) * density, axis=1)
-        at_nodes = np.array([np.interp(u, cdf, row) for row in by_parameter])
-        absorbed.append(np.sqrt(on_grid.n) * at_nodes)
+        uniform = np.interp(image.x, like.x, cdf)
+        statistic += _anderson_darling(uniform)
+        slopes = _slopes_of_cdf(density, at.observed_score[0], cdf, u)
+        absorbed.append(np.sqrt(on_grid.n) * slopes)
     absorbed = np.concatenate(absorbed, axis=1)
-    bridge = np.minimum(u[:, None], u) - u[:, None] * u  # Brownian
-    free = np.kron(np.eye(len(images)), bridge)
-    taken_out = absorbed.T @ _solve(np.repeat(information, absorbed.shape[1], 0), absorbed.T).T
-    sd = np.sqrt(np.tile(u * (1 - u), len(images)))
-    covariance = (free - taken_out) / sd[:, None] / sd
-    return _chi2_sum_tail(statistic, np.linalg.eigvalsh(covariance) / nodes)
+    covariance = _covariance_of_process(absorbed, information, u, len(images))
+    weights = np.linalg.eigvalsh(covariance) / nodes
+    return _chi2_sum_tail(statistic, weights)

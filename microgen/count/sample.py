@@ -100,10 +100,13 @@ class Sample:
         counted = self.counted
         total = int(counted.n_particles.sum()) if len(counted) else 0
         lines = [f"{total} particles in {len(counted)} of {len(self.table)} images"]
-        for row in self.table[self.table.error != ""].itertuples():
+        failed = self.table[self.table.error != ""]
+        for row in failed.itertuples():
             lines.append(f"  {row.file}: {row.error}")
-        said = (self.missing or self.note, self.fit, self.ecsa)
-        return "\n".join([*lines, *(str(what) for what in said if what)])
+        for what in (self.missing or self.note, self.fit, self.ecsa):
+            if what:
+                lines.append(str(what))
+        return "\n".join(lines)
 
     def particles(self) -> pd.DataFrame:  # particles.csv of all images, with the column folder
         "Read the particles of all images that were counted; no row where none could be."
@@ -125,23 +128,30 @@ class Sample:
         return _plot_sample(self, min(most, len(self.counted)))
 
 # %% ../../nbs/48_count.sample.ipynb #4a6dc245
+def _diameters(out, folders, unit):
+    "Diameters of the particles of some images, less those that the frame cuts."
+    tables = [pd.read_csv(out / folder / "particles.csv") for folder in folders]
+    particles = pd.concat(tables)
+    whole = particles.edge_weight > 0
+    return particles.loc[whole, f"diameter_{unit}"]
+
+
 def _plot_sample(sample, n_images):
     "Overlays of the first images, and a histogram of all diameters, by unit."
     counted = sample.counted
     size = (3.4 * n_images + 3.4, 3.2)
     fig, axes = plt.subplots(1, n_images + 1, figsize=size, layout="constrained")
-    for ax, row in zip(axes[:-1], counted.itertuples()):
+    *overlays, histogram = axes
+    for ax, row in zip(overlays, counted.itertuples()):
         ax.imshow(plt.imread(sample.out / row.folder / "overlay.png"))
         ax.set_title(f"{Path(row.file).name}: {row.n_particles}", fontsize=9)
         ax.set_axis_off()
     for unit, rows in counted.groupby("unit"):
-        tables = [pd.read_csv(sample.out / folder / "particles.csv") for folder in rows.folder]
-        particles = pd.concat(tables)
-        d = particles.loc[particles.edge_weight > 0, f"diameter_{unit}"]
         colour = "0.4" if unit == "nm" else "tab:blue"
-        axes[-1].hist(d, 30, alpha=0.6, color=colour, label=unit)
+        d = _diameters(sample.out, rows.folder, unit)
+        histogram.hist(d, 30, alpha=0.6, color=colour, label=unit)
     units = ", ".join(sorted(set(counted.unit)))
-    axes[-1].set(xlabel=f"diameter ({units})", ylabel="particles")
+    histogram.set(xlabel=f"diameter ({units})", ylabel="particles")
     return fig
 
 

@@ -8,6 +8,7 @@ __all__ = ['Unseen', 'SizeFit', 'FamilyFit', 'fit_family', 'Envelope', 'envelope
 
 # %% ../../nbs/43_count.size.ipynb #bd029c91
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -23,6 +24,7 @@ from microgen.count.likelihood import (
     LikelihoodAt,
     Sizes,
     ThinnedLikelihood,
+    TrueSizes,
     goodness_of_fit,
     maximise,
     profile_ends,
@@ -34,18 +36,29 @@ from ..io.base import plain
 # %% ../../nbs/43_count.size.ipynb #42906809
 def _stands_for(curves, sizes):
     "How many particles each one found stands for: 1/p where p > 0.2, otherwise itself."
-    p = [np.broadcast_to(c(np.exp(s.x)), s.x.shape) for c, s in zip(curves, sizes)]
-    p = np.concatenate(p)
+    shares = []
+    for curve, size in zip(curves, sizes):
+        p = curve(np.exp(size.x))
+        shares.append(np.broadcast_to(p, size.x.shape))
+    p = np.concatenate(shares)
     return 1 / np.where(p > 0.2, p, 1)
 
 
 def _shifted(curve, shift):
     "The curve with ln d50, ln width and logit upper moved by a shift (3,)."
     by_d50, by_width, by_upper = shift
+    d50 = curve.d50 * np.exp(by_d50)
+    width = curve.width * np.exp(by_width)
     upper = 1.0
     if curve.upper < 1:
-        upper = expit(np.log(curve.upper / (1 - curve.upper)) + by_upper)
-    return DetectionCurve(curve.d50 * np.exp(by_d50), curve.width * np.exp(by_width), float(upper))
+        logit_upper = np.log(curve.upper / (1 - curve.upper))
+        upper = expit(logit_upper + by_upper)
+    return DetectionCurve(d50, width, float(upper))
+
+
+def _joined(sizes):
+    "The particles of all images, one image after the other."
+    return TrueSizes(*(np.concatenate(parts) for parts in zip(*sizes)))
 
 
 def _uncertain(curve):
@@ -53,27 +66,36 @@ def _uncertain(curve):
     return isinstance(curve, DetectionCurve) and curve.covariance is not None
 
 
+def _variations(curves):
+    "The curves, an uncertain one moved by one sd along a principal axis; one axis after the other."
+    varied = []
+    for uncertain in {curve for curve in curves if _uncertain(curve)}:
+        values, vectors = np.linalg.eigh(np.array(uncertain.covariance))
+        axes = np.sqrt(np.maximum(values, 0)) * vectors
+        for axis in axes.T:
+            moved = _shifted(uncertain, axis)
+            varied.append([moved if curve == uncertain else curve for curve in curves])
+    return varied
+
+
 def _least_unseen(images, q, level):
     "Lower confidence bound of the unseen share of the q-th moment, without any family."
     sizes = [true_sizes(image) for image in images]
     curves = [image.curve for image in images]
-    x = np.concatenate([s.x for s in sizes])
-    number = np.concatenate([s.number for s in sizes])
-    counted = np.concatenate([s.variance for s in sizes])
-    moment = np.exp(q * (x - x.max()))  # d^q of each
+    found = _joined(sizes)
+    ln_largest = found.x.max()
+    moment = np.exp(q * (found.x - ln_largest))  # d^q of each
     stands_for = moment * _stands_for(curves, sizes)
-    seen = number @ moment
-    there = number @ stands_for
-    # variance of ln(seen / there), of counting and of the curves along their principal axes
-    variance = counted @ (moment / seen - stands_for / there) ** 2
-    for curve in {c for c in curves if _uncertain(c)}:
-        values, vectors = np.linalg.eigh(np.array(curve.covariance))
-        axes = np.sqrt(np.maximum(values, 0)) * vectors
-        for axis in axes.T:
-            moved = [_shifted(c, axis) if c == curve else c for c in curves]
-            there_then = number @ (moment * _stands_for(moved, sizes))
-            variance += np.log(there_then / there) ** 2
-    most_seen = seen / there * np.exp(norm.ppf(level) * np.sqrt(variance))
+    seen = found.number @ moment
+    there = found.number @ stands_for
+    # variance of ln(seen / there), of counting and of the curves
+    slope = moment / seen - stands_for / there
+    variance = found.variance @ slope**2
+    for varied in _variations(curves):
+        there_then = found.number @ (moment * _stands_for(varied, sizes))
+        variance += np.log(there_then / there) ** 2
+    error = norm.ppf(level) * np.sqrt(variance)
+    most_seen = seen / there * np.exp(error)
     return float(max(0, 1 - most_seen))
 
 # %% ../../nbs/43_count.size.ipynb #cb66b0b1
@@ -236,8 +258,11 @@ def fit_family(
     starts = [law.start(x.mean(), x.std())]
     if family == "lognormal2":
         starts = [_two_halves(x, q) for q in (0.15, 0.4, 0.75)]
-    found = [maximise(like, family, np.r_[start, like.phi0]) for start in starts]
-    psi, at = max(found, key=lambda end: end[1].log_likelihood[0])
+    maxima = []
+    for start in starts:
+        psi, at = maximise(like, family, np.r_[start, like.phi0])
+        maxima.append((at.log_likelihood[0], psi, at))
+    _, psi, at = max(maxima, key=itemgetter(0))
     theta = psi[: law.n]
     widths = theta[1:4:2]
     return FamilyFit(
@@ -267,23 +292,29 @@ def envelope(
 ) -> Envelope:  # ends, in the terms of like: logit of the unseen shares
     "Find the intervals of each family and those over all families within ΔAIC of 6 of the best."
     reach = chi2.ppf(level, 1)
-    wider = reach * (1.17 if len(fits) > 1 else 1)  # the family was chosen by the same data
-    best = _best(fits).aic
+    reach_of_all = reach
+    if len(fits) > 1:
+        reach_of_all = 1.17 * reach  # the family was chosen by the same data
+    best_aic = _best(fits).aic
     n_values = fits[0].at.values.shape[1]
-    low, high = np.full(n_values, np.inf), np.full(n_values, -np.inf)
+    low = np.full(n_values, np.inf)
+    high = np.full(n_values, -np.inf)
     own_low, own_high = [], []
     for fit in fits:
-        delta = fit.aic - best
-        if delta >= 6 and not all_own:
+        delta_aic = fit.aic - best_aic
+        if delta_aic >= 6 and not all_own:
             own_low.append(None)
             own_high.append(None)
             continue
-        reaches = [reach, max(0.0, wider - delta)]
-        least, most = profile_ends(like, fit.law.family, fit.psi, fit.at, reaches)
-        own_low.append(least[0])
-        own_high.append(most[0])
-        if delta < 6:
-            low, high = np.minimum(low, least[1]), np.maximum(high, most[1])
+        left = max(0.0, reach_of_all - delta_aic)  # of the reach, for a family this much worse
+        lows, highs = profile_ends(like, fit.law.family, fit.psi, fit.at, [reach, left])
+        own, lowest = lows
+        own_low.append(own)
+        own, highest = highs
+        own_high.append(own)
+        if delta_aic < 6:
+            low = np.minimum(low, lowest)
+            high = np.maximum(high, highest)
     return Envelope(low, high, own_low, own_high)
 
 
@@ -291,22 +322,24 @@ def _with_shares(fits, ends):
     "The fits with the unseen shares of each family."
     out = []
     for fit, low, high in zip(fits, ends.own_low, ends.own_high):
-        out.append(replace(fit, shares=expit(np.stack([low, fit.at.values[0], high]))))
+        logits = np.stack([low, fit.at.values[0], high])
+        out.append(replace(fit, shares=expit(logits)))
     return out
 
 # %% ../../nbs/43_count.size.ipynb #c3c753f6
 def _unseen(k, fits, low, high, bound, reason):
     "One unseen share: number (k = 0), surface or mass; low and high over all families."
     best = _best(fits)
-    value = best.shares[1, k]
-    near = [fit.shares[1, k] for fit in fits if fit.aic < best.aic + 2]
+    _, values, _ = best.shares
+    equals = [fit.shares[1, k] for fit in fits if fit.aic < best.aic + 2]
+    least, most = min(equals), max(equals)
     if not reason and high - low > 0.4:
         reason = f"the interval, {low:.2f} to {high:.2f}, is wider than 0.4"
-    if not reason and max(near) - min(near) > 0.2:
-        reason = f"families that fit equally well disagree, from {min(near):.2f} to {max(near):.2f}"
+    if not reason and most - least > 0.2:
+        reason = f"families that fit equally well disagree, from {least:.2f} to {most:.2f}"
     if reason:
         return Unseen(float("nan"), bound, 1.0, reason)
-    return Unseen(float(value), float(low), float(high))
+    return Unseen(float(values[k]), float(low), float(high))
 
 # %% ../../nbs/43_count.size.ipynb #7539c47a
 class VisibleSizes(NamedTuple):
@@ -321,12 +354,8 @@ def visible_sizes(
     images,  # Sizes of each image, such as SizeFit.images
 ) -> VisibleSizes:  # of all images, one after the other
     "Lay out what was found over true diameters."
-    sizes = [true_sizes(image) for image in images]
-    return VisibleSizes(
-        np.exp(np.concatenate([s.x for s in sizes])),
-        np.concatenate([s.number for s in sizes]),
-        np.concatenate([s.variance for s in sizes]),
-    )
+    found = _joined([true_sizes(image) for image in images])
+    return VisibleSizes(np.exp(found.x), found.number, found.variance)
 
 # %% ../../nbs/43_count.size.ipynb #5b0256fa
 _TOTALS = {  # power of the diameter, factor
@@ -336,25 +365,31 @@ _TOTALS = {  # power of the diameter, factor
 }
 
 
+def _total_of(visible, counting, unseen):
+    "Seen and unseen together, with limits; relative errors of counting and of the share in quadrature."
+
+    def whole(share):
+        return visible / max(1 - share, 1e-12)
+
+    total = whole(unseen.value)
+    least, most = whole(unseen.low), whole(unseen.high)
+    if unseen.refused:
+        return total, least * np.exp(-counting), np.inf
+    below = np.hypot(counting, np.log(total / least))  # distances in ln
+    above = np.hypot(counting, np.log(most / total))
+    return total, total * np.exp(-below), total * np.exp(above)
+
+
 def _totals(images, unseen, level):
-    "Visible and total number, surface and volume in the fields; errors of count and share in quadrature."
+    "Visible and total number, surface and volume in the fields."
     sizes = visible_sizes(images)
     z = norm.ppf((1 + level) / 2)
     rows = {}
     for (name, (power, factor)), share in zip(_TOTALS.items(), unseen):
         each = factor * sizes.d**power
         visible = sizes.number @ each
-        count = z * np.sqrt(sizes.variance @ each**2) / visible  # relative error of counting
-
-        def whole(unseen_share, visible=visible):
-            return visible / max(1 - unseen_share, 1e-12)
-
-        total = whole(share.value)
-        if share.refused:
-            low, high = whole(share.low) * np.exp(-count), np.inf
-        else:
-            low = total * np.exp(-np.hypot(count, np.log(total / whole(share.low))))
-            high = total * np.exp(np.hypot(count, np.log(whole(share.high) / total)))
+        counting = z * np.sqrt(sizes.variance @ each**2) / visible
+        total, low, high = _total_of(visible, counting, share)
         rows[name] = {
             "visible": visible,
             "total": total,
@@ -373,7 +408,8 @@ def _weighted_frame(d, edge_weight):
     if weight.shape != d.shape or (weight < 1).any():
         raise InputError("edge_weight needs one number of 1 or more for each diameter.")
     # 1/weight = (1 - d / height) (1 - d / width) = 1 + a d + b d^2
-    a, b = np.linalg.lstsq(np.stack([d, d * d], 1), 1 / weight - 1, rcond=None)[0]
+    powers = np.stack([d, d * d], axis=1)
+    (a, b), *_ = np.linalg.lstsq(powers, 1 / weight - 1, rcond=None)
 
     def inside(s):
         return np.clip(1 + a * s + b * s * s, 0.02, 1)
@@ -383,14 +419,16 @@ def _weighted_frame(d, edge_weight):
 
 def _frame(d, fov):
     "Share of particles of each size that lie wholly in the field of view; the weights of those found."
-    height, width = (check_positive("fov", v) for v in np.broadcast_to(fov, 2))
+    height, width = (check_positive("fov", length) for length in np.broadcast_to(fov, 2))
     if d.max() >= min(height, width):
         raise InputError(
             f"a particle of {d.max():.4g} nm does not fit into the field of view {height:.4g} x {width:.4g} nm; check the units."
         )
 
     def inside(s):
-        return np.clip(1 - s / height, 0.02, 1) * np.clip(1 - s / width, 0.02, 1)
+        along_y = np.clip(1 - s / height, 0.02, 1)
+        along_x = np.clip(1 - s / width, 0.02, 1)
+        return along_y * along_x
 
     return inside, 1 / inside(d)
 
@@ -447,16 +485,19 @@ def _response(size_error):
     return SizeResponse(1.0, 0.0, size_error) if size_error else None
 
 
+def _is_list(values):
+    return isinstance(values, (list, tuple))
+
+
 def _several_images(d_nm, p_det, fov, edge_weight, size_error, least):
     "Sizes of each image; what is given once holds for all."
     n = len(d_nm)
-    several = (list, tuple)
-    frame_each = isinstance(fov, several) and any(f is None or np.ndim(f) for f in fov)
+    a_field_each = _is_list(fov) and any(f is None or np.ndim(f) for f in fov)
     given = {
-        "p_det": list(p_det) if isinstance(p_det, several) else [p_det] * n,
-        "fov": list(fov) if frame_each else [fov] * n,
+        "p_det": list(p_det) if _is_list(p_det) else [p_det] * n,
+        "fov": list(fov) if a_field_each else [fov] * n,
         "edge_weight": [None] * n if edge_weight is None else list(edge_weight),
-        "size_error": list(size_error) if isinstance(size_error, several) else [size_error] * n,
+        "size_error": list(size_error) if _is_list(size_error) else [size_error] * n,
     }
     for name, values in given.items():
         if len(values) != n:
@@ -480,8 +521,10 @@ def _known(families):
 
 def _log_d10(images, x):
     "ln of the smallest size at which some image finds a tenth of what it finds of large particles."
-    p = np.array([np.broadcast_to(i.curve(np.exp(x)), x.shape) for i in images])
-    found = (p >= 0.1 * p.max(1, keepdims=True)).any(0)
+    d = np.exp(x)
+    p = np.array([np.broadcast_to(image.curve(d), x.shape) for image in images])
+    large = p.max(1, keepdims=True)
+    found = (p >= 0.1 * large).any(0)
     return x[np.argmax(found)]
 
 
@@ -500,6 +543,48 @@ def _family_table(fits):
     return pd.DataFrame(rows)
 
 # %% ../../nbs/43_count.size.ipynb #da35d32a
+class _OfLaws(NamedTuple):
+    "What the laws say about the sizes."
+
+    unseen: list  # Unseen of number, surface and mass
+    law: SizeLaw | None = None  # the best
+    gof_p: float = float("nan")  # its goodness of fit
+    families: pd.DataFrame = pd.DataFrame()  # a row per family
+
+    @classmethod
+    def nothing(cls, bounds, why):
+        "No law: bounds of the unseen shares alone."
+        return cls([Unseen(float("nan"), bound, 1.0, why) for bound in bounds])
+
+
+def _why_no_fit(images):
+    "Why no law can be fitted to these sizes, or None."
+    x = np.concatenate([image.x for image in images])
+    if len(x) < 20:
+        return f"{len(x)} particles are too few to fit a size law"
+    if x.std() < 1e-3:
+        return "the sizes of the particles are too equal to fit a size law"
+    return None
+
+
+def _fit_laws(images, families, bounds, level):
+    "Fit the families, and give the unseen shares or refuse them."
+    like = ThinnedLikelihood(images)
+    fits = [fit_family(like, images, family) for family in families]
+    best = _best(fits)
+    two = None
+    if "lognormal2" not in families and best.gof_p < 0.1:
+        two = fit_family(like, images, "lognormal2")
+    reason = _why_refused(like, fits, two, _log_d10(images, like.x))
+    ends = envelope(like, fits, level)
+    fits = _with_shares(fits, ends)
+    shares = zip(expit(ends.low), expit(ends.high), bounds)
+    unseen = []
+    for k, (low, high, bound) in enumerate(shares):
+        unseen.append(_unseen(k, fits, low, high, bound, reason))
+    return _OfLaws(unseen, best.law, best.gof_p, _family_table(fits))
+
+
 def fit_sizes(
     d_nm,  # (N,) diameters of the particles found, nm; several images or magnifications of one sample: a list of these
     p_det,  # share found of each size: a DetectionCurve or a function of d_nm; one for all images, or a list
@@ -528,38 +613,21 @@ def fit_sizes(
         images = [_one_image(d_nm, p_det, fov, edge_weight, response, min_detection)]
     settings = {"families": list(families), "level": level, "min_detection": min_detection}
     bounds = [_least_unseen(images, q, level) for q in ThinnedLikelihood.moments]
-    x = np.concatenate([i.x for i in images])
-    if len(x) < 20 or x.std() < 1e-3:
-        few = f"{len(x)} particles are too few"
-        said = few if len(x) < 20 else "the sizes of the particles are too equal"
-        refused = f"{said} to fit a size law"
-        unseen = [Unseen(float("nan"), bound, 1.0, refused) for bound in bounds]
-        law, gof_p, table = None, float("nan"), pd.DataFrame()
+    refused = _why_no_fit(images)
+    if refused:
+        said = _OfLaws.nothing(bounds, refused)
     else:
-        like = ThinnedLikelihood(images)
-        fits = [fit_family(like, images, f) for f in families]
-        best = _best(fits)
-        two = None
-        if "lognormal2" not in families and best.gof_p < 0.1:
-            two = fit_family(like, images, "lognormal2")
-        reason = _why_refused(like, fits, two, _log_d10(images, like.x))
-        ends = envelope(like, fits, level)
-        fits = _with_shares(fits, ends)
-        low, high = expit(ends.low), expit(ends.high)
-        unseen = []
-        for k, bound in enumerate(bounds):
-            unseen.append(_unseen(k, fits, low[k], high[k], bound, reason))
-        law, gof_p, table = best.law, best.gof_p, _family_table(fits)
-    number, surface, mass = unseen
+        said = _fit_laws(images, families, bounds, level)
+    number, surface, mass = said.unseen
     return SizeFit(
         unseen_number=number,
         unseen_surface=surface,
         unseen_mass=mass,
         refused=number.refused,
-        law=law,
-        gof_p=gof_p,
-        families=table,
-        table=_totals(images, unseen, level),
+        law=said.law,
+        gof_p=said.gof_p,
+        families=said.families,
+        table=_totals(images, said.unseen, level),
         images=tuple(images),
         settings=settings,
         unit=unit,
@@ -595,18 +663,21 @@ def _as_measured(found, image, d):
 def _expected(fit, d, step):
     "Particles per bin of width step in ln d, of the fitted law: seen (G,), and all (G,)."
     density = fit.law.pdf(d) * d * step
-    seen = 0
+    spacing = np.log(d[1] / d[0])
+    expected = 0
     for image in fit.images:
         inside = 1 if image.inside is None else image.inside(d)
         found = _as_measured(density * image.curve(d) * inside, image, d)
-        n = found.sum() * np.log(d[1] / d[0]) / step
-        seen = seen + len(image.x) / n * np.stack([found, density * inside])
-    return seen
+        n = found.sum() * spacing / step
+        scale = len(image.x) / n
+        expected = expected + scale * np.stack([found, density * inside])
+    return expected
 
 # %% ../../nbs/43_count.size.ipynb #5e083185
 def _plot_law(fit, ax, bins):
     "Histogram of what was found; the fitted law, seen and unseen."
-    d = np.exp(np.concatenate([i.x for i in fit.images]))
+    x = np.concatenate([image.x for image in fit.images])
+    d = np.exp(x)
     edges = np.geomspace(d.min(), d.max() * 1.001, bins + 1)
     bars, *_ = ax.hist(d, edges, color=".75", label="found")
     ax.set(xscale="log", xlabel=f"diameter, {fit.unit}", ylabel="particles per bin")
@@ -614,29 +685,38 @@ def _plot_law(fit, ax, bins):
     if fit.law is None:
         return
     s = np.geomspace(d.min() / 4, d.max() * 1.3, 300)
-    seen, there = _expected(fit, s, np.log(edges[1] / edges[0]))
-    refused = fit.refused is not None
-    said = "all (not supported)" if refused else "all"
-    ax.set_ylim(0, max(1.05 * bars.max(), min(1.1 * there.max(), 4 * seen.max())))
+    bin_width = np.log(edges[1] / edges[0])
+    seen, there = _expected(fit, s, bin_width)
+    of_all, shade, said = 1, 0.35, "all"
+    if fit.refused is not None:
+        of_all, shade, said = 0.3, 0.1, "all (not supported)"
+    top_of_laws = min(1.1 * there.max(), 4 * seen.max())
+    ax.set_ylim(0, max(1.05 * bars.max(), top_of_laws))
     ax.plot(s, seen, "k", label=f"{fit.law.family}, seen")
-    ax.plot(s, there, "k--", lw=1, alpha=0.3 if refused else 1, label=said)
-    shade = 0.1 if refused else 0.35
+    ax.plot(s, there, "k--", lw=1, alpha=of_all, label=said)
     ax.fill_between(s, seen, there, color="tab:orange", alpha=shade, label="unseen")
     ax.legend(fontsize=7)
 
 
+def _band(curve, d):
+    "Limits (2, G) within which a curve lies with 95 %, at diameters d."
+    rng = np.random.default_rng(0)
+    shifts = rng.multivariate_normal(np.zeros(3), curve.covariance, 200)
+    shares = [_shifted(curve, shift)(d) for shift in shifts]
+    return np.percentile(shares, [2.5, 97.5], axis=0)
+
+
 def _plot_curves(fit, ax):
     "Detection curves, with the band in which they are known."
-    x = np.concatenate([i.x for i in fit.images])
-    s = np.exp(np.linspace(x.min() - 1, x.max() + 0.3, 200))
-    for curve in dict.fromkeys(i.curve for i in fit.images):
-        ax.semilogx(s, np.broadcast_to(curve(s), s.shape), "k")
-        if not _uncertain(curve):
-            continue
-        rng = np.random.default_rng(0)
-        shifts = rng.multivariate_normal(np.zeros(3), curve.covariance, 200)
-        band = np.percentile([_shifted(curve, v)(s) for v in shifts], [2.5, 97.5], 0)
-        ax.fill_between(s, *band, color="tab:blue", alpha=0.3)
+    x = np.concatenate([image.x for image in fit.images])
+    d = np.exp(np.linspace(x.min() - 1, x.max() + 0.3, 200))
+    curves = [image.curve for image in fit.images]
+    for curve in dict.fromkeys(curves):  # each once
+        share = np.broadcast_to(curve(d), d.shape)
+        ax.semilogx(d, share, "k")
+        if _uncertain(curve):
+            low, high = _band(curve, d)
+            ax.fill_between(d, low, high, color="tab:blue", alpha=0.3)
     ax.set(xlabel=f"diameter, {fit.unit}", ylabel="share found", ylim=(0, 1.02))
     size_axis(ax.xaxis)
 

@@ -24,7 +24,7 @@ class Simulated(NamedTuple):
     "An image with its exact truth."
 
     image: Micrograph  # what the detector gives
-    # name to (H, W) array of one type: float32 values, or whole numbers that name objects
+    # name to (H, W) array: float32 values, or whole numbers that name objects
     maps: dict | None
     table: pd.DataFrame | None  # every object; lengths in nm, from the centre of pixel (0, 0)
     about: dict  # label, split and parameters as plain numbers and names: one row of metadata.csv
@@ -57,17 +57,27 @@ def write_item(
         write_parquet(table_path, one.table)
     if one.maps:
         maps = np.stack(list(one.maps.values()))
-        name_objects = maps.dtype.kind in "iu" and maps.max() < 2**16
+        name_objects = maps.dtype.kind in "iu" and maps.min() >= 0 and maps.max() < 2**16
+        about = {"channels": list(one.maps)}
+        whole = [name for name, values in one.maps.items() if _exact_in_float32(values)]
+        if whole and not name_objects:
+            about["whole"] = whole
         write_tiff(
             maps_path,
             maps if len(maps) > 1 else maps[0],
             image.pixel_size,
-            {"channels": list(one.maps)},
+            about,
             bits=16 if name_objects else 32,
             compress=True,
         )
     write_tiff(image_path, image.data, image.pixel_size, image.metadata, bits, compress=bits == 16)
     return index
+
+
+def _exact_in_float32(values):
+    "Are these whole numbers that float32 holds?"
+    values = np.asarray(values)
+    return values.dtype.kind in "iu" and values.size > 0 and np.abs(values).max() <= 2**24
 
 # %% ../../nbs/73_data.item.ipynb #4eeb1199
 SPLITS = ("train", "valid", "test")

@@ -24,6 +24,7 @@ from ..nets.blocks import FocusGate
 from ..nets.loss import batch_ssim, check_weights
 from ..nets.style import STYLE, Style, statistics
 from ..nets.unet import Generated, PatchGAN, UNet
+from ..plot import show
 from ..train.adversarial import Every, Parts, adversarial_learner
 from ..train.core import device_of, fit_weights, plain_tensor
 from ..train.hub import HubModel
@@ -463,6 +464,7 @@ def show_attention(
     label=None,  # (B,) int64
     images=None,  # (B, C, H, W) to lay the masks over; None generates them
     n: int = 4,  # how many
+    pixel_size=None,  # nm per pixel, one number or (py, px); without it there is no scale bar
 ) -> plt.Figure:  # images with the masks in colour, opaque where the mask is 1
     """Lay the attention mask over images.
     Raises: InputError for a model without attention."""
@@ -477,10 +479,9 @@ def show_attention(
     amber = np.array([1.0, 0.69, 0.0])
     for ax, image, mask in zip(axes[0], images.cpu().numpy(), masks):
         picture = image[0] if len(image) == 1 else np.moveaxis(image / 2 + 0.5, 0, -1)
-        ax.imshow(picture, cmap="gray")
+        show(picture, pixel_size, ax=ax, vmin=picture.min(), vmax=picture.max())
         colour = np.broadcast_to(amber, (*mask.shape, 3))
-        ax.imshow(np.dstack([colour, 0.6 * mask]))
-        ax.axis("off")
+        ax.imshow(np.dstack([colour, 0.6 * mask]), extent=ax.images[0].get_extent())
     return fig
 
 # %% ../../nbs/63_gan.pix2pix.ipynb #1d055bef

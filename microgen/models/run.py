@@ -8,6 +8,7 @@ __all__ = ['Run', 'training_facts', 'read_facts', 'load_run', 'write_facts']
 # %% ../../nbs/92_models.run.ipynb #61121b91
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from ..core import ReadError
 from ..io.files import write_json, write_text
-from .model import Model, TrainingData, model_named
+from .model import MODELS, Model, TrainingData, model_named
 from ..train.hub import model_card
 
 # %% ../../nbs/92_models.run.ipynb #300111da
@@ -74,6 +75,26 @@ _EXAMPLE = """from microgen.models.run import load_run
 run = load_run("FOLDER")        # run.model, run.network, run.data"""
 
 
+def _script(*classes):
+    "The script or notebook in which one of the classes was written; None when all can be imported."
+    if all(one.__module__ != "__main__" for one in classes):
+        return None
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    return f"the script {Path(file).name}" if file else "a notebook"
+
+
+def _card(network_class, facts):
+    "The model card; of a class that cannot be imported it says where the class is."
+    card = model_card(network_class.__name__, facts)
+    model = MODELS.get(facts.get("training", {}).get("model"))
+    script = _script(network_class, *([model] if isinstance(model, type) else []))
+    if script is None:
+        return card
+    by_import = f"from {network_class.__module__} import {network_class.__name__}\n"
+    what = network_class.__name__ if model is None else model.__name__
+    return card.replace(by_import, f"# {what} is defined in {script}: run that first\n")
+
+
 def write_facts(
     folder,  # that save_model wrote: facts.json and README.md join the weights
     network: nn.Module,  # whose class the card names
@@ -89,5 +110,5 @@ def write_facts(
             shutil.copy(picture, folder / "example.png")
         facts["picture"] = "example.png"
     write_json(folder / "facts.json", facts)
-    write_text(folder / "README.md", model_card(kind.__name__, facts))
+    write_text(folder / "README.md", _card(kind, facts))
     return facts

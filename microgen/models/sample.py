@@ -29,8 +29,9 @@ def asked_of(
     """Make the sampling options of a model.
     Raises: InputError for an option that the model does not have, or a value that it cannot have."""
     classes = data.of_kind().classes_are
-    options = {"classes" if name == classes else name: v for name, v in options.items()}
     names = [option.name for option in fields(model.sampling)]
+    if "classes" in names:
+        options = {"classes" if name == classes else name: v for name, v in options.items()}
     if strange := set(options) - set(names):
         known = ", ".join(classes if name == "classes" else name for name in names)
         raise InputError(f"{model.name} has no option {min(strange)!r} to sample by: use {known}.")

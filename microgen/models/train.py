@@ -7,15 +7,16 @@ __all__ = ['Progress', 'train_model']
 
 # %% ../../nbs/92_models.train.ipynb #dc47aa99
 import json
+from numbers import Number
 from pathlib import Path
 
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 
-from ..core import InputError
+from ..core import InputError, PlugError
 from ..data.build import read_recipe
 from ..data.files import list_images
-from .model import Model, TrainingData
+from .model import Model, TrainingData, check_registered
 from .run import training_facts, write_facts
 from ..progress import progress_bar
 from ..train.core import processes, random_state_kept
@@ -63,7 +64,8 @@ def train_model(
     progress: bool = True,  # show a bar with time left and, in a notebook, the previews
 ) -> Learner:  # trained; .stopped says why it ended early, .model.facts what its card says
     """Train a model on a folder of images, into a run folder, and judge it by held-out images.
-    Raises: InputError for what is wrong with images or options, one sentence each."""
+    Raises: InputError for what is wrong with images or options, one sentence each; PlugError."""
+    check_registered(model)
     out = Path(out)
     dls = model.dls(data, progress)
     model = model.settled(dls)
@@ -156,9 +158,24 @@ def _finish(model, learn, known, out, progress):
         facts["epochs"] = _epochs(model.epochs, _read(out / "result.json").get("best"))
         facts["judged"] = model.judged
         if model.judged:
-            facts["metrics"] = model.judge(network, learn.dls, known, progress)
+            facts["metrics"] = _rows(model, model.judge(network, learn.dls, known, progress))
         model.conclude(learn, out)
     network.facts = write_facts(folder, network, facts)
+
+
+def _rows(model, judged):
+    "What a model says of its result, when it is rows of the card."
+    rows = judged if isinstance(judged, (list, tuple)) else [judged]
+    for row in rows:
+        is_row = isinstance(row, dict) and isinstance(row.get("name"), str)
+        if not (is_row and isinstance(row.get("value"), Number)):
+            shown = f"{row!r:.60}".splitlines()[0]
+            raise PlugError(
+                f"The model {model.name!r} judged its result as {shown} (a {type(row).__name__}), and a list of dicts "
+                "with name and value is expected, as card_rows of microgen.models.judge makes it: correct judge and "
+                "run the same command again, which judges the trained network."
+            )
+    return list(rows)
 
 
 def _read(file):

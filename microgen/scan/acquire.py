@@ -22,11 +22,11 @@ def _direction(deg):
     return np.stack([np.sin(angle), np.cos(angle)])
 
 
-class _Motion(NamedTuple):
-    "A smooth motion as a sum over r of products rows[:, i, r] columns[r, j] of line i and pixel j."
+class _Product(NamedTuple):
+    "A motion that is rows[:, i] columns[j] at line i and pixel j."
 
-    rows: np.ndarray  # (2, H, R) along y and x, pm
-    columns: np.ndarray  # (R, W)
+    rows: np.ndarray  # (2, H) along y and x, pm
+    columns: np.ndarray  # (W,)
 
 
 def _drift_and_walk(s, i, j, line_s, rng):
@@ -37,37 +37,42 @@ def _drift_and_walk(s, i, j, line_s, rng):
     steps = rng.standard_normal((2, len(i) + 1))
     walk = np.cumsum(steps, axis=1) * s.walk_pm * line_s**0.5
     walk -= walk.mean(1, keepdims=True)
+    walk_at_line = walk[:, :-1]
+    walk_speed = np.diff(walk) / line_s
     drift = s.drift_pm_s * _direction(s.drift_deg)[:, None]
-    position = drift * line_time + walk[:, :-1]
-    velocity = drift + np.diff(walk) / line_s
-    return [position, velocity], [np.ones(len(j)), pixel_time]
+    position = _Product(drift * line_time + walk_at_line, np.ones(len(j)))
+    velocity = _Product(drift + walk_speed, pixel_time)
+    return [position, velocity]
 
 
 def _mains(s, i, j, line_s, rng):
     "The harmonics of the mains, two products for each."
-    # sin(w (t_i + t_j) + phase) = sin(w t_i + phase) cos(w t_j) + cos(w t_i + phase) sin(w t_j)
-    rows, columns, dwell_s = [], [], s.dwell_us * 1e-6
     phases = 2 * np.pi * rng.random(s.harmonics)
     directions = _direction(360 * rng.random(s.harmonics)).T
+    dwell_s = s.dwell_us * 1e-6
+    products = []
     for k, (phase, direction) in enumerate(zip(phases, directions), start=1):
-        omega = 2 * np.pi * k * s.mains_hz
         amplitude = s.mains_pm / k * direction[:, None]
-        rows.append(amplitude * np.sin(omega * i * line_s + phase))
-        columns.append(np.cos(omega * j * dwell_s))
-        rows.append(amplitude * np.cos(omega * i * line_s + phase))
-        columns.append(np.sin(omega * j * dwell_s))
-    return rows, columns
+        omega = 2 * np.pi * k * s.mains_hz
+        at_line = omega * i * line_s + phase
+        at_pixel = omega * j * dwell_s
+        # sin(w (t_i + t_j) + phase) = sin(w t_i + phase) cos(w t_j) + cos(w t_i + phase) sin(w t_j)
+        products.append(_Product(amplitude * np.sin(at_line), np.cos(at_pixel)))
+        products.append(_Product(amplitude * np.cos(at_line), np.sin(at_pixel)))
+    return products
 
 
 def _smooth_motion(s, shape, line_s, rng):
-    "Drift, random walk and mains."
+    "Drift, random walk and mains, (2, H, W) nm."
     walk_rng, mains_rng = split_rng(rng, 2)
     i, j = (np.arange(n, dtype=float) for n in shape)
-    rows, columns = _drift_and_walk(s, i, j, line_s, walk_rng)
-    mains_rows, mains_columns = _mains(s, i, j, line_s, mains_rng)
-    rows += mains_rows
-    columns += mains_columns
-    return _Motion(np.stack(rows, -1), np.stack(columns))
+    products = _drift_and_walk(s, i, j, line_s, walk_rng)
+    products += _mains(s, i, j, line_s, mains_rng)
+    rows_pm = np.stack([product.rows for product in products], axis=-1)
+    rows_nm = (1e-3 * rows_pm).astype(np.float32)
+    columns = np.stack([product.columns for product in products])
+    # without BLAS: the same bytes on any number of threads
+    return np.einsum("chr,rw->chw", rows_nm, columns.astype(np.float32))
 
 # %% ../../nbs/12_scan.acquire.ipynb #e962faab
 def _numbers(settings):
@@ -78,6 +83,29 @@ def _numbers(settings):
             f"Scan: {', '.join(ranges)} is still a range; settings.sample(rng) makes one scan of it."
         )
     return settings
+
+
+def _line_shifts(s, shape, pixel_size, rng):
+    "What is the same all along a line, (2, H) nm: jitter, rolled rows, and the affine distortion with y."
+    height, _ = shape
+    size_y, size_x = pixel_size
+    i = np.arange(height, dtype=float)
+    y = (i - i.mean()) * size_y  # nm
+    shift = 1e-3 * s.line_jitter_pm * rng.standard_normal((2, height))
+    roll = s.roll_px * size_x * rng.uniform(-1, 1, height)
+    shift[1, :: s.roll_every] += roll[:: s.roll_every]
+    shift += np.stack([s.scale_y * y, s.shear * y])
+    return shift
+
+
+def _along_lines(s, shape, pixel_size):
+    "What is the same in every line, (W,) nm along x: a wrong width of the scan, and the lag after the flyback."
+    _, width = shape
+    _, size_x = pixel_size
+    j = np.arange(width, dtype=float)
+    x = (j - j.mean()) * size_x  # nm
+    lag = 1e-3 * s.flyback_pm * np.exp(-j * s.dwell_us / s.settle_us)
+    return s.scale_x * x - lag
 
 
 def scan_field(
@@ -92,30 +120,14 @@ def scan_field(
     Source: d = drift t + walk(t) + sum_k a_k sin(2 pi k f t + phase_k) + affine + line shift + settling.
     """
     s = _numbers(settings)
-    size_y, size_x = np.broadcast_to(np.asarray(pixel_size, float), 2)
-    height, width = shape
+    pixel_size = np.broadcast_to(np.asarray(pixel_size, float), 2)
     motion_rng, line_rng, dwell_rng = split_rng(rng, 3)
-
-    # drift, walk and mains
+    _, width = shape
     line_s = (width * s.dwell_us + s.flyback_us) * 1e-6
-    motion = _smooth_motion(s, shape, line_s, motion_rng)
-    rows_nm = (1e-3 * motion.rows).astype(np.float32)
-    columns = motion.columns.astype(np.float32)
-    # without BLAS: the same bytes on any number of threads
-    d = np.einsum("chr,rw->chw", rows_nm, columns)
-
-    # what is the same all along a line: jitter, rolled rows, affine distortion
-    i, j = np.arange(height, dtype=float), np.arange(width, dtype=float)
-    y, x = (i - i.mean()) * size_y, (j - j.mean()) * size_x  # nm
-    shift = 1e-3 * s.line_jitter_pm * line_rng.standard_normal((2, height))
-    roll = s.roll_px * size_x * line_rng.uniform(-1, 1, height)
-    shift[1, :: s.roll_every] += roll[:: s.roll_every]
-    shift += np.stack([s.scale_y * y, s.shear * y])
-    d += shift[:, :, None].astype(np.float32)
-
-    # what is the same in every line: the lag after the flyback
-    lag = 1e-3 * s.flyback_pm * np.exp(-j * s.dwell_us / s.settle_us)
-    d[1] += (s.scale_x * x - lag).astype(np.float32)
+    d = _smooth_motion(s, shape, line_s, motion_rng)
+    shifts = _line_shifts(s, shape, pixel_size, line_rng)
+    d += shifts[:, :, None].astype(np.float32)
+    d[1] += _along_lines(s, shape, pixel_size).astype(np.float32)
     if s.dwell_jitter_pm:
         white = dwell_rng.standard_normal(d.shape, dtype=np.float32)
         d += np.float32(1e-3 * s.dwell_jitter_pm) * white
@@ -136,31 +148,39 @@ def rim_px(
         "The greatest size of a setting, at either end of its range."
         return np.max(np.abs(getattr(s, name)))
 
-    frame_s = height * (width * most("dwell_us") + most("flyback_us")) * 1e-6
-    pm = most("drift_pm_s") * frame_s / 2
-    pm += 4 * most("walk_pm") * frame_s**0.5
-    pm += most("flyback_pm")
-    pm += 4 * (most("line_jitter_pm") + most("dwell_jitter_pm"))
+    line_us = width * most("dwell_us") + most("flyback_us")
+    frame_s = height * line_us * 1e-6
+    drift = most("drift_pm_s") * frame_s / 2  # pm, as all that follow
+    walk = 4 * most("walk_pm") * frame_s**0.5
+    lag = most("flyback_pm")
+    jitter = 4 * (most("line_jitter_pm") + most("dwell_jitter_pm"))
     harmonics = range(1, int(most("harmonics")) + 1)
-    pm += most("mains_pm") * sum(1 / k for k in harmonics)
-    height_nm, width_nm = height * size_y, width * size_x
+    mains = most("mains_pm") * sum(1 / k for k in harmonics)
+    motion_nm = 1e-3 * (drift + walk + lag + jitter + mains)
+
+    height_nm = height * size_y
+    width_nm = width * size_x
     affine_y = most("scale_y") * height_nm / 2
     affine_x = (most("scale_x") * width_nm + most("shear") * height_nm) / 2
-    reach_nm = 1e-3 * pm + max(affine_y, affine_x)
+    reach_nm = motion_nm + max(affine_y, affine_x)
     return int(np.ceil(reach_nm / min(size_y, size_x) + most("roll_px")))
 
 # %% ../../nbs/12_scan.acquire.ipynb #3766337a
+def _smoothing(n, sigma):
+    "Kernels (n, nodes) from white noise on a grid of nodes to n pixels, smooth over sigma px, of unit variance."
+    step = max(sigma, 1.0)
+    nodes = np.arange(-3 * step, n + 3 * step, step)
+    pixel = np.arange(n)[:, None]
+    kernel = np.exp(-(((pixel - nodes) / sigma) ** 2))
+    kernel /= np.sqrt((kernel**2).sum(1, keepdims=True))
+    return kernel.astype(np.float32)
+
+
 def _smooth_noise(shape, sigma_px, rng):
     "Gaussian random field of unit variance, smooth over the lengths (y, x) in px: kernels on coarse white noise."
-    kernels = []
-    for n, sigma in zip(shape, sigma_px):
-        step = max(sigma, 1.0)
-        nodes = np.arange(-3 * step, n + 3 * step, step)
-        kernel = np.exp(-(((np.arange(n)[:, None] - nodes) / sigma) ** 2))
-        kernel /= np.sqrt((kernel**2).sum(1, keepdims=True))  # unit variance at every pixel
-        kernels.append(kernel.astype(np.float32))
-    along_y, along_x = kernels
-    white = rng.standard_normal((along_y.shape[1], along_x.shape[1]), dtype=np.float32)
+    along_y, along_x = (_smoothing(n, sigma) for n, sigma in zip(shape, sigma_px))
+    nodes = (along_y.shape[1], along_x.shape[1])
+    white = rng.standard_normal(nodes, dtype=np.float32)
     # without BLAS: the same bytes on any number of threads
     smooth_in_y = np.einsum("ik,kl->il", along_y, white)
     return np.einsum("ik,kj->ij", smooth_in_y, np.ascontiguousarray(along_x.T))
@@ -170,9 +190,11 @@ def _wedge(s, shape):
     "A factor that grows along ramp_deg, 1 in the middle: what it adds along y (H,) and x (W,)."
     height, width = shape
     vy, vx = _direction(s.ramp_deg)
-    reach = abs(vy) * (height / 2) + abs(vx) * (width / 2)  # px, from the middle to the far corner
-    along_y = s.ramp / 2 * vy / reach * (np.arange(height) - height / 2 + 0.5)
-    along_x = s.ramp / 2 * vx / reach * (np.arange(width) - width / 2 + 0.5)
+    y = np.arange(height) - height / 2 + 0.5  # px from the middle
+    x = np.arange(width) - width / 2 + 0.5
+    to_corner = abs(vy) * (height / 2) + abs(vx) * (width / 2)
+    along_y = s.ramp / 2 * vy / to_corner * y
+    along_x = s.ramp / 2 * vx / to_corner * x
     return along_y, along_x
 
 
@@ -190,15 +212,18 @@ def dirty(
     seen = image.astype(np.float32)
     if s.ramp:
         along_y, along_x = _wedge(s, image.shape)
-        seen *= (1 + along_y).astype(np.float32)[:, None] + along_x.astype(np.float32)
+        rows = (1 + along_y).astype(np.float32)
+        seen *= rows[:, None] + along_x.astype(np.float32)
     if s.contamination:
-        logarithm = _smooth_noise(image.shape, s.contamination_nm / size, blob_rng)
+        sigma_px = s.contamination_nm / size
+        logarithm = _smooth_noise(image.shape, sigma_px, blob_rng)
         blobs = np.exp(logarithm - np.float32(0.5))  # of mean 1
         seen += np.float32(s.contamination * level) * blobs
     if s.background:
         third = np.array(image.shape) / 3
         wave = np.tanh(_smooth_noise(image.shape, third, background_rng))
-        seen += np.float32(s.background * level) * (1 + np.float32(0.3) * wave)
+        uneven = 1 + np.float32(0.3) * wave
+        seen += np.float32(s.background * level) * uneven
     return seen
 
 # %% ../../nbs/12_scan.acquire.ipynb #4293d258
@@ -215,10 +240,12 @@ def mistilt(
     if not abs(tilt_mrad) <= 200:
         raise InputError(f"tilt_mrad = {tilt_mrad!r} is no small mistilt: give at most 200 mrad.")
     table = columns.table
-    below_middle = table["depth_nm"].to_numpy(dtype=float) - columns.thickness_nm / 2
+    depth_nm = table["depth_nm"].to_numpy(dtype=float)
+    below_middle = depth_nm - columns.thickness_nm / 2
     shift = np.tan(1e-3 * tilt_mrad) * below_middle
     dy, dx = _direction(azimuth_deg)[:, None] * shift
-    return replace(columns, table=table.assign(y_nm=table["y_nm"] + dy, x_nm=table["x_nm"] + dx))
+    shifted = table.assign(y_nm=table["y_nm"] + dy, x_nm=table["x_nm"] + dx)
+    return replace(columns, table=shifted)
 
 
 def _smear(s, metadata):
@@ -276,12 +303,14 @@ def _augment(image, s, rng):
     out += wave.astype(np.float32)[:, None]
     if s.row_noise:
         hit = row_rng.random(height) < s.row_share
-        noise = s.row_noise * contrast * row_rng.uniform(-1, 1, (hit.sum(), width))
+        white = row_rng.uniform(-1, 1, (hit.sum(), width))
+        noise = s.row_noise * contrast * white
         out[hit] += noise.astype(np.float32)
     if s.salt_pepper:
         u = pixel_rng.random((height, width), dtype=np.float32)
-        out[u < s.salt_pepper / 2] = low
-        out[u > 1 - s.salt_pepper / 2] = high
+        half = s.salt_pepper / 2
+        out[u < half] = low
+        out[u > 1 - half] = high
     return out
 
 # %% ../../nbs/12_scan.acquire.ipynb #173ec808
@@ -332,6 +361,20 @@ class Acquired:
     field: np.ndarray  # displacement (2, H, W), nm
 
 
+def _probed(specimen, d, pixel_size, rim, smear):
+    "What the displaced probe sees of a specimen."
+    if d.any() or smear.any():
+        return warp_image(specimen, d, pixel_size, rim, smear)
+    return _without_rim(specimen, rim)
+
+
+def _moved(maps, d, pixel_size, rim):
+    "Truth maps, moved by the same field."
+    if d.any():
+        return warp_maps(maps, d, pixel_size, rim)
+    return {name: _without_rim(np.asarray(m), rim) for name, m in maps.items()}
+
+
 def acquire(
     image,  # Micrograph, or array (H, W) with pixel_size: fraction of the incident beam
     settings="typical",  # preset name, Scan, or dict of settings
@@ -347,7 +390,8 @@ def acquire(
     Raises: InputError for an image, maps, settings or rim that do not fit.
     """
     ideal = as_micrograph(image, pixel_size)
-    size, rim = ideal.pixel_size, _check_scan(ideal, maps, rim)
+    size = ideal.pixel_size
+    rim = _check_scan(ideal, maps, rim)
     sampling, motion, dirt, counting, rows = split_rng(rng, 5)
     s = as_scan(settings).sample(sampling)
     height, width = ideal.data.shape
@@ -355,22 +399,17 @@ def acquire(
 
     # specimen, probe, detector
     specimen = dirty(ideal.data, s, size, dirt)
-    smear = _smear(s, ideal.metadata)
-    if d.any() or smear.any():
-        seen = warp_image(specimen, d, size, rim, smear)
-    else:
-        seen = _without_rim(specimen, rim)
-    counts = _augment(detector_counts(seen, s, size, counting), s, rows)
+    seen = _probed(specimen, d, size, rim, _smear(s, ideal.metadata))
+    counts = detector_counts(seen, s, size, counting)
+    counts = np.ascontiguousarray(_augment(counts, s, rows))
     metadata = ideal.metadata | _scan_metadata(s, size)
-    scanned = Micrograph(np.ascontiguousarray(counts), size, metadata, ideal.source)
+    scanned = Micrograph(counts, size, metadata, ideal.source)
     if maps is None and table is None:
         return scanned
 
     # the truth moves with it
-    if maps is not None and d.any():
-        maps = warp_maps(maps, d, size, rim)
-    elif maps is not None:
-        maps = {name: _without_rim(np.asarray(m), rim) for name, m in maps.items()}
+    if maps is not None:
+        maps = _moved(maps, d, size, rim)
     if table is not None:
         table = warp_table(table, d, size, rim)
     return Acquired(scanned, maps, table, s, d)

@@ -6,12 +6,11 @@
 __all__ = ['PRESETS', 'Scan', 'preset', 'as_scan']
 
 # %% ../../nbs/11_scan.settings.ipynb #6ee10590
-import json
-from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass
 from math import inf
 
-from ..core import InputError, as_rng, check_number, check_range
+from ..core import check_number, check_range
+from ..settings import Settings, as_settings, at_share, named
 
 # %% ../../nbs/11_scan.settings.ipynb #04a82a10
 _SIGNED = {
@@ -54,24 +53,18 @@ def _checked(name, value):
     top = _AT_MOST.get(name, 1e9)
     low = -top if name in _SIGNED else 0.0
     check = check_range if isinstance(value, (tuple, list)) else check_number
-    whole, above = name in _WHOLE, name in _ABOVE_0
+    whole = name in _WHOLE
+    above = name in _ABOVE_0
     return check(f"Scan: {name}", value, low, top, whole, above=above)
 
 
-def _at_share(name, value, share):
-    "The value at this share of a range."
-    if not isinstance(value, tuple):
-        return value
-    low, high = value
-    if name == "dose_e_A2":
-        return float(low * (high / low) ** share)
-    if name in _WHOLE:
-        return int(low + share * (high + 1 - low))
-    return float(low + share * (high - low))
+def _sampled(name, value, share):
+    "The value at this share of a range: the dose in its logarithm."
+    return at_share(value, share, logarithmic=name == "dose_e_A2", whole=name in _WHOLE)
 
 # %% ../../nbs/11_scan.settings.ipynb #97547397
 @dataclass(frozen=True)
-class Scan:
+class Scan(Settings):
     """What happens during one scan: motion, specimen, detector; each value a number or a range (low, high).
 
     Raises: InputError for a value out of its limits.
@@ -111,45 +104,8 @@ class Scan:
     roll_px: float = 0.0  # greatest shift of every roll_every-th row, pixels
     roll_every: int = 5  # rows from one shifted row to the next
 
-    def __post_init__(self):
-        for setting in fields(self):
-            value = _checked(setting.name, getattr(self, setting.name))
-            object.__setattr__(self, setting.name, value)
-
-    def sample(
-        self,
-        rng=None,  # int, Generator or SeedSequence
-    ) -> "Scan":  # numbers only
-        "The values of one image: uniform in each range, the dose uniform in its logarithm."
-        names = [setting.name for setting in fields(self)]
-        shares = as_rng(rng).random(len(names))
-        values = {}
-        for name, share in zip(names, shares):
-            values[name] = _at_share(name, getattr(self, name), share)
-        return replace(self, **values)
-
-    def to_json(self) -> str:  # one JSON object
-        "The settings as JSON."
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(
-        cls,
-        text,  # what to_json wrote, or the dict it stands for
-    ) -> "Scan":  # the same settings
-        "Read settings from JSON."
-        settings = json.loads(text) if isinstance(text, str) else text
-        return _with_settings(cls(), settings)
-
-# %% ../../nbs/11_scan.settings.ipynb #0cf971eb
-def _with_settings(base, over):
-    "A Scan with some values replaced; an unknown name is an InputError."
-    known = Scan.__dataclass_fields__
-    for name in set(over) - set(known):
-        near = get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "help(Scan) lists them."
-        raise InputError(f"Scan has no setting {name!r}; {hint}")
-    return replace(base, **over)
+    checked = staticmethod(_checked)
+    sampled = staticmethod(_sampled)
 
 # %% ../../nbs/11_scan.settings.ipynb #c990c03b
 _IN_ALL = dict(
@@ -228,9 +184,7 @@ def preset(
 
     Raises: InputError for an unknown preset or setting.
     """
-    if name not in PRESETS:
-        raise InputError(f"Unknown scan preset {name!r}; use one of {', '.join(PRESETS)}.")
-    return _with_settings(PRESETS[name], over)
+    return named(PRESETS, name, over)
 
 # %% ../../nbs/11_scan.settings.ipynb #427e74f3
 def as_scan(
@@ -240,12 +194,4 @@ def as_scan(
 
     Raises: InputError for anything else, an unknown preset or setting.
     """
-    if isinstance(settings, Scan):
-        return settings
-    if isinstance(settings, dict):
-        return _with_settings(Scan(), settings)
-    if isinstance(settings, str):
-        return preset(settings)
-    raise InputError(
-        f"settings is {settings!r}; give a preset's name, a Scan, or a dict of settings."
-    )
+    return as_settings(settings, Scan, PRESETS)

@@ -32,11 +32,13 @@ def _check_fit(d, rim, **arrays):
 
 def _places(d, pixel_size, rim):
     "Where each pixel looks in the input: (2, H, W) float32, in pixels."
-    step = np.broadcast_to(np.asarray(pixel_size, dtype=np.float32), 2)
+    size = np.broadcast_to(np.asarray(pixel_size, dtype=np.float32), 2)
+    places = d.astype(np.float32) / size[:, None, None]
     _, height, width = d.shape
-    places = d.astype(np.float32) / step[:, None, None]
-    places[0] += np.arange(rim, height + rim, dtype=np.float32)[:, None]
-    places[1] += np.arange(rim, width + rim, dtype=np.float32)
+    row = np.arange(rim, height + rim, dtype=np.float32)
+    column = np.arange(rim, width + rim, dtype=np.float32)
+    places[0] += row[:, None]
+    places[1] += column
     return places
 
 
@@ -71,16 +73,21 @@ def _cubic(u):
     pixel = np.floor(u)
     f = u - pixel
     rest, square = 1 - f, f * f
+    # weights of the spline at the pixels from -1 to 2: w0 = (1 - f)³ / 6, w1 = 2/3 - f² (2 - f) / 2, w3 = f³ / 6
+    w0 = rest * rest * rest / 6
     w1 = 2 / 3 - square * (1 + rest) / 2
     w3 = f * square / 6
-    lower = rest * rest * rest / 6 + w1  # w0 + w1
+    lower = w0 + w1
     upper = 1 - lower  # w2 + w3
-    return _Pair(pixel - 1 + w1 / lower, pixel + 1 + w3 / upper, upper)
+    first = pixel - 1 + w1 / lower
+    second = pixel + 1 + w3 / upper
+    return _Pair(first, second, upper)
 
 
 def _look_up_cubic(spline, y, x):
     "Value (H, W) of a cubic spline with the coefficients (1, h, w) at places y, x (H, W) in pixels."
-    along_y, along_x = _cubic(y), _cubic(x)
+    along_y = _cubic(y)
+    along_x = _cubic(x)
 
     def row(y):
         "Values at one of the two places along y."
@@ -88,7 +95,8 @@ def _look_up_cubic(spline, y, x):
         right = _look_up(spline, y, along_x.second)[0]
         return left * (1 - along_x.weight) + right * along_x.weight
 
-    above, below = row(along_y.first), row(along_y.second)
+    above = row(along_y.first)
+    below = row(along_y.second)
     return above * (1 - along_y.weight) + below * along_y.weight
 
 # %% ../../nbs/10_scan.warp.ipynb #c1a9f0d6
@@ -104,14 +112,16 @@ def warp_image(
     Raises: InputError when field, image and rim do not fit.
     Source: Sigg and Hadwiger, GPU Gems 2 (2005), chapter 20.
     """
-    image, d = np.asarray(image), np.asarray(d)
+    image = np.asarray(image)
+    d = np.asarray(d)
     _check_fit(d, rim, image=image)
     y, x = _places(d, pixel_size, rim)
     spline = ndimage.spline_filter(image, 3, output=np.float32, mode="mirror")[None]
     if not np.any(smear):
         return _look_up_cubic(spline, y, x)
     # two looks, one standard deviation to each side
-    dy, dx = np.asarray(smear, dtype=np.float32) / np.asarray(pixel_size, dtype=np.float32)
+    size = np.asarray(pixel_size, dtype=np.float32)
+    dy, dx = np.asarray(smear, dtype=np.float32) / size
     one_side = _look_up_cubic(spline, y - dy, x - dx)
     other_side = _look_up_cubic(spline, y + dy, x + dx)
     return (one_side + other_side) / 2
@@ -131,7 +141,8 @@ def warp_maps(
 
     Raises: InputError when a map does not fit the field and the rim.
     """
-    maps, d = {name: np.asarray(m) for name, m in maps.items()}, np.asarray(d)
+    maps = {name: np.asarray(m) for name, m in maps.items()}
+    d = np.asarray(d)
     _check_fit(d, rim, **maps)
     nearest, linear, angles = {}, {}, []
     for name, m in maps.items():
@@ -144,9 +155,11 @@ def warp_maps(
         else:
             linear[name] = m
     places = _places(d, pixel_size, rim)
-    moved = _look_up_all(linear, places, "bilinear") | _look_up_all(nearest, places, "nearest")
+    moved = _look_up_all(linear, places, "bilinear")
+    moved |= _look_up_all(nearest, places, "nearest")
     for name in angles:
-        moved[name] = np.arctan2(moved[name, "sin"], moved[name, "cos"]) % (2 * np.pi)
+        angle = np.arctan2(moved[name, "sin"], moved[name, "cos"])
+        moved[name] = angle % (2 * np.pi)
     return {name: moved[name].astype(m.dtype, copy=False) for name, m in maps.items()}
 
 
@@ -161,13 +174,16 @@ def _look_up_all(maps, places, mode):
 def _mean_field(d, sigma_px):
     "Field (2, H, W) as a fit of columns sees it; the width (y, x) of a column in px."
     mean = np.empty_like(d)
-    for component in (0, 1):  # dy and dx: u^2 exp(-u^2) along itself, exp(-u^2) across
+    for component in (0, 1):  # dy and dx
         smooth = d[component]
         for axis, sigma in enumerate(sigma_px):
             reach = np.ceil(2.7 * sigma)
             u = np.arange(-reach, reach + 1) / sigma
-            kernel = np.exp(-(u**2)) * (u**2 if axis == component else 1)
-            smooth = ndimage.correlate1d(smooth, kernel / kernel.sum(), axis, mode="nearest")
+            # a fit weighs a shift by u² exp(-u²) along itself and by exp(-u²) across
+            gaussian = np.exp(-(u**2))
+            kernel = gaussian * u**2 if axis == component else gaussian
+            weights = kernel / kernel.sum()
+            smooth = ndimage.correlate1d(smooth, weights, axis, mode="nearest")
         mean[component] = smooth
     return mean
 
@@ -183,11 +199,14 @@ def warp_table(
 
     Source: fixed point of q + d(q) = r, d averaged over the column.
     """
-    size = np.broadcast_to(np.asarray(pixel_size, dtype=float), 2)[:, None]
-    mean = _mean_field(np.asarray(d, dtype=np.float32), column_nm / size[:, 0])
-    r = table[["y_nm", "x_nm"]].to_numpy(dtype=float).T - rim * size
+    size = np.broadcast_to(np.asarray(pixel_size, dtype=float), 2)
+    field = np.asarray(d, dtype=np.float32)
+    mean = _mean_field(field, column_nm / size)
+    in_input = table[["y_nm", "x_nm"]].to_numpy(dtype=float)
+    r = (in_input - rim * size).T
     q = r
     for _ in range(4):
-        y, x = q / size  # px
+        y, x = q / size[:, None]  # px
         q = r - _look_up(mean, y[None], x[None])[:, 0]
-    return table.assign(y_nm=q[0], x_nm=q[1])
+    y_nm, x_nm = q
+    return table.assign(y_nm=y_nm, x_nm=x_nm)

@@ -14,6 +14,12 @@ from scipy import fft, ndimage, signal
 from ..core import InputError, as_rng
 
 # %% ../../nbs/30_sem.image.ipynb #4a6ad9d1
+def _frequencies(shape):
+    "Frequencies of fft.rfft2, 1/px: along y (H, 1), along x (W // 2 + 1,)."
+    height, width = shape
+    return fft.fftfreq(height)[:, None], fft.rfftfreq(width)
+
+
 def texture(
     shape,  # (H, W), px
     length_px,  # correlation length, px
@@ -22,18 +28,20 @@ def texture(
 ) -> np.ndarray:  # (H, W) float32 of mean 0 and standard deviation 1
     """Gaussian random surface with the power spectrum of a rough film.
     Source: P(q) = (1 + (2 pi q L)^2)^(-slope / 2)."""
+    height, width = shape
     size = tuple(fft.next_fast_len(n, real=True) for n in shape)
     white = as_rng(rng).standard_normal(size, dtype=np.float32)
     spectrum = fft.rfft2(white)
-    qy, qx = fft.fftfreq(size[0])[:, None], fft.rfftfreq(size[1])
+    qy, qx = _frequencies(size)
     q2 = qy**2 + qx**2
     if slope is None:  # a band of frequencies about q = 1 / L
-        amplitude = np.exp(-((np.sqrt(q2) * length_px - 1) ** 2) / 0.35)
+        off_band = np.sqrt(q2) * length_px - 1
+        amplitude = np.exp(-(off_band**2) / 0.35)
     else:  # the root of P(q)
         amplitude = (1 + (2 * np.pi * length_px) ** 2 * q2) ** (-slope / 4)
     spectrum *= amplitude.astype(np.float32)
     spectrum[0, 0] = 0
-    surface = fft.irfft2(spectrum, size)[: shape[0], : shape[1]]
+    surface = fft.irfft2(spectrum, size)[:height, :width]
     return (surface - surface.mean()) / max(float(surface.std()), 1e-9)
 
 # %% ../../nbs/30_sem.image.ipynb #90eb448e
@@ -44,18 +52,22 @@ def blur(
     astig_deg=0.0,  # direction of the long axis, degrees from +x towards +y
 ) -> np.ndarray:  # (H, W) float32, periodic
     "Blur by an astigmatic Gaussian probe."
+    image = np.asarray(image, np.float32)
     if not sigma_px:
-        return np.asarray(image, np.float32)
-    spectrum = fft.rfft2(np.asarray(image, np.float32))
-    qy, qx = fft.fftfreq(image.shape[0])[:, None], fft.rfftfreq(image.shape[1])
-    cos, sin = np.cos(np.radians(astig_deg)), np.sin(np.radians(astig_deg))
+        return image
     sigma_long = sigma_px * np.sqrt(astigmatism)
     sigma_short = sigma_px / np.sqrt(astigmatism)
+    # frequencies along the axes of the probe
+    direction = np.radians(astig_deg)
+    cos, sin = np.cos(direction), np.sin(direction)
+    qy, qx = _frequencies(image.shape)
     q_long = cos * qx + sin * qy
     q_short = cos * qy - sin * qx
     # the transform of a Gaussian is exp(-2 pi^2 sigma^2 q^2)
     sigma_q2 = (sigma_long * q_long) ** 2 + (sigma_short * q_short) ** 2
-    spectrum *= np.exp(-2 * np.pi**2 * sigma_q2).astype(np.float32)
+    transfer = np.exp(-2 * np.pi**2 * sigma_q2)
+    spectrum = fft.rfft2(image)
+    spectrum *= transfer.astype(np.float32)
     return fft.irfft2(spectrum, image.shape)
 
 # %% ../../nbs/30_sem.image.ipynb #07a7a70b
@@ -79,9 +91,10 @@ def _binned(image, step):
 def _interpolated(coarse, step, shape):
     "Linear interpolation of blocks back to pixels."
     y, x = ((np.arange(n) + 0.5) / step - 0.5 for n in shape)  # of pixels, in blocks
-    last = coarse.shape[1] - 1
-    places = np.meshgrid(y, np.arange(last + 1), indexing="ij")
+    n_columns = coarse.shape[1]
+    places = np.meshgrid(y, np.arange(n_columns), indexing="ij")
     tall = ndimage.map_coordinates(coarse, places, order=1, mode="nearest")
+    last = n_columns - 1
     x = np.clip(x, 0, last)
     left = np.minimum(x.astype(int), max(last - 1, 0))
     right = np.minimum(left + 1, last)
@@ -89,6 +102,12 @@ def _interpolated(coarse, step, shape):
     return tall[:, left] * (1 - part) + tall[:, right] * part
 
 # %% ../../nbs/30_sem.image.ipynb #babb2a14
+def _direction(deg):
+    "Unit vector y, x of a direction in degrees from +x towards +y."
+    angle = np.radians(deg)
+    return np.sin(angle), np.cos(angle)
+
+
 def secondary_electrons(
     seen,  # Seen (microgen.sem.solid): what each pixel sees of the particles
     tone,  # (n,) signal of a flat piece of each particle; 1 is white
@@ -101,13 +120,14 @@ def secondary_electrons(
     """Signal of secondary electrons.
     Source: tone (1 + edge (1/cos - 1)) (1 + shade n.u), thinner than the escape depth: mixed with the support, 1 - exp(-t/lambda)."""
     f = seen.fragments
-    detector = np.radians(scene.shade_deg)  # its direction
-    towards = f.slope_x * np.cos(detector) + f.slope_y * np.sin(detector)
+    detector_y, detector_x = _direction(scene.shade_deg)
+    towards = f.slope_x * detector_x + f.slope_y * detector_y  # n.u
     slope = 1 + scene.edge * (np.minimum(f.rim, 5) - 1)
     shade = np.maximum(1 + scene.shade * towards, 0.1)
     bulk = tone[f.owner] * slope * shade
     below = support.ravel()[f.pixel]
-    added = (bulk - below) * -np.expm1(-f.thick / scene.escape_nm)
+    of_particle = -np.expm1(-f.thick / scene.escape_nm)  # 1 - exp(-t / lambda)
+    added = (bulk - below) * of_particle
 
     def of_pixels(values):
         "Sum over the fragments that each pixel sees."
@@ -116,7 +136,8 @@ def secondary_electrons(
 
     image = support + of_pixels(added)
     if scene.shadow:
-        height = surface * seen.through.reshape(support.shape) + of_pixels(f.top)
+        bare = surface * seen.through.reshape(support.shape)
+        height = bare + of_pixels(f.top)
         image *= _shadow(height, scene, pixel_nm)
     if scene.glow:
         reach = max(scene.glow_nm / pixel_nm, 1.0)
@@ -129,8 +150,8 @@ def _shadow(height, scene, pixel_nm):
     reach = max(scene.shadow_nm / pixel_nm, 1.0)  # px
     around = _wide_blur(height, reach)
     if scene.shade:
-        detector = np.radians(scene.shade_deg)
-        away = -reach * scene.shade * np.array([np.sin(detector), np.cos(detector)])
+        towards = np.array(_direction(scene.shade_deg))
+        away = -reach * scene.shade * towards
         around = ndimage.shift(around, away, order=1, mode="nearest")
     depth = np.maximum(around - height / 2, 0)  # nm
     return np.exp(-scene.shadow * depth / scene.shadow_nm)
@@ -145,11 +166,12 @@ def charge(
     "Add the exponential tails that bright, charging objects leave along the scan, from line to line."
     if not amount:
         return image
-    bright = np.maximum(image - base, 0).ravel()
+    bright = np.maximum(image - base, 0)
     keep = np.exp(-1 / length_px)  # from pixel to pixel
     # tail(k) = keep tail(k - 1) + (1 - keep) bright(k - 1)
-    tail = signal.lfilter([0, 1 - keep], [1, -keep], bright).reshape(image.shape)
-    return (image + amount * tail).astype(np.float32)
+    tail = signal.lfilter([0, 1 - keep], [1, -keep], bright.ravel())
+    charged = image + amount * tail.reshape(image.shape)
+    return charged.astype(np.float32)
 
 # %% ../../nbs/30_sem.image.ipynb #6b3a447b
 def transmitted(
@@ -164,19 +186,22 @@ def transmitted(
     f = seen.fragments
     in_support = support_nm / scene.support_mfp_nm  # t / L
     per_pixel = f.cover * f.thick * strength[f.owner] / scene.particle_mfp_nm
-    in_particles = np.bincount(f.pixel, per_pixel, support_nm.size).reshape(support_nm.shape)
-    sum_t = in_support + in_particles
+    in_particles = np.bincount(f.pixel, per_pixel, support_nm.size)
+    sum_t = in_support + in_particles.reshape(support_nm.shape)
 
     # what a fragment takes from, or scatters out of, the beam that the support leaves
     beam = np.exp(-in_support.ravel()[f.pixel])
-    scattered = beam * -np.expm1(-f.thick * strength[f.owner] / scene.particle_mfp_nm)
+    in_fragment = f.thick * strength[f.owner] / scene.particle_mfp_nm
+    scattered = beam * -np.expm1(-in_fragment)
     if scene.mode == "haadf":
         image, added = -np.expm1(-sum_t), scattered
-        level = scene.particle_level / max(np.percentile(image, 99.8), 1e-9)
+        brightest = np.percentile(image, 99.8)
+        level = scene.particle_level / max(brightest, 1e-9)
     else:
         image, added = np.exp(-sum_t), -scattered
         level = scene.particle_level
-    return (level * image + scene.support_level).astype(np.float32), level * added
+    shown = level * image + scene.support_level
+    return shown.astype(np.float32), level * added
 
 # %% ../../nbs/30_sem.image.ipynb #3bc239f9
 def count_electrons(
@@ -229,14 +254,19 @@ class _Caption(NamedTuple):
 def _caption(shape, pixel_nm, rng):
     "A scale bar of a round length, and the settings of some microscope."
     height, width = shape
+    fov_nm = width * pixel_nm
     nm = _round_length(rng.uniform(0.15, 0.3) * width * pixel_nm)
-    height_px = max(round(height * rng.uniform(0.055, 0.085)), 14)
+    height_px = round(height * rng.uniform(0.055, 0.085))
     kV = rng.choice([1, 2, 3, 5, 10, 15, 20])
     working_mm = rng.uniform(2, 12)
-    magnification = 127e6 / (pixel_nm * width)  # on a Polaroid of 127 mm
+    magnification = 127e6 / fov_nm  # on a Polaroid of 127 mm
     words = f"{kV:.1f} kV   WD {working_mm:.1f} mm   {magnification / 1000:.1f} kx   SE"
-    length = f"{nm / 1000:g} µm" if nm >= 1000 else f"{nm:g} nm"
-    return _Caption(nm / pixel_nm, length, words, height_px)
+    return _Caption(
+        length_px=nm / pixel_nm,
+        length=f"{nm / 1000:g} µm" if nm >= 1000 else f"{nm:g} nm",
+        words=words,
+        height_px=max(height_px, 14),
+    )
 
 
 def _round_length(length):
@@ -272,21 +302,28 @@ def _font(size):
 
 def _information_bar(sheet, caption, back, front):
     "A bar over the whole width below the image: scale bar on the left, words on the right."
-    pen, height, width, bar = sheet.pen, sheet.height, sheet.width, caption.height_px
+    pen, height, width = sheet.pen, sheet.height, sheet.width
+    bar = caption.height_px
     box = (0, height - bar, width, height)
     pen.rectangle(box, fill=back)
     sheet.mark(box)
+
+    # the length, and a scale bar with a stroke at each end
     middle = height - bar / 2
-    font, thick = _font(0.45 * bar), max(bar // 12, 2)
+    font = _font(0.45 * bar)
     pen.text((0.02 * width, middle), caption.length, fill=front, font=font, anchor="lm")
     left = 0.04 * width + pen.textlength(caption.length, font=font)
     right = left + caption.length_px
+    thick = max(bar // 12, 2)
     pen.line((left, middle, right, middle), fill=front, width=thick)
+    low, high = height - 0.7 * bar, height - 0.3 * bar
     for end in (left, right):
-        pen.line((end, height - 0.7 * bar, end, height - 0.3 * bar), fill=front, width=thick)
-    if right < 0.5 * width:  # there is room for more
-        at, font = (0.97 * width, middle), _font(0.4 * bar)
-        pen.text(at, caption.words, fill=front, font=font, anchor="rm")
+        pen.line((end, low, end, high), fill=front, width=thick)
+
+    there_is_room = right < 0.5 * width
+    if there_is_room:
+        at = (0.97 * width, middle)
+        pen.text(at, caption.words, fill=front, font=_font(0.4 * bar), anchor="rm")
 
 
 def _line(sheet, caption):
@@ -294,36 +331,46 @@ def _line(sheet, caption):
     pen, bar = sheet.pen, caption.height_px
     right, bottom = 0.96 * sheet.width, 0.96 * sheet.height
     left = right - caption.length_px
-    at, font = (right - caption.length_px / 2, bottom - 0.25 * bar), _font(0.6 * bar)
+    middle = right - caption.length_px / 2
+    at = (middle, bottom - 0.25 * bar)
+    font = _font(0.6 * bar)
     pen.text(at, caption.length, fill=255, font=font, anchor="mb")
+    sheet.mark(pen.textbbox(at, caption.length, font=font, anchor="mb"))
     line = (left, bottom - 0.15 * bar, right, bottom)
     pen.rectangle(line, fill=255)
     sheet.mark(line)
-    sheet.mark(pen.textbbox(at, caption.length, font=font, anchor="mb"))
 
 
 def _ticks(sheet, caption):
     "A scale bar of eleven dots inside the image, with a line of words."
-    pen, bar, font = sheet.pen, caption.height_px, _font(0.5 * caption.height_px)
+    pen, bar = sheet.pen, caption.height_px
     right, bottom = 0.96 * sheet.width, 0.96 * sheet.height
     left = right - caption.length_px
+    upper, lower = bottom - 0.25 * bar, bottom - 0.1 * bar
     for x in np.linspace(left, right, 11):
-        pen.rectangle((x - 1, bottom - 0.25 * bar, x + 1, bottom - 0.1 * bar), fill=255)
-    sheet.mark((left - 2, bottom - 0.3 * bar, right + 3, bottom - 0.05 * bar))
-    edge = 0.01 * sheet.width
-    for x, text, anchor in ((right, caption.length, "rt"), (edge, caption.words, "lt")):
-        pen.text((x, bottom), text, fill=255, font=font, anchor=anchor)
-        sheet.mark(pen.textbbox((x, bottom), text, font=font, anchor=anchor))
+        pen.rectangle((x - 1, upper, x + 1, lower), fill=255)
+    around = (left - 2, bottom - 0.3 * bar, right + 3, bottom - 0.05 * bar)
+    sheet.mark(around)
+
+    font = _font(0.5 * bar)
+    at_right = ((right, bottom), caption.length, "rt")
+    at_left = ((0.01 * sheet.width, bottom), caption.words, "lt")
+    for at, text, anchor in (at_right, at_left):
+        pen.text(at, text, fill=255, font=font, anchor=anchor)
+        sheet.mark(pen.textbbox(at, text, font=font, anchor=anchor))
 
 
 def _figure_letter(sheet, letter, rng):
     "A black or white letter in the upper left corner, with or without a box behind it."
-    pen, margin_y, margin_x = sheet.pen, 0.02 * sheet.height, 0.02 * sheet.width
-    at, font = (margin_x, margin_y), _font(0.1 * sheet.height)
+    pen = sheet.pen
+    margin_y, margin_x = 0.02 * sheet.height, 0.02 * sheet.width
+    at = (margin_x, margin_y)
+    font = _font(0.1 * sheet.height)
     _, _, right, bottom = pen.textbbox(at, letter, font=font)
     box = (0, 0, right + margin_x, bottom + margin_y)
     grey = int(rng.choice([0, 255]))
-    if rng.random() < 0.5:
+    has_box = rng.random() < 0.5
+    if has_box:
         pen.rectangle(box, fill=255 - grey)
     sheet.mark(box)
     pen.text(at, letter, fill=grey, font=font)

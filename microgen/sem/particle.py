@@ -127,15 +127,18 @@ def _axes(n, aspect, rng):
 def _enlarged(bodies, factor):
     "The same bodies, each particle larger by its factor (n,)."
     own = factor[bodies.owner]
-    larger = bodies._replace(center=bodies.center * own[:, None], reach=bodies.reach * own)
+    center = bodies.center * own[:, None]
+    larger = bodies._replace(center=center, reach=bodies.reach * own)
     if isinstance(bodies, Ellipsoids):
+        # x A x <= 1 holds for x larger by the factor when A is smaller by its square
         return larger._replace(matrix=bodies.matrix / own[:, None, None] ** 2)
     return larger._replace(distance=bodies.distance * own[:, None])
 
 
 def _of_diameter(bodies, d_nm):
     "The same bodies, enlarged until each silhouette has the area of a circle of diameter d."
-    return _enlarged(bodies, d_nm / silhouettes([bodies], len(d_nm)).diameter)
+    size = silhouettes([bodies], len(d_nm))
+    return _enlarged(bodies, d_nm / size.diameter)
 
 # %% ../../nbs/29_sem.particle.ipynb #533babbb
 def _ellipsoids(d_nm, aspect, tilt_deg, rng):
@@ -143,23 +146,32 @@ def _ellipsoids(d_nm, aspect, tilt_deg, rng):
     n = len(d_nm)
     turn = _rotations(n, rng, tilt_deg)
     semi_axes = _axes(n, aspect, rng)
+    # A = R diag(1 / a²) R^T
     A = np.einsum("nij,nj,nkj->nik", turn, semi_axes**-2, turn)
-    # radius of the circle of the silhouette's area
+    # a silhouette w S w <= 1 has the area pi / sqrt(det S): radius of the circle with this area
     radius = np.linalg.det(silhouette_ellipse(A)) ** -0.25
-    bodies = Ellipsoids(np.arange(n), np.zeros((n, 3)), semi_axes.max(1), A)
+    bodies = Ellipsoids(
+        owner=np.arange(n),
+        center=np.zeros((n, 3)),
+        reach=semi_axes.max(1),
+        matrix=A,
+    )
     return _enlarged(bodies, d_nm / 2 / radius)
 
 # %% ../../nbs/29_sem.particle.ipynb #4f01ec61
 def _faces(kind, n, rng):
     "Normals (n, f, 3) and distances (n, f) of unit solids."
     cube = np.concatenate([np.eye(3), -np.eye(3)])  # {100}
+    to_cube = np.ones((n, 6))
     if kind == "cube":
-        return np.broadcast_to(cube, (n, 6, 3)), np.ones((n, 6))
-    corners = np.stack(np.meshgrid([-1, 1], [-1, 1], [-1, 1]), -1).reshape(8, 3)
+        return np.broadcast_to(cube, (n, 6, 3)), to_cube
+    signs = (-1, 1)
+    corners = np.stack(np.meshgrid(signs, signs, signs), -1).reshape(8, 3)
     corners = corners / np.sqrt(3)  # {111}
-    normals = np.concatenate([cube, corners])
     ratio = rng.uniform(0.85, 1.2, (n, 1))  # surface energy of {111} over {100}
-    distance = np.concatenate([np.ones((n, 6)), ratio * np.ones(8)], axis=1)
+    to_corners = ratio * np.ones(8)
+    normals = np.concatenate([cube, corners])
+    distance = np.concatenate([to_cube, to_corners], axis=1)
     return np.broadcast_to(normals, (n, 14, 3)), distance
 
 
@@ -167,22 +179,27 @@ def _polyhedra(d_nm, kind, aspect, tilt_deg, rng):
     "Cubes that lie flat within a tilt, or faceted crystals turned in any way."
     n = len(d_nm)
     normals, distance = _faces(kind, n, rng)
-    normals = normals / _axes(n, aspect, rng)[:, None]  # stretch along the edges
+    # stretched along the edges: n x = h becomes (n / a) x = h, with normals of unit length again
+    normals = normals / _axes(n, aspect, rng)[:, None]
     length = np.linalg.norm(normals, axis=-1)
-    distance = distance / length
     normals = normals / length[..., None]
+    distance = distance / length
     turn = _rotations(n, rng, tilt_deg if kind == "cube" else None)
     normals = np.einsum("nij,nfj->nfi", turn, normals)
     surely_holds = np.sqrt(3) * aspect * np.ones(n)
-    bodies = Polyhedra(np.arange(n), np.zeros((n, 3)), surely_holds, normals, distance)
-    bodies = bodies._replace(reach=silhouettes([bodies], n, beams=24).reach)
-    return _of_diameter(bodies, d_nm)
+    bodies = Polyhedra(
+        owner=np.arange(n),
+        center=np.zeros((n, 3)),
+        reach=surely_holds,
+        normals=normals,
+        distance=distance,
+    )
+    measured = silhouettes([bodies], n, beams=24)
+    return _of_diameter(bodies._replace(reach=measured.reach), d_nm)
 
 # %% ../../nbs/29_sem.particle.ipynb #a0093a14
-def _agglomerates(d_nm, spheres, rng):
-    "Agglomerates of half to all of that number of spheres, with the middle of their box at the centre."
-    n, most = len(d_nm), max(int(spheres), 2)
-    n_spheres = rng.integers(max(most // 2, 2), most + 1, n)
+def _grown_spheres(n, most, rng):
+    "Centres (n, most, 3) and radii (n, most) of n chains and heaps of spheres: each new one sits on one that is there."
     radius = np.exp(0.15 * rng.standard_normal((n, most)))
     center = np.zeros((n, most, 3))
     particle = np.arange(n)
@@ -192,19 +209,51 @@ def _agglomerates(d_nm, spheres, rng):
         direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
         apart = 0.85 * (radius[particle, parent] + radius[:, new])
         center[:, new] = center[particle, parent] + apart[:, None] * direction
-    exists = np.arange(most) < n_spheres[:, None]
-    there, half = exists[..., None], radius[..., None]
+    return center, radius
+
+
+def _middle_of_box(center, radius, exists):
+    "Middle (n, 3) of the box about the spheres that exist."
+    there = exists[..., None]
+    half = radius[..., None]
     low = np.where(there, center - half, np.inf).min(1)
     high = np.where(there, center + half, -np.inf).max(1)
-    middle = (low + high) / 2
-    center = (center - middle[:, None])[exists]
+    return (low + high) / 2
+
+
+def _agglomerates(d_nm, spheres, rng):
+    "Agglomerates of half to all of that number of spheres, with the middle of their box at the centre."
+    n = len(d_nm)
+    most = max(int(spheres), 2)
+    least = max(most // 2, 2)
+    n_spheres = rng.integers(least, most + 1, n)
+    center, radius = _grown_spheres(n, most, rng)
+    exists = np.arange(most) < n_spheres[:, None]
+    center = center - _middle_of_box(center, radius, exists)[:, None]
     radius = radius[exists]
-    owner = np.nonzero(exists)[0]
-    matrix = np.eye(3) / radius[:, None, None] ** 2
-    return _of_diameter(Ellipsoids(owner, center, radius, matrix), d_nm)
+    bodies = Ellipsoids(
+        owner=np.nonzero(exists)[0],
+        center=center[exists],
+        reach=radius,
+        matrix=np.eye(3) / radius[:, None, None] ** 2,
+    )
+    return _of_diameter(bodies, d_nm)
 
 # %% ../../nbs/29_sem.particle.ipynb #0e6b09b9
 SHAPES = ("sphere", "ellipsoid", "cube", "faceted", "agglomerate")
+
+
+def _bodies_of(name, d_nm, aspect, tilt_deg, spheres, rng):
+    "Bodies of one shape."
+    if name == "sphere":
+        return _ellipsoids(d_nm, 1.0, tilt_deg, rng)
+    if name == "ellipsoid":
+        return _ellipsoids(d_nm, aspect, tilt_deg, rng)
+    if name == "cube":
+        return _polyhedra(d_nm, "cube", aspect, tilt_deg, rng)
+    if name == "faceted":
+        return _polyhedra(d_nm, "faceted", 1.0, tilt_deg, rng)
+    return _agglomerates(d_nm, spheres, rng)
 
 
 def make_bodies(
@@ -217,7 +266,8 @@ def make_bodies(
 ) -> tuple:  # list of Ellipsoids and Polyhedra; (n,) names of the shapes
     """Give every particle a body whose silhouette has the area of a circle of its diameter.
     Raises: InputError for an unknown shape."""
-    d_nm, rng = np.asarray(d_nm, float), as_rng(rng)
+    d_nm = np.asarray(d_nm, float)
+    rng = as_rng(rng)
     pairs = ((shape, 1.0),) if isinstance(shape, str) else shape
     names = [name for name, _ in pairs]
     shares = np.array([share for _, share in pairs], float)
@@ -230,17 +280,9 @@ def make_bodies(
     bodies = []
     for i, name in enumerate(names):
         mine = np.flatnonzero(which == i)
-        if not len(mine):
-            continue
-        if name == "sphere":
-            made = _ellipsoids(d_nm[mine], 1.0, tilt_deg, rng)
-        elif name == "ellipsoid":
-            made = _ellipsoids(d_nm[mine], aspect, tilt_deg, rng)
-        elif name == "agglomerate":
-            made = _agglomerates(d_nm[mine], spheres, rng)
-        else:
-            made = _polyhedra(d_nm[mine], name, aspect if name == "cube" else 1.0, tilt_deg, rng)
-        bodies.append(made._replace(owner=mine[made.owner]))
+        if len(mine):
+            made = _bodies_of(name, d_nm[mine], aspect, tilt_deg, spheres, rng)
+            bodies.append(made._replace(owner=mine[made.owner]))
     return bodies, np.array(names, object)[which]
 
 # %% ../../nbs/29_sem.particle.ipynb #f1ff6d54
@@ -266,28 +308,33 @@ def _near_pairs(field, which):
     size_class = np.floor(np.log2(radius / radius.min())).astype(int)
     pairs = [np.zeros((2, 0), int)]
     for c in np.unique(size_class):
-        large, no_larger = which[size_class == c], which[size_class <= c]
+        large = which[size_class == c]
+        no_larger = which[size_class <= c]
         reach = 2 * (1 - field.overlap) * field.radius[large].max()
         tree = spatial.cKDTree(field.at[large])
         others = spatial.cKDTree(field.at[no_larger])
         near = tree.sparse_distance_matrix(others, reach, output_type="ndarray")
-        pairs.append(np.stack([large[near["i"]], no_larger[near["j"]]]))
+        i, j = large[near["i"]], no_larger[near["j"]]
+        pairs.append(np.stack([i, j]))
     return np.concatenate(pairs, axis=1)
 
 
 def _near_few(field, pending, which):
     "Pairs of few pending particles with any that may touch them."
-    radius = field.radius
-    reach = (1 - field.overlap) * (radius[pending] + radius[which].max())
-    near = spatial.cKDTree(field.at[which]).query_ball_point(field.at[pending], reach)
-    i = np.repeat(pending, [len(found) for found in near])
+    largest = field.radius[which].max()
+    reach = (1 - field.overlap) * (field.radius[pending] + largest)
+    tree = spatial.cKDTree(field.at[which])
+    near = tree.query_ball_point(field.at[pending], reach)
+    n_near = [len(found) for found in near]
+    i = np.repeat(pending, n_near)
     j = which[np.concatenate(near).astype(int)]
     return i, j
 
 
 def _collisions(field, pending):
     "Pairs of particles, one of them pending, that are nearer than allowed: two index arrays."
-    which = np.concatenate([np.flatnonzero(field.placed), pending])
+    placed = np.flatnonzero(field.placed)
+    which = np.concatenate([placed, pending])
     if field.overlap >= 1 or len(which) < 2:
         return np.zeros((2, 0), int)
     if len(pending) > len(which) / 8:
@@ -306,17 +353,21 @@ def _settle(field, which, propose, rounds=40):
     for _ in range(rounds):
         if not len(pending):
             break
-        at = field.at[pending] = propose(pending)
+        at = propose(pending)
+        field.at[pending] = at
         free = ((at >= 0) & (at <= field.fov)).all(1)
         if field.allowed is not None:
             free &= field.allowed(at)
-        order = np.full(len(field.at), -1)  # placed particles come first
-        order[pending] = np.arange(len(pending))
         again = np.zeros(len(field.at), bool)
         again[pending] = ~free
+        # of two that collide the later one tries again; placed particles came before all
+        order = np.full(len(field.at), -1)
+        order[pending] = np.arange(len(pending))
         i, j = _collisions(field, pending)
-        again[np.where(order[i] > order[j], i, j)] = True
-        field.placed[pending[~again[pending]]] = True
+        later = np.where(order[i] > order[j], i, j)
+        again[later] = True
+        settled = pending[~again[pending]]
+        field.placed[settled] = True
         pending = pending[again[pending]]
     field.placed[pending] = True
     return pending
@@ -332,8 +383,34 @@ def _one_of_the_nearest(at, members, first, rng):
     "A member of the cluster among the six nearest of the first, and its distance, nm."
     tree = spatial.cKDTree(at[members])
     distances, nearest = tree.query(at[first], k=min(7, len(members)))
-    row, pick = np.arange(len(first)), rng.integers(1, nearest.shape[1], len(first))
-    return members[nearest[row, pick]], np.maximum(distances[row, pick], 1e-9)
+    n, n_nearest = nearest.shape
+    row = np.arange(n)
+    pick = rng.integers(1, n_nearest, n)  # the nearest of all is the first itself
+    distance = np.maximum(distances[row, pick], 1e-9)
+    return members[nearest[row, pick]], distance
+
+
+def _random_directions(n, rng):
+    "Unit vectors (n, 2) of any direction."
+    angle = rng.uniform(0, 2 * np.pi, n)
+    return np.stack([np.sin(angle), np.cos(angle)], -1)
+
+
+def _third_corner(first, second, gap, to_first, to_second, rng):
+    "Third corners (n, 2) of triangles with two corners and three sides given, on either side; and whether they exist."
+    # its height stands on the line from the first to the second at (c² + a² - b²) / 2 c
+    foot = (gap**2 + to_first**2 - to_second**2) / (2 * gap)
+    height2 = to_first**2 - foot**2
+    height = np.sqrt(np.maximum(height2, 0))
+    side = np.where(rng.random(len(gap)) < 0.5, 1, -1)
+    across = height * side
+    line = (second - first) / gap[:, None]
+    line_y, line_x = line.T
+    normal = np.stack([-line_x, line_y], -1)
+    corner = first + foot[:, None] * line
+    corner = corner + across[:, None] * normal
+    exists = np.abs(foot) <= to_first
+    return corner, exists
 
 
 def _in_contact(field, which, members, packing, rng):
@@ -341,27 +418,35 @@ def _in_contact(field, which, members, packing, rng):
     n, at = len(which), field.at
     first = members[rng.integers(0, len(members), n)]
     to_first = _contact_distance(field, which, first, rng)
-    angle = rng.uniform(0, 2 * np.pi, n)
-    direction = np.stack([np.sin(angle), np.cos(angle)], -1)
+    direction = _random_directions(n, rng)
     beside_one = at[first] + to_first[:, None] * direction
     if not packing or len(members) < 2:
         return beside_one
 
-    # the triangle of three centres: along and across the line from the first to the second
     second, gap = _one_of_the_nearest(at, members, first, rng)
     to_second = _contact_distance(field, which, second, rng)
-    along = (gap**2 + to_first**2 - to_second**2) / (2 * gap)
-    side = np.where(rng.random(n) < 0.5, 1, -1)
-    across = np.sqrt(np.maximum(to_first**2 - along**2, 0)) * side
-    line = (at[second] - at[first]) / gap[:, None]
-    normal = np.stack([-line[:, 1], line[:, 0]], -1)
-    beside_two = at[first] + along[:, None] * line + across[:, None] * normal
-
-    reaches_both = np.abs(along) <= to_first
-    packed = reaches_both & (rng.random(n) < packing)
+    beside_two, exists = _third_corner(at[first], at[second], gap, to_first, to_second, rng)
+    packed = exists & (rng.random(n) < packing)
     return np.where(packed[:, None], beside_two, beside_one)
 
 # %% ../../nbs/29_sem.particle.ipynb #8a443fcf
+def _grow_clusters(field, nuclei, joining, packing, anywhere, rng):
+    "Place the joining particles at clusters about nuclei; those without a free place lie anywhere."
+    members = nuclei
+    n_new = max(len(nuclei), 1)  # at first each nucleus gets one neighbour
+    while len(joining):
+        new, joining = joining[:n_new], joining[n_new:]
+
+        def in_contact(which, members=members):
+            return _in_contact(field, which, members, packing, rng)
+
+        left = _settle(field, new, in_contact)
+        _settle(field, left, anywhere)
+        n_new = 1 + len(members) // 2  # then clusters grow by half of what they have
+        joined = np.setdiff1d(new, left)
+        members = np.concatenate([members, joined])
+
+
 def scatter(
     d_nm,  # (n,) diameters, nm
     fov,  # (height, width) of the field in which centres lie, nm
@@ -378,7 +463,7 @@ def scatter(
     field = _Field(radius, np.asarray(fov, float), overlap, allowed)
     n = len(radius)
     clustered = np.flatnonzero(rng.random(n) < clustering)
-    n_clusters = min(len(clustered), int(np.ceil(len(clustered) / max(cluster_size, 1))))
+    n_clusters = int(np.ceil(len(clustered) / max(cluster_size, 1)))
     nuclei, joining = clustered[:n_clusters], clustered[n_clusters:]
 
     def anywhere(which):
@@ -387,17 +472,5 @@ def scatter(
     alone = np.setdiff1d(np.arange(n), joining)
     large_first = np.argsort(-radius[alone])
     _settle(field, alone[large_first], anywhere)
-
-    # clusters grow by half of what they have: at first each nucleus gets one neighbour
-    members, n_new = nuclei, max(len(nuclei), 1)
-    while len(joining):
-        new, joining = joining[:n_new], joining[n_new:]
-
-        def in_contact(which, members=members):
-            return _in_contact(field, which, members, packing, rng)
-
-        left = _settle(field, new, in_contact)
-        _settle(field, left, anywhere)
-        n_new = 1 + len(members) // 2
-        members = np.concatenate([members, np.setdiff1d(new, left)])
+    _grow_clusters(field, nuclei, joining, packing, anywhere, rng)
     return field.at

@@ -6,14 +6,13 @@
 __all__ = ['PRESETS', 'Scene', 'scene_preset', 'as_scene']
 
 # %% ../../nbs/31_sem.preset.ipynb #dd5c9da3
-import json
-from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass
 from math import inf
 
-from ..core import InputError, as_rng
+from ..core import InputError
 from .image import BARS
 from .particle import FAMILIES, SHAPES, DiameterLaw
+from ..settings import Settings, as_settings, at_share, named
 
 # %% ../../nbs/31_sem.preset.ipynb #916b0022
 _WORDS = {
@@ -154,24 +153,19 @@ _LOGARITHMIC = {
 _LETTERS = ("", "", "a", "(b)", "c)")
 
 
-def _at_share(name, value, share):
-    "The value at this share of a range."
+def _sampled(name, value, share):
+    "The value at this share of a range; in the logarithm for sizes, densities and electrons."
     if name == "bar" and value == "random":
         return BARS[int(share * len(BARS))]
     if name == "letter" and value == "random":
         return _LETTERS[int(share * len(_LETTERS))]
-    if not isinstance(value, tuple) or name in ("size", "shape"):
+    if name in ("size", "shape"):  # tuples that are no ranges
         return value
-    low, high = value
-    if name in _LOGARITHMIC and low > 0:
-        return float(low * (high / low) ** share)
-    if name in _WHOLE:
-        return int(low + share * (high + 1 - low))
-    return float(low + share * (high - low))
+    return at_share(value, share, logarithmic=name in _LOGARITHMIC, whole=name in _WHOLE)
 
 # %% ../../nbs/31_sem.preset.ipynb #95803a14
 @dataclass(frozen=True)
-class Scene:
+class Scene(Settings):
     """Particles on a support and how they are imaged; each value a number or a range (low, high).
     Raises: InputError for a value out of its limits."""
 
@@ -243,10 +237,8 @@ class Scene:
     bar: str = "none"  # burnt in: none, black, white, line, ticks, or random
     letter: str = ""  # letter in the corner, such as "(a)", or random
 
-    def __post_init__(self):
-        for setting in fields(self):
-            value = _checked(setting.name, getattr(self, setting.name))
-            object.__setattr__(self, setting.name, value)
+    checked = staticmethod(_checked)
+    sampled = staticmethod(_sampled)
 
     @property
     def frame(self) -> tuple:  # (H, W), px
@@ -260,62 +252,6 @@ class Scene:
             return DiameterLaw(self.law, self.median_nm, self.gsd)
         second = DiameterLaw(self.law, self.second_nm, self.second_gsd)
         return DiameterLaw(self.law, self.median_nm, self.gsd, ((self.second_share, second),))
-
-    def sample(
-        self,
-        rng=None,  # int, Generator or SeedSequence
-    ) -> "Scene":  # numbers only
-        "The values of one image: uniform in each range, or in the logarithm for sizes, densities and electrons."
-        names = [setting.name for setting in fields(self)]
-        shares = as_rng(rng).random(len(names))
-        values = {}
-        for name, share in zip(names, shares):
-            values[name] = _at_share(name, getattr(self, name), share)
-        return replace(self, **values)
-
-    def to_json(self) -> str:  # one JSON object
-        "The settings as JSON."
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(
-        cls,
-        text,  # what to_json wrote, or the dict it stands for
-    ) -> "Scene":  # the same settings
-        """Read settings from JSON.
-        Raises: InputError for what is no JSON object, an unknown setting, or a value out of its limits."""
-        settings = {name: _tuples(value) for name, value in _from_text(text).items()}
-        return _with_settings(cls(), settings)
-
-# %% ../../nbs/31_sem.preset.ipynb #da01da79
-def _with_settings(base, over):
-    "A Scene with some values replaced; an unknown name is an InputError."
-    known = Scene.__dataclass_fields__
-    for name in set(over) - set(known):
-        near = get_close_matches(str(name), known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "see help(Scene)."
-        raise InputError(f"Scene has no setting {name!r}; {hint}")
-    return replace(base, **over)
-
-
-def _from_text(text):
-    "JSON as a dict."
-    try:
-        held = json.loads(text) if isinstance(text, (str, bytes)) else text
-    except ValueError as e:
-        raise InputError(
-            f"These settings of a Scene are no JSON ({e}); give what Scene.to_json() wrote."
-        ) from None
-    if not isinstance(held, dict):
-        raise InputError(
-            f"Settings of a Scene are a JSON object, not a {type(held).__name__}; give what Scene.to_json() wrote."
-        )
-    return held
-
-
-def _tuples(value):
-    "Lists of JSON as the tuples they were."
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 # %% ../../nbs/31_sem.preset.ipynb #c8cd23d1
 _ANY = (0.0, 360.0)
@@ -598,9 +534,7 @@ def scene_preset(
 ) -> Scene:  # ranges and numbers
     """A preset, with settings of your own on top.
     Raises: InputError for an unknown preset or setting."""
-    if not isinstance(name, str) or name not in PRESETS:
-        raise InputError(f"Unknown scene preset {name!r}; use one of {', '.join(PRESETS)}.")
-    return _with_settings(PRESETS[name], over)
+    return named(PRESETS, name, over)
 
 
 def as_scene(
@@ -608,12 +542,4 @@ def as_scene(
 ) -> Scene:  # ranges and numbers
     """A Scene of any of the usual ways to say which.
     Raises: InputError for anything else, an unknown preset or setting."""
-    if isinstance(scene, Scene):
-        return scene
-    if isinstance(scene, str):
-        return scene_preset(scene)
-    if isinstance(scene, dict):
-        return _with_settings(Scene(), scene)
-    raise InputError(
-        f"scene is a {type(scene).__name__}; give a preset's name, a Scene, or a dict of settings."
-    )
+    return as_settings(scene, Scene, PRESETS, argument="scene")

@@ -46,7 +46,8 @@ def _frame(s):
     long_axis = s.probe_nm * np.sqrt(s.astigmatism)
     border = int(np.ceil(4 * long_axis / s.pixel_size)) + 2
     height, width = s.frame
-    return _Frame((height + 2 * border, width + 2 * border), border, s.pixel_size)
+    with_border = (height + 2 * border, width + 2 * border)
+    return _Frame(with_border, border, s.pixel_size)
 
 
 def _value_at(image, at):
@@ -72,9 +73,8 @@ def _film(s, shape):
     return _Support(thick, flat, np.ones(shape, np.float32), None)
 
 
-def _carbon(s, shape, rng):
-    "Carbon black: clusters of spheres."
-    field = np.array(shape) * s.pixel_size
+def _n_carbon(s, field):
+    "How many spheres of carbon cover the share of the field (height, width in nm) that is asked for."
     # of n discs at random a share 1 - exp(-n area / field) is covered; twice as many, since they cluster
     cover = min(s.support_cover, 0.98)
     n = -2 * np.log(1 - cover) * field.prod() / s.support_nm**2
@@ -82,18 +82,25 @@ def _carbon(s, shape, rng):
         raise InputError(
             f"Scene: {n:.0f} spheres of carbon are too many; raise support_nm or lower the field."
         )
-    d_nm = s.support_nm * np.exp(0.35 * rng.standard_normal(max(int(n), 3)))
+    return max(int(n), 3)
+
+
+def _carbon(s, shape, rng):
+    "Carbon black: clusters of spheres."
+    field = np.array(shape) * s.pixel_size
+    n = _n_carbon(s, field)
+    d_nm = s.support_nm * np.exp(0.35 * rng.standard_normal(n))
     at = scatter(
         d_nm,
         field,
         clustering=0.97,
-        cluster_size=max(len(d_nm) / 4, 3),
+        cluster_size=max(n / 4, 3),
         packing=0.2,
         overlap=0.5,
         rng=rng,
     )
     bodies, _ = make_bodies(d_nm, "ellipsoid", aspect=1.3, tilt_deg=90, rng=rng)
-    height = s.support_nm * rng.uniform(0, 2, len(d_nm))
+    height = s.support_nm * rng.uniform(0, 2, n)
     place = np.c_[at / s.pixel_size, height]
     parts = fragments(bodies, place, shape, s.pixel_size, s.escape_nm, beams=1)
     n_pixels = shape[0] * shape[1]
@@ -102,12 +109,18 @@ def _carbon(s, shape, rng):
 
     def of_pixels(values):
         "Sum over the fragments of each pixel."
-        return np.bincount(f.pixel, values, n_pixels).reshape(shape).astype(np.float32)
+        total = np.bincount(f.pixel, values, n_pixels)
+        return total.reshape(shape).astype(np.float32)
 
     thick = of_pixels(f.cover * f.thick)
     bright = of_pixels(seen.weight * (1 + 0.5 * s.edge * (f.rim - 1)))
-    slope = bright + 0.5 * seen.through.reshape(shape)
-    return _Support(thick, of_pixels(seen.weight * f.top), slope, thick > 0)
+    holes = seen.through.reshape(shape)
+    return _Support(
+        thick=thick,
+        surface=of_pixels(seen.weight * f.top),
+        slope=bright + 0.5 * holes,
+        there=thick > 0,
+    )
 
 
 def _powder(s, shape, rng):
@@ -120,12 +133,15 @@ def _powder(s, shape, rng):
 
 def _debris(s, shape, rng):
     "Signal of bright and dark specks."
-    expected = s.debris_um2 * 1e-6 * shape[0] * shape[1] * s.pixel_size**2
-    n = rng.poisson(expected)
-    row, column = (rng.random((n, 2)) * shape).astype(int).T
+    height, width = shape
+    density = s.debris_um2 * 1e-6  # per nm²
+    n = rng.poisson(density * height * width * s.pixel_size**2)
+    at = (rng.random((n, 2)) * shape).astype(int)
+    sign = rng.choice([-1, 1], n)
+    contrast = rng.uniform(1, 6, n)
     specks = np.zeros(shape, np.float32)
-    sign, height = rng.choice([-1, 1], n), rng.uniform(1, 6, n)
-    specks[row, column] = s.support_level * sign * height
+    row, column = at.T
+    specks[row, column] = s.support_level * sign * contrast
     return blur(specks, 0.8)
 
 # %% ../../nbs/32_sem.scene.ipynb #e0e4781f
@@ -162,26 +178,49 @@ class _Particles(NamedTuple):
     depth: np.ndarray  # how far they sank into the support, share of their height
 
 
-def _place_particles(s, frame, support, rng):
-    "Sample particles and put them on the support."
-    number, sizes, shapes, places, sinking = rng.spawn(5)
+class _Field(NamedTuple):
+    "Where particles may lie that touch the image: its field of view and a margin about it."
+
+    size: np.ndarray  # (2,) height and width, nm
+    margin: float  # nm
+
+
+def _wide_field(s):
+    "A margin as wide as most particles reach."
     field = np.array(s.frame) * s.pixel_size
     largest = np.max([distribution.ppf(0.9999) for _, distribution in s.sizes.parts])
     margin = min(0.75 * float(largest), float(field.max()))
-    wide_field = field + 2 * margin
-    density = s.density_um2 * 1e-6 if s.n is None else s.n / field.prod()  # per nm²
-    expected = density * wide_field.prod()
+    return _Field(field + 2 * margin, margin)
+
+
+def _n_particles(s, wide, rng):
+    "How many particles lie in the wide field: random for a density, exact where their mean number is given."
+    if s.n is None:
+        density = s.density_um2 * 1e-6  # per nm²
+    else:
+        field = np.array(s.frame) * s.pixel_size
+        density = s.n / field.prod()
+    expected = density * wide.size.prod()
     if expected > 5e5:
         raise InputError(
             f"Scene: {expected:.0f} particles are too many; lower density_um2 or the field."
         )
-    n = int(number.poisson(expected)) if s.n is None else int(round(expected))
+    if s.n is None:
+        return int(rng.poisson(expected))
+    return int(round(expected))
+
+
+def _place_particles(s, frame, support, rng):
+    "Sample particles and put them on the support."
+    number, sizes, shapes, places, sinking = rng.spawn(5)
+    wide = _wide_field(s)
+    n = _n_particles(s, wide, number)
     d_nm = s.sizes.sample(n, sizes)
     bodies, names = make_bodies(d_nm, s.shape, s.aspect, s.tilt_deg, s.spheres, shapes)
 
     def in_frame(at_nm):
         "Positions of the wide field as pixels of the frame."
-        return (at_nm - margin) / s.pixel_size + frame.border
+        return (at_nm - wide.margin) / s.pixel_size + frame.border
 
     def on_support(at_nm):
         return _value_at(support.there, in_frame(at_nm))
@@ -189,7 +228,7 @@ def _place_particles(s, frame, support, rng):
     somewhere = support.there is not None and support.there.any()
     at_nm = scatter(
         d_nm,
-        wide_field,
+        wide.size,
         clustering=s.clustering,
         cluster_size=s.cluster_size,
         packing=s.packing,
@@ -201,58 +240,89 @@ def _place_particles(s, frame, support, rng):
     size = silhouettes(bodies, n)
     sinks = sinking.random(n) < s.buried
     depth = np.where(sinks, sinking.uniform(0, s.burial, n), 0.0)
-    z = _value_at(support.surface, at) + (0.5 - depth) * size.height
-    return _Particles(d_nm, bodies, names, size, at, z, depth)
+    ground = _value_at(support.surface, at)
+    return _Particles(
+        d_nm=d_nm,
+        bodies=bodies,
+        shapes=names,
+        size=size,
+        at=at,
+        z=ground + (0.5 - depth) * size.height,
+        depth=depth,
+    )
 
 # %% ../../nbs/32_sem.scene.ipynb #8474b7a6
+class _BeamPath(NamedTuple):
+    "How far the beam is off in each line of the frame, arrays (H, 2) along y and x, px."
+
+    drift: np.ndarray  # steady drift
+    lines: np.ndarray  # drift with jitter
+
+
 def _beam_path(s, frame, rng):
-    "How far the beam is off in each line of the frame, px: (H, 2) steady drift, and drift with jitter."
+    "Drift through the frame, and a jitter of each line."
     n_lines = frame.shape[0]
     line = np.arange(n_lines) - frame.border
-    time = line / max(n_lines - 2 * frame.border, 1) - 0.5  # in units of the frame time
-    direction = np.radians(s.drift_deg)
+    n_inner = max(n_lines - 2 * frame.border, 1)
+    time = line / n_inner - 0.5  # in units of the frame time
+    angle = np.radians(s.drift_deg)
+    direction = (np.sin(angle), np.cos(angle))
     drift_px = s.drift_nm / s.pixel_size
-    drift = drift_px * time[:, None] * (np.sin(direction), np.cos(direction))
-    jitter = s.jitter_nm / s.pixel_size * rng.standard_normal((n_lines, 2))
-    return drift, drift + jitter
+    drift = drift_px * time[:, None] * direction
+    jitter_px = s.jitter_nm / s.pixel_size
+    jitter = jitter_px * rng.standard_normal((n_lines, 2))
+    return _BeamPath(drift, drift + jitter)
 
 
 def _appear_at(particles, drift, frame):
     "Where particles appear in the image, px: the drift moves each as it moves the line of its centre."
+    n_lines, _ = frame.shape
     line = np.rint(particles.at[:, 0]).astype(int)
-    line = np.clip(line, 0, frame.shape[0] - 1)
+    line = np.clip(line, 0, n_lines - 1)
     return particles.at - drift[line] - frame.border
 
 
 def _along_lines(image, lines):
     "The image with each line shifted along x as the beam is."
-    x = np.arange(image.shape[1]) + lines[:, 1, None]
-    left = np.clip(np.floor(x), 0, image.shape[1] - 2).astype(int)
+    height, width = image.shape
+    shift = lines[:, 1:]
+    x = np.arange(width) + shift
+    left = np.clip(np.floor(x), 0, width - 2).astype(int)
+    right = left + 1
     part = np.clip(x - left, 0, 1).astype(np.float32)
-    row = np.arange(len(image))[:, None]
-    return image[row, left] * (1 - part) + image[row, left + 1] * part
+    row = np.arange(height)[:, None]
+    at_left = image[row, left]
+    at_right = image[row, right]
+    return at_left * (1 - part) + at_right * part
 
 # %% ../../nbs/32_sem.scene.ipynb #027ffd03
-def _signal(s, frame, seen, base, surface, n, rng):
-    "Signal (H, W) of the image; (m,) what each fragment adds to it before the probe."
-    tone = np.exp(s.tone_spread * rng.standard_normal(n))  # of each particle
-    px = s.pixel_size
-    if s.mode == "se":
-        level = s.particle_level * tone
-        signal, added = secondary_electrons(seen, level, base, surface, s, px)
-    else:
-        signal, added = transmitted(seen, tone, base, s)
+def _films(s, frame, signal, base, rng):
+    "The signal with the phase contrast of an amorphous support and the grain of a coating."
     if s.speckle:  # phase contrast grows as the root of the number of atoms
-        grain = texture(frame.shape, s.speckle_nm / px, None, rng)
+        grain = texture(frame.shape, s.speckle_nm / s.pixel_size, None, rng)
         thickness = np.sqrt(np.clip(base / s.support_nm, 0.2, 2))
         signal = signal * (1 + s.speckle * thickness * grain)
     if s.coating:
-        grain = texture(frame.shape, s.coating_nm / px / 2, 6, rng)
+        grain = texture(frame.shape, s.coating_nm / s.pixel_size / 2, 6, rng)
         signal = signal * (1 + s.coating * grain)
-    signal = blur(signal, s.probe_nm / px, s.astigmatism, s.astig_deg)
+    return signal
+
+
+def _signal(s, frame, seen, base, surface, n, rng):
+    "Signal (H, W) of the image; (m,) what each fragment adds to it before the probe."
+    tone = np.exp(s.tone_spread * rng.standard_normal(n))  # of each particle
+    if s.mode == "se":
+        level = s.particle_level * tone
+        signal, added = secondary_electrons(seen, level, base, surface, s, s.pixel_size)
+    else:
+        signal, added = transmitted(seen, tone, base, s)
+    signal = _films(s, frame, signal, base, rng)
+    signal = blur(signal, s.probe_nm / s.pixel_size, s.astigmatism, s.astig_deg)
     signal = charge(signal, s.support_level, s.charging, s.charging_px)
     signal = frame.inner(signal)
-    return signal * _ramp(s) if s.ramp else signal, added
+    if s.ramp:
+        signal = signal * _ramp(s)
+    return signal, added
 
 
 def _ramp(s):
@@ -260,8 +330,10 @@ def _ramp(s):
     height, width = s.frame
     y = np.linspace(-0.5, 0.5, height, dtype=np.float32)[:, None]
     x = np.linspace(-0.5, 0.5, width, dtype=np.float32)
-    direction = np.radians(s.ramp_deg)
-    along = np.float32(np.sin(direction)) * y + np.float32(np.cos(direction)) * x
+    angle = np.radians(s.ramp_deg)
+    towards_y = np.float32(np.sin(angle))
+    towards_x = np.float32(np.cos(angle))
+    along = towards_y * y + towards_x * x
     return 1 + np.float32(s.ramp) * along
 
 
@@ -288,21 +360,56 @@ def _snr(s, sum_of_squares, size, at, signal):
     return np.sqrt(kept / _value_at(variance, at))
 
 
+def _seen(s, frame, particles, support, lines):
+    "What each pixel sees of the particles."
+    place = np.c_[particles.at, particles.z]
+    parts = fragments(particles.bodies, place, frame.shape, s.pixel_size, s.escape_nm, lines)
+    veil = _veil(s, support.surface)
+    return stack_up(parts, support.surface.size, veil, s.escape_nm)
+
+
+def _detected(s, signal, noise, ink_rng):
+    "What detector and software make of a signal: grey levels (H, W), and where they are burnt in."
+    counted = count_electrons(signal, s.electrons, s.detector, s.noise_px, noise)
+    ink, burnt_in = burn_in(s.frame, s.pixel_size, s.bar, s.letter, ink_rng)
+    shown = _with_ink(counted, ink, burnt_in, s.bar)
+    return grey_levels(shown, s.gamma, s.bits), burnt_in
+
+
+class _Places(NamedTuple):
+    "Where fragments lie in the image, arrays (m,)."
+
+    row: np.ndarray  # px
+    column: np.ndarray  # px
+    within: np.ndarray  # bool: in the image, not in its border
+
+
+def _places(f, s, frame):
+    "Pixels of the frame as pixels of the image."
+    height, width = s.frame
+    _, frame_width = frame.shape
+    row = f.pixel // frame_width - frame.border
+    column = f.pixel % frame_width - frame.border
+    in_y = (row >= 0) & (row < height)
+    in_x = (column >= 0) & (column < width)
+    return _Places(row, column, in_y & in_x)
+
+
 def _truth(s, frame, particles, at, seen, added, signal, burnt_in, labels):
     "One row for each particle that touches the image; `at` is where it appears, px."
     f, size, n = seen.fragments, particles.size, len(particles.d_nm)
-    height, width = s.frame
-    row = f.pixel // frame.shape[1] - frame.border
-    column = f.pixel % frame.shape[1] - frame.border
-    within = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    covered = burnt_in[np.clip(row, 0, height - 1), np.clip(column, 0, width - 1)]
-    free = within & ~covered
+    places = _places(f, s, frame)
+    within = places.within
+    hidden = burnt_in[places.row[within], places.column[within]]
+    free = within.copy()
+    free[within] = ~hidden
 
     def total(values, where=free):
         "Sum over the fragments of each particle."
         return np.bincount(f.owner[where], values[where], n)
 
-    area_px = np.pi / 4 * particles.d_nm**2 / s.pixel_size**2
+    disc_px = np.pi / 4 * particles.d_nm**2 / s.pixel_size**2  # area of the silhouette
+    labelled_px = np.bincount(labels.ravel(), minlength=n + 1)
     # transmitted electrons pass through what lies above
     share = seen.weight if s.mode == "se" else f.cover
     contrast = total(share * added) / np.maximum(total(share), 1e-9)
@@ -318,9 +425,9 @@ def _truth(s, frame, particles, at, seen, added, signal, burnt_in, labels):
             "height_nm": size.height,
             "shape": particles.shapes,
             "buried": particles.depth,
-            "inside": np.clip(total(f.cover, within) / area_px, 0, 1),
-            "visible": np.clip(total(seen.weight) / area_px, 0, 1),
-            "area_px": np.bincount(labels.ravel(), minlength=n + 1)[1 : n + 1],
+            "inside": np.clip(total(f.cover, within) / disc_px, 0, 1),
+            "visible": np.clip(total(seen.weight) / disc_px, 0, 1),
+            "area_px": labelled_px[1 : n + 1],
             "contrast": contrast,
             "snr": _snr(s, total(share * added**2), size, at, signal),
         }
@@ -363,25 +470,25 @@ def simulate_scene(
     particles = _place_particles(s, frame, support, placing)
 
     # what the beam meets
-    drift, lines = _beam_path(s, frame, scanning)
-    if lines.any():
-        base = _along_lines(base, lines)
-    place = np.c_[particles.at, particles.z]
-    parts = fragments(particles.bodies, place, frame.shape, s.pixel_size, s.escape_nm, lines)
-    seen = stack_up(parts, base.size, _veil(s, support.surface), s.escape_nm)
-    n = len(particles.d_nm)
-    signal, added = _signal(s, frame, seen, base, support.surface, n, tones)
-
-    # what the detector and the software make of it
-    grey = count_electrons(signal, s.electrons, s.detector, s.noise_px, noise)
-    ink, burnt_in = burn_in(s.frame, s.pixel_size, s.bar, s.letter, ink_rng)
-    grey = grey_levels(_with_ink(grey, ink, burnt_in, s.bar), s.gamma, s.bits)
+    beam = _beam_path(s, frame, scanning)
+    if beam.lines.any():
+        base = _along_lines(base, beam.lines)
+    seen = _seen(s, frame, particles, support, beam.lines)
+    signal, added = _signal(s, frame, seen, base, support.surface, len(particles.d_nm), tones)
+    grey, burnt_in = _detected(s, signal, noise, ink_rng)
 
     # the truth, where particles appear
-    labels = np.where(burnt_in, 0, frame.inner(label_image(seen, frame.shape)))
-    at = _appear_at(particles, drift, frame)
+    labels = frame.inner(label_image(seen, frame.shape))
+    labels = np.where(burnt_in, 0, labels)
+    at = _appear_at(particles, beam.drift, frame)
     table = _truth(s, frame, particles, at, seen, added, signal, burnt_in, labels)
     labels, table = _numbered(labels, table)
     metadata = {"unit": "grey level" if s.bits else "signal", "scene": asdict(s)}
-    image = Micrograph(grey, s.pixel_size, metadata, "microgen")
-    return SceneImage(image, labels, table, s, burnt_in, signal)
+    return SceneImage(
+        image=Micrograph(grey, s.pixel_size, metadata, "microgen"),
+        labels=labels,
+        table=table,
+        scene=s,
+        burnt_in=burnt_in,
+        clean=signal,
+    )

@@ -46,43 +46,77 @@ def _some(bodies, which):
     return type(bodies)(*(values[which] for values in bodies))
 
 # %% ../../nbs/28_sem.solid.ipynb #c4bb40f8
+class _Entries(NamedTuple):
+    "Entries of matrices A, arrays (n, 1, 1) float32 that broadcast over the beams through each body."
+
+    yy: np.ndarray
+    yx: np.ndarray
+    yz: np.ndarray
+    xy: np.ndarray
+    xx: np.ndarray
+    xz: np.ndarray
+    zz: np.ndarray
+
+
+def _entries(matrix):
+    "Entries of (n, 3, 3) symmetric matrices."
+    A = np.asarray(matrix, np.float32)[..., None, None]
+    return _Entries(
+        yy=A[:, 0, 0],
+        yx=A[:, 0, 1],
+        yz=A[:, 0, 2],
+        xy=A[:, 1, 0],
+        xx=A[:, 1, 1],
+        xz=A[:, 1, 2],
+        zz=A[:, 2, 2],
+    )
+
+
 def _ellipsoid_surface(v, u, matrix):
     "Inside or not, top and half chord (nm) of ellipsoids under beams (v, u) from their centres: arrays (..., n, p, p)."
-    A = np.asarray(matrix, np.float32)[..., None, None]
-    yy, yx, xx = A[:, 0, 0], A[:, 0, 1], A[:, 1, 1]
-    yz, xz, zz = A[:, 0, 2], A[:, 1, 2], A[:, 2, 2]
-    # S = A_uu - A_uz A_zu / A_zz
-    schur_yy = yy - yz * yz / zz
-    schur_xx = xx - xz * xz / zz
-    schur_yx = yx - yz * xz / zz
-    q = schur_yy * (v * v) + u * (schur_xx * u + 2 * schur_yx * v)
-    half_chord = np.sqrt(np.maximum(1 - q, 0) / zz)
-    top = half_chord - (yz * v + xz * u) / zz
-    return q < 1, top, half_chord
+    A = _entries(matrix)
+    # silhouette: w S w <= 1 with S = A_uu - A_uz A_zu / A_zz
+    S_yy = A.yy - A.yz * A.yz / A.zz
+    S_xx = A.xx - A.xz * A.xz / A.zz
+    S_yx = A.yx - A.yz * A.xz / A.zz
+    w_S_w = S_yy * (v * v) + u * (S_xx * u + 2 * S_yx * v)
+    # the beam passes from z = -A_zu w / A_zz - half_chord to z = -A_zu w / A_zz + half_chord
+    half_chord2 = np.maximum(1 - w_S_w, 0) / A.zz
+    half_chord = np.sqrt(half_chord2)
+    middle_below = (A.yz * v + A.xz * u) / A.zz
+    top = half_chord - middle_below
+    inside = w_S_w < 1
+    return inside, top, half_chord
+
+
+def _face_planes(normals, distance, side):
+    "Faces that look up (side 1) or down (side -1) as planes z = z0 + slope_v v + slope_u u: (f, 3, n, 1, 1); others lie far away."
+    n_v, n_u, n_z = np.moveaxis(normals, -1, 0)
+    upright = np.abs(n_z) < 1e-3
+    n_z = np.where(upright, np.float32(1e-3), n_z)
+    # n x = h solved for z
+    planes = np.stack([distance, -n_v, -n_u]) / n_z
+    looks_away = side * n_z <= 0
+    planes[0, looks_away] = side * 1e9
+    planes[1:, looks_away] = 0
+    return np.moveaxis(planes, -1, 0)[..., None, None]
 
 
 def _polyhedron_surface(v, u, normals, distance, face=None):
     "Top and bottom (nm) of polyhedra under beams (v, u), arrays (..., n, p, p); the number of the upper face goes into face."
-    normals, distance = np.asarray(normals, np.float32), np.asarray(distance, np.float32)
-    upright = np.abs(normals[..., 2]) < 1e-3
-    nz = np.where(upright, np.float32(1e-3), normals[..., 2])
-    # the plane of a face is z = z0 + slope_v v + slope_u u
-    planes = np.stack([distance, -normals[..., 0], -normals[..., 1]]) / nz
-    far_up = np.array([1e9, 0, 0], np.float32)[:, None, None]
-    far_down = np.array([-1e9, 0, 0], np.float32)[:, None, None]
-    upper = np.where(nz > 0, planes, far_up)[..., None, None]
-    lower = np.where(nz < 0, planes, far_down)[..., None, None]
+    normals = np.asarray(normals, np.float32)
+    distance = np.asarray(distance, np.float32)
     beams = np.broadcast_shapes(v.shape, u.shape)
     top = np.full(beams, 1e9, np.float32)
-    bottom = np.full(beams, -1e9, np.float32)
-    for i in range(distance.shape[1]):
-        z0, slope_v, slope_u = upper[:, :, i]
+    for i, (z0, slope_v, slope_u) in enumerate(_face_planes(normals, distance, side=1)):
         z = z0 + slope_v * v + slope_u * u
         if face is not None:
             np.copyto(face, np.int8(i), where=z < top)
         np.minimum(top, z, out=top)
-        z0, slope_v, slope_u = lower[:, :, i]
-        np.maximum(bottom, z0 + slope_v * v + slope_u * u, out=bottom)
+    bottom = np.full(beams, -1e9, np.float32)
+    for z0, slope_v, slope_u in _face_planes(normals, distance, side=-1):
+        z = z0 + slope_v * v + slope_u * u
+        np.maximum(bottom, z, out=bottom)
     return top, bottom
 
 
@@ -106,48 +140,75 @@ class _Hits(NamedTuple):
     normal_x: np.ndarray  # x component of the outward normal
 
 
+def _ellipsoid_normal(v, u, top, half_chord, matrix):
+    "Components y, x, z of the unit normal where beams meet ellipsoids from above."
+    A = _entries(matrix)
+    # along the gradient A x
+    gradient_y = A.yy * v + A.yx * u + A.yz * top
+    gradient_x = A.xy * v + A.xx * u + A.xz * top
+    gradient_z = A.zz * half_chord
+    length2 = gradient_y * gradient_y
+    length2 += gradient_x * gradient_x
+    length2 += gradient_z * gradient_z
+    unit = 1 / np.sqrt(length2 + np.float32(1e-20))
+    return gradient_y * unit, gradient_x * unit, gradient_z * unit
+
+
 def _hit_ellipsoids(bodies, v, u, escape_nm):
     "Cut ellipsoids by beams at (v, u) from their centres, nm."
     inside, top, half_chord = _ellipsoid_surface(v, u, bodies.matrix)
-    A = np.asarray(bodies.matrix, np.float32)[..., None, None]
-    # the normal is along the gradient A x
-    gradient_y = A[:, 0, 0] * v + A[:, 0, 1] * u + A[:, 0, 2] * top
-    gradient_x = A[:, 1, 0] * v + A[:, 1, 1] * u + A[:, 1, 2] * top
-    gradient_z = A[:, 2, 2] * half_chord
-    length2 = gradient_y * gradient_y + gradient_x * gradient_x + gradient_z * gradient_z
-    unit = 1 / np.sqrt(length2 + np.float32(1e-20))
-    cosine = np.maximum(gradient_z * unit, np.float32(1e-3))
-    most = np.sqrt(np.maximum(2 * bodies.reach / escape_nm, 1))  # sqrt(2 R / lambda)
-    rim = np.minimum(1 / cosine, most.astype(np.float32)[:, None, None])
-    return _Hits(inside, top, 2 * half_chord, rim, gradient_y * unit, gradient_x * unit)
+    normal_y, normal_x, normal_z = _ellipsoid_normal(v, u, top, half_chord, bodies.matrix)
+    # 1 / cos, at most sqrt(2 R / lambda)
+    cosine = np.maximum(normal_z, np.float32(1e-3))
+    most = np.sqrt(np.maximum(2 * bodies.reach / escape_nm, 1))
+    most = most.astype(np.float32)[:, None, None]
+    return _Hits(
+        inside=inside,
+        top=top,
+        thick=2 * half_chord,
+        rim=np.minimum(1 / cosine, most),
+        normal_y=normal_y,
+        normal_x=normal_x,
+    )
 
 
 def _hit_polyhedra(bodies, v, u, escape_nm):
     "Cut polyhedra by beams at (v, u) from their centres, nm."
-    face = np.zeros(np.broadcast_shapes(v.shape, u.shape), np.int8)
-    top, bottom = _polyhedron_surface(v, u, bodies.normals, bodies.distance, face)
     normals = np.asarray(bodies.normals, np.float32)
-    near = _near_faces(v, u, top, normals, np.asarray(bodies.distance, np.float32), escape_nm)
+    distance = np.asarray(bodies.distance, np.float32)
+    face = np.zeros(np.broadcast_shapes(v.shape, u.shape), np.int8)  # that the beam meets first
+    top, bottom = _polyhedron_surface(v, u, normals, distance, face)
+    near = _near_faces(v, u, top, normals, distance, escape_nm)
     body = np.arange(len(normals))[:, None, None]
-    normal_y, normal_x, cosine = (
-        np.ascontiguousarray(normals[..., axis])[body, face] for axis in range(3)
-    )
+    components = np.ascontiguousarray(np.moveaxis(normals, -1, 0))
+    normal_y, normal_x, cosine = (component[body, face] for component in components)
     # the face that is met lies at distance 0 and does not count
     rim = 1 / np.maximum(cosine, np.float32(0.25)) + near - 1
-    return _Hits(top > bottom, top, top - bottom, rim, normal_y, normal_x)
+    return _Hits(
+        inside=top > bottom,
+        top=top,
+        thick=top - bottom,
+        rim=rim,
+        normal_y=normal_y,
+        normal_x=normal_x,
+    )
 
 
 def _near_faces(v, u, top, normals, distance, escape_nm):
     "Escape through all faces: the sum of exp(-s / lambda) over their distances s from the upper surface."
     looks_up = normals[..., 2] > -0.5
     never = np.float32(1e6) * escape_nm
-    offset = np.where(looks_up, distance, never)[..., None, None] / escape_nm
-    slope = (normals / escape_nm)[..., None, None]
+    offsets = np.where(looks_up, distance, never) / escape_nm  # (n, f)
+    slopes = np.moveaxis(normals, 0, -1) / escape_nm  # (f, 3, n)
     near = np.zeros(top.shape, np.float32)
-    for i in range(distance.shape[1]):
-        depth = (offset[:, i] - slope[:, i, 0] * v) - slope[:, i, 1] * u
-        depth = depth - slope[:, i, 2] * top  # in units of lambda
-        near += np.exp(-np.clip(depth, 0, 30, out=depth), out=depth)
+    for h, slope in zip(offsets.T, slopes):
+        slope_v, slope_u, slope_z = slope[..., None, None]
+        # s / lambda = (h - n x) / lambda
+        depth = h[:, None, None] - slope_v * v
+        depth = depth - slope_u * u
+        depth -= slope_z * top
+        np.clip(depth, 0, 30, out=depth)
+        near += np.exp(-depth, out=depth)
     return near
 
 
@@ -177,41 +238,55 @@ class _Raster(NamedTuple):
     size: np.ndarray  # (2,) pixel size along y and x, nm
     lines: np.ndarray  # (H, 2) how far the beam is off in each line: y, x, px
 
+    @property
+    def n_pixels(self):
+        height, width = self.shape
+        return height * width
+
     def off(self, row):
         "How far the beam is off in these rows, px: (..., 2)."
         return self.lines[np.clip(row, 0, self.shape[0] - 1)]
 
     def holds(self, row, column):
         "Which pixels of blocks with rows (n, p) and columns (n, p) lie within the image: (n, p, p)."
-        in_y = (row >= 0) & (row < self.shape[0])
-        in_x = (column >= 0) & (column < self.shape[1])
+        height, width = self.shape
+        in_y = (row >= 0) & (row < height)
+        in_x = (column >= 0) & (column < width)
         return in_y[:, :, None] & in_x[:, None]
 
     def index(self, row, column):
         "Number of each pixel of such blocks, row by row: (n, p, p)."
-        return row[:, :, None] * self.shape[1] + column[:, None]
+        _, width = self.shape
+        return row[:, :, None] * width + column[:, None]
 
 # %% ../../nbs/28_sem.solid.ipynb #43d420f4
 def _block(center, half, raster):
     "Rows and columns (n, p) of the pixels about each body: a square, or the whole image where that is smaller."
     height, width = raster.shape
     if 2 * half + 1 > max(height, width):
-        n = len(center)
-        return np.tile(np.arange(height), (n, 1)), np.tile(np.arange(width), (n, 1))
-    off = raster.off(np.rint(center[:, 0]).astype(int))
-    middle = np.rint(center - off).astype(int)
+        once_each = (len(center), 1)
+        row = np.tile(np.arange(height), once_each)
+        column = np.tile(np.arange(width), once_each)
+        return row, column
+    line = np.rint(center[:, 0]).astype(int)
+    middle = np.rint(center - raster.off(line)).astype(int)
+    middle_row, middle_column = np.hsplit(middle, 2)
     around = np.arange(-half, half + 1)
-    return middle[:, :1] + around, middle[:, 1:] + around
+    return middle_row + around, middle_column + around
 
 
 def _beams(row, column, center, fine, raster):
     "Beams from the centres, nm: along y (s, 1, n, p, 1), along x (1, s, n, p, p), s = fine of them across a pixel."
-    within_pixel = ((np.arange(fine) + 0.5) / fine - 0.5).reshape(-1, 1, 1, 1)
-    off = raster.off(row)  # (n, p, 2)
-    v = (row - center[:, :1] + off[..., 0])[..., None] + within_pixel
-    u = (column - center[:, 1:])[:, None] + off[..., 1][..., None] + within_pixel
+    within_pixel = (np.arange(fine) + 0.5) / fine - 0.5
+    within_pixel = within_pixel.reshape(-1, 1, 1, 1)
+    center_y, center_x = np.hsplit(center, 2)
+    off_y, off_x = np.moveaxis(raster.off(row), -1, 0)
+    y = row - center_y + off_y
+    x = (column - center_x)[:, None] + off_x[..., None]
+    v = (y[..., None] + within_pixel).astype(np.float32)
+    u = (x + within_pixel).astype(np.float32)
     size_y, size_x = np.float32(raster.size)
-    return v.astype(np.float32)[:, None] * size_y, u.astype(np.float32)[None] * size_x
+    return v[:, None] * size_y, u[None] * size_x
 
 
 def _large_fragments(bodies, at, half, fine, raster, escape_nm):
@@ -243,6 +318,31 @@ def _large_fragments(bodies, at, half, fine, raster, escape_nm):
     )
 
 # %% ../../nbs/28_sem.solid.ipynb #85ad8bdf
+class _Pairs(NamedTuple):
+    "The distinct pairs among many pairs of whole numbers."
+
+    first: np.ndarray  # (m,)
+    second: np.ndarray  # (m,)
+    which: np.ndarray  # (k,) number of the distinct pair that each of the many is
+
+
+def _distinct_pairs(first, second, n_second):
+    "Find the distinct ones; second is below n_second."
+    code, which = np.unique(first * n_second + second, return_inverse=True)
+    return _Pairs(code // n_second, code % n_second, which)
+
+
+def _pixels_of(v, u, at, raster):
+    "Rows and columns on which beams (n, p) fall that are v and u nm from bodies at (y, x px, z nm)."
+    line = np.rint(at[:, 0]).astype(int)
+    center = at[:, :2] - raster.off(line)
+    center_y, center_x = np.hsplit(center, 2)
+    size_y, size_x = raster.size
+    row = np.rint(center_y + v / size_y)
+    column = np.rint(center_x + u / size_x)
+    return row.astype(int), column.astype(int)
+
+
 def _small_fragments(bodies, at, raster, escape_nm, across=14):
     "Fragments of bodies at (y, x px, z nm), by a grid of across x across beams over each body."
     step = 2 * bodies.reach / across  # from beam to beam, nm
@@ -250,33 +350,33 @@ def _small_fragments(bodies, at, raster, escape_nm, across=14):
     # each body has its grid at another place, so that errors of sampling average out
     v = (grid + at[:, 0, None] % 1 - 0.5) * step[:, None]
     u = (grid + at[:, 1, None] % 1 - 0.5) * step[:, None]
-    beams = v.astype(np.float32)[:, :, None], u.astype(np.float32)[:, None]
-    hits = _hit(bodies, *beams, escape_nm)
-    # where in the image the beams fall
-    size_y, size_x = raster.size
-    center = at[:, :2] - raster.off(np.rint(at[:, 0]).astype(int))
-    row = np.rint(center[:, :1] + v / size_y).astype(int)
-    column = np.rint(center[:, 1:] + u / size_x).astype(int)
+    along_y = v.astype(np.float32)[:, :, None]
+    along_x = u.astype(np.float32)[:, None]
+    hits = _hit(bodies, along_y, along_x, escape_nm)
+    row, column = _pixels_of(v, u, at, raster)
     seen = hits.inside & raster.holds(row, column)
 
     # one fragment for each pair of a body and a pixel
-    n_pixels = raster.shape[0] * raster.shape[1]
-    body = np.broadcast_to(np.arange(len(at))[:, None, None], hits.inside.shape)[seen]
-    pair = body * n_pixels + raster.index(row, column)[seen]
-    pair, group = np.unique(pair, return_inverse=True)
-    body, pixel = pair // n_pixels, pair % n_pixels
-    n_beams = np.bincount(group, minlength=len(pair))
+    body = np.arange(len(at))[:, None, None]
+    body = np.broadcast_to(body, seen.shape)[seen]
+    pixel = raster.index(row, column)[seen]
+    pairs = _distinct_pairs(body, pixel, raster.n_pixels)
+    body = pairs.first
+    n_beams = np.bincount(pairs.which, minlength=len(body))
     beam_area = step[body] ** 2 / raster.size.prod()  # share of a pixel
+    cover = np.minimum(n_beams * beam_area, 1)
 
     def mean(values):
         "Mean over the beams of each fragment."
-        return (np.bincount(group, values[seen], len(pair)) / n_beams).astype(np.float32)
+        total = np.bincount(pairs.which, values[seen], len(body))
+        return (total / n_beams).astype(np.float32)
 
+    top = mean(hits.top) + at[body, 2]
     return Fragments(
-        pixel=pixel,
+        pixel=pairs.second,
         owner=bodies.owner[body],
-        cover=np.minimum(n_beams * beam_area, 1).astype(np.float32),
-        top=(mean(hits.top) + at[body, 2]).astype(np.float32),
+        cover=cover.astype(np.float32),
+        top=top.astype(np.float32),
         thick=mean(hits.thick),
         rim=mean(hits.rim),
         slope_y=mean(hits.normal_y),
@@ -296,6 +396,43 @@ def _size_classes(half):
     return steps[np.searchsorted(steps, half)]
 
 
+def _half_blocks(kind, raster):
+    "Half the side of the block of pixels that holds each body, px."
+    half = np.ceil(kind.reach / raster.size.min() + 0.5).astype(int)
+    greatest_step = np.abs(np.diff(raster.lines, axis=0)).max(initial=0)
+    return half + int(np.ceil(greatest_step))
+
+
+def _touches(at, half, raster):
+    "Which bodies at (y, x px, z nm) may touch the image."
+    center = at[:, :2]
+    greatest_off = np.abs(raster.lines).max(initial=0)
+    reach = half[:, None] + 1 + greatest_off
+    after_start = center > -reach
+    before_end = center < np.array(raster.shape) + reach
+    return (after_start & before_end).all(1)
+
+
+def _cut_small(kind, at, which, raster, escape_nm):
+    "Fragments of bodies that are smaller than a pixel, part by part."
+    if not len(which):
+        return
+    for some in _batches(which, beams_each=200):
+        yield _small_fragments(_some(kind, some), at[some], raster, escape_nm)
+
+
+def _cut_large(kind, at, which, half, beams, raster, escape_nm):
+    "Fragments of all other bodies, one size of block (half its side, px) after the other."
+    half = _size_classes(half)[which]
+    for size in np.unique(half):
+        fine = beams or (5 if size <= 3 else 3)
+        n_pixels = min((2 * size + 1) ** 2, raster.n_pixels)
+        alike = which[half == size]
+        for some in _batches(alike, beams_each=n_pixels * fine**2):
+            part = _some(kind, some)
+            yield _large_fragments(part, at[some], int(size), fine, raster, escape_nm)
+
+
 def fragments(
     bodies,  # list of Ellipsoids and Polyhedra
     place,  # (n, 3) where each particle's centre lies: y, x in pixels of the image, z in nm
@@ -309,29 +446,17 @@ def fragments(
     size = np.broadcast_to(np.asarray(pixel_size, float), 2)
     lines = np.zeros((shape[0], 2)) if lines is None else lines
     raster = _Raster(shape, size, lines)
-    greatest_off = np.abs(lines).max(initial=0)
-    greatest_step = np.abs(np.diff(lines, axis=0)).max(initial=0)
 
     found = []
     for kind in bodies:
         at = place[kind.owner] + kind.center / (*size, 1)
-        half = np.ceil(kind.reach / size.min() + 0.5).astype(int)  # px
-        half += int(np.ceil(greatest_step))
-        reach, center = half[:, None] + 1 + greatest_off, at[:, :2]
-        touching = ((center > -reach) & (center < np.array(shape) + reach)).all(1)
-        small = touching & (kind.reach < size.min())
-        if small.any():
-            for some in _batches(np.flatnonzero(small), beams_each=200):
-                found.append(_small_fragments(_some(kind, some), at[some], raster, escape_nm))
-        large = touching & ~small
-        half = _size_classes(half)
-        for block in np.unique(half[large]):
-            fine = beams or (5 if block <= 3 else 3)
-            n_pixels = min((2 * block + 1) ** 2, shape[0] * shape[1])
-            which = np.flatnonzero(large & (half == block))
-            for some in _batches(which, beams_each=n_pixels * fine**2):
-                part = _some(kind, some)
-                found.append(_large_fragments(part, at[some], int(block), fine, raster, escape_nm))
+        half = _half_blocks(kind, raster)
+        touching = _touches(at, half, raster)
+        below_a_pixel = kind.reach < size.min()
+        small = np.flatnonzero(touching & below_a_pixel)
+        large = np.flatnonzero(touching & ~below_a_pixel)
+        found.extend(_cut_small(kind, at, small, raster, escape_nm))
+        found.extend(_cut_large(kind, at, large, half, beams, raster, escape_nm))
     if not found:
         nowhere = np.zeros(0, int)
         return Fragments(nowhere, nowhere, *np.zeros((6, 0), np.float32))
@@ -379,32 +504,41 @@ def _union(bodies, particles, reach, grid):
     "Beams that hit any body of a particle (m, b, b), and half its height (m,); the grid in units of the reach (k,)."
     scale = reach[:, None, None].astype(np.float32)
     center = bodies.center.astype(np.float32)
-    v = grid[:, None] * scale - center[:, 0, None, None]
-    u = grid * scale - center[:, 1, None, None]
+    center_y, center_x, _ = center.T[..., None, None]
+    v = grid[:, None] * scale - center_y
+    u = grid * scale - center_x
     inside, top = _surface(bodies, v, u)
-    hit = np.zeros((len(particles), len(grid), len(grid)), bool)
-    half_height = np.zeros(len(particles))
     particle = np.searchsorted(particles, bodies.owner)
+    hit = np.zeros((len(particles), len(grid), len(grid)), bool)
     np.logical_or.at(hit, particle, inside)
-    highest = np.where(inside, top, 0).max((1, 2)) + bodies.center[:, 2]
-    np.maximum.at(half_height, particle, highest)
+    highest = np.where(inside, top, 0).max((1, 2))
+    half_height = np.zeros(len(particles))
+    np.maximum.at(half_height, particle, highest + bodies.center[:, 2])
     return hit, half_height
+
+
+def _particle_reach(bodies, n):
+    "Radius (n,) about the beam that holds all bodies of each particle, nm."
+    off_center = np.abs(bodies.center[:, :2]).max(1)
+    reach = np.zeros(n)
+    np.maximum.at(reach, bodies.owner, off_center + bodies.reach)
+    return reach
 
 
 def _cut_moments(bodies, n, beams):
     "Moments of particles 0 to n - 1 from beams x beams through all bodies of each."
-    reach = np.zeros(n)  # of the particles
-    off_centre = np.abs(bodies.center[:, :2]).max(1)
-    np.maximum.at(reach, bodies.owner, off_centre + bodies.reach)
+    reach = _particle_reach(bodies, n)
     grid = (np.arange(beams, dtype=np.float32) + 0.5) / beams * 2 - 1  # in units of the reach
     radius2 = grid[:, None] ** 2 + grid**2
     parts = []
     for particles in _batches(np.unique(bodies.owner), beams_each=beams**2):
         some = _some(bodies, np.isin(bodies.owner, particles))
         hit, half_height = _union(some, particles, reach[some.owner], grid)
-        furthest = np.sqrt(np.where(hit, radius2, 0).max((1, 2)))
-        furthest = np.minimum(furthest + 1.5 / beams, 1)  # and half a step, diagonally
-        parts.append(_grid_moments(particles, hit, grid, reach[particles], half_height, furthest))
+        furthest2 = np.where(hit, radius2, 0).max((1, 2))
+        furthest = np.sqrt(furthest2) + 1.5 / beams  # and half a step, diagonally
+        furthest = np.minimum(furthest, 1)
+        moments = _grid_moments(particles, hit, grid, reach[particles], half_height, furthest)
+        parts.append(moments)
     return _Moments(*(np.concatenate(values) for values in zip(*parts)))
 
 
@@ -441,13 +575,14 @@ def silhouettes(
             m = _ellipse_moments(kind)
         else:
             m = _cut_moments(kind, n, beams)
-        # eigenvalues of the second moments
+        # an ellipse of half axis a has the second moment a² / 4 along it: 4 sqrt(moment) is the axis
         mean = (m.yy + m.xx) / 2
         split = np.hypot((m.yy - m.xx) / 2, m.yx)
+        twice_angle = np.arctan2(2 * m.yx, m.xx - m.yy)
         out.diameter[m.owner] = np.sqrt(4 * m.area / np.pi)
         out.major[m.owner] = 4 * np.sqrt(mean + split)
         out.minor[m.owner] = 4 * np.sqrt(np.maximum(mean - split, 0))
-        out.angle_deg[m.owner] = np.degrees(np.arctan2(2 * m.yx, m.xx - m.yy)) / 2
+        out.angle_deg[m.owner] = np.degrees(twice_angle) / 2
         out.height[m.owner] = 2 * m.half_height
         out.reach[m.owner] = m.reach
     return out
@@ -461,6 +596,15 @@ class Seen(NamedTuple):
     through: np.ndarray  # (H W,) share of each pixel in which the support is seen
 
 
+def _sum_above(values, pixel):
+    "For each fragment the sum over those above it in its pixel; they are sorted by pixel, uppermost first."
+    before = np.cumsum(values) - values  # in this pixel and in all pixels before it
+    first_of_pixel = np.flatnonzero(np.diff(pixel, prepend=-1))
+    n_in_pixel = np.diff(first_of_pixel, append=len(values))
+    other_pixels = np.repeat(before[first_of_pixel], n_in_pixel)
+    return before - other_pixels
+
+
 def stack_up(
     parts,  # Fragments
     n_pixels,  # number of pixels, H times W
@@ -471,17 +615,16 @@ def stack_up(
     order = np.lexsort((-parts.top, parts.pixel))
     f = Fragments(*(values[order] for values in parts))
     ground = surface[f.pixel] if np.ndim(surface) else surface
-    depth = np.clip((ground - f.top) / veil_nm, 0, 50)  # below the surface, in units of the veil
+    depth = (ground - f.top) / veil_nm  # below the surface, in units of the veil
+    depth = np.clip(depth, 0, 50)
     cover = f.cover * np.exp(-depth).astype(np.float32)
     # light passes a stack by the product of 1 - cover: a sum of logarithms
-    log_free = np.log1p(-np.minimum(cover, 1 - 1e-7).astype(float))
-    log_above = np.cumsum(log_free) - log_free
-    first_of_pixel = np.flatnonzero(np.diff(f.pixel, prepend=-1))
-    n_in_pixel = np.diff(first_of_pixel, append=len(log_free))
-    log_above -= np.repeat(log_above[first_of_pixel], n_in_pixel)
-    weight = (cover * np.exp(log_above)).astype(np.float32)
-    through = np.exp(np.bincount(f.pixel, log_free, n_pixels)).astype(np.float32)
-    return Seen(f, weight, through)
+    at_most = np.minimum(cover, 1 - 1e-7)
+    log_free = np.log1p(-at_most.astype(float))
+    log_above = _sum_above(log_free, f.pixel)
+    weight = cover * np.exp(log_above)
+    through = np.exp(np.bincount(f.pixel, log_free, n_pixels))
+    return Seen(f, weight.astype(np.float32), through.astype(np.float32))
 
 # %% ../../nbs/28_sem.solid.ipynb #f1ba8239
 def label_image(
@@ -492,10 +635,10 @@ def label_image(
     f = seen.fragments
     n_particles = int(f.owner.max(initial=0)) + 1
     # a particle may have several fragments in a pixel: sum them up
-    pair = f.pixel.astype(np.int64) * n_particles + f.owner
-    pair, group = np.unique(pair, return_inverse=True)
-    filled = np.bincount(group, seen.weight, len(pair))
-    pair = pair[filled >= 0.5]
+    pairs = _distinct_pairs(f.pixel.astype(np.int64), f.owner, n_particles)
+    pixel, particle = pairs.first, pairs.second
+    filled = np.bincount(pairs.which, seen.weight, len(pixel))
+    most = filled >= 0.5
     labels = np.zeros(int(np.prod(shape)), np.int32)
-    labels[pair // n_particles] = pair % n_particles + 1
+    labels[pixel[most]] = particle[most] + 1
     return labels.reshape(shape)

@@ -310,7 +310,7 @@ def add_order(
 
 
 def _maps(table, m):  # -> name -> (H, W) float32
-    "Displacement of the nearest column, and Q exp(i phi) drawn linearly from column to column."
+    "Displacement of the nearest column, and Q exp(i phi) interpolated linearly from column to column."
     known = table[np.isfinite(table.disp_pm)]
     if not len(known):
         return {}

@@ -110,6 +110,17 @@ def _gauss_legendre(n):
     return torch.from_numpy(nodes), torch.from_numpy(weights)
 
 
+def _phase_difference(phases, near, far, y, cos2):
+    "Aberration between the two sides of the lens, rad: along q near and far from the two centres, across q y."
+    # chi = defocus theta² + cs theta⁴ + astigmatism theta² cos 2(phi - phi_1), from one side to the other
+    theta2 = near**2 - far**2
+    theta2_sum = near**2 + far**2 + 2 * y**2  # theta⁴ differs by theta2 times this
+    chi = theta2 * (phases.defocus + phases.cs * theta2_sum)
+    sin2 = (1 - cos2**2).clamp_min(1e-30).sqrt()
+    twofold = theta2 * cos2 + 2 * y * (near - far) * sin2
+    return chi + phases.astigmatism * twofold
+
+
 def _overlap(
     probe,  # Probe
     t,  # arc cosine of the frequency over the limit: tensor (n,)
@@ -123,27 +134,27 @@ def _overlap(
     # axes of all that follows: t, azimuth, psi, s
     t = t[:, None, None, None]
     cos2 = cos2[:, None, None]
-    psi, psi_weight = t * (nodes[:, None] + 1) / 2, weights[:, None]
-    s, s_weight = nodes, weights
+    psi = t * (nodes[:, None] + 1) / 2
+    s = nodes
+    weight_psi, weight_s = weights[:, None], weights
 
     near = torch.cos(psi)  # along q, from the centre of one disc
     far = near - 2 * torch.cos(t)  # and from that of the other
-    y = torch.sin(psi) * s  # across q
-    sin2 = (1 - cos2**2).clamp_min(1e-30).sqrt()
-
-    # theta² on both sides differs by near² - far², theta⁴ by that times theta² summed, theta² cos 2(phi - phi_1) by the last
-    d2 = near**2 - far**2
-    chi = d2 * (phases.defocus + phases.cs * (near**2 + far**2 + 2 * y**2))
-    chi = chi + phases.astigmatism * (d2 * cos2 + 2 * y * (near - far) * sin2)
-    damping = torch.exp(-0.5 * (phases.focal_spread * d2) ** 2)
-    integrand = torch.cos(chi) * damping * torch.sin(psi) ** 2
-    return (integrand * psi_weight * s_weight).sum((-2, -1)) * t[..., 0, 0] / math.pi
+    half_width = torch.sin(psi)  # of the lens across q
+    y = half_width * s
+    chi = _phase_difference(phases, near, far, y, cos2)
+    spread = phases.focal_spread * (near**2 - far**2)
+    damping = torch.exp(-0.5 * spread**2)
+    integrand = torch.cos(chi) * damping * half_width**2
+    integral = (integrand * weight_psi * weight_s).sum((-2, -1))
+    return integral * t[..., 0, 0] / math.pi
 
 # %% ../../nbs/21_stem.probe.ipynb #f0d827c4
 def _chebyshev(n):
     "Nodes (n,) of the Chebyshev points on [-1, 1] and the matrix (n, n) from values to coefficients."
+    number = torch.arange(n)
     angle = math.pi * (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    matrix = 2 / n * torch.cos(torch.arange(n)[:, None] * angle)
+    matrix = 2 / n * torch.cos(number[:, None] * angle)
     matrix[0] /= 2
     return torch.cos(angle), matrix
 
@@ -154,8 +165,22 @@ def _clenshaw(coefficients, x):
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     last, before_last = zero, zero
     for coefficient in reversed(others):
-        last, before_last = 2 * x * last - before_last + coefficient, last
+        new = 2 * x * last - before_last + coefficient
+        last, before_last = new, last
     return x * last - before_last + first
+
+
+def _chebyshev_series(probe):
+    "Coefficients (radial, angular) of the transfer function in t and in the cosine of twice the azimuth."
+    # stronger aberrations need more terms
+    strength = [abs(phase) for phase in _edge_phases(probe.detach())]
+    n_radial = 32 + 4 * math.ceil(sum(strength))
+    twofold = _EdgePhases(*strength).astigmatism
+    n_angular = 1 if probe.round else 8 + 3 * math.ceil(twofold)
+    nodes, to_radial = _chebyshev(n_radial)
+    cos2, to_angular = _chebyshev(n_angular)
+    t = math.pi / 4 * (nodes + 1)
+    return to_radial @ _overlap(probe, t, cos2) @ to_angular.T
 
 
 def transfer(
@@ -169,25 +194,18 @@ def transfer(
     """
     q = torch.as_tensor(q)
     angle = torch.as_tensor(angle, dtype=q.dtype, device=q.device)
-
-    # Chebyshev series in t and in the cosine of twice the azimuth: stronger aberrations need more terms
-    strength = _EdgePhases(*(abs(phase) for phase in _edge_phases(probe.detach())))
-    n_radial = 32 + 4 * math.ceil(sum(strength))
-    n_angular = 1 if probe.round else 8 + 3 * math.ceil(strength.astigmatism)
-    nodes, to_radial = _chebyshev(n_radial)
-    cos2, to_angular = _chebyshev(n_angular)
-    values = _overlap(probe, math.pi / 4 * (nodes + 1), cos2)
-    series = (to_radial @ values @ to_angular.T).to(q).T  # (angular, radial)
+    series = _chebyshev_series(probe).to(q)
+    if probe.round:
+        radial = series[:, 0]
+    else:
+        azimuth = angle - math.pi / 180 * probe.a1_deg
+        at_each_q = series.expand(*q.shape, *series.shape)
+        radial = _clenshaw(at_each_q, torch.cos(2 * azimuth)[..., None])
 
     # q = limit * cos t, and x runs from -1 to 1 for t from 0 to pi/2
     ratio = q / probe.limit
     inside = ratio < 1
-    x = 4 / math.pi * torch.acos(torch.where(inside, ratio, 0.5)) - 1
-    if probe.round:
-        radial = series[0]
-    else:
-        twice = torch.cos(2 * (angle - math.pi / 180 * probe.a1_deg))
-        series = series.T.expand(*q.shape, n_radial, n_angular)
-        radial = _clenshaw(series, twice[..., None])
+    t = torch.acos(torch.where(inside, ratio, 0.5))
+    x = 4 / math.pi * t - 1
     source_blur = torch.exp(-2 * (math.pi * probe.source_nm * q) ** 2)
     return torch.where(inside, _clenshaw(radial, x), 0.0) * source_blur

@@ -29,6 +29,11 @@ from microgen.stem.scattering import (
 MAX_PIXELS = 2**26  # of one image, and frequencies: 8192 × 8192
 
 
+def _unit_circle(angle):
+    "exp(i angle)."
+    return torch.polar(torch.ones_like(angle), angle)
+
+
 def _waves(position, count, period):
     "Cosine and sine of 2 pi k position / period for k < count, interleaved: (..., N) to (..., N, 2 count)."
     angle = (position * (2 * math.pi / period))[..., None]
@@ -36,11 +41,12 @@ def _waves(position, count, period):
     # exp(i k angle) with k = step i + j: few cosines, many products
     step = math.isqrt(count) + 1
     n_coarse = -(-count // step)
-    fine = torch.arange(step, dtype=position.dtype, device=position.device) * angle
-    coarse = torch.arange(n_coarse, dtype=position.dtype, device=position.device) * (step * angle)
-    fine = torch.polar(torch.ones_like(fine), fine)
-    coarse = torch.polar(torch.ones_like(coarse), coarse)
-    waves = (coarse[..., None] * fine[..., None, :]).flatten(-2)[..., :count]
+    j = torch.arange(step, dtype=position.dtype, device=position.device)
+    i = torch.arange(n_coarse, dtype=position.dtype, device=position.device)
+    fine = _unit_circle(j * angle)
+    coarse = _unit_circle(i * (step * angle))
+    products = coarse[..., None] * fine[..., None, :]
+    waves = products.flatten(-2)[..., :count]
     return torch.view_as_real(waves).flatten(-2)
 
 # %% ../../nbs/23_stem.render.ipynb #a6aab888
@@ -64,8 +70,9 @@ class _FourierGrid:
         limit = max(probe.detach().limit for probe in probes)  # 1/nm
         count = tuple(math.floor(limit * p) + 1 for p in period)
         if math.prod(count) > MAX_PIXELS:
+            height, width = period
             raise InputError(
-                f"A field of {period[0]:.0f} × {period[1]:.0f} nm, with the rim that the probe reaches, has "
+                f"A field of {height:.0f} × {width:.0f} nm, with the rim that the probe reaches, has "
                 "too many frequencies for memory; make the field or the aberrations smaller."
             )
         return cls(tuple(shape), pixel_size, period, count)
@@ -76,9 +83,9 @@ class _FourierGrid:
 
     def waves(self, y, x):
         "Cosines and sines of positions along y and along x."
-        along_y = _waves(y, self.count[0], self.period[0])
-        along_x = _waves(x, self.count[1], self.period[1])
-        return along_y, along_x
+        count_y, count_x = self.count
+        period_y, period_x = self.period
+        return _waves(y, count_y, period_y), _waves(x, count_x, period_x)
 
 
 def _rim(probe):
@@ -98,7 +105,8 @@ def _transfer_on_grid(probe, grid, dtype, device):
     azimuth = torch.atan2(k, l)
     # each frequency but 0 stands for itself and its negative
     times_y, times_x = (1 + (torch.arange(n) > 0) for n in grid.count)
-    weight = times_y[:, None] * times_x / math.prod(grid.period)
+    times = times_y[:, None] * times_x
+    weight = times / math.prod(grid.period)
     plus_k = transfer(probe, q, azimuth) * weight
     if probe.round:
         return plus_k.to(device, dtype), None
@@ -122,7 +130,9 @@ def _filters(probes, grid, dtype, device):
         odds.append(odd)
     if all(odd is None for odd in odds):
         return torch.stack(evens), None
-    odds = [torch.zeros_like(even) if odd is None else odd for even, odd in zip(evens, odds)]
+    for b, even in enumerate(evens):
+        if odds[b] is None:
+            odds[b] = torch.zeros_like(even)
     return torch.stack(evens), torch.stack(odds)
 
 # %% ../../nbs/23_stem.render.ipynb #c8909678
@@ -146,20 +156,26 @@ def _columns_to_series(grid, y, x, weight, sigma=None):
     return series.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2))
 
 
+def _pixel_positions(grid, like):
+    "Positions of the pixels along y (H,) and along x (W,), nm, with dtype and device of a tensor."
+    positions = []
+    for n, size in zip(grid.shape, grid.pixel_size):
+        number = torch.arange(n, dtype=like.dtype, device=like.device)
+        positions.append(number * size)
+    return positions
+
+
 def _series_to_image(grid, series, even, odd):
     "Apply the transfer function and evaluate the series at the pixels: (B, H, W)."
     filtered = series * even[:, :, None, :, None]
     if odd is not None:
         # the odd part turns cosine cosine into -sine sine and cosine sine into sine cosine
         sign = torch.tensor([[-1.0, 1.0], [1.0, -1.0]], dtype=series.dtype, device=series.device)
-        swapped = series.flip(-1, -3)
-        filtered = filtered + odd[:, :, None, :, None] * sign[:, None, :] * swapped
-    pixel_y, pixel_x = (
-        torch.arange(n, dtype=series.dtype, device=series.device) * p
-        for n, p in zip(grid.shape, grid.pixel_size)
-    )
-    along_y, along_x = grid.waves(pixel_y, pixel_x)
-    return along_y @ filtered.flatten(-2).flatten(-3, -2) @ along_x.mT
+        swapped = sign[:, None, :] * series.flip(-1, -3)
+        filtered = filtered + odd[:, :, None, :, None] * swapped
+    along_y, along_x = grid.waves(*_pixel_positions(grid, series))
+    coefficients = filtered.flatten(-2).flatten(-3, -2)  # (B, 2 K, 2 L)
+    return along_y @ coefficients @ along_x.mT
 
 # %% ../../nbs/23_stem.render.ipynb #aca3f90b
 def sum_columns(
@@ -199,8 +215,10 @@ def _without_far(grid, y, x, weight):
     "Weights, 0 for columns that lie farther outside than the rim (they would wrap into the field)."
     for axis, position in enumerate((y, x)):
         period = grid.period[axis]
-        rim = (period - grid.shape[axis] * grid.pixel_size[axis]) / 2
-        weight = weight * ((position > -rim) & (position < period - rim))
+        field = grid.shape[axis] * grid.pixel_size[axis]
+        rim = (period - field) / 2
+        near = (position > -rim) & (position < period - rim)
+        weight = weight * near
     return weight
 
 # %% ../../nbs/23_stem.render.ipynb #e8bed8ae
@@ -215,7 +233,11 @@ class _Points(NamedTuple):
 def _points_by_element(columns):
     "Element to points; columns bent by over 0.2 pm are split in depth."
     table = columns.table
-    points = _Points(*(table[name].to_numpy(float) for name in ("y_nm", "x_nm", "n_atoms")))
+    points = _Points(
+        y=table["y_nm"].to_numpy(float),
+        x=table["x_nm"].to_numpy(float),
+        atoms=table["n_atoms"].to_numpy(float),
+    )
     element = table["element"].to_numpy(str)
     if not np.isfinite(points).all():
         raise InputError(
@@ -224,25 +246,35 @@ def _points_by_element(columns):
     depth_pm = getattr(columns, "depth_disp_pm", None)
     if depth_pm is not None and np.isfinite(columns.polar_deg):  # c lies in the image
         depth_pm = np.asarray(depth_pm, float)
-        bent = np.ptp(depth_pm, axis=1) > 0.2
-        slices = _slices(points, depth_pm, bent, columns.polar_deg)
-        whole = (values[~bent] for values in points)
-        points = _Points(*(np.concatenate(pair) for pair in zip(whole, slices)))
-        n_slices = depth_pm.shape[1]
-        element = np.concatenate([element[~bent], np.repeat(element[bent], n_slices)])
-    return {e: _Points(*(values[element == e] for values in points)) for e in np.unique(element)}
+        points, element = _split_bent(points, element, depth_pm, columns.polar_deg)
+    by_element = {}
+    for name in np.unique(element):
+        mine = element == name
+        by_element[name] = _Points(*(values[mine] for values in points))
+    return by_element
+
+
+def _split_bent(points, element, depth_pm, polar_deg):
+    "Points and their elements: columns that are straight, then the slices of those that are bent."
+    bent = np.ptp(depth_pm, axis=1) > 0.2
+    slices = _slices(points, depth_pm, bent, polar_deg)
+    straight = (values[~bent] for values in points)
+    points = _Points(*(np.concatenate(pair) for pair in zip(straight, slices)))
+    _, n_slices = depth_pm.shape
+    of_slices = np.repeat(element[bent], n_slices)
+    return points, np.concatenate([element[~bent], of_slices])
 
 
 def _slices(points, depth_pm, bent, polar_deg):
     "Slices of the bent columns, each at its own displacement along c from the mean."
     polar = math.radians(polar_deg)
-    n_slices = depth_pm.shape[1]
-    mean_pm = depth_pm[bent].mean(1, keepdims=True)
-    along_c = 1e-3 * (depth_pm[bent] - mean_pm)  # nm
+    _, n_slices = depth_pm.shape
+    bent_pm = depth_pm[bent]
+    along_c = 1e-3 * (bent_pm - bent_pm.mean(1, keepdims=True))  # nm
     y = points.y[bent, None] - along_c * math.cos(polar)
     x = points.x[bent, None] - along_c * math.sin(polar)
-    atoms = np.repeat(points.atoms[bent] * (1 / n_slices), n_slices)
-    return _Points(y.ravel(), x.ravel(), atoms)
+    atoms_each = points.atoms[bent] * (1 / n_slices)
+    return _Points(y.ravel(), x.ravel(), np.repeat(atoms_each, n_slices))
 
 # %% ../../nbs/23_stem.render.ipynb #19eba346
 def check_pixel(
@@ -259,8 +291,9 @@ def check_pixel(
 
 def _check_points(points, pixel_size, shape):
     if math.prod(shape) > MAX_PIXELS:
+        height, width = shape
         raise InputError(
-            f"The image would have {shape[0]} × {shape[1]} pixels, with its rim, of {1e3 * min(pixel_size):g} pm: "
+            f"The image would have {height} × {width} pixels, with its rim, of {1e3 * min(pixel_size):g} pm: "
             "too many for memory; use larger pixels or a smaller field."
         )
     heaviest = max(points, key=atomic_number)
@@ -282,32 +315,34 @@ def _render(grid, columns_list, probes, source, device):
     "Images (B, H, W) of a few sets of columns on one Fourier grid."
     points = [_points_by_element(columns) for columns in columns_list]
     _check_points(points[0], grid.pixel_size, grid.shape)
-    tables = [
-        scatterers(list(own), columns.thickness_nm, source)
-        for own, columns in zip(points, columns_list)
-    ]
+    tables = []
+    for own, columns in zip(points, columns_list):
+        tables.append(scatterers(list(own), columns.thickness_nm, source))
 
     series = 0
     for element in sorted(set().union(*points)):
         y, x, atoms = _padded([own.get(element) for own in points], device)
-        part = _columns_to_series(grid, y, x, _without_far(grid, y, x, atoms))
+        atoms = _without_far(grid, y, x, atoms)
+        part = _columns_to_series(grid, y, x, atoms)
         series = series + part * _element_filter(grid, element, tables, device)
     even, odd = _filters(probes, grid, series.dtype, device)
     image = _series_to_image(grid, series, even, odd)
 
-    def per_image(values):
-        tensors = [torch.as_tensor(v, dtype=image.dtype, device=device) for v in values]
-        return torch.stack(tensors)[:, None, None]
-
-    background = per_image([table[0].background for table in tables])
-    strength = per_image([rutherford(probe.voltage_kV) for probe in probes])
+    background = _per_image([table[0].background for table in tables], image)
+    strength = _per_image([rutherford(probe.voltage_kV) for probe in probes], image)
     return (image + background) * strength
+
+
+def _per_image(values, like):
+    "One number for each image: tensor (B, 1, 1) with dtype and device of the images."
+    tensors = [torch.as_tensor(v, dtype=like.dtype, device=like.device) for v in values]
+    return torch.stack(tensors)[:, None, None]
 
 
 def _padded(points, device):
     "Positions and atoms of one element in every image: tensors (B, most points); padding has no atoms."
     most = max(len(own.y) for own in points if own is not None)
-    values = np.zeros((3, len(points), most))
+    values = np.zeros((3, len(points), most))  # y, x, atoms
     for b, own in enumerate(points):
         if own is not None:
             values[:, b, : len(own.y)] = own
@@ -316,14 +351,21 @@ def _padded(points, device):
 
 def _element_filter(grid, element, tables, device):
     "Sum of the Gaussians of one element in each image, in frequency: (B, K, 1, L, 1)."
-    held = [[one for one in table if one.element == element] for table in tables]
-    values = np.zeros((2, len(held), max(map(len, held))))
-    for b, own in enumerate(held):
+    gaussians = []
+    for table in tables:
+        gaussians.append([one for one in table if one.element == element])
+    most = max(len(own) for own in gaussians)
+    values = np.zeros(
+        (2, len(gaussians), most)
+    )  # weight, nm², and sigma, nm; padding has no weight
+    for b, own in enumerate(gaussians):
         for i, one in enumerate(own):
             values[:, b, i] = one.weight_nm2, 1e-3 * one.sigma_pm
     weight, sigma = torch.as_tensor(values, dtype=torch.float32, device=device)
     along_y, along_x = _gaussians(sigma, grid)
-    return ((along_y * weight[..., None]).mT @ along_x)[:, :, None, :, None]
+    weighted_y = along_y * weight[..., None]
+    total = weighted_y.mT @ along_x
+    return total[:, :, None, :, None]
 
 # %% ../../nbs/23_stem.render.ipynb #8145a091
 _AT_ONCE = {"cpu": 16, "gpu": 256}  # images: memory, about 3 MB for one of 1200 columns

@@ -120,28 +120,55 @@ def _fitted():
     )
 
 # %% ../../nbs/22_stem.scattering.ipynb #a60217ab
-def _manganite(elements, thickness_nm):
-    "R, Mn and O between the calibrated thicknesses; another R scales yttrium by (Z / 39)^n."
+class _Fit(NamedTuple):
+    "The shipped table at one thickness."
+
+    weight_nm2: dict  # element to its Gaussians' weights
+    sigma_pm: dict  # element to its Gaussians' widths
+    background: float  # fraction of the beam
+
+
+def _fit_at(thickness_nm):
+    "The shipped table between its thicknesses; outside only the background follows the thickness."
     table = _fitted()
     thinnest, thickest = table.thickness_nm[0], table.thickness_nm[-1]
     tabulated_nm = float(np.clip(thickness_nm, thinnest, thickest))
 
-    def at_thickness(values):
-        return [np.interp(tabulated_nm, table.thickness_nm, row) for row in values]
+    def interpolated(values):
+        return np.interp(tabulated_nm, table.thickness_nm, values)
 
-    weight = {element: at_thickness(values) for element, values in table.weight_nm2.items()}
-    sigma = {element: at_thickness(values) for element, values in table.sigma_pm.items()}
-    (background,) = at_thickness([table.background])
-    background = float(background) * thickness_nm / tabulated_nm  # in proportion outside the table
+    weight, sigma = {}, {}
+    for element, gaussians in table.weight_nm2.items():
+        weight[element] = [interpolated(values) for values in gaussians]
+    for element, gaussians in table.sigma_pm.items():
+        sigma[element] = [interpolated(values) for values in gaussians]
+    background = float(interpolated(table.background)) * thickness_nm / tabulated_nm
+    return _Fit(weight, sigma, background)
 
-    contrast = sum(weight["Y"]) / sum(weight["Mn"])
+
+def _manganite(elements, thickness_nm):
+    "R, Mn and O between the calibrated thicknesses; another R scales yttrium by (Z / 39)^n."
+    fit = _fit_at(thickness_nm)
+    # weight(Y) / weight(Mn) = (39 / 25)^n
+    contrast = sum(fit.weight_nm2["Y"]) / sum(fit.weight_nm2["Mn"])
     exponent = math.log(contrast) / math.log(_Z_Y / _Z_MN)
     found = []
     for element in elements:
         like = element if element in ("Mn", "O") else "Y"
-        scale = (atomic_number(element) / _Z_Y) ** exponent if element in _RARE_EARTHS else 1
-        for i, (w, s) in enumerate(zip(weight[like], sigma[like])):
-            found.append(Scatterer(element, i, float(w * scale), float(s), background))
+        scale = 1
+        if element in _RARE_EARTHS:
+            scale = (atomic_number(element) / _Z_Y) ** exponent
+        gaussians = zip(fit.weight_nm2[like], fit.sigma_pm[like])
+        for i, (weight, sigma) in enumerate(gaussians):
+            found.append(
+                Scatterer(
+                    element=element,
+                    component=i,
+                    weight_nm2=float(weight * scale),
+                    sigma_pm=float(sigma),
+                    background=fit.background,
+                )
+            )
     return found
 
 
@@ -167,9 +194,14 @@ def _own_table(elements, table):
     background = float(own.background.iloc[0]) if "background" in own else 0.0
     found = []
     for row in own.itertuples():
-        weight_nm2, sigma_pm = float(row.weight_nm2), float(row.sigma_pm)
         found.append(
-            Scatterer(str(row.element), int(row.component), weight_nm2, sigma_pm, background)
+            Scatterer(
+                element=str(row.element),
+                component=int(row.component),
+                weight_nm2=float(row.weight_nm2),
+                sigma_pm=float(row.sigma_pm),
+                background=background,
+            )
         )
     return found
 

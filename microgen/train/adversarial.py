@@ -148,7 +148,7 @@ class AdversarialTrainer(Callback):
         if learn.training:
             learn.yb = learn.yb or learn.xb  # fastai notes no loss of a batch without a target
             self.train_step(batch)
-        elif learn.yb:
+        elif learn.yb or learn.has_target():
             self.validate_batch()
         raise CancelBatchException
 
@@ -158,7 +158,8 @@ class AdversarialTrainer(Callback):
         with self.precision():
             pred = learn.model(*learn.xb)
         learn.pred = pred.float() if isinstance(pred, torch.Tensor) else pred
-        learn.loss = learn.loss_func(learn.pred, *learn.yb)
+        if learn.yb:
+            learn.loss = learn.loss_func(learn.pred, *learn.yb)
 
     def precision(self) -> AbstractContextManager:  # to use in with
         "bfloat16, where it is asked for."

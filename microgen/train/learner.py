@@ -125,6 +125,11 @@ class AdversarialLearner(Learner):
             self._need_condition("get_preds")
         return super().get_preds(*args, **kwargs)
 
+    def summary(self) -> str:  # layer by layer: shapes, parameters
+        "Describe the generator by what a batch becomes on its way."
+        self._need_condition("summary")
+        return super().summary()
+
     def show_results(self, *args, **kwargs):
         "Plot what the generator makes beside what is wanted."
         self._need_condition("show_results")
@@ -138,6 +143,6 @@ class AdversarialLearner(Learner):
     def _need_condition(self, verb):
         if not self.has_target():
             raise InputError(
-                f"{verb} compares with a target, and a model that generates from nothing has none: "
-                "use model.sample(n)."
+                f"{verb} needs a condition and a target, and a model that generates from nothing has none: "
+                "use model.sample(n), or print the model."
             )

@@ -106,7 +106,8 @@ class Optimisers:
         make: Callable = adam,  # groups of a torch optimiser -> the optimiser
     ):
         parts = parts or {}
-        self.state = {}  # fastai looks for it
+        self.state = {}  # fastai looks for it, and for frozen_idx
+        self.frozen_idx = 0
         self.opts = {}
         self.param_lists = []  # of g, of d
         self.ratios = []  # learning rate of each part over that of g

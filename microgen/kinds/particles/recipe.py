@@ -165,7 +165,7 @@ def simulate_particles(
 
 
 def _about(made):
-    "How many particles there are and are seen, and how they and the image were drawn."
+    "How many particles there are and are seen, and how they and the image were made."
     s, table = made.scene, made.table
     shown = table.area_px > 0
     seen = shown & (table.snr >= ROSE)

@@ -48,6 +48,7 @@ class Walls(Kind):
     classes_are = "walls"
     measures = MEASURES
     takes_structure = True
+    channel_limit = 10.0  # spots of a mixed site add up, one for each of its elements
     recipe_name = "microgen.kinds.walls.recipe.Recipe"
 
     def evaluate(
