@@ -341,4 +341,9 @@ def test_pix2pix_refuses_another_model_and_another_dataset(walls, tmp_path):
     line(epochs=1)
     assert "arch was film and is attention" in refused(out, lambda: line(arch="attention"))
     assert "other data" in refused(out, lambda: line(walls[2]))
-    assert not line().stopped
+    with pytest.raises(UserWarning, match="had faded to zero after 1 epochs and rise again"):
+        line()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = Pix2PixModel(epochs=2, bs=4)
+        assert not train_model(model, walls[0], out, progress=False).stopped

@@ -388,6 +388,17 @@ class BestBy(Callback):
         self.decides = decides
         self.best = None  # value of the metric
         self.since = 0  # epochs
+        self.validated = (
+            False  # whether this epoch was; a resumed run passes over those that are done
+        )
+
+    def before_epoch(self):
+        "Wait for the validation."
+        self.validated = False
+
+    def after_validate(self):
+        "Note that there was one."
+        self.validated = True
 
     def before_fit(self):
         """Refuse a metric that is not measured.
@@ -403,6 +414,8 @@ class BestBy(Callback):
     def after_epoch(self):
         """Keep the weights when they are the best so far; a value that is not finite is never the best.
         Raises: InputError when the metric was not measured."""
+        if not self.validated:
+            return
         learn = self.learn
         names = list(learn.recorder.metric_names[1:])
         value = dict(zip(names, learn.final_record)).get(self.metric)

@@ -328,8 +328,8 @@ class LossesOnDevice(Callback):
     def before_fit(self):
         "Put sums in the place of numbers that are fetched."
         recorder = self.learn.recorder
-        recorder.loss = _DeviceLoss()
-        recorder.smooth_loss = _DeviceSmoothLoss(recorder.smooth_loss.beta)
+        sums = {"loss": _DeviceLoss(), "smooth_loss": _DeviceSmoothLoss(recorder.smooth_loss.beta)}
+        vars(recorder).update(sums)  # without fastai's warning that the learner has a loss, too
 
     def after_fit(self):
         "Fetch what plots need, in one go."
