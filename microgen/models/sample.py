@@ -93,7 +93,8 @@ def sample_run(
             rows.append(write_sampled(out, index, one))
             advance(1)
     write_csv(out / "metadata.csv", pd.DataFrame(rows))
-    generated = {"run": str(run), "model": model.name, **asked.to_dict()}
+    scaled_by = data.scaling.get("mode", "image")  # limits of each image, or of the dataset
+    generated = {"run": str(run), "model": model.name, "scaling": scaled_by, **asked.to_dict()}
     recipe = {"kind": data.kind, "recipe": data.recipe, "generated": generated}
     write_json(out / "recipe.json", recipe | provenance(asked.seed))
     return out
