@@ -246,6 +246,7 @@ class Model(Options):
     best_by: str | None = "auto"  # metric whose best epoch is the result; none: the last epoch
     patience: int | None = None  # stop after so many epochs without a better one
     max_hours: float | None = None  # stop cleanly after so many hours; the same line resumes
+    sets_every: int | None = None  # epochs between kd and recall of generated images; none else
     preview_every: int | None = None  # steps between previews; twenty in all when not given
     init: Path | None = None  # run whose weights to start from
     freeze: tuple = ()  # parts of the network that keep their weights
@@ -261,6 +262,7 @@ class Model(Options):
         "gamma": (0, 5),
         "pixel_size": (0, inf),
         "patience": (1, inf),
+        "sets_every": (1, inf),
         "max_hours": (0, inf),
         "preview_every": (1, inf),
         "judged": (0, inf),
