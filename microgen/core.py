@@ -561,9 +561,7 @@ class Estimate:
 # %% ../nbs/00_core.ipynb #8b6d4efe
 def mean_interval(
     values,  # (..., N) numbers, one per image
-) -> (
-    tuple
-):  # (low, high), each (...): 95 % interval of the mean; NaN for one image and for equal values
+) -> tuple:  # (low, high), each (...): 95 % interval; NaN for one image and for equal values
     """Interval of a mean: at each end the outer one of Student's and of Hall's for skewed values.
     Source: Hall, J. R. Stat. Soc. B 54, 221 (1992); coverage in benchmarks/intervals.py"""
     from scipy.special import stdtrit
