@@ -173,7 +173,11 @@ def read_table(
         raise ReadError(path, "parquet", f"{str(e).splitlines()[0]}; {again}") from e
     for name in known:
         if name not in table and columns is None:
-            raise ReadError(path, "parquet", f"it lacks the column {name}; {again}")
+            raise ReadError(
+                path,
+                "parquet",
+                f"it lacks the column {name}, which table_columns of its kind names; {again}",
+            )
     for name in table.columns.intersection(known):
         values = table[name]
         bad = ~np.isfinite(values) if values.dtype.kind == "f" else values.isna()
@@ -186,7 +190,7 @@ def read_table(
 def read_maps(
     path,  # TIFF of a dataset folder: maps/*/*.tif
     pixel_size=None,  # nm per pixel, where the file's own does not count
-) -> dict:  # name to (H, W) array
+) -> dict:  # name to (H, W) array: float32, or int32 where whole numbers were written
     """Read the maps of one image.
     Raises: InputError when the file does not name its maps; ReadError."""
     stack = read(path, pixel_size)
@@ -196,7 +200,21 @@ def read_maps(
             f"{path} does not say which maps it holds: build the dataset with this microgen."
         )
     planes = stack.data if stack.data.ndim == 3 else stack.data[None]
-    return dict(zip(names, planes))
+    whole = stack.metadata.get("whole", names if _of_whole_numbers(path, planes) else ())
+    return {
+        name: plane.astype(np.int32) if name in whole else plane
+        for name, plane in zip(names, planes)
+    }
+
+
+def _of_whole_numbers(path, planes):
+    "Are the pixels of a file of maps stored as whole numbers? It is opened only where they may be."
+    if (planes % 1).any():
+        return False
+    import tifffile
+
+    with tifffile.TiffFile(path) as tif:
+        return tif.pages[0].dtype.kind in "iu"
 
 
 def read_truth(
@@ -215,7 +233,7 @@ def split_by_group(
     valid: float = 0.2,  # share of the images to hold back
     rng=0,  # seed or generator
 ) -> tuple:  # (train, valid): two sorted arrays of indices; no group is in both
-    """Draw whole groups for validation, about a share of the images.
+    """Hold back whole groups, chosen at random, for validation, about a share of the images.
     Raises: InputError when there is one image or one group, or the share is not between 0 and 1."""
     names, member, count = np.unique(
         np.asarray(groups, str), return_inverse=True, return_counts=True
@@ -246,7 +264,7 @@ def split_images(
     """Split images as their column `split` says, or else by group.
     Raises: InputError when train or valid would be empty, or a group is in both."""
     if "split" not in listed:
-        return _drawn(listed, valid, rng)
+        return _by_group(listed, valid, rng)
     parts = [np.flatnonzero(listed["split"] == name) for name in SPLITS]
     if strange := sorted(set(listed["split"].astype(str)) - set(SPLITS)):
         raise InputError(
@@ -270,8 +288,8 @@ def split_images(
     return [p for p in parts if len(p)]
 
 
-def _drawn(listed, valid, rng):
-    "Train and valid drawn by group"
+def _by_group(listed, valid, rng):
+    "Train and valid, split by group"
     if len(listed) == 1:
         raise InputError(
             f"There is one image, {listed['image'].iloc[0]}: at least two are needed, to train on one "
