@@ -584,6 +584,8 @@ def compare(
     kind: str | None = None,  # what the images show: images, walls or particles; as the folders say
     structure: str | None = None,  # shipped name or CIF: columns are found again and measured
     weights: Path | None = None,  # Inception weights; adds FID
+    # compare without brightness and contrast; when not given, where a network scaled each image
+    standardise: bool | None = None,
     pixel_size: float | None = None,  # nm per pixel of files that do not say
     seed: int = 0,  # of subsamples and intervals
 ):
@@ -602,6 +604,7 @@ def compare(
         paired=paired,
         structure=structure,
         extractors=extractors,
+        standardise=standardise,
         pixel_size=pixel_size,
         rng=seed,
         progress=True,

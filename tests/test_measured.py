@@ -88,7 +88,8 @@ def test_commands_exist(area):
         program, *words = shlex.split(command)
         if program == "microgen":
             subcommand = typer.main.get_command(app).commands[words[0]]
-            known = {option for p in subcommand.params for option in p.opts}
+            params = subcommand.params
+            known = {option for p in params for option in (*p.opts, *p.secondary_opts)}
             assert {w for w in words if w.startswith("--")} <= known, command
             continue
         assert program in ("python", "nbdev_test"), command
@@ -204,3 +205,22 @@ def test_saved_trainings_are_those_of_the_page():
     rows += training.saved_memory({"bare": 1e3, "microgen": 1e3, "ema": 1e3}, "64 px")
     rows += training.saved_kills(20, 40, 20)
     assert keys_of(rows) == keys_of(results.read("training"))
+
+
+def test_saved_intervals_are_those_of_the_page():
+    import intervals
+
+    shape = {
+        (d, m, n): (0.9, 1.0)
+        for d in intervals.DISTRIBUTIONS
+        for m in intervals.METHODS
+        for n in intervals.SIZES
+    }
+    chances = {(chance, n): 0.9 for chance in intervals.CHANCES for n in intervals.SIZES}
+    assert keys_of(intervals.saved(shape, chances, 10)) == keys_of(results.read("intervals"))
+
+
+def test_the_interval_of_the_package_holds_what_it_says():
+    for row in results.read("intervals"):
+        if row["what"] == "coverage, n = 16" and row["case"].endswith(": outer"):
+            assert 0.93 <= float(row["value"]) <= 0.97, row

@@ -96,6 +96,14 @@ def commands(small=True):
     return [shlex.split(line) for line in block.splitlines() if line.strip()]
 
 
+def brightness(folder):
+    "Mean intensity of each image of a dataset."
+    from microgen.io.files import read
+
+    names = pd.read_csv(folder / "metadata.csv").file_name
+    return pd.Series([read(folder / name).data.mean() for name in names])
+
+
 def test_four_commands_generate_walls(tmp_path):
     "Each of README's commands runs in a shell's way, one after the other, in a folder of its own."
     resource = pytest.importorskip("resource")  # of POSIX
@@ -122,6 +130,9 @@ def test_four_commands_generate_walls(tmp_path):
     assert "typeC" in set(labels), "walls of type C are generated"
     trained = pd.read_csv(tmp_path / "walls/metadata.csv").label
     assert set(labels) == set(trained), "like is compared with like"
+    assert "a network that scales each image by itself" in said[3]
+    spread = {name: brightness(tmp_path / name).std() for name in ("walls", "generated")}
+    assert 0.5 < spread["generated"] / spread["walls"] < 2, "as bright, and as unlike, as the walls"
     assert (tmp_path / "compared/report.html").exists() and "SSIM" in (
         tmp_path / "run/model/README.md"
     ).read_text()

@@ -42,7 +42,7 @@ from microgen.metrics.image import (
     show_values,
     ssim,
 )
-from .match import Loaded, kind_of_sets, load_set, match_sets
+from .match import Loaded, kind_of_sets, load_set, match_sets, standardised
 from microgen.metrics.sets import (
     copy_test,
     feature_pair,
@@ -138,9 +138,8 @@ def pair_table(
     real,  # ImageSet
     fake,  # ImageSet, the i-th belongs to the i-th real one
     ceiling=None,  # ImageSet: second real scans of the same scenes
-    rng=0,  # seed of the bootstrap
 ) -> pd.DataFrame:  # metric, value, low, high, n, floor (two real scans)
-    "Means over pairs with bootstrap intervals, and what two real scans reach."
+    "Means over pairs with 95 % intervals, and what two real scans reach."
     names = {"ssim": SSIM_NAME}
     values = image_table(real, fake)
     reached = {}
@@ -158,7 +157,7 @@ def pair_table(
     rows = []
     for measure in values:
         if np.isfinite(values[measure]).any():
-            row = mean_estimate(values[measure], names.get(measure, measure), rng).row()
+            row = mean_estimate(values[measure], names.get(measure, measure)).row()
             row["floor"] = reached.get(measure, np.nan)
             rows.append(row)
     return pd.DataFrame(rows).rename(columns={"name": "metric", "floor": "two real scans"})
@@ -181,11 +180,10 @@ def evaluation_table(
 
 def evaluation_means(
     table: pd.DataFrame,  # one row per image, of evaluation_table
-    rng=0,  # seed of the bootstrap
 ) -> pd.DataFrame:  # one row per measure: metric, value, low, high, n (images that have a value)
-    "Means over images with 95 % bootstrap intervals."
+    "Means over images with 95 % intervals; none where all images have the same value."
     numbers = table.select_dtypes("number").dropna(axis=1, how="all")
-    rows = [mean_estimate(values, name, rng).row() for name, values in numbers.items()]
+    rows = [mean_estimate(values, name).row() for name, values in numbers.items()]
     if not rows:
         return pd.DataFrame(columns=["metric", "value", "low", "high", "n"])
     return pd.DataFrame(rows).rename(columns={"name": "metric"}).drop(columns="floor")
@@ -216,7 +214,9 @@ def compare(
     kind=None,  # a Kind or its name; None: that of the folders
     extractors=None,  # list of Extractors; None: the random network, and Inception where its weights lie ready
     pixel_size=None,  # nm per pixel of all images; wins over what files say
-    standardise=False,  # bring every image to mean 0 and standard deviation 1: contrast is not compared
+    # bring every image to mean 0 and standard deviation 1, so that brightness and contrast are not compared;
+    # None: where a folder says that its images are of a network that scales every image by itself
+    standardise=None,
     most=1000,  # images of each set at most
     most_evaluated=16,  # images that are compared with their truth at most
     rng=0,  # seed of every random choice
@@ -232,25 +232,27 @@ def compare(
     def load(source, name):
         if source is None:
             return None
-        loaded = load_set(source, pixel_size, most, seed, name, standardise)
+        loaded = load_set(source, pixel_size, most, seed, name)
         return loaded if compared_as.colour else _grey(loaded)
 
     real = load(real, "real images")
     fake = load(fake, "generated images")
     seconds = load(ceiling, "second scans")
+    seen = load(train, "training images")
     notes += real.notes + fake.notes
-    if standardise:
-        notes.append(
-            "Every image was brought to mean 0 and standard deviation 1: contrast is not compared."
-        )
     real, fake, seconds, paired = match_sets(real, fake, seconds, paired, draw, notes, compared_as)
     real, fake = _both_in_colour(real, fake, notes)
+    why = _why_standardised(standardise, real, fake)
+    if why:
+        notes.append(f"{_levels(real, fake)} {why}")
+        seconds, seen = (s and standardised(s) for s in (seconds, seen))
+        real, fake = standardised(real), standardised(fake)
     job = _Job(
         kind=compared_as,
         context=_context(compared_as, real, fake, structure, notes),
         real=real,
         fake=fake,
-        train=load(train, "training images"),
+        train=seen,
         ceiling=seconds,
         paired=paired,
         extractors=extractors or _extractors(real.images.colour is not None, notes),
@@ -297,6 +299,35 @@ class _Job:
     def n_evaluated(self):
         "How many images are compared with their truth."
         return min(self.most_evaluated, len(self.fake.names))
+
+
+def _why_standardised(standardise, real, fake):
+    "Why brightness and contrast are taken out, in a sentence; empty where they are compared."
+    out = "so every image was brought to mean 0 and standard deviation 1"
+    if standardise:
+        return f"These are not compared, as was asked for: {out}."
+    names = {"real": real.scaled_alone, "generated": fake.scaled_alone}
+    alone = [f"the {name} images" for name, is_alone in names.items() if is_alone]
+    if standardise is None and alone:
+        return (
+            f"These are not compared, since {' and '.join(alone)} are of a network that scales each image "
+            f"by itself: {out} (standardise=False, --no-standardise compares them)."
+        )
+    return ""
+
+
+def _levels(real, fake):
+    "Brightness and contrast of both sets, in a sentence."
+
+    def over_images(values):
+        return f"{values.mean():.3g} ± {values.std():.3g}"
+
+    real, fake = real.images.data, fake.images.data
+    return (
+        f"The mean intensity of an image is {over_images(real.mean((1, 2)))} (real) and "
+        f"{over_images(fake.mean((1, 2)))} (generated), its standard deviation "
+        f"{over_images(real.std((1, 2)))} and {over_images(fake.std((1, 2)))}."
+    )
 
 
 def _grey(loaded):
@@ -416,7 +447,7 @@ def _sets(job, tables, notes):
     )
     if job.train is not None:
         _, of_unseen = feature_pair(source.images, real, extractor)
-        chance, z = copy_test(features, of_unseen, of_fake, job.seed)
+        chance, z = copy_test(features, of_unseen, of_fake)
         tables["copying"] = pd.DataFrame([chance.row() | {"z": z}])
         section.table(
             tables["copying"],
@@ -432,14 +463,12 @@ def _pairs(job, tables, notes):
         return []
     real, fake = job.real.images, job.fake.images
     seconds = job.ceiling.images if job.ceiling else None
-    tables["pairs"] = pair_table(real, fake, seconds, job.seed)
+    tables["pairs"] = pair_table(real, fake, seconds)
     values = {"generated": ssim(real, fake)}
     if seconds is not None:
         values["two real scans"] = ssim(real, seconds)
     section = Section("Alike pair by pair?").figure(show_values(values).figure, SSIM_NAME)
-    section.table(
-        tables["pairs"], "Means over pairs, 95 % bootstrap intervals; range: that of the real set"
-    )
+    section.table(tables["pairs"], "Means over pairs, 95 % intervals; range: that of the real set")
     return [section]
 
 
@@ -462,15 +491,15 @@ def _evaluation(job, tables, notes):
     if references is not None:
         own = evaluation_table(job.kind, references, truths, job.context)
         tables["evaluation_real"] = own
-        tables["evaluation_real_means"] = evaluation_means(own, job.seed)
+        tables["evaluation_real_means"] = evaluation_means(own)
         section.table(
             _explained(tables["evaluation_real_means"], job.kind),
             "The real images, measured the same way: what can be reached",
         )
-    tables["evaluation_means"] = evaluation_means(table, job.seed)
+    tables["evaluation_means"] = evaluation_means(table)
     section.table(
         _explained(tables["evaluation_means"], job.kind),
-        "Means over generated images with 95 % bootstrap intervals; n: images that have a value",
+        "Means over generated images with 95 % intervals; n: images that have a value",
     )
     section.table(tables["evaluation"], "Image by image")
     return [section]

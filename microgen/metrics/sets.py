@@ -9,8 +9,9 @@ __all__ = ['frechet_distance', 'frechet_infinity', 'kernel_distance', 'neighbour
 # %% ../../nbs/80_metrics.sets.ipynb #0e8d8f8a
 import numpy as np
 import pandas as pd
+from scipy.optimize import brentq
 from scipy.spatial.distance import cdist
-from scipy.stats import bootstrap, mannwhitneyu
+from scipy.stats import mannwhitneyu
 
 from ..core import Estimate, InputError, as_rng, check_finite
 from .features import intensity_window, random_extractor
@@ -133,15 +134,17 @@ def neighbour_metrics(
     }
 
 # %% ../../nbs/80_metrics.sets.ipynb #33d087de
+_NORMAL_95 = 1.959964  # standard deviations within which 95 % of normal values lie
+
+
 def copy_test(
     train,  # (M, D) features of the training images
     unseen,  # (K, D) features of real images that were not trained on
     fake,  # (N, D) features of generated images
-    rng=0,  # seed of the bootstrap
 ) -> tuple:  # Estimate (0.5: as far from the training set as unseen images; 0: copies), z score (below -3: copying)
     """Chance that a generated image is further from the training set than an unseen one.
     Raises: InputError for fewer than two images in a set.
-    Source: C_T without cells, 10.48550/arXiv.2004.05675"""
+    Source: C_T without cells, 10.48550/arXiv.2004.05675; its interval, 10.1002/sim.2324"""
     train = check_finite("features", np.asarray(train, float))
     unseen = check_finite("features", np.asarray(unseen, float))
     fake = check_finite("features", np.asarray(fake, float))
@@ -150,23 +153,27 @@ def copy_test(
     fake_to_train = cdist(fake, train).min(1)
     unseen_to_train = cdist(unseen, train).min(1)
 
-    def chance_further(a, b):
-        return mannwhitneyu(a, b).statistic / (len(a) * len(b))
-
-    chance = chance_further(fake_to_train, unseen_to_train)
     n, m = len(fake), len(unseen)
+    chance = mannwhitneyu(fake_to_train, unseen_to_train).statistic / (n * m)
     # standard deviation of the Mann-Whitney statistic, over n m: ((n + m + 1) / (12 n m))^(1/2)
     z = (chance - 0.5) * np.sqrt(12 * n * m / (n + m + 1))
-    resampled = bootstrap(
-        (fake_to_train, unseen_to_train),
-        chance_further,
-        n_resamples=499,
-        method="percentile",
-        vectorized=False,
-        random_state=as_rng(rng),
-    )
-    low, high = resampled.confidence_interval
-    return Estimate("copying: 0.5 is none", chance, float(low), float(high), n), float(z)
+    low, high = _chance_interval(chance, n, m)
+    return Estimate("copying: 0.5 is none", chance, low, high, n), float(z)
+
+
+def _chance_interval(chance, n, m):
+    "95 % score interval of the chance that one of n numbers is larger than one of m: Newcombe's method 5."
+    extra = (n + m) / 2 - 1
+
+    def excess(theta):
+        variance = theta * (1 - theta) / (n * m)
+        variance *= 1 + extra * ((1 - theta) / (2 - theta) + theta / (1 + theta))
+        return (theta - chance) ** 2 - _NORMAL_95**2 * variance
+
+    tiny = 1e-9  # the variance vanishes at 0 and 1
+    low = brentq(excess, 0, chance - tiny) if chance > tiny else 0.0
+    high = brentq(excess, chance + tiny, 1) if chance < 1 - tiny else 1.0
+    return low, high
 
 
 def nearest(
@@ -205,6 +212,14 @@ def set_statistics(
     return statistics
 
 
+_SHARES = (
+    "precision",
+    "recall",
+    "coverage",
+    "authenticity",
+)  # statistics that are shares of images
+
+
 def half_samples(
     x,  # (N, D) features of real images
     y,  # (N, D) features of the others
@@ -234,17 +249,30 @@ def half_sample_table(
     n,  # images of each half
     # one row per statistic: metric, value, low, high, n, floor, floor_low, floor_high
 ) -> pd.DataFrame:
-    "Means over random halvings, with 95 % intervals."
+    "Means over random halvings, with 95 % intervals; where all halvings agree, what n images can say of a share."
+    low, high = _spread_of_halvings(values, n)
+    floor_low, floor_high = _spread_of_halvings(floors, n)
     table = {
         "value": values.mean(),
-        "low": values.quantile(0.025),
-        "high": values.quantile(0.975),
+        "low": low,
+        "high": high,
         "n": n,
         "floor": floors.mean(),
-        "floor_low": floors.quantile(0.025),
-        "floor_high": floors.quantile(0.975),
+        "floor_low": floor_low,
+        "floor_high": floor_high,
     }
     return pd.DataFrame(table).rename_axis("metric").reset_index()
+
+
+def _spread_of_halvings(halvings, n):
+    "Lower and upper ends of 95 % intervals; none is of width zero."
+    low, high = halvings.quantile(0.025), halvings.quantile(0.975)
+    least = n / (n + _NORMAL_95**2)  # of a share that is 1 in n images: Wilson's score interval
+    for name in halvings.columns[halvings.nunique() == 1]:
+        value = halvings[name].iloc[0]
+        ends = {1.0: (least, 1.0), 0.0: (0.0, 1 - least)} if name.startswith(_SHARES) else {}
+        low[name], high[name] = ends.get(value, (np.nan, np.nan))
+    return low, high
 
 
 def set_table(

@@ -132,7 +132,7 @@ def judge(
     ways: dict = WAYS,  # name of the SSIM to arguments of network.sample; the last is evaluated
     n: int = 16,  # scenes at most
     minutes: float = 2.0,  # no scene begins later than that
-    rng: int = 0,  # seed of latent variables, noise and intervals
+    rng: int = 0,  # seed of latent variables and noise
     progress: bool = False,  # show a bar with time left
 ) -> list:  # dicts with name, value, low, high (95 %) and n
     """Generate held-out scenes, and say how near they come to their images and to their truth.
@@ -161,20 +161,19 @@ def judge(
     lines = {name: name for name in ways}
     for name, line in data.of_kind().measures.items():
         lines |= {name: line, f"{name}, {TRUE}": f"{line}; {TRUE}"}
-    return card_rows(pd.DataFrame(scores), lines, rng)
+    return card_rows(pd.DataFrame(scores), lines)
 
 
 def card_rows(
     scores: pd.DataFrame,  # a row per scene or image, a column per measure
     lines: dict,  # column to the line of the card, in order
-    rng: int = 0,  # seed of the intervals
 ) -> list:  # dicts with name, value, low, high (95 %) and n
     "Summarise measures as rows of a model card; what no image gave is left out."
     rows = []
     for name, line in lines.items():
         if name not in scores or not np.isfinite(scores[name]).any():
             continue
-        row = mean_estimate(scores[name], line, rng).row()
+        row = mean_estimate(scores[name], line).row()
         del row["floor"]
         rows.append({key: value for key, value in row.items() if value == value})  # NaN is no limit
     return rows

@@ -15,11 +15,12 @@ from types import NoneType
 from typing import get_args
 
 import numpy as np
+import pandas as pd
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
-from ..core import InputError, Micrograph, check_number
+from ..core import InputError, Micrograph, as_rng, check_number
 from ..data.files import unscale
 from ..data.item import DatasetRecipe, Simulated
 from ..data.load import image_dls
@@ -118,8 +119,10 @@ class Sampling(Options):
 
     n: int = 16  # images
     seed: int = 0  # of latent variables and noise
+    intensity: str = "sampled"  # limits of grey levels: sampled from training images, or the median
 
     limits = {"n": (1, inf), "seed": (0, inf)}
+    choices = {"intensity": ("sampled", "median")}
 
 # %% ../../nbs/90_models.model.ipynb #65958598
 @dataclass(kw_only=True)
@@ -135,6 +138,8 @@ class TrainingData:
     pixel_size: list | None = None  # (py, px), nm; None where the files do not say
     scaling: dict = field(default_factory=dict)  # of grey levels, see microgen.data.files.unscale
     properties: dict = field(default_factory=dict)  # name to mean and standard deviation
+    # of grey levels of training images that were scaled each by itself: label, domain, low, high
+    limits: dict = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -154,6 +159,7 @@ class TrainingData:
             pixel_size=list(dls.pixel_size) if dls.pixel_size else None,
             scaling=dls.scaling,
             properties={name: list(v) for name, v in (dls.properties or {}).items()},
+            limits=_limits(dls),
         )
 
     def of_kind(self) -> Kind:  # the plug
@@ -164,17 +170,57 @@ class TrainingData:
         "The recipe of which the images were simulated."
         return self.of_kind().recipe().from_dict(self.recipe) if self.recipe else None
 
+    def intensity_limits(
+        self,
+        how: str,  # "sampled" or "median"
+        rng=0,  # int, Generator or SeedSequence, of the choice
+        label: str = "",  # class of the generated image
+        domain: int = 0,  # 1 for the style of real images that joined simulated ones
+    ) -> tuple:  # (low, high): what -1 and 1 become, in the units of the training images
+        "Take both limits of grey levels from one training image, of the same domain and class if there is any."
+        if how == "median" or not self.limits:
+            return self.scaling["low"], self.scaling["high"]
+        table = pd.DataFrame(self.limits)
+        of_domain = table[table.domain == domain]
+        of_class = of_domain[of_domain.label == label]
+        candidates = next(rows for rows in (of_class, of_domain, table) if len(rows))
+        chosen = candidates.iloc[as_rng(rng).integers(len(candidates))]
+        return float(chosen.low), float(chosen.high)
+
     def micrograph(
         self,
         pixels,  # (C, H, W) tensor in [-1, 1]
         about: dict,  # what else to say of the image
+        limits: tuple | None = None,  # (low, high) of intensity_limits; None is the median
     ) -> Micrograph:  # in the units of the training images
         "Give what a network generated its units. Pixels of unknown size count as 1 nm and say so."
-        values = unscale(np.asarray(pixels, np.float32), self.scaling)
+        values = unscale(np.asarray(pixels, np.float32), limits or self.scaling)
         data = values[0] if len(values) == 1 else values
         known = {} if self.pixel_size else {"pixel_size_unknown": True}
         about = {"generated": True, **known, **about}
         return Micrograph(data, tuple(self.pixel_size or (1.0, 1.0)), about, "microgen")
+
+
+_MOST_LIMITS = 256  # training images whose limits are stored
+
+
+def _limits(dls):
+    "Limits of the grey levels of some training images, as columns; none where all images share them."
+    if dls.scaling["mode"] != "image":
+        return {}
+    pixels = dls.train.pixels
+    rows = np.array([int(i) for i in dls.train.dataset.items])
+    if len(rows) > _MOST_LIMITS:
+        rows = np.sort(np.random.default_rng(0).permutation(rows)[:_MOST_LIMITS])
+    listed = pixels.listed.iloc[rows]
+    domain = listed["domain"] if "domain" in listed else np.zeros(len(rows), int)
+    low, high = pixels.limits[rows].T
+    return {
+        "label": listed["label"].tolist(),
+        "domain": [int(d) for d in domain],
+        "low": [float(f"{value:.7g}") for value in low],
+        "high": [float(f"{value:.7g}") for value in high],
+    }
 
 # %% ../../nbs/90_models.model.ipynb #68797b69
 @dataclass(kw_only=True)
@@ -200,6 +246,7 @@ class Model(Options):
     best_by: str | None = "auto"  # metric whose best epoch is the result; none: the last epoch
     patience: int | None = None  # stop after so many epochs without a better one
     max_hours: float | None = None  # hours until it stops; run the same command again to resume
+    sets_every: int | None = None  # epochs between kd and recall of generated images; none else
     preview_every: int | None = None  # steps between previews; twenty in all when not given
     init: Path | None = None  # run whose weights to start from
     freeze: tuple = ()  # parts of the network that keep their weights
@@ -215,6 +262,7 @@ class Model(Options):
         "gamma": (0, 5),
         "pixel_size": (0, inf),
         "patience": (1, inf),
+        "sets_every": (1, inf),
         "max_hours": (0, inf),
         "preview_every": (1, inf),
         "judged": (0, inf),
@@ -317,9 +365,12 @@ class Model(Options):
         at_once = 16  # images
         for start in range(0, asked.n, at_once):
             rng = np.random.default_rng([asked.seed, start])
-            for pixels in network.sample(min(at_once, asked.n - start), rng=rng):
+            images = network.sample(min(at_once, asked.n - start), rng=rng)
+            for index, pixels in enumerate(images, start):
                 about = {"label": "", "split": "test"}
-                yield Simulated(data.micrograph(pixels, about), None, None, about)
+                of_limits = np.random.default_rng([asked.seed, index, 1])
+                limits = data.intensity_limits(asked.intensity, of_limits)
+                yield Simulated(data.micrograph(pixels, about, limits), None, None, about)
 
     def judge(
         self,

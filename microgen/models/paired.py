@@ -142,9 +142,10 @@ class PairedModel(Model):
         data: TrainingData,  # what is known of the images of the training
         scene: AskedScene,  # what to show
         asked: SceneSampling,  # how
-        rng: np.random.Generator,  # of latent variables and noise
+        rng: np.random.Generator,  # of latent variables, noise and limits of grey levels
     ) -> Simulated:  # image, maps, table and a row of the metadata
         "Generate the image of one scene."
+        (of_limits,) = rng.spawn(1)  # they do not depend on how many numbers the network takes
         truth, pixel_size = scene.truth, tuple(data.pixel_size)
         shape = next(iter(truth.maps.values())).shape
         maps = data.of_kind().condition(truth, shape, pixel_size, tuple(data.channels))
@@ -164,7 +165,9 @@ class PairedModel(Model):
             **properties,
             **scene.origin,
         }
-        image = data.micrograph(images[0].numpy(), about)
+        domain = int(arguments.get("domain") == "real")
+        limits = data.intensity_limits(asked.intensity, of_limits, truth.label, domain)
+        image = data.micrograph(images[0].numpy(), about, limits)
         return Simulated(image, truth.maps, truth.table, about)
 
     def judge(

@@ -7,13 +7,14 @@ __all__ = ['asked_of', 'write_sampled', 'sample_run']
 
 # %% ../../nbs/92_models.sample.ipynb #f006c3bf
 import hashlib
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..core import InputError
+from ..data.files import warn
 from ..data.item import Simulated, paths, write_item
 from ..io.files import atomic_path, provenance, write_csv, write_json, write_tiff
 from .model import Model, Sampling, TrainingData
@@ -81,20 +82,27 @@ def sample_run(
     progress: bool = True,  # show a bar with time left
     **options,  # of the model's sampling, such as classes="one" or maps=FOLDER
 ) -> Path:  # the dataset folder
-    """Sample images from a run, and write them as a dataset folder.
+    """Sample images from a run, and write them as a dataset folder; each gets the brightness and contrast of a training image.
     Raises: InputError for an option or a class that is not known, and for a folder in use; ReadError."""
     out = Path(out)
     model, network, data, _ = load_run(run)
     asked = asked_of(model, data, {"n": n, "seed": seed, **options})
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is in use: give the name of a new folder.")
+    scaled_by = data.scaling.get("mode", "image")  # limits of each image, or of the dataset
+    if scaled_by == "image" and asked.intensity == "sampled" and not data.limits:
+        warn(
+            f"{run} does not hold the limits of its training images, as runs from now on do: all images "
+            "get the median ones."
+        )
+        asked = replace(asked, intensity="median")
     rows = []
     with progress_bar(asked.n, "sampling", progress, "images") as advance:
         for index, one in enumerate(model.sample(network, data, asked)):
             rows.append(write_sampled(out, index, one))
             advance(1)
     write_csv(out / "metadata.csv", pd.DataFrame(rows))
-    generated = {"run": str(run), "model": model.name, **asked.to_dict()}
+    generated = {"run": str(run), "model": model.name, "scaling": scaled_by, **asked.to_dict()}
     recipe = {"kind": data.kind, "recipe": data.recipe, "generated": generated}
     write_json(out / "recipe.json", recipe | provenance(asked.seed))
     return out

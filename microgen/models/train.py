@@ -16,6 +16,7 @@ from fastai.learner import Learner
 from ..core import InputError, PlugError
 from ..data.build import read_recipe
 from ..data.files import list_images
+from ..metrics.watch import MORE_IS_BETTER, SET_METRICS, SetMetrics
 from .model import Model, TrainingData, check_registered
 from .run import training_facts, write_facts
 from ..progress import progress_bar
@@ -93,16 +94,25 @@ def train_model(
             freeze=model.freeze,
             max_hours=model.max_hours,
             best_by=metric,
-            largest=metric in model.more_is_better,
+            largest=metric in (*model.more_is_better, *MORE_IS_BETTER),
             patience=model.patience,
             preview_every=preview_every,
             shown=progress,
-            cbs=[Progress(progress)],
+            cbs=[Progress(progress), *_set_metrics(model, metric)],
             **model.train_arguments(),
         )
     if processes()[0] == 0:
         _finish(model, learn, known, out, progress)
     return learn
+
+
+def _set_metrics(model, metric):
+    "The callback that compares generated with held-out images as sets, where it is asked for."
+    chosen_by_set = metric in SET_METRICS
+    if model.sets_every is None and not chosen_by_set:
+        return []
+    names = dict.fromkeys(["kd", "recall", *([metric] if chosen_by_set else [])])
+    return [SetMetrics(model.sets_every or 1, names=tuple(names))]
 
 
 def _recipe(data):
