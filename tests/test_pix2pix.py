@@ -24,6 +24,7 @@ from microgen.kinds.walls.recipe import Recipe
 from microgen.models.pix2pix import Pix2PixModel, RouterModel
 from microgen.models.sample import sample_run
 from microgen.models.train import train_model
+from microgen.train.adversarial import term_values
 from microgen.train.core import plain_tensor, seed_everything
 from microgen.train.history import Fade
 from microgen.train.hub import load_model
@@ -64,7 +65,7 @@ def test_every_parameter_moves(data, arch):
         weights = dict.fromkeys(
             ("adv", "l1", "ssim", "edge", "spectral", "attention", "diversity", "noise"), 1.0
         )
-        total = sum(g_terms(weights)(model, one, fakes).values())
+        total = sum(term_values(g_terms(weights)(model, one, fakes)).values())
         (
             total + sum(d_terms()(model, one, {k: v.detach() for k, v in fakes.items()}).values())
         ).backward()
@@ -79,7 +80,7 @@ def test_four_images_by_heart(data):
     optimiser, losses = torch.optim.Adam(model.g.parameters(), 5e-3), []
     for _ in range(120):
         optimiser.zero_grad()
-        terms = g_terms(weights)(model, one, generate(model, one))
+        terms = term_values(g_terms(weights)(model, one, generate(model, one)))
         sum(w * terms[k] for k, w in weights.items()).backward()
         optimiser.step()
         losses.append(float(terms["l1"].detach()))

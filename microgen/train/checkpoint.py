@@ -24,6 +24,7 @@ from fastai.callback.core import (
     CancelEpochException,
     CancelFitException,
 )
+from fastai.learner import AvgMetric
 from fastai.torch_core import to_device
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -419,6 +420,9 @@ class BestBy(Callback):
         learn = self.learn
         names = list(learn.recorder.metric_names[1:])
         value = dict(zip(names, learn.final_record)).get(self.metric)
+        each_epoch = [one.name for one in learn.metrics if isinstance(one, AvgMetric)]
+        if value is None and self.metric not in ("valid_loss", *each_epoch):
+            return  # a callback measures it, in some of the epochs
         if value is None:
             raise InputError(
                 f"{self.metric} was not measured in epoch {learn.epoch + 1}, so no epoch can be chosen by it: "

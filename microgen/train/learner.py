@@ -11,7 +11,7 @@ from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import Learner
+from fastai.learner import AvgMetric, Learner
 from fastcore.foundation import L
 
 from ..core import InputError
@@ -83,8 +83,8 @@ class AdversarialLearner(Learner):
     ):
         """Refuse a metric that the validation of this learner never gives.
         Raises: InputError."""
-        compared = {"valid_loss", *(one.name for one in self.metrics)}
-        if metric in compared and not self.has_target():
+        averages = [one.name for one in self.metrics if isinstance(one, AvgMetric)]
+        if metric in ("valid_loss", *averages) and not self.has_target():
             raise InputError(
                 f"{who} wants to choose by {metric}, and a model that generates from nothing has no target "
                 "to compare with: choose by a measure of whole sets of images, or leave it out."
