@@ -16,11 +16,13 @@ import torch
 
 from microgen.core import InputError, ReadError
 from microgen.data.build import build
+from microgen.data.cache import CACHE
 from microgen.data.files import list_images, split_by_group, split_images, unscale
 from microgen.data.load import image_dls, mixed_dls, paired_dls, unpaired_dls
 from microgen.io.files import read, write_tiff
 from microgen.kinds.walls.condition import CHANNELS, condition, move
 from microgen.kinds.walls.recipe import Recipe
+from microgen.kinds.walls.walls import Walls
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,8 @@ def walls(tmp_path_factory):
 @pytest.fixture
 def copy(walls, tmp_path):
     "A copy of the dataset, to be damaged."
-    return Path(shutil.copytree(walls, tmp_path / "copy"))
+    without_arrays = shutil.ignore_patterns(CACHE)
+    return Path(shutil.copytree(walls, tmp_path / "copy", ignore=without_arrays))
 
 
 def tree(folder, names, shape=(48, 48), seed=0, pixel_size=0.03):
@@ -336,6 +339,159 @@ def test_folders_without_images_are_no_classes(tmp_path):
     (tmp_path / "dft").mkdir()
     (tmp_path / "dft" / "YMnO3.cif").write_text("data_")
     assert list_images(tmp_path).label.tolist() == ["A", "", ""]
+
+
+# --- conditions that are made once
+
+
+def entries(folder):
+    return [p for p in (Path(folder) / CACHE).iterdir() if p.is_dir()]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    "Labels of the images of which a condition was made."
+    labels = []
+    condition_of = Walls.condition
+
+    def noted(self, truth, *args):
+        labels.append(truth.label)
+        return condition_of(self, truth, *args)
+
+    monkeypatch.setattr(Walls, "condition", noted)
+    return labels
+
+
+@pytest.mark.parametrize("memory_gb", [0, 4])
+def test_conditions_are_made_once(copy, made, memory_gb):
+    "The second loaders, and every epoch, read arrays; batches are those that are made anew each time."
+    how = {"bs": 2, "size": 40, "seed": 5, "device": "cpu", "num_workers": 0}
+    plain = list(paired_dls(copy, memory_gb=0, cache=False, **how).train)
+    assert not (copy / CACHE).exists()
+    made.clear()
+    first = list(paired_dls(copy, memory_gb=memory_gb, **how).train)
+    assert len(made) == 2 * 12, "channels and focus of each image, once"
+    made.clear()
+    dls = paired_dls(copy, memory_gb=memory_gb, **how)
+    second = list(dls.train)
+    list(dls.train), list(dls.valid)
+    assert not made and same(first, plain) and same(second, plain)
+    few = paired_dls(copy, memory_gb=memory_gb, classes=("typeC",), **how)
+    assert not made and few.vocab == ["typeC"], "some of the classes are among those of all"
+    items = few.valid.dataset.items
+    assert torch.equal(few.valid_ds[0][0], torch.from_numpy(few.valid.pixels.maps(items[0])))
+
+
+def test_kept_conditions_are_16_bit_and_exact_enough(walls):
+    "Numbers of about 1 as 16-bit floats: within 0.0005."
+    dls = paired_dls(walls, bs=2, augment=(), memory_gb=0, device="cpu")
+    pixels = dls.train.pixels
+    worst = 0
+    for i in range(len(pixels)):
+        exact = pixels.kind.condition(pixels.truth(i), (64, 64), (0.03, 0.03), pixels.channels)
+        worst = max(worst, np.abs(pixels.maps(i) - exact).max())
+    assert 0 < worst < 5e-4
+
+
+@pytest.mark.parametrize("what", ["map", "table", "image", "label"])
+def test_kept_conditions_are_never_those_of_other_files(copy, what):
+    "Each thing that a condition or an image is made of is changed behind the back of the metadata."
+    how = {"bs": 12, "augment": (), "device": "cpu", "percentiles": (0, 100)}
+    paired_dls(copy, **how)
+    row = list_images(copy).query("split == 'valid'").iloc[0]
+    if what == "map":
+        maps = tifffile.imread(row["maps"])
+        about = {"channels": ["Q", "phi", "disp_pm", "polarisation", "wall"]}
+        write_tiff(row["maps"], 0.5 * maps, 0.03, about, compress=True)
+    elif what == "table":
+        table = pd.read_parquet(row["table"])
+        table.assign(y_nm=table["y_nm"] + 0.05).to_parquet(row["table"])
+    elif what == "image":
+        write_tiff(row["image"], read(row["image"]).data[::-1], 0.03)
+    else:
+        meta = pd.read_csv(copy / "metadata.csv")
+        meta["label"] = meta["label"].replace("UP", "DN")
+        meta.to_csv(copy / "metadata.csv", index=False)
+    seen = list(paired_dls(copy, **how).valid)
+    assert same(seen, list(paired_dls(copy, cache=False, **how).valid))
+    assert len(entries(copy)) == 1, "arrays that are out of date are removed"
+
+
+def test_a_copy_takes_its_conditions_along(copy, tmp_path, made):
+    paired_dls(copy, bs=2, device="cpu")
+    made.clear()
+    paired_dls(shutil.copytree(copy, tmp_path / "again"), bs=2, device="cpu")
+    assert not made
+
+
+def test_damaged_arrays_are_made_again(copy, made):
+    paired_dls(copy, bs=2, device="cpu")
+    (entry,) = entries(copy)
+    (entry / "conditions.npy").write_bytes((entry / "conditions.npy").read_bytes()[:-7])
+    (copy / CACHE / "killed.tmp").mkdir()
+    made.clear()
+    paired_dls(copy, bs=2, device="cpu")
+    assert made and entries(copy) == [entry], "what a killed run left is removed"
+
+
+PROCESS = """
+import sys, torch
+from microgen.data.load import paired_dls
+if __name__ == "__main__":
+    dls = paired_dls(sys.argv[1], bs=2, size=40, seed=5, device="cpu", memory_gb=0, num_workers=0)
+    print(sum(float(x.double().sum()) for b in dls.train for x in b))
+"""
+
+
+def run(code, *words):
+    "A process of its own."
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.Popen([sys.executable, code, *words], env=env, **told)
+
+
+def test_processes_that_begin_together_make_one_set_of_arrays(copy, tmp_path):
+    (tmp_path / "load.py").write_text(PROCESS)
+    running = [run(tmp_path / "load.py", copy) for _ in range(3)]
+    said = [p.communicate() for p in running]
+    assert len({out for out, _ in said}) == 1 and said[0][0], said
+    assert len(entries(copy)) == 1 and not list((copy / CACHE).glob("*.tmp"))
+
+
+def test_a_folder_that_cannot_be_written_to(copy, tmp_path, monkeypatch):
+    "Conditions go to the user's cache, or else are made each time; either is said in one line."
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    (copy / CACHE).write_text("a file in its place")
+    with pytest.warns(UserWarning, match="is read-only: its conditions are kept in .*mine"):
+        first = paired_dls(copy, bs=2, device="cpu", memory_gb=0, num_workers=0)
+    assert first.train.pixels.arrays.folder.is_relative_to(tmp_path / "mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(copy / "metadata.csv"))
+    with pytest.warns(UserWarning, match="can be written to: conditions are not kept"):
+        second = paired_dls(copy, bs=2, device="cpu", memory_gb=0, num_workers=0)
+    assert second.train.pixels.arrays is None
+    assert same(list(first.train), list(second.train))
+
+
+SPAWNED = """
+import sys, torch
+from microgen.data.load import paired_dls, unpaired_dls
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method("spawn")
+    folder, how = sys.argv[1], {"bs": 2, "size": 40, "device": "cpu", "memory_gb": 0, "seed": 5}
+    paired = [paired_dls(folder, num_workers=n, contrast=0.2, **how) for n in (0, 1)]
+    unpaired = [unpaired_dls(folder, folder, num_workers=n, **how) for n in (0, 1)]
+    for loaders in (paired, unpaired):
+        alone, spawned = (list(dls.train) for dls in loaders)
+        assert len(alone) == len(spawned) > 1
+        print(all(torch.equal(x, y) for a, b in zip(alone, spawned) for x, y in zip(a, b)))
+"""
+
+
+def test_spawned_workers_give_the_same_batches(walls, tmp_path):
+    "Workers that are begun afresh, as on macOS and Windows, get all they need from the loader."
+    (tmp_path / "spawned.py").write_text(SPAWNED)
+    out, err = run(tmp_path / "spawned.py", walls).communicate()
+    assert out.split() == ["True", "True"], err
 
 
 # --- bad input: one sentence, with what to do

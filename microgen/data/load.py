@@ -14,10 +14,12 @@ import pandas as pd
 import torch
 from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
+from fastai.torch_core import default_device
 
 from ..core import InputError, check_positive
-from .files import Pixels, list_images, split_images, warn
-from .loader import Augment, Loader
+from .files import Pixels, list_images, split_images
+from .item import warn
+from .loader import Augment, Loader, OnDevice, Widen, from_pixels
 from ..kind import Kind, kind_of, symmetry
 from ..kind import kind as find_kind
 
@@ -73,9 +75,11 @@ def _loaders(
         splitter=lambda items: [part.tolist() for part in parts],
         n_inp=n_inputs,
         dl_type=Loader,
-        batch_tfms=[augment],
+        batch_tfms=[Widen(), augment],
     )
     scaling = pixels.use(parts[0])
+    device = torch.device(default_device() if device is None else device)
+    read, pin_memory = _reader(pixels, values or {}, device, num_workers)
     dls = block.dataloaders(
         list(range(len(pixels))),
         bs=bs,
@@ -83,7 +87,9 @@ def _loaders(
         fields=fields,
         vocab=vocab,
         seed=seed,
+        read=read,
         num_workers=num_workers,
+        pin_memory=pin_memory,
         device=device,
         dl_kwargs=[{"order": order} for order in orders],
     )
@@ -99,6 +105,15 @@ def _loaders(
     dls.augment = tuple(ops)
     dls.properties = {}
     return dls
+
+
+def _reader(pixels, values, device, num_workers):
+    "How whole batches are read, and whether they pass through pinned memory on their way to a GPU."
+    if device.type != "cuda":
+        return partial(from_pixels, pixels=pixels, values=values), False
+    if num_workers == 0 and OnDevice.fits(pixels, device):
+        return OnDevice(pixels, values, device), False
+    return partial(from_pixels, pixels=pixels, values=values), True
 
 
 def _check_square(ops, pixels):
@@ -208,6 +223,7 @@ def paired_dls(
     gamma: float = 0.0,  # gamma of training images varies by factors exp(±gamma)
     progress: bool = False,  # show progress while reading
     kind: Kind | str | None = None,  # what the images show; None is what the folder says
+    cache: bool = True,  # conditions are made once and kept beside the images, see microgen.data.cache
 ) -> DataLoaders:  # batches (maps, label, focus, image)
     """Load images with their truth, to learn the way from the one to the other.
     Raises: InputError, one sentence each, for what is wrong with the folder or the arguments."""
@@ -227,7 +243,17 @@ def paired_dls(
     parts = split_images(listed, valid, seed)
     vocab, labels = _vocab(listed, parts, classes)
     props, numbers = _properties(listed, properties, parts[0])
-    pixels = Pixels(listed, size, channels, None, scaling, percentiles, memory_gb, progress, kind)
+    pixels = Pixels(
+        listed,
+        size,
+        channels,
+        scaling=scaling,
+        percentiles=percentiles,
+        memory_gb=memory_gb,
+        progress=progress,
+        kind=kind,
+        cache=folder if cache else None,
+    )
     fields = ("maps", "label", *(("props",) if properties else ()), "focus", "image")
     dls = _loaders(
         pixels,
@@ -398,6 +424,7 @@ def mixed_dls(
     gamma: float = 0.0,  # gamma of training images varies by factors exp(±gamma)
     progress: bool = False,  # show progress while reading
     kind: Kind | str | None = None,  # what the images show; None is what sim says
+    cache: bool = True,  # conditions are made once and kept beside sim's images
 ) -> DataLoaders:  # batches (maps, label, focus, domain, image), in validation simulated ones only
     """Load simulated images with their truth and real ones without, in one batch.
     Raises: InputError, one sentence each, for what is wrong with the folders or the arguments."""
@@ -420,7 +447,17 @@ def mixed_dls(
     if classes:
         named = [*classes, *sorted(set(others["label"]) - set(classes))]
     vocab, labels = _vocab(listed, parts, named)
-    pixels = Pixels(listed, size, channels, None, scaling, percentiles, memory_gb, progress, kind)
+    pixels = Pixels(
+        listed,
+        size,
+        channels,
+        scaling=scaling,
+        percentiles=percentiles,
+        memory_gb=memory_gb,
+        progress=progress,
+        kind=kind,
+        cache=sim if cache else None,
+    )
     of_sim, of_real = (np.flatnonzero(domain[parts[0]] == d) for d in (0, 1))
     n_batches = len(of_sim) // (bs - n_real)
     if not n_batches:
