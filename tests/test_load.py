@@ -20,7 +20,7 @@ from microgen.data.cache import CACHE
 from microgen.data.files import list_images, split_by_group, split_images, unscale
 from microgen.data.load import image_dls, mixed_dls, paired_dls, unpaired_dls
 from microgen.io.files import read, write_tiff
-from microgen.kinds.walls.condition import CHANNELS, condition, move
+from microgen.kinds.walls.condition import CHANNELS, condition, move, sites
 from microgen.kinds.walls.recipe import Recipe
 from microgen.kinds.walls.walls import Walls
 
@@ -492,6 +492,33 @@ def test_spawned_workers_give_the_same_batches(walls, tmp_path):
     (tmp_path / "spawned.py").write_text(SPAWNED)
     out, err = run(tmp_path / "spawned.py", walls).communicate()
     assert out.split() == ["True", "True"], err
+
+
+# --- the rim of a condition
+
+
+@pytest.mark.parametrize("preset, limit", [("ideal", 0.005), ("good", 0.005), ("typical", 0.02)])
+def test_columns_beyond_the_edge_are_in_the_condition(monkeypatch, preset, limit):
+    "The outermost 0.25 nm of the channel sites, against the columns of a crystal that is larger than the image."
+    from microgen.kinds.walls import recipe as simulated
+
+    names = ["y_nm", "x_nm", "site", "disp_pm"]
+    shape, pixel_size = (128, 128), 0.015
+    rim = np.ones(shape, bool)
+    rim[17:-17, 17:-17] = False
+    asked = Recipe(n=3, size=128, pixel_size=pixel_size, preset=preset, seed=4)
+    inside = simulated._inside
+    monkeypatch.setattr(simulated, "_inside", lambda recipe, table: table[names])
+    errors = []
+    for index in range(3):
+        one = simulated.simulate(asked, index)
+        exact = sites(one.table, shape, pixel_size)
+        monkeypatch.setattr(simulated, "TABLE", names)
+        listed = inside(asked, one.table)
+        made = condition(one.maps, listed, shape, pixel_size, ("sites",))[0]
+        assert len(listed) < len(one.table) and np.abs(made - exact)[~rim].max() < 1e-3
+        errors.append(((made - exact)[rim] ** 2).mean())
+    assert np.sqrt(np.mean(errors)) < limit
 
 
 # --- bad input: one sentence, with what to do
