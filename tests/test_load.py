@@ -494,6 +494,36 @@ def test_spawned_workers_give_the_same_batches(walls, tmp_path):
     assert out.split() == ["True", "True"], err
 
 
+@pytest.mark.parametrize("n_processes", [2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_read_their_own_share(walls, n_processes, workers):
+    "Every n-th image each: together the batches of one process, the last and smaller one too."
+
+    def loaders():
+        how = {"bs": 5, "size": 40, "device": "cpu", "contrast": 0.2, "classes": ("UP", "DN")}
+        return paired_dls(walls, memory_gb=0, num_workers=workers, seed=3, **how)
+
+    whole = loaders()
+    shares = [loaders() for _ in range(n_processes)]
+    read = [[] for _ in shares]
+    for rank, dls in enumerate(shares):
+        pixels = dls.train.pixels
+        get = pixels.item
+        pixels.item = lambda i, get=get, of=read[rank]: of.append(i) or get(i)
+        for part in dls.loaders:
+            part.share(rank, n_processes)
+    for part in (0, 1):
+        batches = list(whole.loaders[part])
+        parts = [list(dls.loaders[part]) for dls in shares]
+        for k, batch in enumerate(batches):
+            for x, *of_shares in zip(batch, *(p[k] for p in parts)):
+                for rank, y in enumerate(of_shares):
+                    assert torch.equal(y, x[rank::n_processes])
+    assert shares[0].train.n_images == whole.train.bs
+    if not workers:
+        assert not set(read[0]) & set(read[1]), "no image is read twice"
+
+
 # --- the rim of a condition
 
 

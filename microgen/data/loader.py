@@ -57,6 +57,7 @@ class Loader(TfmdDL):
         **kw,  # as fastai's TfmdDL
     ):
         self.read = read
+        self.rank, self.n_processes = 0, 1
         self.pixels = pixels
         self.fields = tuple(fields)
         self.vocab = list(vocab)
@@ -76,7 +77,31 @@ class Loader(TfmdDL):
         mine = {name: getattr(self, name) for name in names}
         if dataset is None or dataset is self.dataset:
             mine["order"] = self.order
-        return super().new(dataset, cls, **{**mine, **kw})
+        other = super().new(dataset, cls, **{**mine, **kw})
+        other.rank, other.n_processes = self.rank, self.n_processes
+        return other
+
+    def share(
+        self,
+        rank: int,  # of this process, from 0
+        n_processes: int,  # that train together
+    ):
+        """Read every n-th image of each batch, beginning with that of the rank; together the processes read the batch.
+        Raises: InputError for a rank that there is not, and for loaders that go item by item."""
+        if not 0 <= rank < n_processes:
+            raise InputError(f"There is no process {rank} among {n_processes}: they count from 0.")
+        if self.read is None:
+            raise InputError("A loader that goes item by item has no shares: give it read=.")
+        self.rank, self.n_processes = int(rank), int(n_processes)
+
+    @property
+    def n_images(self) -> int:  # images
+        "How many images the last batch has in all processes together."
+        return self._n_images(max(self.step - 1, 0))
+
+    def _n_images(self, step):
+        "Images of a batch in all processes together."
+        return min(self.bs, self.n - step * self.bs)
 
     def __getstate__(self):
         "What a process that reads whole batches needs; fastai's transforms do not travel, and act where batches arrive."
@@ -127,6 +152,7 @@ class Loader(TfmdDL):
             self.after_batch.split_idx = 1  # nothing random, whichever part it reads
         for t in self._augmentation():
             t.at = self.seed, self.epoch, self.step
+            t.of_batch = self._of_batch
 
     def _augmentation(self):
         return [t for t in getattr(self.after_batch, "fs", ()) if isinstance(t, Augment)]
@@ -156,12 +182,16 @@ class Loader(TfmdDL):
             return super().create_batches(items)
         return map(self._read_batch, chunked(items, self.bs, self.drop_last))
 
+    def _of_batch(self, step):
+        "Images of a batch in all processes together, and which of them are read here."
+        return self._n_images(step), slice(self.rank, None, self.n_processes)
+
     def _read_batch(self, items):
-        "A batch in one piece."
+        "A batch in one piece, or what this process reads of it."
         pair = "image_b" in self.fields
         rows = []
         corners = []
-        for i, place in items:
+        for i, place in items[self.rank :: self.n_processes]:
             rng = self._generator(1, place)
             for j in divmod(i, len(self.dataset)) if pair else (i,):  # a pair is one number
                 rows.append(self.dataset.items[j])
@@ -334,12 +364,18 @@ class Augment(ItemTransform):
         self.contrast = contrast
         self.gamma = gamma
         self.at = 0, 0, 0  # seed, epoch, step
+        self.of_batch = (
+            None  # of a loader: step -> images of the batch in all processes, and which are here
+        )
 
     def encodes(self, batch):
+        n, here = len(batch[0]), slice(None)
+        if self.of_batch is not None:
+            n, here = self.of_batch(self.at[2])
         rng = self._generator()
         new = dict(zip(self.fields, batch))
-        n = len(batch[0])
-        which = torch.randint(len(self.ops) + 1, (n,), generator=rng)  # 0 leaves an image as it is
+        # random numbers are those of the whole batch, whoever reads how much of it; 0 leaves an image as it is
+        which = torch.randint(len(self.ops) + 1, (n,), generator=rng)[here]
         if self.actions:
             old = {name: x for name, x in new.items() if _moves(name)}
             moved = {name: torch.empty_like(x) for name, x in old.items()}
@@ -348,7 +384,7 @@ class Augment(ItemTransform):
             new |= moved
         for name in self.fields:
             if name.startswith("image"):
-                new[name] = self._grey(new[name], rng)
+                new[name] = self._grey(new[name], n, here, rng)
         return tuple(new.values())
 
     def _actions(self):
@@ -356,7 +392,11 @@ class Augment(ItemTransform):
         return [self.kind.action(op, *self.acts_on) for op in self.ops]
 
     def __getstate__(self):
-        return {**self.__dict__, "actions": None}  # functions do not travel to other processes
+        return {
+            **self.__dict__,
+            "actions": None,
+            "of_batch": None,
+        }  # functions do not travel to other processes
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -378,17 +418,19 @@ class Augment(ItemTransform):
         for name, x in moved.items():
             new[name].index_copy_(0, rows, x)
 
-    def _grey(self, x, rng):
+    def _grey(self, x, n, here, rng):
         "Vary contrast and gamma, image by image."
         if not (self.contrast or self.gamma):
             return x
         from kornia.enhance import adjust_contrast_with_mean_subtraction, adjust_gamma
 
         def factors(spread):
-            return torch.exp(spread * (2 * torch.rand(len(x), generator=rng) - 1)).to(x)
+            return torch.exp(spread * (2 * torch.rand(n, generator=rng)[here] - 1)).to(x)
 
         contrast = factors(self.contrast)
         gamma = factors(self.gamma)
+        if not len(x):
+            return x
         grey = adjust_gamma((x + 1) / 2, gamma)
         grey = adjust_contrast_with_mean_subtraction(grey, contrast)
         return grey * 2 - 1
