@@ -148,7 +148,7 @@ if __name__ == "__main__":
     p.add_argument("--bs", type=int, default=16)
     o = p.parse_args()
     torch.set_num_threads(1)
-    found = measure(40 if o.quick else 200, o.size, o.bs, 5 if o.quick else 15)
+    found = measure(40 if o.quick else 120, o.size, o.bs, 5 if o.quick else 15)
     for row in found:
         print(f"{row['what']:26s} {row['case']:32s} {row['value']:9.3f} {row['unit']}")
     if o.save:

@@ -17,8 +17,8 @@ import torch
 from microgen.core import InputError, ReadError
 from microgen.data.build import build
 from microgen.data.cache import CACHE
-from microgen.data.files import list_images, split_by_group, split_images, unscale
-from microgen.data.load import image_dls, mixed_dls, paired_dls, unpaired_dls
+from microgen.data.files import label_of, list_images, split_by_group, split_images, unscale
+from microgen.data.load import image_dls, mixed_dls, paired_dls, target_dls, unpaired_dls
 from microgen.io.files import read, write_tiff
 from microgen.kinds.walls.condition import CHANNELS, condition, move, sites
 from microgen.kinds.walls.recipe import Recipe
@@ -522,6 +522,140 @@ def test_processes_read_their_own_share(walls, n_processes, workers):
     assert shares[0].train.n_images == whole.train.bs
     if not workers:
         assert not set(read[0]) & set(read[1]), "no image is read twice"
+
+
+# --- targets, classes, stacks
+
+
+def own_maps(folder, n=6, channels=7):
+    "Images of no kind, with maps that count the pixels: 10000 of the map and more."
+    y, x = np.mgrid[:32, :32]
+    names = [f"map{k}" for k in range(channels)]
+    for i in range(n):
+        maps = np.stack([10_000.0 * k + 100 * y + x + i / 4 for k in range(channels)])
+        write_tiff(folder / "images" / f"{i}.tif", maps[0], 0.03)
+        write_tiff(folder / "maps" / f"{i}.tif", maps, 0.03, {"channels": names})
+    files = [f"images/{i}.tif" for i in range(n)]
+    pd.DataFrame({"file_name": files}).to_csv(folder / "metadata.csv", index=False)
+    return folder
+
+
+@pytest.mark.parametrize("memory_gb", [0, 4])
+def test_targets_are_as_many_maps_as_are_asked_for(tmp_path, memory_gb):
+    "Maps of a folder of no kind keep their numbers, all digits, and are mirrored and cut with the image."
+    how = {"bs": 2, "size": 20, "device": "cpu", "memory_gb": memory_gb, "num_workers": 0}
+    how |= {"augment": ("mirror_lr", "rot90"), "percentiles": (0, 100)}
+    dls = target_dls(own_maps(tmp_path), **how)
+    assert dls.channels == tuple(f"map{k}" for k in range(7))
+    views = set()
+    for image, maps in dls.train:
+        assert maps.shape == (2, 7, 20, 20) and maps.dtype == torch.float32
+        assert torch.equal(
+            maps - maps[:, :1], 10_000.0 * torch.arange(7)[:, None, None].expand(maps.shape)
+        )
+        for one, of in zip(image, maps[:, :1]):
+            seen = (one + 1) / 2 * 3131
+            assert (seen - seen.min() - (of - of.min())).abs().max() < 0.1
+            views.add(tuple(torch.diff(of[0, :2, :2].flatten())[[0, 2]].tolist()))
+    assert len(views) > 1, "some are mirrored or turned"
+    two = target_dls(tmp_path, ("map5", "map2"), **how).one_batch()[1]
+    assert torch.equal(two[:, 0] - two[:, 1], torch.full((2, 20, 20), 30_000.0))
+
+
+def test_targets_of_a_kind_move_as_its_truth_does(walls):
+    how = {"bs": 3, "device": "cpu", "seed": 1}
+    plain, moved = (target_dls(walls, augment=a, **how) for a in ((), "auto"))
+    assert moved.augment == ("turn",)
+    paired = paired_dls(walls, **how)
+    turned = 0
+    for (image, _maps), (i2, m2), batch in zip(plain.train, moved.train, paired.train):
+        assert torch.equal(i2, batch[3]) and torch.equal(m2, batch[0])
+        turned += sum(not torch.equal(a, b) for a, b in zip(image, i2))
+    assert turned
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    "Forty images of one class, eight of another, three of a third; two tiles each of the first."
+    names = [f"often/s{k}_tile{j}.tif" for k in range(20) for j in range(2)]
+    names += [f"seldom/s{k}.tif" for k in range(8)] + [f"rare/s{k}.tif" for k in range(3)]
+    return tree(tmp_path, names, (32, 32))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_splits_are_even_in_each_class(uneven, seed):
+    listed = list_images(uneven)
+    train, valid = split_images(listed, 0.25, seed)
+    assert listed.label[valid].value_counts().to_dict() == {"often": 10, "seldom": 2, "rare": 1}
+    assert not set(listed.group[train]) & set(listed.group[valid])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_across_classes_stay_together(tmp_path, seed):
+    "A specimen has images of both classes: it is on one side, and both classes are on both."
+    rng = np.random.default_rng(seed)
+    labels, groups = rng.choice(["A", "B"], 60, p=[0.8, 0.2]), rng.integers(0, 9, 60)
+    train, valid = split_by_group(groups, 0.3, seed, labels)
+    assert not set(groups[train]) & set(groups[valid])
+    assert set(labels[train]) == set(labels[valid]) == {"A", "B"}
+    assert abs(len(valid) - 18) <= 8
+
+
+def test_no_class_is_held_back_as_a_whole(tmp_path):
+    tree(tmp_path, ["A/1.tif", *(f"B/{k}.tif" for k in range(5))])
+    for seed in range(8):
+        listed = list_images(tmp_path)
+        train, valid = split_images(listed, 0.4, seed)
+        assert set(listed.label[train]) == {"A", "B"} and len(valid) == 2
+
+
+def test_balanced_training_shows_each_class_equally_often(uneven):
+    how = {"bs": 3, "label": True, "device": "cpu", "valid": 0.25}
+    dls = image_dls(uneven, balance=True, **how)
+    one, two = (np.concatenate([b[0] for b in dls.train]) for _ in range(2))
+    assert len(one) == 36 and not np.array_equal(one, two)
+    assert np.ptp(np.bincount(one)) <= 3
+    plain = np.concatenate([b[0] for b in image_dls(uneven, **how).train])
+    assert np.ptp(np.bincount(plain)) > 20
+    valid = [b[0] for b in dls.valid]
+    assert sum(map(len, valid)) == len(dls.valid_ds), "validation shows each image once"
+
+
+def test_pages_of_a_stack_are_images_of_one_group(tmp_path):
+    tree(tmp_path, ["A/one.tif", "A/two.tif", "B/three.tif"], (32, 32))
+    rng = np.random.default_rng(0)
+    pages = rng.integers(0, 4000, (5, 32, 32)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "B" / "stack.tif", pages, photometric="minisblack")
+    write_tiff(tmp_path / "A" / "channels.tif", rng.random((3, 32, 32)), 0.03)
+    listed = list_images(tmp_path)
+    stack = listed[listed.image == tmp_path / "B" / "stack.tif"]
+    assert len(listed) == 4 + 5 and stack.frame.tolist() == list(range(5))
+    assert stack.group.nunique() == 1 and set(stack.label) == {"B"}
+    assert listed.drop(stack.index).frame.isna().all()
+    for seed in range(6):
+        train, valid = split_images(listed, 0.4, seed)
+        assert not set(listed.group[train]) & set(listed.group[valid])
+    (tmp_path / "A" / "channels.tif").unlink()
+    pixel_size = {"pixel_size": 0.03, "percentiles": (0, 100), "device": "cpu", "bs": 1}
+    dls = image_dls(tmp_path, memory_gb=0, num_workers=0, **pixel_size)
+    pixels = dls.train.pixels
+    for i, row in pixels.listed.iterrows():
+        if not pd.isna(row.frame):
+            assert np.array_equal(pixels.item(i)[0], pages[row.frame])
+    assert "frame" not in list_images(tree(tmp_path / "plain", ["a.tif", "b.tif"]))
+
+
+def test_the_class_of_one_image(walls, uneven):
+    listed = list_images(walls)
+    assert [label_of(p) for p in listed.image] == listed.label.tolist()
+    listed = list_images(uneven)
+    assert [label_of(p, uneven) for p in listed.image] == listed.label.tolist()
+    assert label_of(uneven / "often" / "s0_tile0.tif") == "often"
+    assert label_of("XYZ/Images/1.png") == "XYZ" and label_of("XYZ/1.png", ".") == "XYZ"
+    with pytest.raises(InputError, match="is not in"):
+        label_of(listed.image[0], walls)
+    with pytest.raises(InputError, match="does not name images/00/9.tif: add a line"):
+        label_of(walls / "images" / "00" / "9.tif")
 
 
 # --- the rim of a condition
