@@ -39,7 +39,7 @@ def stamp(
 
 
 def settled(
-    stamps,  # of `stamp`, of all files
+    stamps,  # what stamp gives, of all files
     patience: float = 2.5,  # longest time to wait, s
 ) -> bool:  # False when the newest file is of the future, so that a change would not show
     "Wait until a later change of any file must show in its time."
@@ -66,9 +66,8 @@ def _package():
 
 def code_of(
     kind: Kind,  # whose conditions are made
-) -> (
-    str | None
-):  # a fingerprint; None for a kind that was typed into a notebook, whose code is in no file
+    # a fingerprint; None for a kind that was typed into a notebook, whose code is in no file
+) -> str | None:
     "Say which code makes the conditions of a kind: that of microgen, and of the module of a kind of your own."
     module = type(kind).__module__
     if module.partition(".")[0] == "microgen":

@@ -310,8 +310,8 @@ def paired_dls(
 # %% ../../nbs/77_data.load.ipynb #31d6e291
 def target_dls(
     folder,  # dataset folder of microgen simulate, or one of the same layout with maps/*.tif
-    maps: tuple
-    | None = None,  # names of targets; None is the condition channels of the kind, or all maps of the files
+    # names of targets; None is the condition channels of the kind, or all maps of the files
+    maps: tuple | None = None,
     bs: int = 16,  # images in a batch
     size=None,  # height and width of random crops, pixels; None is whole images
     classes=None,  # names of classes to use; None is all
@@ -330,9 +330,8 @@ def target_dls(
     kind: Kind | str | None = None,  # what the images show; None is what the folder says
     cache: bool = True,  # maps are made once and kept beside the images, see microgen.data.cache
     balance: bool = False,  # training shows each class equally often
-) -> (
-    DataLoaders
-):  # batches (image, maps): (B, 1 or 3, h, w) in [-1, 1] and (B, C, h, w), both float32
+    # batches (image, maps): (B, 1 or 3, h, w) in [-1, 1] and (B, C, h, w), both float32
+) -> DataLoaders:
     """Load images and, as targets, maps of what they show.
     Raises: InputError, one sentence each, for what is wrong with the folder or the arguments."""
     check_positive("bs", bs)
