@@ -16,11 +16,13 @@ import torch
 
 from microgen.core import InputError, ReadError
 from microgen.data.build import build
-from microgen.data.files import list_images, split_by_group, split_images, unscale
-from microgen.data.load import image_dls, mixed_dls, paired_dls, unpaired_dls
+from microgen.data.cache import CACHE
+from microgen.data.files import label_of, list_images, split_by_group, split_images, unscale
+from microgen.data.load import image_dls, mixed_dls, paired_dls, target_dls, unpaired_dls
 from microgen.io.files import read, write_tiff
-from microgen.kinds.walls.condition import CHANNELS, condition, move
+from microgen.kinds.walls.condition import CHANNELS, condition, move, sites
 from microgen.kinds.walls.recipe import Recipe
+from microgen.kinds.walls.walls import Walls
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,8 @@ def walls(tmp_path_factory):
 @pytest.fixture
 def copy(walls, tmp_path):
     "A copy of the dataset, to be damaged."
-    return Path(shutil.copytree(walls, tmp_path / "copy"))
+    without_arrays = shutil.ignore_patterns(CACHE)
+    return Path(shutil.copytree(walls, tmp_path / "copy", ignore=without_arrays))
 
 
 def tree(folder, names, shape=(48, 48), seed=0, pixel_size=0.03):
@@ -336,6 +339,350 @@ def test_folders_without_images_are_no_classes(tmp_path):
     (tmp_path / "dft").mkdir()
     (tmp_path / "dft" / "YMnO3.cif").write_text("data_")
     assert list_images(tmp_path).label.tolist() == ["A", "", ""]
+
+
+# --- conditions that are made once
+
+
+def entries(folder):
+    return [p for p in (Path(folder) / CACHE).iterdir() if p.is_dir()]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    "Labels of the images of which a condition was made."
+    labels = []
+    condition_of = Walls.condition
+
+    def noted(self, truth, *args):
+        labels.append(truth.label)
+        return condition_of(self, truth, *args)
+
+    monkeypatch.setattr(Walls, "condition", noted)
+    return labels
+
+
+@pytest.mark.parametrize("memory_gb", [0, 4])
+def test_conditions_are_made_once(copy, made, memory_gb):
+    "The second loaders, and every epoch, read arrays; batches are those that are made anew each time."
+    how = {"bs": 2, "size": 40, "seed": 5, "device": "cpu", "num_workers": 0}
+    plain = list(paired_dls(copy, memory_gb=0, cache=False, **how).train)
+    assert not (copy / CACHE).exists()
+    made.clear()
+    first = list(paired_dls(copy, memory_gb=memory_gb, **how).train)
+    assert len(made) == 2 * 12, "channels and focus of each image, once"
+    made.clear()
+    dls = paired_dls(copy, memory_gb=memory_gb, **how)
+    second = list(dls.train)
+    list(dls.train), list(dls.valid)
+    assert not made and same(first, plain) and same(second, plain)
+    few = paired_dls(copy, memory_gb=memory_gb, classes=("typeC",), **how)
+    assert not made and few.vocab == ["typeC"], "some of the classes are among those of all"
+    items = few.valid.dataset.items
+    assert torch.equal(few.valid_ds[0][0], torch.from_numpy(few.valid.pixels.maps(items[0])))
+
+
+def test_kept_conditions_are_16_bit_and_exact_enough(walls):
+    "Numbers of about 1 as 16-bit floats: within 0.0005."
+    dls = paired_dls(walls, bs=2, augment=(), memory_gb=0, device="cpu")
+    pixels = dls.train.pixels
+    worst = 0
+    for i in range(len(pixels)):
+        exact = pixels.kind.condition(pixels.truth(i), (64, 64), (0.03, 0.03), pixels.channels)
+        worst = max(worst, np.abs(pixels.maps(i) - exact).max())
+    assert 0 < worst < 5e-4
+
+
+@pytest.mark.parametrize("what", ["map", "table", "image", "label"])
+def test_kept_conditions_are_never_those_of_other_files(copy, what):
+    "Each thing that a condition or an image is made of is changed behind the back of the metadata."
+    how = {"bs": 12, "augment": (), "device": "cpu", "percentiles": (0, 100)}
+    paired_dls(copy, **how)
+    row = list_images(copy).query("split == 'valid'").iloc[0]
+    if what == "map":
+        maps = tifffile.imread(row["maps"])
+        about = {"channels": ["Q", "phi", "disp_pm", "polarisation", "wall"]}
+        write_tiff(row["maps"], 0.5 * maps, 0.03, about, compress=True)
+    elif what == "table":
+        table = pd.read_parquet(row["table"])
+        table.assign(y_nm=table["y_nm"] + 0.05).to_parquet(row["table"])
+    elif what == "image":
+        write_tiff(row["image"], read(row["image"]).data[::-1], 0.03)
+    else:
+        meta = pd.read_csv(copy / "metadata.csv")
+        meta["label"] = meta["label"].replace("UP", "DN")
+        meta.to_csv(copy / "metadata.csv", index=False)
+    seen = list(paired_dls(copy, **how).valid)
+    assert same(seen, list(paired_dls(copy, cache=False, **how).valid))
+    assert len(entries(copy)) == 1, "arrays that are out of date are removed"
+
+
+def test_a_copy_takes_its_conditions_along(copy, tmp_path, made):
+    paired_dls(copy, bs=2, device="cpu")
+    made.clear()
+    paired_dls(shutil.copytree(copy, tmp_path / "again"), bs=2, device="cpu")
+    assert not made
+
+
+def test_damaged_arrays_are_made_again(copy, made):
+    paired_dls(copy, bs=2, device="cpu")
+    (entry,) = entries(copy)
+    (entry / "conditions.npy").write_bytes((entry / "conditions.npy").read_bytes()[:-7])
+    (copy / CACHE / "killed.tmp").mkdir()
+    made.clear()
+    paired_dls(copy, bs=2, device="cpu")
+    assert made and entries(copy) == [entry], "what a killed run left is removed"
+
+
+PROCESS = """
+import sys, torch
+from microgen.data.load import paired_dls
+if __name__ == "__main__":
+    dls = paired_dls(sys.argv[1], bs=2, size=40, seed=5, device="cpu", memory_gb=0, num_workers=0)
+    print(sum(float(x.double().sum()) for b in dls.train for x in b))
+"""
+
+
+def run(code, *words):
+    "A process of its own."
+    told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    return subprocess.Popen([sys.executable, code, *words], env=env, **told)
+
+
+def test_processes_that_begin_together_make_one_set_of_arrays(copy, tmp_path):
+    (tmp_path / "load.py").write_text(PROCESS)
+    running = [run(tmp_path / "load.py", copy) for _ in range(3)]
+    said = [p.communicate() for p in running]
+    assert len({out for out, _ in said}) == 1 and said[0][0], said
+    assert len(entries(copy)) == 1 and not list((copy / CACHE).glob("*.tmp"))
+
+
+def test_a_folder_that_cannot_be_written_to(copy, tmp_path, monkeypatch):
+    "Conditions go to the user's cache, or else are made each time; either is said in one line."
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    (copy / CACHE).write_text("a file in its place")
+    with pytest.warns(UserWarning, match="is read-only: its conditions are kept in .*mine"):
+        first = paired_dls(copy, bs=2, device="cpu", memory_gb=0, num_workers=0)
+    assert first.train.pixels.arrays.folder.is_relative_to(tmp_path / "mine")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(copy / "metadata.csv"))
+    with pytest.warns(UserWarning, match="can be written to: conditions are not kept"):
+        second = paired_dls(copy, bs=2, device="cpu", memory_gb=0, num_workers=0)
+    assert second.train.pixels.arrays is None
+    assert same(list(first.train), list(second.train))
+
+
+SPAWNED = """
+import sys, torch
+from microgen.data.load import paired_dls, unpaired_dls
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method("spawn")
+    folder, how = sys.argv[1], {"bs": 2, "size": 40, "device": "cpu", "memory_gb": 0, "seed": 5}
+    paired = [paired_dls(folder, num_workers=n, contrast=0.2, **how) for n in (0, 1)]
+    unpaired = [unpaired_dls(folder, folder, num_workers=n, **how) for n in (0, 1)]
+    for loaders in (paired, unpaired):
+        alone, spawned = (list(dls.train) for dls in loaders)
+        assert len(alone) == len(spawned) > 1
+        print(all(torch.equal(x, y) for a, b in zip(alone, spawned) for x, y in zip(a, b)))
+"""
+
+
+def test_spawned_workers_give_the_same_batches(walls, tmp_path):
+    "Workers that are begun afresh, as on macOS and Windows, get all they need from the loader."
+    (tmp_path / "spawned.py").write_text(SPAWNED)
+    out, err = run(tmp_path / "spawned.py", walls).communicate()
+    assert out.split() == ["True", "True"], err
+
+
+@pytest.mark.parametrize("n_processes", [2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_read_their_own_share(walls, n_processes, workers):
+    "Every n-th image each: together the batches of one process, the last and smaller one too."
+
+    def loaders():
+        how = {"bs": 5, "size": 40, "device": "cpu", "contrast": 0.2, "classes": ("UP", "DN")}
+        return paired_dls(walls, memory_gb=0, num_workers=workers, seed=3, **how)
+
+    whole = loaders()
+    shares = [loaders() for _ in range(n_processes)]
+    read = [[] for _ in shares]
+    for rank, dls in enumerate(shares):
+        pixels = dls.train.pixels
+        get = pixels.item
+        pixels.item = lambda i, get=get, of=read[rank]: of.append(i) or get(i)
+        for part in dls.loaders:
+            part.share(rank, n_processes)
+    for part in (0, 1):
+        batches = list(whole.loaders[part])
+        parts = [list(dls.loaders[part]) for dls in shares]
+        for k, batch in enumerate(batches):
+            for x, *of_shares in zip(batch, *(p[k] for p in parts)):
+                for rank, y in enumerate(of_shares):
+                    assert torch.equal(y, x[rank::n_processes])
+    assert shares[0].train.n_images == whole.train.bs
+    if not workers:
+        assert not set(read[0]) & set(read[1]), "no image is read twice"
+
+
+# --- targets, classes, stacks
+
+
+def own_maps(folder, n=6, channels=7):
+    "Images of no kind, with maps that count the pixels: 10000 of the map and more."
+    y, x = np.mgrid[:32, :32]
+    names = [f"map{k}" for k in range(channels)]
+    for i in range(n):
+        maps = np.stack([10_000.0 * k + 100 * y + x + i / 4 for k in range(channels)])
+        write_tiff(folder / "images" / f"{i}.tif", maps[0], 0.03)
+        write_tiff(folder / "maps" / f"{i}.tif", maps, 0.03, {"channels": names})
+    files = [f"images/{i}.tif" for i in range(n)]
+    pd.DataFrame({"file_name": files}).to_csv(folder / "metadata.csv", index=False)
+    return folder
+
+
+@pytest.mark.parametrize("memory_gb", [0, 4])
+def test_targets_are_as_many_maps_as_are_asked_for(tmp_path, memory_gb):
+    "Maps of a folder of no kind keep their numbers, all digits, and are mirrored and cut with the image."
+    how = {"bs": 2, "size": 20, "device": "cpu", "memory_gb": memory_gb, "num_workers": 0}
+    how |= {"augment": ("mirror_lr", "rot90"), "percentiles": (0, 100)}
+    dls = target_dls(own_maps(tmp_path), **how)
+    assert dls.channels == tuple(f"map{k}" for k in range(7))
+    views = set()
+    for image, maps in dls.train:
+        assert maps.shape == (2, 7, 20, 20) and maps.dtype == torch.float32
+        assert torch.equal(
+            maps - maps[:, :1], 10_000.0 * torch.arange(7)[:, None, None].expand(maps.shape)
+        )
+        for one, of in zip(image, maps[:, :1]):
+            seen = (one + 1) / 2 * 3131
+            assert (seen - seen.min() - (of - of.min())).abs().max() < 0.1
+            views.add(tuple(torch.diff(of[0, :2, :2].flatten())[[0, 2]].tolist()))
+    assert len(views) > 1, "some are mirrored or turned"
+    two = target_dls(tmp_path, ("map5", "map2"), **how).one_batch()[1]
+    assert torch.equal(two[:, 0] - two[:, 1], torch.full((2, 20, 20), 30_000.0))
+
+
+def test_targets_of_a_kind_move_as_its_truth_does(walls):
+    how = {"bs": 3, "device": "cpu", "seed": 1}
+    plain, moved = (target_dls(walls, augment=a, **how) for a in ((), "auto"))
+    assert moved.augment == ("turn",)
+    paired = paired_dls(walls, **how)
+    turned = 0
+    for (image, _maps), (i2, m2), batch in zip(plain.train, moved.train, paired.train):
+        assert torch.equal(i2, batch[3]) and torch.equal(m2, batch[0])
+        turned += sum(not torch.equal(a, b) for a, b in zip(image, i2))
+    assert turned
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    "Forty images of one class, eight of another, three of a third; two tiles each of the first."
+    names = [f"often/s{k}_tile{j}.tif" for k in range(20) for j in range(2)]
+    names += [f"seldom/s{k}.tif" for k in range(8)] + [f"rare/s{k}.tif" for k in range(3)]
+    return tree(tmp_path, names, (32, 32))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_splits_are_even_in_each_class(uneven, seed):
+    listed = list_images(uneven)
+    train, valid = split_images(listed, 0.25, seed)
+    assert listed.label[valid].value_counts().to_dict() == {"often": 10, "seldom": 2, "rare": 1}
+    assert not set(listed.group[train]) & set(listed.group[valid])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_groups_across_classes_stay_together(tmp_path, seed):
+    "A specimen has images of both classes: it is on one side, and both classes are on both."
+    rng = np.random.default_rng(seed)
+    labels, groups = rng.choice(["A", "B"], 60, p=[0.8, 0.2]), rng.integers(0, 9, 60)
+    train, valid = split_by_group(groups, 0.3, seed, labels)
+    assert not set(groups[train]) & set(groups[valid])
+    assert set(labels[train]) == set(labels[valid]) == {"A", "B"}
+    assert abs(len(valid) - 18) <= 8
+
+
+def test_no_class_is_held_back_as_a_whole(tmp_path):
+    tree(tmp_path, ["A/1.tif", *(f"B/{k}.tif" for k in range(5))])
+    for seed in range(8):
+        listed = list_images(tmp_path)
+        train, valid = split_images(listed, 0.4, seed)
+        assert set(listed.label[train]) == {"A", "B"} and len(valid) == 2
+
+
+def test_balanced_training_shows_each_class_equally_often(uneven):
+    how = {"bs": 3, "label": True, "device": "cpu", "valid": 0.25}
+    dls = image_dls(uneven, balance=True, **how)
+    one, two = (np.concatenate([b[0] for b in dls.train]) for _ in range(2))
+    assert len(one) == 36 and not np.array_equal(one, two)
+    assert np.ptp(np.bincount(one)) <= 3
+    plain = np.concatenate([b[0] for b in image_dls(uneven, **how).train])
+    assert np.ptp(np.bincount(plain)) > 20
+    valid = [b[0] for b in dls.valid]
+    assert sum(map(len, valid)) == len(dls.valid_ds), "validation shows each image once"
+
+
+def test_pages_of_a_stack_are_images_of_one_group(tmp_path):
+    tree(tmp_path, ["A/one.tif", "A/two.tif", "B/three.tif"], (32, 32))
+    rng = np.random.default_rng(0)
+    pages = rng.integers(0, 4000, (5, 32, 32)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "B" / "stack.tif", pages, photometric="minisblack")
+    write_tiff(tmp_path / "A" / "channels.tif", rng.random((3, 32, 32)), 0.03)
+    listed = list_images(tmp_path)
+    stack = listed[listed.image == tmp_path / "B" / "stack.tif"]
+    assert len(listed) == 4 + 5 and stack.frame.tolist() == list(range(5))
+    assert stack.group.nunique() == 1 and set(stack.label) == {"B"}
+    assert listed.drop(stack.index).frame.isna().all()
+    for seed in range(6):
+        train, valid = split_images(listed, 0.4, seed)
+        assert not set(listed.group[train]) & set(listed.group[valid])
+    (tmp_path / "A" / "channels.tif").unlink()
+    pixel_size = {"pixel_size": 0.03, "percentiles": (0, 100), "device": "cpu", "bs": 1}
+    dls = image_dls(tmp_path, memory_gb=0, num_workers=0, **pixel_size)
+    pixels = dls.train.pixels
+    for i, row in pixels.listed.iterrows():
+        if not pd.isna(row.frame):
+            assert np.array_equal(pixels.item(i)[0], pages[row.frame])
+    assert "frame" not in list_images(tree(tmp_path / "plain", ["a.tif", "b.tif"]))
+
+
+def test_the_class_of_one_image(walls, uneven):
+    listed = list_images(walls)
+    assert [label_of(p) for p in listed.image] == listed.label.tolist()
+    listed = list_images(uneven)
+    assert [label_of(p, uneven) for p in listed.image] == listed.label.tolist()
+    assert label_of(uneven / "often" / "s0_tile0.tif") == "often"
+    assert label_of("XYZ/Images/1.png") == "XYZ" and label_of("XYZ/1.png", ".") == "XYZ"
+    with pytest.raises(InputError, match="is not in"):
+        label_of(listed.image[0], walls)
+    with pytest.raises(InputError, match="does not name images/00/9.tif: add a line"):
+        label_of(walls / "images" / "00" / "9.tif")
+
+
+# --- the rim of a condition
+
+
+@pytest.mark.parametrize("preset, limit", [("ideal", 0.005), ("good", 0.005), ("typical", 0.02)])
+def test_columns_beyond_the_edge_are_in_the_condition(monkeypatch, preset, limit):
+    "The outermost 0.25 nm of the channel sites, against the columns of a crystal that is larger than the image."
+    from microgen.kinds.walls import recipe as simulated
+
+    names = ["y_nm", "x_nm", "site", "disp_pm"]
+    shape, pixel_size = (128, 128), 0.015
+    rim = np.ones(shape, bool)
+    rim[17:-17, 17:-17] = False
+    asked = Recipe(n=3, size=128, pixel_size=pixel_size, preset=preset, seed=4)
+    inside = simulated._inside
+    monkeypatch.setattr(simulated, "_inside", lambda recipe, table: table[names])
+    errors = []
+    for index in range(3):
+        one = simulated.simulate(asked, index)
+        exact = sites(one.table, shape, pixel_size)
+        monkeypatch.setattr(simulated, "TABLE", names)
+        listed = inside(asked, one.table)
+        made = condition(one.maps, listed, shape, pixel_size, ("sites",))[0]
+        assert len(listed) < len(one.table) and np.abs(made - exact)[~rim].max() < 1e-3
+        errors.append(((made - exact)[rim] ** 2).mean())
+    assert np.sqrt(np.mean(errors)) < limit
 
 
 # --- bad input: one sentence, with what to do
