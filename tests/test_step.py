@@ -1,5 +1,8 @@
 """One step of two networks: what fastai's verbs and callbacks do with it, what a GPU would wait for, and batches that are cut."""
 
+import shutil
+import subprocess
+import sys
 import warnings
 from collections import Counter
 
@@ -31,10 +34,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from microgen import gan
 from microgen.core import InputError
 from microgen.data.build import build
+from microgen.data.files import list_images, split_images
 from microgen.data.load import image_dls, mixed_dls, paired_dls
 from microgen.gan.pix2pix import pix2pix_learner
 from microgen.gan.router import router_learner
+from microgen.io.files import read, write_tiff
 from microgen.kinds.walls.recipe import Recipe
+from microgen.models.pix2pix import Pix2PixModel
+from microgen.models.train import train_model
 from microgen.train.adversarial import Parts, adversarial_learner, gan_losses
 from microgen.train.core import random_state_kept
 from microgen.train.run import train
@@ -281,3 +288,67 @@ def test_a_metric_without_a_target_is_refused_at_once(walls, tmp_path):
     with pytest.raises(InputError, match="has no target to compare with"), learn.no_logging():
         train(learn, 1, tmp_path / "run", best_by="valid_loss", preview_every=None, shown=False)
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_run_goes_on_with_the_same_images_only(walls, tmp_path):
+    "Images that were changed behind the first eight are noticed; a copy of the folder is not another."
+    data, moved, out = tmp_path / "walls", tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(walls, data)
+    options = {"bs": 8, "judged": 0}
+    train_model(Pix2PixModel(epochs=1, **options), data, out, progress=False)
+    shutil.copytree(data, moved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the learning rates rise again
+        train_model(Pix2PixModel(epochs=2, **options), moved, out, progress=False)
+    listed = list_images(data)
+    training = split_images(listed)[0]
+    for index in training[20:]:
+        image = read(listed.image[index])
+        write_tiff(listed.image[index], image.data[::-1].copy() * 3, image.pixel_size)
+    for config in ("as it is", "[]", None):  # nor does a broken config.json switch the check off
+        if config is None:
+            (out / "config.json").unlink()
+        elif config != "as it is":
+            (out / "config.json").write_text(config)
+        with pytest.raises(InputError, match="trained on other data"):
+            train_model(Pix2PixModel(epochs=3, **options), data, out, progress=False)
+
+
+TWO = """
+import sys, torch, torch.distributed as dist
+torch.set_num_threads(1)
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{group}", rank=rank, world_size=2)
+from microgen.data.load import mixed_dls, paired_dls
+from microgen.gan.pix2pix import pix2pix_learner
+dls = paired_dls({data!r}, bs=8, device="cpu", augment=())
+if {mixed}: dls = mixed_dls({data!r}, {data!r}, bs=8, size=32, device="cpu", augment=())
+learn = pix2pix_learner(dls, "plain" if not {mixed} else "film", config="small", base=8, depth=2, disc_base=8, norm="none", spectral_norm=False)
+from fastai.callback.core import Callback
+class Size(Callback):
+    def after_step(self): self.n = len(self.xb[0])
+with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=(size := Size()))
+assert learn.adversarial_trainer.loader_is_shared == (not {mixed})
+if rank == 0: print(float(learn.terms["g_l1"]), size.n, dls.train.n_images)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_each_of_two_processes_reads_its_own_images(walls, tmp_path, mixed):
+    "Where real images take the maps of others each process looks at the whole batch."
+    text = TWO.format(group=tmp_path / "group", data=str(walls), mixed=mixed)
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", text, str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    said = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    l1, n_own, n_all = said[0][0].split()[-3:]
+    assert 0 < float(l1) < 2 and int(n_all) == 8
+    assert int(n_own) == (8 if mixed else 4)

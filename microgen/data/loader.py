@@ -17,6 +17,7 @@ from fastai.imports import ItemTransform
 from fastcore.basics import chunked
 
 from ..core import InputError
+from .files import content_of
 from ..kind import kind as find_kind
 from ..kind import symmetry
 from ..plot import show as show_image
@@ -82,6 +83,14 @@ class Loader(TfmdDL):
         other = super().new(dataset, cls, **{**mine, **kw})
         other.rank, other.n_processes = self.rank, self.n_processes
         return other
+
+    def content(self) -> str | None:  # hexadecimal digits; None without images of files
+        "What the images of this loader are, by `content_of`: a run that goes on compares it."
+        listed = getattr(self.pixels, "listed", None)
+        if listed is None:
+            return None
+        items = sorted({int(i) for i in np.ravel(list(self.dataset.items))})
+        return content_of(listed.iloc[items])
 
     def share(
         self,

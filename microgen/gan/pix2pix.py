@@ -330,6 +330,7 @@ def pix2pix_learner(
         d_regs=d_regs,
         autocast=autocast,
         read=named,
+        share_loader="domain" not in dls.fields,  # a real image takes maps of others in the batch
         metrics=[_SSIM(batch_ssim)],
         cbs=cbs,
     )

@@ -10,7 +10,7 @@ __all__ = ['GAN_MODES', 'Parts', 'Every', 'MeanTerm', 'term_values', 'Adversaria
 # %% ../../nbs/59_train.adversarial.ipynb #75dd9bdd
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -123,8 +123,9 @@ class AdversarialTrainer(Callback):
         autocast: str | None = None,  # None for float32, "bf16" for bfloat16 on CPU and GPU
         n_disc: int = 1,  # steps of d for each of g
         accumulate: int = 1,  # shares that a batch is cut into, to save memory
-        read: Callable
-        | None = None,  # tuple of tensors -> NamedTuple of tensors; None for the tuple
+        # tuple of tensors -> NamedTuple of tensors; None for the tuple
+        read: Callable | None = None,
+        share_loader: bool = True,  # of several processes each reads its own images; not where read compares images
     ):
         if autocast not in (None, "bf16"):
             raise InputError(
@@ -141,6 +142,8 @@ class AdversarialTrainer(Callback):
         self.n_disc = n_disc
         self.accumulate = accumulate
         self.read = read or tuple
+        self.share_loader = share_loader
+        self.loader_is_shared = False
         self.names = set()  # of the terms that were seen
         self.factors = {}  # weights and device -> tensor
         self.unused = set(self.weights)  # weights whose term was not seen yet
@@ -194,7 +197,8 @@ def train_step(
     self: AdversarialTrainer,
     batch: tuple,  # of tensors
 ):
-    "Teach d, and g when it is its turn; several processes take every n-th image each."
+    """Teach d, and g when it is its turn; several processes take every n-th image each.
+    Raises: InputError for a batch that has not an image for each process."""
     learn = self.learn
     step = learn.train_iter
     g_step, after_g = divmod(step, self.n_disc)
@@ -203,7 +207,7 @@ def train_step(
     d_regs = [reg for reg in self.d_regs if reg.is_due(step)]
     g_regs = [reg for reg in self.g_regs if reg.is_due(g_step)]
     batch = self.read(batch)
-    n_images = len(batch[0])
+    n_images = learn.dls.train.n_images if self.loader_is_shared else len(batch[0])
     rank, n_processes = processes()
     numbers = nullcontext()
     if n_images < n_processes:
@@ -211,8 +215,9 @@ def train_step(
             f"a batch of {n_images} images does not give each of {n_processes} processes one: "
             "choose a larger bs, and let the loader drop what is left over (drop_last)."
         )
-    if n_processes > 1:
+    if n_processes > 1 and not self.loader_is_shared:
         batch = part_of(batch, slice(rank, None, n_processes))
+    if n_processes > 1:
         numbers = random_state_kept(step, rank)  # each process has random numbers of its own
 
     learn.terms = {}
@@ -296,9 +301,7 @@ def sums_of_shares(
     phase: Phase,  # of d or of g
     shares: list,  # batches of this process
     fakes,  # of the only share, or None
-) -> (
-    dict
-):  # name of each MeanTerm -> (K + 1,) sums over the whole batch; empty where nothing is cut
+) -> dict:  # name of each MeanTerm -> (K + 1,) sums over the whole batch; empty if nothing is cut
     "Add up the means over all shares and processes."
     n_processes = processes()[1]
     if len(shares) == 1 and n_processes == 1:
@@ -502,9 +505,15 @@ def before_fit(self: AdversarialTrainer):
         self.listeners[event] = [
             cb for cb in in_order if hasattr(type(cb), event) or event in vars(cb)
         ]
-    if processes()[1] > 1:
+    rank, n_processes = processes()
+    if n_processes > 1:
         for value in self.learn.model.state_dict().values():
             dist.broadcast(value, 0)
+    self.loader_is_shared = False
+    if n_processes > 1 and self.share_loader and hasattr(self.learn.dls.train, "share"):
+        with suppress(InputError):  # a loader that goes item by item has no shares
+            self.learn.dls.train.share(rank, n_processes)
+            self.loader_is_shared = True
 
 
 @patch
@@ -598,6 +607,7 @@ def adversarial_learner(
     n_disc: int = 1,  # steps of d for each of g
     accumulate: int = 1,  # shares that a batch is cut into, to save memory
     read: Callable | None = None,  # tuple of tensors -> NamedTuple of tensors; None for the tuple
+    share_loader: bool = True,  # of several processes each reads its own images; not where read compares images
     loss_func: Callable = image_l1,  # (pred, *targets) -> scalar, of the validation
     cbs=(),  # more callbacks
     **kwargs,  # to fastai's Learner: metrics, path, ...
@@ -605,7 +615,17 @@ def adversarial_learner(
     """A fastai `Learner` that trains a generator against a discriminator.
     Raises: InputError for a part that the model does not have."""
     trainer = AdversarialTrainer(
-        generate, d_loss, g_loss, weights, d_regs, g_regs, autocast, n_disc, accumulate, read
+        generate,
+        d_loss,
+        g_loss,
+        weights,
+        d_regs,
+        g_regs,
+        autocast,
+        n_disc,
+        accumulate,
+        read,
+        share_loader,
     )
     parameters_of(model, parts or {})  # an unknown part is said now, not at the first step
     return AdversarialLearner(

@@ -88,7 +88,8 @@ def write_checkpoint(
     keep: int = 2,  # checkpoints that stay
     about: dict | None = None,  # what the run is, for stored_about
 ) -> Path:  # the new checkpoint, a folder with state.safetensors and state.json
-    "Write a checkpoint completely or not at all, then drop the oldest."
+    """Write a checkpoint completely or not at all, then drop the oldest.
+    Raises: WriteError when the disk is full; the checkpoint before it is intact."""
     folder = Path(folder)
     final = folder / f"step_{step:09d}"
     unfinished = folder / f".{uuid.uuid4().hex[:12]}.tmp"
