@@ -255,7 +255,9 @@ def run_phase(
         fullest = -(-n_images // n_processes)  # images of the process that has most
         self.cut_batches(fullest, shortage)
     if n_processes > 1:
-        total = sum_over_processes(phase.params, total)
+        own = {name: term for name, term in learn.terms.items() if name not in terms_before}
+        total, of_all = sum_over_processes(phase.params, total, own)
+        learn.terms |= of_all
     learn.stepping = phase.params
     learn.loss_grad = total
     learn.loss = total
@@ -482,18 +484,21 @@ def cut_batches(
 def sum_over_processes(
     params,  # parameters with their gradients
     total: torch.Tensor,  # scalar, the loss
-) -> torch.Tensor:  # scalar, the loss of all processes
-    "Sum gradients and loss over the processes of `torch.distributed`, in one message."
+    terms: dict,  # name -> scalar, the share of this process in each term
+) -> tuple:  # loss and terms of all processes
+    "Sum gradients, loss and terms over the processes of `torch.distributed`, in one message."
     numbers = []
     for p in params:
         gradient = torch.zeros_like(p) if p.grad is None else p.grad
         numbers.append(gradient.float().flatten())
-    flat = torch.cat([*numbers, total.float().reshape(1)])
+    scalars = torch.stack([total.float(), *terms.values()])
+    flat = torch.cat([*numbers, scalars])
     dist.all_reduce(flat)
-    *gradients, total = flat.split([p.numel() for p in params] + [1])
+    *gradients, scalars = flat.split([p.numel() for p in params] + [len(scalars)])
     for p, gradient in zip(params, gradients):
         p.grad = gradient.view_as(p).to(p.dtype)
-    return total[0]
+    total, *of_all = scalars.unbind()
+    return total, dict(zip(terms, of_all))
 
 # %% ../../nbs/59_train.adversarial.ipynb #6494109f
 @patch
