@@ -3,6 +3,7 @@
     python benchmarks/training.py --quick     # about two minutes: small nets, few repeats, 3 kills
     python benchmarks/training.py             # U-Net-like 64 px, 20 kills (about half an hour on two cores)
     python benchmarks/training.py --only overhead
+    python benchmarks/training.py --only step      # what one step of pix2pix asks of a GPU, and cut batches; a minute
 
 Overhead: the same nets, batch and losses, once in a plain loop with torch.optim.Adam, once through `train` with its NaN
 guard, history, checkpoints, repeatable random numbers and time budget (and once more with the average of the weights).
@@ -30,11 +31,18 @@ warnings.filterwarnings("ignore")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.data.core import DataLoaders
 from results import write
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from microgen import gan
+from microgen.data.build import build
+from microgen.data.load import mixed_dls, paired_dls
+from microgen.gan.pix2pix import pix2pix_learner
+from microgen.gan.router import router_learner
+from microgen.kinds.walls.recipe import Recipe
 from microgen.train.adversarial import Parts, adversarial_learner
 from microgen.train.core import random_state_kept
 from microgen.train.run import train
@@ -307,6 +315,131 @@ def kills(trials):
     return same, met
 
 
+# what a GPU would wait for: a number for Python, a tensor from Python, indices of unknown number
+WAITS = ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero")
+
+
+class Operations(TorchDispatchMode):
+    "Count operations of torch, and those for which a GPU would wait."
+
+    def __init__(self):
+        super().__init__()
+        self.total = self.waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        self.total += 1
+        indices = args[1] if name.startswith(("aten.index.Tensor", "aten.index_put")) else None
+        by_mask = any(getattr(index, "dtype", None) == torch.bool for index in indices or [])
+        self.waits += by_mask or any(word in name for word in WAITS)
+        return function(*args, **(kwargs or {}))
+
+
+class ThirdStep(Callback):
+    "Count the operations of the third step."
+
+    order = 5
+
+    def before_batch(self):
+        if self.training and self.learn.train_iter == 2:
+            self.counted = Operations()
+            self.counted.__enter__()
+
+    def after_batch(self):
+        if self.training and self.learn.train_iter == 3:
+            self.counted.__exit__(None, None, None)
+
+
+class FirstGradients(Callback):
+    "Keep the gradients of both networks in the first step, and stop."
+
+    order = 80
+
+    def __init__(self):
+        self.kept = []
+
+    def before_step(self):
+        self.kept.append(torch.cat([p.grad.flatten() for p in self.learn.stepping]))
+
+    def after_step(self):
+        raise CancelFitException
+
+
+def first_gradients(dls, accumulate):
+    "Of pix2pix without random numbers and without what a forward pass changes."
+    learn = pix2pix_learner(
+        dls, "film", "small", base=8, depth=2, disc_base=8, norm="none", spectral_norm=False
+    )
+    learn.adversarial_trainer.accumulate = accumulate
+    learn.model.g.style.forward = lambda image: torch.zeros(len(image), 4)
+    keep = FirstGradients()
+    dls.train.set_epoch(0)
+    with learn.no_bar(), learn.no_logging(), random_state_kept(0):
+        learn.fit(1, cbs=keep)
+    return keep.kept
+
+
+def step():
+    "Operations and waits of a step, and the gradient of a batch in shares, as rows of the results."
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        walls = build(
+            Recipe(n=40, size=32, pixel_size=0.05, preset="good"),
+            Path(folder) / "walls",
+            workers=1,
+            progress=False,
+        )
+        paired = paired_dls(walls, bs=8, device="cpu")
+        mixed = mixed_dls(walls, walls, ratio=0.25, bs=8, size=32, device="cpu")
+        learners = {
+            "pix2pix, film": pix2pix_learner(paired, "film", "small"),
+            "pix2pix, film, a quarter real": pix2pix_learner(mixed, "film", "small"),
+            "router": router_learner(paired, config="small"),
+        }
+        for number, (case, learn) in enumerate(learners.items()):
+            count = ThirdStep()
+            with learn.no_bar(), learn.no_logging():
+                train(
+                    learn,
+                    1,
+                    Path(folder) / f"run{number}",
+                    ema=50,
+                    preview_every=None,
+                    shown=False,
+                    cbs=[count],
+                )
+            waits, total = count.counted.waits, count.counted.total
+            rows.append(
+                {"what": "waits per step", "case": case, "value": waits, "unit": "1", "aim": "≤ 2"}
+            )
+            rows.append(
+                {
+                    "what": "operations per step",
+                    "case": case,
+                    "value": total,
+                    "unit": "1",
+                    "aim": "≤ 800",
+                }
+            )
+            print(f"{case:32s} {total} operations, {waits} waits", flush=True)
+        gan.loss.normal = lambda shape, like, rng=None: torch.zeros(shape).to(like)
+        for case, dls in (("paired", paired), ("a quarter real", mixed)):
+            whole, cut = first_gradients(dls, 1), first_gradients(dls, 4)
+            worst = max(float((a - b).norm() / a.norm()) for a, b in zip(whole, cut))
+            rows.append(
+                {
+                    "what": "gradient of four shares",
+                    "case": case,
+                    "value": float(f"{worst:.2g}"),
+                    "unit": "1",
+                    "aim": "≤ 1e-5",
+                    "note": "relative difference to that of the whole batch, the worse network",
+                }
+            )
+            print(f"{case:32s} four shares differ by {worst:.1e}", flush=True)
+    return rows
+
+
 PARTS = "guard, history, checkpoints", "the same with EMA"  # of the training core
 AIM = "≤ 1.03"  # of time and memory over those of the plain loop
 
@@ -372,7 +505,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--quick", action="store_true", help="small nets, few repeats, 3 kills")
-    p.add_argument("--only", choices=("overhead", "memory", "kills"))
+    p.add_argument("--only", choices=("overhead", "memory", "kills", "step"))
     p.add_argument("--trials", type=int, help="kills")
     p.add_argument("--save", action="store_true", help="put the results into benchmarks/results")
     p.add_argument("--width", type=int)
@@ -398,6 +531,8 @@ if __name__ == "__main__":
             rows += saved_overhead(times, setting, repeats)
         if o.only in (None, "memory"):
             rows += saved_memory(memory(width, o.size, bs, o.steps), setting)
+        if o.only in (None, "step"):
+            rows += step()
         if o.only in (None, "kills"):
             same, met = kills(trials)
             rows += saved_kills(same, met, trials)
