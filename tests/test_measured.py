@@ -204,6 +204,8 @@ def test_saved_trainings_are_those_of_the_page():
     rows = training.saved_overhead(times, "64 px", 30)
     rows += training.saved_memory({"bare": 1e3, "microgen": 1e3, "ema": 1e3}, "64 px")
     rows += training.saved_kills(20, 40, 20)
+    counts = dict.fromkeys(training.STEPS, (858, 600, 2))
+    rows += training.saved_step(counts, dict.fromkeys(training.CUT, 1e-6))
     assert keys_of(rows) == keys_of(results.read("training"))
 
 
