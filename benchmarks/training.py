@@ -15,8 +15,12 @@ process of its own.
 import argparse
 import json
 import os
+import random
+import resource
+import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -24,10 +28,14 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 warnings.filterwarnings("ignore")
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from fastai.callback.core import Callback, CancelFitException
+from fastai.data.core import DataLoaders
 from results import write
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from microgen import gan
 from microgen.data.build import build
@@ -35,7 +43,8 @@ from microgen.data.load import mixed_dls, paired_dls
 from microgen.gan.pix2pix import pix2pix_learner
 from microgen.gan.router import router_learner
 from microgen.kinds.walls.recipe import Recipe
-from microgen.train.adversarial import Parts
+from microgen.train.adversarial import Parts, adversarial_learner
+from microgen.train.core import random_state_kept
 from microgen.train.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,13 +145,246 @@ def bare(width, batch):
     m = Parts(g, d)
     og, od = (torch.optim.Adam(p.parameters(), 2e-4, (0.5, 0.999)) for p in (g, d))
 
-    STEPS = (
-        "pix2pix, film",
-        "pix2pix, film, a quarter real",
-        "router",
-    )  # whose operations are counted
+    def step():
+        fake = g(batch[0])
+        od.zero_grad()
+        sum(d_loss(m, batch, fake.detach()).values()).backward()
+        od.step()
+        og.zero_grad()
+        d.requires_grad_(False)
+        terms = g_loss(m, batch, fake)
+        (terms["adv"] + 100 * terms["l1"]).backward()
+        d.requires_grad_(True)
+        og.step()
+
+    return step
 
 
+def clock():
+    return time.perf_counter() if DEVICE == "cuda" else time.process_time()
+
+
+class Alternate(Callback):
+    "After every block of steps, run a block of the plain loop; time both."
+
+    order = 200
+
+    def __init__(self, step, block):
+        self.bare_step, self.block, self.times, self.begun = (
+            step,
+            block,
+            {"microgen": [], "bare": []},
+            None,
+        )
+
+    def after_batch(self):
+        if not self.learn.training or self.learn.train_iter % self.block:
+            return
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        if self.begun is not None:
+            self.times["microgen"].append((clock() - self.begun) / self.block)
+        begun = clock()
+        for _ in range(self.block if self.bare_step else 0):
+            self.bare_step()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        if self.bare_step:
+            self.times["bare"].append((clock() - begun) / self.block)
+        self.begun = clock()
+
+
+def through_microgen(width, size, bs, steps, block, step=None, ema=None, minutes=10.0):
+    "`train` over a fixed batch; seconds per step in blocks."
+    batch = batch_of(size, bs)
+    dls = DataLoaders(Fixed(batch, steps), Fixed(batch, 1))
+    watch = Alternate(step, block)
+    learn = adversarial_learner(
+        dls,
+        Parts(*nets(width)),
+        generate,
+        d_loss,
+        g_loss,
+        {"l1": 100.0},
+        path=tempfile.gettempdir(),
+    )
+    with tempfile.TemporaryDirectory() as d, learn.no_logging(), random_state_kept():
+        train(
+            learn,
+            1,
+            Path(d) / "run",
+            ema=ema,
+            preview_every=None,
+            checkpoint_minutes=minutes,
+            cbs=[watch],
+        )
+    return watch.times
+
+
+def overhead(width, size, bs, repeats, block):
+    rows = []
+    for label, ema in ((PARTS[0], None), (PARTS[1], 10_000)):
+        times = through_microgen(
+            width, size, bs, (repeats + 1) * block, block, bare(width, batch_of(size, bs)), ema
+        )
+        mine, plain = np.array(times["microgen"]), np.array(times["bare"][:-1])
+        ratio = np.median(mine) / np.median(plain)
+        rng = np.random.default_rng(0)
+        pick = rng.integers(0, len(mine), (2000, len(mine)))
+        low, high = np.percentile(np.median(mine[pick], 1) / np.median(plain[pick], 1), (2.5, 97.5))
+        rows.append((label, np.median(plain) * 1e3, np.median(mine) * 1e3, ratio, low, high))
+        print(
+            f"{label:30s} bare {rows[-1][1]:8.2f} ms  microgen {rows[-1][2]:8.2f} ms  ratio {ratio:.4f} ({low:.4f} to {high:.4f})  "
+            f"{bs / np.median(mine):.1f} images/s",
+            flush=True,
+        )
+    return rows
+
+
+def peak(kind, width, size, bs, steps):
+    "Largest memory of one process that trains `steps` steps, MB above the process with nets and batch only."
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if kind == "bare":
+        step = bare(width, batch_of(size, bs))
+        for _ in range(steps):
+            step()
+    else:
+        through_microgen(width, size, bs, steps, steps, ema=10_000 if kind == "ema" else None)
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1e3 if sys.platform != "darwin" else 1e6
+    )
+
+
+def memory(width, size, bs, steps):
+    found = {}
+    for kind in ("bare", "microgen", "ema"):
+        command = [
+            sys.executable,
+            __file__,
+            "--peak",
+            kind,
+            "--width",
+            str(width),
+            "--size",
+            str(size),
+            "--bs",
+            str(bs),
+            "--steps",
+            str(steps),
+        ]
+        found[kind] = float(
+            json.loads(
+                subprocess.run(
+                    command, capture_output=True, text=True, check=True
+                ).stdout.splitlines()[-1]
+            )
+        )
+    print(
+        f"peak memory: bare {found['bare']:.0f} MB, microgen {found['microgen']:.0f} MB (ratio {found['microgen'] / found['bare']:.3f}), "
+        f"with EMA {found['ema']:.0f} MB (ratio {found['ema'] / found['bare']:.3f})",
+        flush=True,
+    )
+    return found
+
+
+def kills(trials):
+    "Runs killed twice with SIGKILL at random moments and resumed, compared bit by bit with one that ran through."
+    sys.path.insert(0, str(ROOT / "tests"))
+    import test_train as t
+
+    with tempfile.TemporaryDirectory() as d:
+        whole = Path(d) / "whole"
+        t.finish(t.start(whole))
+        same, met = 0, 0
+        for trial in range(trials):
+            rng, out = random.Random(1000 + trial), Path(d) / f"trial{trial}"
+            met += t.kill_and_resume(out, rng, every=rng.choice([1, 2, 5, 7]))
+            try:
+                t.same_run(whole, out)
+            except AssertionError as e:
+                print(f"trial {trial} differs: {e}")
+            else:
+                same += 1
+    print(
+        f"resume after kill -9: {same} of {trials} trials bitwise equal ({met} kills met a running process)",
+        flush=True,
+    )
+    return same, met
+
+
+# what a GPU would wait for: a number for Python, a tensor from Python, indices of unknown number
+WAITS = ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero")
+
+
+class Operations(TorchDispatchMode):
+    "Count operations of torch, and those for which a GPU would wait."
+
+    def __init__(self):
+        super().__init__()
+        self.total = self.waits = self.views = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        self.total += 1
+        self.views += function.is_view or name == "aten.detach.default"
+        indices = args[1] if name.startswith(("aten.index.Tensor", "aten.index_put")) else None
+        by_mask = any(getattr(index, "dtype", None) == torch.bool for index in indices or [])
+        self.waits += by_mask or any(word in name for word in WAITS)
+        return function(*args, **(kwargs or {}))
+
+
+class ThirdStep(Callback):
+    "Count the operations of the third step."
+
+    order = 5
+
+    def before_batch(self):
+        if self.training and self.learn.train_iter == 2:
+            self.counted = Operations()
+            self.counted.__enter__()
+
+    def after_batch(self):
+        if self.training and self.learn.train_iter == 3:
+            self.counted.__exit__(None, None, None)
+
+
+class FirstGradients(Callback):
+    "Keep the gradients of both networks in the first step, and stop."
+
+    order = 80
+
+    def __init__(self):
+        self.kept = []
+
+    def before_step(self):
+        self.kept.append(torch.cat([p.grad.flatten() for p in self.learn.stepping]))
+
+    def after_step(self):
+        raise CancelFitException
+
+
+def first_gradients(dls, accumulate):
+    "Of pix2pix without random numbers and without what a forward pass changes."
+    learn = pix2pix_learner(
+        dls, "film", "small", base=8, depth=2, disc_base=8, norm="none", spectral_norm=False
+    )
+    learn.adversarial_trainer.accumulate = accumulate
+    learn.model.g.style.forward = lambda image: torch.zeros(len(image), 4)
+    keep = FirstGradients()
+    dls.train.set_epoch(0)
+    with learn.no_bar(), learn.no_logging(), random_state_kept(0):
+        learn.fit(1, cbs=keep)
+    return keep.kept
+
+
+STEPS = (
+    "pix2pix, film",
+    "pix2pix, film, a quarter real",
+    "router",
+)  # whose operations are counted
 CUT = "paired", "a quarter real"  # batches that are cut into shares
 
 
