@@ -374,3 +374,85 @@ def test_columns_that_a_table_has_not_are_one_sentence(dots, monkeypatch):
 def test_a_kind_that_states_another_form_is_refused_when_it_is_made(stated):
     with pytest.raises(PlugError, match=f"Odd states {min(stated)}"):
         type("Odd", (Kind,), stated)
+
+
+WRONG_STATEMENTS = {
+    "no name": ({"summary": "odd"}, "Odd has no name: give its class one"),
+    "channels": ({"name": "odd", "chanels": ("dot",)}, "'chanels'.*write 'channels'"),
+    "evaluate": ({"name": "odd", "evalute": lambda *a: {}}, "'evalute'.*write 'evaluate'"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATEMENTS)
+def test_a_kind_without_name_or_with_a_misspelt_one_is_refused_when_it_is_made(wrong):
+    stated, said = WRONG_STATEMENTS[wrong]
+    with pytest.raises(PlugError, match=said):
+        type("Odd", (Kind,), stated)
+
+
+def test_names_of_ones_own_are_taken():
+    stated = {"name": "even", "made": lambda self: 1, "direction": (), "_channel": "dot"}
+    assert type("Even", (Kind,), stated)().made() == 1
+
+
+class Mirrored(Dots):
+    "Dots whose action a test can change."
+
+    def symmetries(self, vocab=()):
+        return ("mirror_lr",)
+
+    def action(self, op, vocab=(), channels=()):
+        return self.acts(super().action(op, vocab, channels))
+
+    def acts(self, move):
+        return move
+
+
+WRONG_ACTIONS = {
+    "nothing": (lambda move: None, "gave a NoneType as action of mirror_lr.*function"),
+    "tuple": (lambda move: lambda batch: tuple(move(batch).values()), "gave a tuple.*dict"),
+    "no maps": (
+        lambda move: lambda batch: move(batch) | {"maps": -batch["maps"]},
+        "field 'maps'.*this batch has image: .*only the fields of its loader",
+    ),
+    "fields": (lambda move: lambda batch: {}, r"those that came \(image\)"),
+    "type": (
+        lambda move: lambda batch: {name: x.double() for name, x in move(batch).items()},
+        "image as torch.float64.*torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ACTIONS)
+def test_an_action_of_another_form_is_one_sentence(wrong, dots, monkeypatch):
+    acts, said = WRONG_ACTIONS[wrong]
+    monkeypatch.setitem(KINDS, "dots", Mirrored)
+    assert image_dls(dots, bs=2, device="cpu").augment == ("mirror_lr",)
+    monkeypatch.setattr(Mirrored, "acts", lambda self, move: acts(move))
+    with pytest.raises(PlugError, match=f"'dots'.*{said}"):
+        dls = image_dls(dots, bs=2, device="cpu")
+        for _ in range(20):  # until a batch is mirrored
+            dls.one_batch()
+
+
+def test_a_moved_truth_of_another_form_is_one_sentence(dots):
+    class Untrue(Dots):
+        def move_truth(self, op, truth, shape, pixel_size):
+            return truth.maps
+
+    one = DotRecipe().simulate(0)
+    with pytest.raises(PlugError, match="'dots' gave a dict as move_truth, and a Truth"):
+        Untrue().move_truth("turn", Truth(one.maps, one.table), (32, 32), (2.0, 2.0))
+
+
+@pytest.mark.parametrize("to", ["microgen.core.Dots", "no.module.Dots", "Dots"])
+def test_a_dotted_name_that_leads_nowhere_is_one_sentence(to, monkeypatch):
+    monkeypatch.setitem(KINDS, "dots", to)
+    with pytest.raises(PlugError, match=rf"KINDS\['dots'\] is '{to}', which cannot be imported"):
+        kind("dots")
+
+
+def test_what_is_no_kind_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(KINDS, "dots", DotRecipe)
+    with pytest.raises(PlugError, match="leads to DotRecipe: give a subclass of Kind"):
+        kind("dots")
