@@ -456,3 +456,86 @@ def test_what_is_no_kind_is_one_sentence(monkeypatch):
     monkeypatch.setitem(KINDS, "dots", DotRecipe)
     with pytest.raises(PlugError, match="leads to DotRecipe: give a subclass of Kind"):
         kind("dots")
+
+
+@dataclass(frozen=True)
+class OddRecipe(DotRecipe):
+    "What a test makes odd."
+
+    kind = "odd"
+    made = staticmethod(lambda one: one)
+    said = staticmethod(lambda row: row)
+
+    def simulate(self, index):
+        return self.made(super().simulate(index))
+
+    def row(self, out, index):
+        return self.said(super().row(out, index))
+
+
+@pytest.fixture
+def odd(monkeypatch):
+    "A kind whose recipe a test makes odd."
+    stated = {"name": "odd", "classes_are": "dots", "recipe": lambda self: OddRecipe}
+    odd = type("Odd", (Dots,), stated)
+    monkeypatch.setitem(KINDS, "odd", odd)
+    return odd
+
+
+WRONG_ITEMS = {
+    "image": (lambda one: one.image, r"a Micrograph, and Simulated\(image"),
+    "no split": (lambda one: one._replace(about={"label": "small"}), "label, split = self.plan"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ITEMS)
+def test_an_item_of_another_form_is_one_sentence(wrong, odd, monkeypatch, tmp_path):
+    made, said = WRONG_ITEMS[wrong]
+    monkeypatch.setattr(OddRecipe, "made", staticmethod(made))
+    with pytest.raises(PlugError, match=f"simulate of OddRecipe gave .*{said}"):
+        build(OddRecipe(), tmp_path / "odd", workers=1)
+
+
+def test_a_row_without_label_is_one_sentence_and_the_images_are_kept(odd, monkeypatch, tmp_path):
+    with monkeypatch.context() as change:
+        change.setattr(OddRecipe, "said", staticmethod(lambda row: {"n": 1}))
+        with pytest.raises(PlugError, match="row of OddRecipe gave {'n': 1}.*label and split"):
+            build(OddRecipe(), tmp_path / "odd", workers=1)
+    monkeypatch.setattr(OddRecipe, "made", None)  # nothing is simulated again
+    listed = list_images(build(OddRecipe(), tmp_path / "odd", workers=1))
+    assert set(listed.label) == {"small", "large"}
+
+
+def test_a_recipe_that_its_kind_does_not_read_back_is_refused_before_anything_is_written(
+    odd, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(odd, "recipe", lambda self: DotRecipe)
+    with pytest.raises(
+        PlugError, match="OddRecipe could not be read back.*recipe.. gives DotRecipe"
+    ):
+        build(OddRecipe(), tmp_path / "odd", workers=1)
+    monkeypatch.setattr(odd, "recipe", lambda self: None)
+    with pytest.raises(PlugError, match="gives nothing. Let that give OddRecipe"):
+        build(OddRecipe(), tmp_path / "odd", workers=1)
+    assert not (tmp_path / "odd").exists()
+
+
+def test_classes_are_a_field_of_the_recipe(odd, monkeypatch):
+    monkeypatch.setattr(odd, "classes_are", "diameters")
+    with pytest.raises(
+        PlugError, match="classes_are = 'diameters', and OddRecipe has no such field"
+    ):
+        OddRecipe()
+
+
+def test_a_number_that_is_a_text_is_one_sentence(odd):
+    with pytest.raises(InputError, match="n is '12': give a whole number"):
+        OddRecipe(n="12")
+    assert OddRecipe(n=np.int64(12)).to_dict()["n"] == 12
+
+
+def test_a_recipe_that_does_not_say_how_is_told_what_to_write(odd):
+    with pytest.raises(PlugError, match=r"write simulate\(self, index\)"):
+        DatasetRecipe.simulate(OddRecipe(), 0)
+    with pytest.raises(PlugError, match=r"write row\(self, out, index\)"):
+        DatasetRecipe.row(OddRecipe(), ".", 0)
