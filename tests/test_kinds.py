@@ -13,7 +13,7 @@ from microgen.data.build import build, read_recipe
 from microgen.data.files import list_images, read_truth
 from microgen.data.item import DatasetRecipe, Simulated
 from microgen.data.load import image_dls, paired_dls
-from microgen.io.files import read
+from microgen.io.files import read, write_tiff
 from microgen.kind import KINDS, SYMMETRIES, Kind, Truth, kind, kind_of, symmetry
 from microgen.metrics.compare import compare
 
@@ -539,3 +539,15 @@ def test_a_recipe_that_does_not_say_how_is_told_what_to_write(odd):
         DatasetRecipe.simulate(OddRecipe(), 0)
     with pytest.raises(PlugError, match=r"write row\(self, out, index\)"):
         DatasetRecipe.row(OddRecipe(), ".", 0)
+
+
+def test_images_that_differ_are_told_the_largest_size_that_fits(tmp_path):
+    rng = np.random.default_rng(0)
+    for i, (pixels, pixel_size) in enumerate(
+        [(64, 1.0), (64, 0.8), (75, 1.0), (64, 1.0), (64, 1.0)]
+    ):
+        write_tiff(tmp_path / f"{i}.tif", rng.random((pixels, pixels)), pixel_size)
+    said = "1.tif has 51 × 51 pixels of 1 nm, the common pixel size.*64 × 64.*give size=51 or less"
+    with pytest.raises(InputError, match=said):
+        image_dls(tmp_path, bs=2, device="cpu")
+    assert image_dls(tmp_path, bs=2, size=51, device="cpu").one_batch()[0].shape[-1] == 51
