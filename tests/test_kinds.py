@@ -515,7 +515,7 @@ def test_a_recipe_that_its_kind_does_not_read_back_is_refused_before_anything_is
     ):
         build(OddRecipe(), tmp_path / "odd", workers=1)
     monkeypatch.setattr(odd, "recipe", lambda self: None)
-    with pytest.raises(PlugError, match="gives nothing. Let that give OddRecipe"):
+    with pytest.raises(PlugError, match="gives nothing: let that give OddRecipe"):
         build(OddRecipe(), tmp_path / "odd", workers=1)
     assert not (tmp_path / "odd").exists()
 

@@ -118,7 +118,7 @@ def _check_is_read_back(recipe):
         named = "nothing" if read_as is None else getattr(read_as, "__name__", repr(read_as))
         raise PlugError(
             f"The dataset of a {own.__name__} could not be read back: it says it is of kind {recipe.kind!r}, whose "
-            f"recipe() gives {named}. Let that give {own.__name__}, or give {own.__name__} a kind of its own."
+            f"recipe() gives {named}: let that give {own.__name__}, or give {own.__name__} a kind of its own."
         )
 
 
