@@ -10,6 +10,7 @@ import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import wraps
 from numbers import Number
 from pathlib import Path
@@ -32,10 +33,16 @@ class Truth(NamedTuple):
     label: str = ""  # class of the image
 
 # %% ../nbs/01_kind.ipynb #1940e8e7
-def _named(dotted):
-    "What a dotted name stands for; its module is imported now."
+def _named(dotted, stated):
+    "What a dotted name stands for, and where it is stated; its module is imported now."
     module, _, name = dotted.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PlugError(
+            f"{stated} is {dotted!r}, which cannot be imported ({error}): give module and class, such as "
+            "'mine.Lamellae', of a module that Python finds."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,8 @@ class Kind:
 
     def recipe(self) -> type | None:  # a subclass of microgen.data.item.DatasetRecipe
         "The recipe of which images of this kind are simulated; None where nobody simulates them."
-        return _named(self.recipe_name) if self.recipe_name else None
+        stated = f"recipe_name of the kind {self.name!r}"
+        return _named(self.recipe_name, stated) if self.recipe_name else None
 
     def __init_subclass__(cls, **kw):
         "A new kind: what it states is checked now, what it answers whenever it is asked."
@@ -173,6 +181,20 @@ def _check_statements(cls):
         raise PlugError(
             f"The kind {cls.__name__} states measures = {cls.measures!r}: give a dict, name of a number "
             "to the line of the model card."
+        )
+    known = [name for name in dir(Kind) if not name.startswith("_")]
+    for name in vars(cls):
+        is_new = not name.startswith("_") and not any(
+            name in vars(base) for base in cls.__mro__[1:]
+        )
+        if is_new and (meant := get_close_matches(name, known, 1, cutoff=0.85)):
+            raise PlugError(
+                f"The kind {cls.__name__} has {name!r}, which nobody reads: write {meant[0]!r} if that is what you "
+                f"mean, else begin a name of your own so near to it with an underscore."
+            )
+    if not any("name" in vars(base) for base in cls.__mro__ if base is not Kind):
+        raise PlugError(
+            f"The kind {cls.__name__} has no name: give its class one, such as name = 'mine'."
         )
 
 
@@ -245,7 +267,86 @@ def _check_columns(kind, table):
         )
 
 
-_CHECKED = {"condition": _condition_checked, "evaluate": _evaluate_checked}
+def _action_checked(make):
+    "`action` of a kind: what it gives is looked at, and what that function makes of every batch."
+
+    @wraps(make)
+    def action(self, op, vocab=(), channels=()):
+        act = make(self, op, vocab, channels)
+        if not callable(act):
+            raise PlugError(
+                f"The kind {self.name!r} gave a {type(act).__name__} as action of {symmetry(op).name}, and a function "
+                "{field: tensor} -> {field: tensor} is expected."
+            )
+
+        def checked(batch):
+            try:
+                after = act(dict(batch))
+            except KeyError as error:
+                if error.args[:1] and isinstance(error.args[0], str) and error.args[0] not in batch:
+                    raise PlugError(_no_field(self, error.args[0], batch)) from error
+                raise
+            _check_moved(self, batch, after)
+            return after
+
+        return checked
+
+    return action
+
+
+def _no_field(kind, name, batch):
+    "What to say of an action that asks for a field that a batch does not have."
+    return (
+        f"The action of the kind {kind.name!r} asks for the field {name!r}, and this batch has {', '.join(batch)}: "
+        f"a batch has only the fields of its loader, images alone no maps, so ask first, if {name!r} in batch."
+    )
+
+
+def _check_moved(kind, batch, after):
+    "Refuse what an action made of a batch, when it is not the same fields in the same form."
+    if not isinstance(after, dict):
+        wrong = f"a {type(after).__name__}", "a dict of the same fields"
+    elif set(after) != set(batch):
+        wrong = f"the fields {', '.join(map(str, after))}", f"those that came ({', '.join(batch)})"
+    else:
+        for name, x in batch.items():
+            moved = after[name]
+            form = getattr(moved, "dtype", type(moved).__name__), tuple(getattr(moved, "shape", ()))
+            if form[0] != x.dtype or sorted(form[1]) != sorted(x.shape):
+                wrong = (
+                    f"{name} as {form[0]} of shape {form[1]}",
+                    f"{x.dtype} of shape {tuple(x.shape)}",
+                )
+                break
+        else:
+            return
+    raise PlugError(
+        f"The action of the kind {kind.name!r} gave {wrong[0]}, and {wrong[1]} is expected."
+    )
+
+
+def _move_truth_checked(move):
+    "`move_truth` of a kind, whose truth is looked at before it is passed on."
+
+    @wraps(move)
+    def move_truth(self, op, truth, shape, pixel_size):
+        moved = move(self, op, truth, shape, pixel_size)
+        if not isinstance(moved, Truth):
+            raise PlugError(
+                f"The kind {self.name!r} gave a {type(moved).__name__} as move_truth, and a Truth is expected: "
+                "end with truth._replace(maps=maps)."
+            )
+        return moved
+
+    return move_truth
+
+
+_CHECKED = {
+    "condition": _condition_checked,
+    "evaluate": _evaluate_checked,
+    "action": _action_checked,
+    "move_truth": _move_truth_checked,
+}
 
 # %% ../nbs/01_kind.ipynb #181628be
 @patch
@@ -291,7 +392,9 @@ def action(
     vocab: tuple = (),  # class names
     channels: tuple = (),  # names of the condition channels in "maps"
 ) -> Callable:  # {field: tensor} -> {field: tensor}, such as image (B, C, H, W), label (B,)
-    """How a symmetry acts on a batch: here it moves pixels and nothing else.
+    """Give the function {field: tensor} -> {field: tensor} by which a symmetry acts on a batch; here it moves pixels and nothing else.
+    The batch has only the fields of its loader: "image" (B, C, H, W), and "maps" (the channels), "focus", "label" (B,) where it loads them.
+    The function returns the same fields; a kind whose channels hold a direction turns their values, too.
     Raises: InputError for an operation that leads out of these classes."""
     op = symmetry(op)
 
@@ -383,7 +486,7 @@ def kind(
     name,  # one of KINDS, or a Kind
 ) -> Kind:  # the kind
     """Find a kind by its name.
-    Raises: InputError for an unknown name."""
+    Raises: InputError for an unknown name; PlugError for one that KINDS does not lead to a kind."""
     if isinstance(name, Kind):
         return name
     if name not in KINDS:
@@ -393,8 +496,15 @@ def kind(
         )
     found = KINDS[name]
     if isinstance(found, str):
-        found = _named(found)
-    return found() if isinstance(found, type) else found
+        found = _named(found, f"KINDS[{name!r}]")
+    if isinstance(found, type) and issubclass(found, Kind):
+        found = found()
+    if not isinstance(found, Kind):
+        what = getattr(found, "__name__", f"a {type(found).__name__}")
+        raise PlugError(
+            f"KINDS[{name!r}] leads to {what}: give a subclass of Kind, or its dotted name."
+        )
+    return found
 
 
 def kind_of(

@@ -13,7 +13,7 @@ from microgen.data.build import build, read_recipe
 from microgen.data.files import list_images, read_truth
 from microgen.data.item import DatasetRecipe, Simulated
 from microgen.data.load import image_dls, paired_dls
-from microgen.io.files import read
+from microgen.io.files import read, write_tiff
 from microgen.kind import KINDS, SYMMETRIES, Kind, Truth, kind, kind_of, symmetry
 from microgen.metrics.compare import compare
 
@@ -374,3 +374,180 @@ def test_columns_that_a_table_has_not_are_one_sentence(dots, monkeypatch):
 def test_a_kind_that_states_another_form_is_refused_when_it_is_made(stated):
     with pytest.raises(PlugError, match=f"Odd states {min(stated)}"):
         type("Odd", (Kind,), stated)
+
+
+WRONG_STATEMENTS = {
+    "no name": ({"summary": "odd"}, "Odd has no name: give its class one"),
+    "channels": ({"name": "odd", "chanels": ("dot",)}, "'chanels'.*write 'channels'"),
+    "evaluate": ({"name": "odd", "evalute": lambda *a: {}}, "'evalute'.*write 'evaluate'"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATEMENTS)
+def test_a_kind_without_name_or_with_a_misspelt_one_is_refused_when_it_is_made(wrong):
+    stated, said = WRONG_STATEMENTS[wrong]
+    with pytest.raises(PlugError, match=said):
+        type("Odd", (Kind,), stated)
+
+
+def test_names_of_ones_own_are_taken():
+    stated = {"name": "even", "made": lambda self: 1, "direction": (), "_channel": "dot"}
+    assert type("Even", (Kind,), stated)().made() == 1
+
+
+class Mirrored(Dots):
+    "Dots whose action a test can change."
+
+    def symmetries(self, vocab=()):
+        return ("mirror_lr",)
+
+    def action(self, op, vocab=(), channels=()):
+        return self.acts(super().action(op, vocab, channels))
+
+    def acts(self, move):
+        return move
+
+
+WRONG_ACTIONS = {
+    "nothing": (lambda move: None, "gave a NoneType as action of mirror_lr.*function"),
+    "tuple": (lambda move: lambda batch: tuple(move(batch).values()), "gave a tuple.*dict"),
+    "no maps": (
+        lambda move: lambda batch: move(batch) | {"maps": -batch["maps"]},
+        "field 'maps'.*this batch has image: .*only the fields of its loader",
+    ),
+    "fields": (lambda move: lambda batch: {}, r"those that came \(image\)"),
+    "type": (
+        lambda move: lambda batch: {name: x.double() for name, x in move(batch).items()},
+        "image as torch.float64.*torch.float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ACTIONS)
+def test_an_action_of_another_form_is_one_sentence(wrong, dots, monkeypatch):
+    acts, said = WRONG_ACTIONS[wrong]
+    monkeypatch.setitem(KINDS, "dots", Mirrored)
+    assert image_dls(dots, bs=2, device="cpu").augment == ("mirror_lr",)
+    monkeypatch.setattr(Mirrored, "acts", lambda self, move: acts(move))
+    with pytest.raises(PlugError, match=f"'dots'.*{said}"):
+        dls = image_dls(dots, bs=2, device="cpu")
+        for _ in range(20):  # until a batch is mirrored
+            dls.one_batch()
+
+
+def test_a_moved_truth_of_another_form_is_one_sentence(dots):
+    class Untrue(Dots):
+        def move_truth(self, op, truth, shape, pixel_size):
+            return truth.maps
+
+    one = DotRecipe().simulate(0)
+    with pytest.raises(PlugError, match="'dots' gave a dict as move_truth, and a Truth"):
+        Untrue().move_truth("turn", Truth(one.maps, one.table), (32, 32), (2.0, 2.0))
+
+
+@pytest.mark.parametrize("to", ["microgen.core.Dots", "no.module.Dots", "Dots"])
+def test_a_dotted_name_that_leads_nowhere_is_one_sentence(to, monkeypatch):
+    monkeypatch.setitem(KINDS, "dots", to)
+    with pytest.raises(PlugError, match=rf"KINDS\['dots'\] is '{to}', which cannot be imported"):
+        kind("dots")
+
+
+def test_what_is_no_kind_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(KINDS, "dots", DotRecipe)
+    with pytest.raises(PlugError, match="leads to DotRecipe: give a subclass of Kind"):
+        kind("dots")
+
+
+@dataclass(frozen=True)
+class OddRecipe(DotRecipe):
+    "What a test makes odd."
+
+    kind = "odd"
+    made = staticmethod(lambda one: one)
+    said = staticmethod(lambda row: row)
+
+    def simulate(self, index):
+        return self.made(super().simulate(index))
+
+    def row(self, out, index):
+        return self.said(super().row(out, index))
+
+
+@pytest.fixture
+def odd(monkeypatch):
+    "A kind whose recipe a test makes odd."
+    stated = {"name": "odd", "classes_are": "dots", "recipe": lambda self: OddRecipe}
+    odd = type("Odd", (Dots,), stated)
+    monkeypatch.setitem(KINDS, "odd", odd)
+    return odd
+
+
+WRONG_ITEMS = {
+    "image": (lambda one: one.image, r"a Micrograph, and Simulated\(image"),
+    "no split": (lambda one: one._replace(about={"label": "small"}), "label, split = self.plan"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ITEMS)
+def test_an_item_of_another_form_is_one_sentence(wrong, odd, monkeypatch, tmp_path):
+    made, said = WRONG_ITEMS[wrong]
+    monkeypatch.setattr(OddRecipe, "made", staticmethod(made))
+    with pytest.raises(PlugError, match=f"simulate of OddRecipe gave .*{said}"):
+        build(OddRecipe(), tmp_path / "odd", workers=1)
+
+
+def test_a_row_without_label_is_one_sentence_and_the_images_are_kept(odd, monkeypatch, tmp_path):
+    with monkeypatch.context() as change:
+        change.setattr(OddRecipe, "said", staticmethod(lambda row: {"n": 1}))
+        with pytest.raises(PlugError, match="row of OddRecipe gave {'n': 1}.*label and split"):
+            build(OddRecipe(), tmp_path / "odd", workers=1)
+    monkeypatch.setattr(OddRecipe, "made", None)  # nothing is simulated again
+    listed = list_images(build(OddRecipe(), tmp_path / "odd", workers=1))
+    assert set(listed.label) == {"small", "large"}
+
+
+def test_a_recipe_that_its_kind_does_not_read_back_is_refused_before_anything_is_written(
+    odd, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(odd, "recipe", lambda self: DotRecipe)
+    with pytest.raises(
+        PlugError, match="OddRecipe could not be read back.*recipe.. gives DotRecipe"
+    ):
+        build(OddRecipe(), tmp_path / "odd", workers=1)
+    monkeypatch.setattr(odd, "recipe", lambda self: None)
+    with pytest.raises(PlugError, match="gives nothing: let that give OddRecipe"):
+        build(OddRecipe(), tmp_path / "odd", workers=1)
+    assert not (tmp_path / "odd").exists()
+
+
+def test_classes_are_a_field_of_the_recipe(odd, monkeypatch):
+    monkeypatch.setattr(odd, "classes_are", "diameters")
+    with pytest.raises(
+        PlugError, match="classes_are = 'diameters', and OddRecipe has no such field"
+    ):
+        OddRecipe()
+
+
+def test_a_number_that_is_a_text_is_one_sentence(odd):
+    with pytest.raises(InputError, match="n is '12': give a whole number"):
+        OddRecipe(n="12")
+    assert OddRecipe(n=np.int64(12)).to_dict()["n"] == 12
+
+
+def test_a_recipe_that_does_not_say_how_is_told_what_to_write(odd):
+    with pytest.raises(PlugError, match=r"write simulate\(self, index\)"):
+        DatasetRecipe.simulate(OddRecipe(), 0)
+    with pytest.raises(PlugError, match=r"write row\(self, out, index\)"):
+        DatasetRecipe.row(OddRecipe(), ".", 0)
+
+
+def test_images_that_differ_are_told_the_largest_size_that_fits(tmp_path):
+    rng = np.random.default_rng(0)
+    for i, (pixels, pixel_size) in enumerate(
+        [(64, 1.0), (64, 0.8), (75, 1.0), (64, 1.0), (64, 1.0)]
+    ):
+        write_tiff(tmp_path / f"{i}.tif", rng.random((pixels, pixels)), pixel_size)
+    said = "1.tif has 51 × 51 pixels of 1 nm, the common pixel size.*64 × 64.*give size=51 or less"
+    with pytest.raises(InputError, match=said):
+        image_dls(tmp_path, bs=2, device="cpu")
+    assert image_dls(tmp_path, bs=2, size=51, device="cpu").one_batch()[0].shape[-1] == 51

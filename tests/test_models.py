@@ -20,11 +20,12 @@ from microgen.cli import comments_of
 from microgen.core import InputError, PlugError, as_rng
 from microgen.data.build import build
 from microgen.data.files import list_images
+from microgen.io.files import read
 from microgen.kind import KINDS, Kind, kind, kind_of
 from microgen.kinds.particles.recipe import ParticleRecipe
 from microgen.kinds.walls.recipe import Recipe
 from microgen.models.judge import card_rows
-from microgen.models.model import MODELS, Model, model_named
+from microgen.models.model import MODELS, Model, Sampling, model_named
 from microgen.models.run import load_run
 from microgen.models.sample import sample_run
 from microgen.models.train import train_model
@@ -237,6 +238,63 @@ def test_a_judgement_of_another_form_is_one_sentence(wrong, folders, tmp_path, m
         quick(folders, tmp_path / "run")
     monkeypatch.setattr(Denoiser, "judge", right)
     assert len(quick(folders, tmp_path / "run").model.facts["metrics"]) == 1  # the training is kept
+
+
+def test_a_learner_that_is_none_is_one_sentence(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(Denoiser, "learner", lambda self, dls, data: self.network(data))
+    with pytest.raises(PlugError, match="learner of the model 'denoiser' gave a Clean"):
+        quick(folders, tmp_path / "run")
+    monkeypatch.setattr(Denoiser, "learner", Model.learner)
+    with pytest.raises(PlugError, match=r"write learner\(self, dls, data\)"):
+        quick(folders, tmp_path / "run")
+
+
+def test_samples_of_another_form_are_one_sentence(folders, tmp_path, monkeypatch):
+    right = Clean.sample
+    as_numpy = lambda self, n, cond=None, rng=None: np.zeros((n, 32, 32))  # noqa: E731
+    monkeypatch.setattr(Clean, "sample", as_numpy)
+    with pytest.raises(PlugError, match=r"sample of Clean gave a ndarray of shape \(.*, 32, 32\)"):
+        quick(folders, tmp_path / "refused")
+    monkeypatch.setattr(Clean, "sample", right)
+    quick(folders, tmp_path / "run", judged=0)
+    monkeypatch.setattr(Clean, "sample", as_numpy)
+    with pytest.raises(PlugError, match=r"gave a ndarray.*tensor \(n, 1, H, W\)"):
+        sample_run(tmp_path / "run", tmp_path / "out", progress=False)
+    monkeypatch.delattr(Clean, "sample")
+    with pytest.raises(PlugError, match=r"Clean of the model 'denoiser' has no sample\(self"):
+        sample_run(tmp_path / "run", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@dataclass(kw_only=True)
+class SpreadSampling(Sampling):
+    "What to sample, near the mean or far from it."
+
+    spread: float = 1.0  # of the noise that is cleaned
+
+
+def test_options_of_a_model_to_sample_by_reach_its_network(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(Denoiser, "sampling", SpreadSampling)
+    quick(folders, tmp_path / "run", judged=0)
+
+    def made(out, **options):
+        sample_run(tmp_path / "run", tmp_path / out, n=1, progress=False, **options)
+        return read(next((tmp_path / out).rglob("*.tif")), 1.0).data
+
+    with pytest.raises(PlugError, match="'denoiser' has the option 'spread'.*Clean takes no such"):
+        made("refused")
+    right = Clean.sample
+    spreads = lambda self, n, cond=None, rng=None, spread=1.0: spread * right(self, n, cond, rng)  # noqa: E731
+    monkeypatch.setattr(Clean, "sample", spreads)
+    assert made("wide").std() > 3 * made("narrow", spread=0.1).std() > 0
+
+
+def test_a_model_that_is_not_here_says_what_works(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"command line knows only these.*MODELS\['mine'\] = its"):
+        model_named("mine")
+    monkeypatch.setitem(MODELS, "mine", "microgen.models.model.Mine")
+    with pytest.raises(PlugError, match=r"MODELS\['mine'\] is 'microgen.models.model.Mine', which"):
+        model_named("mine")
 
 
 SCRIPT = """

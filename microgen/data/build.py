@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import InputError, MicrogenError, require
+from ..core import InputError, MicrogenError, PlugError, require
 from .item import DatasetRecipe, paths
 from ..io.files import make_folder, provenance, write_csv, write_json
-from ..kind import kind_of
+from ..kind import kind, kind_of
 from ..progress import progress_bar
 
 # %% ../../nbs/74_data.build.ipynb #3a5faa27
@@ -36,10 +36,12 @@ def read_recipe(
         recipe = None
     if recipe is None:
         raise InputError(f"{folder} holds no readable recipe.json: name the folder of a dataset.")
-    kind = kind_of(folder)
-    recipe_class = kind.recipe()
+    held_kind = kind_of(folder)
+    recipe_class = held_kind.recipe()
     if recipe_class is None:
-        raise InputError(f"{file} is of kind {kind.name!r}, of which microgen simulates no images.")
+        raise InputError(
+            f"{file} is of kind {held_kind.name!r}, of which microgen simulates no images."
+        )
     return recipe_class.from_dict(recipe)
 
 # %% ../../nbs/74_data.build.ipynb #e8dc47aa
@@ -86,12 +88,13 @@ def build(
     progress: bool = False,  # show a bar
 ) -> Path:  # the folder
     """Write the dataset of a recipe; what an earlier, interrupted run has made is kept.
-    Raises: InputError when the folder holds another dataset; MicrogenError for a full disk or a dead worker."""
+    Raises: InputError when the folder holds another dataset; PlugError for a recipe that its kind does not read back or an item of another form; MicrogenError for a full disk or a dead worker."""
     from filelock import FileLock, Timeout
 
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}: give at least 1, or None.")
     out = Path(out).absolute()
+    _check_is_read_back(recipe)
     recipe.rehearse()
     _check_space(recipe, out)
     make_folder(out)
@@ -106,6 +109,17 @@ def build(
             f"Another process is writing {out}: wait, or choose another folder."
         ) from None
     return out
+
+
+def _check_is_read_back(recipe):
+    "Refuse a recipe that its kind would read as one of another class."
+    own, read_as = type(recipe), kind(recipe.kind).recipe()
+    if read_as is not own:
+        named = "nothing" if read_as is None else getattr(read_as, "__name__", repr(read_as))
+        raise PlugError(
+            f"The dataset of a {own.__name__} could not be read back: it says it is of kind {recipe.kind!r}, whose "
+            f"recipe() gives {named}: let that give {own.__name__}, or give {own.__name__} a kind of its own."
+        )
 
 
 def _claim(recipe, out):
@@ -136,9 +150,7 @@ def _difference(held, recipe):
     "The first field in which two recipes differ; texts as long as a file are not printed."
     there = {"kind": held.kind, **held.to_dict()}
     here = {"kind": recipe.kind, **recipe.to_dict()}
-    name = next((key for key in there if there[key] != here.get(key)), None)
-    if name is None:
-        return f"it is a {type(held).__name__}, this one a {type(recipe).__name__}"
+    name = next((key for key in there if there[key] != here.get(key)), "kind")
     before, now = repr(there[name]), repr(here.get(name))
     if max(len(before), len(now)) > 200:
         return f"the content of its {name} is not that of {here.get('structure', 'now')}"
@@ -224,12 +236,19 @@ def metadata(
     recipe: DatasetRecipe,  # what was simulated
     out,  # dataset folder
 ) -> pd.DataFrame:  # one row per image
-    "Describe every image of a dataset: file_name, split, label, parameters, seed, sha256."
+    """Describe every image of a dataset: file_name, split, label, parameters, seed, sha256.
+    Raises: PlugError for a row without label or split."""
     rows = []
     for index in range(recipe.n):
         image = paths(out, index)[0]
         name = image.relative_to(Path(out)).as_posix()
-        rows.append({"file_name": name, **recipe.row(out, index), "sha256": _sha256(image)})
+        row = recipe.row(out, index)
+        if not isinstance(row, dict) or not {"label", "split"} <= set(row):
+            raise PlugError(
+                f"row of {type(recipe).__name__} gave {row!r:.60}, and a dict with label and split is expected, as "
+                "the image holds them: correct it and build again, which keeps the images."
+            )
+        rows.append({"file_name": name, **row, "sha256": _sha256(image)})
     return pd.DataFrame(rows)
 
 

@@ -448,6 +448,7 @@ class Pixels:
         self.scaling = scaling
         self.percentiles = percentiles
         self.pixel_size = pixel_size
+        self.resampled = False  # was an image brought to the pixel size of the others?
         self.size = _crop_size(size)
         if scaling not in ("image", "dataset"):
             raise InputError(f"scaling is {scaling!r}: give 'image' or 'dataset'.")
@@ -524,6 +525,7 @@ def _read(self: Pixels, i):
                 "nm: maps are not resampled, so build the dataset with one pixel size."
             )
         image = image.resample(self.pixel_size)
+        self.resampled = True
     return image
 
 
@@ -765,14 +767,16 @@ def _keep_limits(self: Pixels):
 def _check_sizes(self: Pixels, shapes):
     "Refuse an image that is smaller than a crop, and whole images that differ."
     height, width = self.crop
+    fits = min(min(shape) for shape in shapes)
     for path, shape in zip(self.listed["image"], shapes):
         too_small = shape[0] < height or shape[1] < width
         if too_small or (self.size is None and shape != self.crop):
             scale = f" of {self.pixel_size[0]:.3g} nm" if self.pixel_size else ""
+            if self.resampled:
+                scale += ", the common pixel size to which images are resampled"
             raise InputError(
-                f"{path.name} has {shape[0]} × {shape[1]} pixels{scale}, {height} × {width} "
-                "are needed: give size=, not larger than the smallest image, and crops of that "
-                "size are taken."
+                f"{path.name} has {shape[0]} × {shape[1]} pixels{scale}, and {height} × {width} "
+                f"are needed: give size={fits} or less, and crops of that size are taken."
             )
 
 # %% ../../nbs/75_data.files.ipynb #cd2a0582

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import InputError, Micrograph
+from ..core import InputError, Micrograph, PlugError, check_number
 from ..io.files import write_parquet, write_tiff
 from ..kind import Truth, kind
 
@@ -141,6 +141,12 @@ class DatasetRecipe:
             raise InputError(
                 f"The kind {self.kind!r} does not say which field of its recipe holds the classes: set classes_are."
             )
+        if not hasattr(self, name):
+            own = ", ".join(f.name for f in fields(self))
+            raise PlugError(
+                f"The kind {self.kind!r} states classes_are = {name!r}, and {type(self).__name__} has no such field: "
+                f"name the one that holds its classes, of {own}."
+            )
         return getattr(self, name)
 
     def rehearse(self) -> None:
@@ -150,31 +156,40 @@ class DatasetRecipe:
         self,
         index: int,  # which image, from 0
     ) -> Simulated:  # image, maps, table and row of the metadata
-        "Simulate one item."
-        raise NotImplementedError(f"{type(self).__name__} does not say how an item is simulated.")
+        """Simulate one item.
+        Raises: PlugError for a recipe that does not say how."""
+        raise PlugError(
+            f"{type(self).__name__} does not say how an item is simulated: write simulate(self, index), which "
+            "returns Simulated(image, maps, table, about)."
+        )
 
     def make(
         self,
         out,  # dataset folder
         index: int,  # which image
     ) -> int:  # the index
-        "Simulate and write one item."
-        return write_item(out, index, self.simulate(index), self.bits)
+        """Simulate and write one item.
+        Raises: PlugError for an item of another form."""
+        return write_item(out, index, _simulated(self, index), self.bits)
 
     def row(
         self,
         out,  # dataset folder, in which the item lies
         index: int,  # which image
     ) -> dict:  # split, label and parameters
-        "Describe one item: its row of the metadata, as its image file holds it."
-        raise NotImplementedError(f"{type(self).__name__} does not say what the metadata hold.")
+        """Describe one item: its row of the metadata, as its image file holds it.
+        Raises: PlugError for a recipe that does not say how."""
+        raise PlugError(
+            f"{type(self).__name__} does not say what the metadata hold: write row(self, out, index), which returns "
+            "a dict with label, split and parameters."
+        )
 
     def truth(
         self,
         index: int,  # which image
     ) -> Truth:  # maps, table and class
         "What item `index` shows; a recipe that needs no image for it has a shorter way."
-        one = self.simulate(index)
+        one = _simulated(self, index)
         return Truth(one.maps, one.table, one.about["label"])
 
     def facts(self) -> dict:  # name to text
@@ -215,6 +230,8 @@ class DatasetRecipe:
         Raises: InputError."""
         for f in fields(self):
             object.__setattr__(self, f.name, _tuples(getattr(self, f.name)))
+        for name in ("n", "size", "seed"):
+            object.__setattr__(self, name, check_number(name, getattr(self, name), whole=True))
         if self.n < 1:
             raise InputError(f"n is {self.n}: ask for at least one image.")
         if self.size < 32:
@@ -248,6 +265,23 @@ class DatasetRecipe:
                 f"A recipe of {cls.kind} has no field {min(strange)!r}: use the microgen that wrote it."
             )
         return cls(**{key: _tuples(value) for key, value in held.items()})
+
+
+def _simulated(recipe, index):
+    "An item of a recipe, whose form is looked at before it is passed on."
+    one = recipe.simulate(index)
+    own = type(recipe).__name__
+    if not isinstance(one, Simulated):
+        raise PlugError(
+            f"simulate of {own} gave a {type(one).__name__}, and Simulated(image, maps, table, about) is expected, "
+            "of microgen.data.item."
+        )
+    if not isinstance(one.about, dict) or not {"label", "split"} <= set(one.about):
+        raise PlugError(
+            f"simulate of {own} gave about = {one.about!r:.60}, and a dict with label and split is expected: "
+            "label, split = self.plan(index)."
+        )
+    return one
 
 
 def _are_shares(numbers, n):

@@ -7,6 +7,7 @@ __all__ = ['MODELS', 'option_type', 'Options', 'Sampling', 'TrainingData', 'Mode
 
 # %% ../../nbs/90_models.model.ipynb #dac3c93d
 import importlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from math import inf
@@ -16,11 +17,12 @@ from typing import get_args
 
 import numpy as np
 import pandas as pd
+import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
-from ..core import InputError, Micrograph, as_rng, check_number
+from ..core import InputError, Micrograph, PlugError, as_rng, check_number
 from ..data.files import unscale
 from ..data.item import DatasetRecipe, Simulated
 from ..data.load import image_dls
@@ -314,16 +316,24 @@ class Model(Options):
         self,
         data: TrainingData,  # what is known of the images
     ) -> nn.Module:  # with fresh weights
-        "Make the network."
-        raise NotImplementedError(f"{type(self).__name__} does not say how its network is made.")
+        """Make the network.
+        Raises: PlugError for a model that does not say how."""
+        raise PlugError(
+            f"{type(self).__name__} does not say how its network is made: write network(self, data), which returns "
+            "an nn.Module with fresh weights."
+        )
 
     def learner(
         self,
         dls: DataLoaders,  # of .dls
         data: TrainingData,  # what is known of their images
     ) -> Learner:  # with network, loss and optimiser
-        "Make the learner."
-        raise NotImplementedError(f"{type(self).__name__} does not say how it learns.")
+        """Make the learner.
+        Raises: PlugError for a model that does not say how."""
+        raise PlugError(
+            f"{type(self).__name__} does not say how it learns: write learner(self, dls, data), which returns a "
+            "fastai Learner with network and loss."
+        )
 
     def train_arguments(self) -> dict:  # such as ema and fade
         "What else `microgen.train.run.train` is told."
@@ -361,16 +371,46 @@ class Model(Options):
         data: TrainingData,  # what is known of the images of the training
         asked: Sampling,  # what to sample
     ) -> Iterator[Simulated]:  # images with what is known of each
-        "Sample images, here without any condition."
+        """Sample images, here without any condition; what else `sampling` asks is passed on to the network.
+        Raises: PlugError for a network that has no `sample`, one without an option, or one that gives another form."""
+        options = self._options_of_network(network, asked)
         at_once = 16  # images
         for start in range(0, asked.n, at_once):
             rng = np.random.default_rng([asked.seed, start])
-            images = network.sample(min(at_once, asked.n - start), rng=rng)
+            images = network.sample(min(at_once, asked.n - start), rng=rng, **options)
+            is_tensor = isinstance(images, torch.Tensor)
+            if not is_tensor or images.ndim != 4 or images.shape[1] != data.n_channels:
+                shape = f" of shape {tuple(images.shape)}" if hasattr(images, "shape") else ""
+                raise PlugError(
+                    f"sample of {type(network).__name__} gave a {type(images).__name__}{shape}, and a tensor "
+                    f"(n, {data.n_channels}, H, W) in [-1, 1] is expected."
+                )
             for index, pixels in enumerate(images, start):
                 about = {"label": "", "split": "test"}
                 of_limits = np.random.default_rng([asked.seed, index, 1])
                 limits = data.intensity_limits(asked.intensity, of_limits)
                 yield Simulated(data.micrograph(pixels, about, limits), None, None, about)
+
+    def _options_of_network(self, network, asked):
+        "What is asked beyond `Sampling`, as keyword arguments of the network's `sample`."
+        own = type(network).__name__
+        if not callable(getattr(network, "sample", None)):
+            raise PlugError(
+                f"The network {own} of the model {self.name!r} has no sample(self, n, cond=None, rng=None), so there "
+                "is nothing to sample from: write one."
+            )
+        shared = {option.name for option in fields(Sampling)}
+        options = {o.name: getattr(asked, o.name) for o in fields(asked) if o.name not in shared}
+        taken = inspect.signature(network.sample).parameters
+        if any(argument.kind is argument.VAR_KEYWORD for argument in taken.values()):
+            return options
+        strange = [name for name in options if name not in taken]
+        if strange and type(self).sample is Model.sample:  # nobody else looks at them
+            raise PlugError(
+                f"The model {self.name!r} has the option {strange[0]!r} to sample by, and sample of its network {own} "
+                f"takes no such argument: write sample(self, n, cond=None, rng=None, {strange[0]}=...)."
+            )
+        return {name: value for name, value in options.items() if name in taken}
 
     def judge(
         self,
@@ -400,17 +440,24 @@ def model_named(
     name: str,  # one of MODELS
 ) -> type:  # the model: a dataclass of its options
     """Find a model by its name.
-    Raises: InputError for an unknown name."""
+    Raises: InputError for an unknown name; PlugError for a dotted name that cannot be imported."""
     if name not in MODELS:
         raise InputError(
-            f"There is no model {name!r}: choose among {', '.join(MODELS)}; a model of your own joins MODELS in "
-            "its script or module, which must run first."
+            f"There is no model {name!r}: choose among {', '.join(MODELS)}; the command line knows only these, and a "
+            f"model of your own is trained, loaded and sampled from (train_model, load_run, sample_run) in a script "
+            f"or notebook that first writes MODELS[{name!r}] = its class."
         )
     found = MODELS[name]
-    if isinstance(found, str):
-        module, _, class_name = found.rpartition(".")
-        found = getattr(importlib.import_module(module), class_name)
-    return found
+    if not isinstance(found, str):
+        return found
+    module, _, class_name = found.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PlugError(
+            f"MODELS[{name!r}] is {found!r}, which cannot be imported ({error}): give the class, or module and "
+            "class, such as 'mine.SqueezeModel', of a module that Python finds."
+        ) from error
 
 
 def check_registered(

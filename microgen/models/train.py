@@ -74,6 +74,11 @@ def train_model(
     known = TrainingData.of(dls, recipe)
     with random_state_kept(model.seed):
         learn = model.learner(dls, known)
+    if not isinstance(learn, Learner):
+        raise PlugError(
+            f"learner of the model {model.name!r} gave a {type(learn).__name__}, and a fastai Learner is expected: "
+            "Learner(dls, self.network(data), loss)."
+        )
     about = _about_the_data(model, learn, known, data, recipe)
     learn.model.facts = about | getattr(learn.model, "facts", {})
     if model.init and not any((out / "checkpoints").glob("step_*")):

@@ -19,7 +19,7 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import InputError
+from ..core import InputError, PlugError
 from ..io.files import atomic_path, write_csv
 from .core import averaged_weights, device_of, plain_tensor, random_state_kept
 
@@ -51,7 +51,7 @@ def preview_images(
     yb: tuple,  # what it shall give; empty when there is no condition
 ) -> list:  # tensors (n, C, H, W): generated images, then the targets
     """The usual preview: what the model generates, above what is wanted.
-    Raises: InputError for a model without condition that cannot `sample`."""
+    Raises: InputError for a model without condition that cannot `sample`; PlugError for samples of another form."""
     if yb:
         return [value for value in (model(*xb), *yb) if value.ndim == 4]
     if not hasattr(model, "sample"):
@@ -59,7 +59,14 @@ def preview_images(
             f"{type(model).__name__} has no sample(n, rng=), so say how to make a preview (preview=), "
             "or preview_every=None."
         )
-    return [model.sample(len(xb[0]), rng=0)]
+    made = model.sample(len(xb[0]), rng=0)
+    if not isinstance(made, torch.Tensor) or made.ndim != 4:
+        shape = f" of shape {tuple(made.shape)}" if hasattr(made, "shape") else ""
+        raise PlugError(
+            f"sample of {type(model).__name__} gave a {type(made).__name__}{shape}, and a tensor (n, C, H, W) in "
+            "[-1, 1] is expected."
+        )
+    return [made]
 
 # %% ../../nbs/57_train.history.ipynb #1e6d348e
 class Preview(Callback):
