@@ -5,6 +5,7 @@
     python benchmarks/pix2pix.py --minutes 12 --seeds 0 1 2 --processes 2   # the same by the clock
     python benchmarks/pix2pix.py --minutes 60 --config full --size 256 --n 6000   # with a GPU
     python benchmarks/pix2pix.py --keep DIR --judge-only --pictures nbs/images    # runs that --keep DIR left
+    python benchmarks/pix2pix.py --part adversary --px 64 --seeds 0 1 2 --cpu-seconds 45   # what the adversary is worth
 
 Data: walls of YMnO3, low-noise scans (preset "good"); every image is a geometry, a crystal and a scan of its own, so those of the
 test split are unseen. The seeds change weights, order and noise; the images are the same for all. Judged is the averaged
@@ -15,6 +16,9 @@ Intervals are 95 % bootstrap intervals over scenes, which all seeds share. Set m
 each beside its floor, real half against real half. The samples of one scene over z are compared with scans of that scene by the
 microscopes (optics, thickness, dose) of other images.
 The second half of a training lowers its rates to zero. By the clock: half of the minutes at the full rate, then as many steps again.
+
+The part "adversary" trains on the data of README and takes parts of the loss away. Every training has the same processor time; one
+without an adversary does not train a discriminator either. All are judged on the scenes that were not trained on.
 """
 
 import argparse
@@ -37,6 +41,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from results import write
 
 matplotlib.use("Agg")
@@ -45,7 +50,9 @@ import matplotlib.pyplot as plt
 from microgen.core import Micrograph
 from microgen.data.build import build, read_recipe
 from microgen.data.files import list_images, scale
-from microgen.gan.pix2pix import spread
+from microgen.data.load import paired_dls
+from microgen.gan.loss import WEIGHTS, judged_both
+from microgen.gan.pix2pix import CONFIGS, pix2pix_learner, spread
 from microgen.io.files import read
 from microgen.kinds.walls.condition import condition
 from microgen.kinds.walls.evaluate import (
@@ -57,7 +64,7 @@ from microgen.kinds.walls.evaluate import (
 )
 from microgen.kinds.walls.recipe import TABLE, Recipe, sample_values
 from microgen.metrics.features import random_extractor
-from microgen.metrics.image import ssim
+from microgen.metrics.image import log_power_distance, radial_spectrum, ssim
 from microgen.metrics.sets import copy_test, feature_pair, half_samples, kernel_distance
 from microgen.models.pix2pix import Pix2PixModel, RouterModel
 from microgen.models.train import train_model
@@ -67,6 +74,8 @@ from microgen.scan.acquire import acquire, mistilt
 from microgen.stem.crystal import columns
 from microgen.stem.render import haadf
 from microgen.stem.wall import displace, truth_maps
+from microgen.train.adversarial import gan_losses
+from microgen.train.core import EMA, ImageIsTarget, MustTrain, Repeat, random_state_kept
 from microgen.train.hub import load_model
 
 CELL_NM = 0.5316  # distance of the rare-earth columns along the layer in YMnO3, a cell of the wall's steps
@@ -524,9 +533,305 @@ def save_picture(fig, file):
     plt.close(fig)
 
 
+# --- What the adversary is worth: the same data and seeds, equal processor time, other losses
+
+
+ONLY_L1 = dict.fromkeys(WEIGHTS, 0.0) | {"l1": 1.0}
+TRAININGS = {
+    "as it is": {},
+    "no adversary": {"weights": {"adv": 0.0}},
+    "plain U-Net + L1": {"arch": "plain", "weights": ONLY_L1},
+    "larger discriminator": {"larger": True},
+}
+LATE = 0.75  # share of the processor time after which the discriminator is scored
+
+
+class ByProcessor(Callback):
+    "Train for so many seconds of processor time; the second half of them lowers the rates to zero."
+
+    order = 40
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.begin = 0.0
+        self.base = []  # rates to fade from
+
+    def done(self):
+        "Share of the time that is over."
+        return (time.process_time() - self.begin) / self.seconds
+
+    def before_fit(self):
+        self.begin = time.process_time()
+        self.base = [hyper["lr"] for hyper in self.learn.opt.hypers]
+
+    def before_batch(self):
+        scale = min(1.0, 2 * max(1 - self.done(), 0.0))
+        self.learn.opt.set_hyper("lr", [lr * scale for lr in self.base])
+
+    def after_batch(self):
+        if self.done() >= 1:
+            raise CancelFitException
+
+    def before_validate(self):
+        raise CancelValidException
+
+
+class Watched:
+    "The loss of the discriminator, which notes late in training how often it is right."
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.right = []  # share of patches, one number a step
+        self.loss = gan_losses("lsgan")[0]
+
+    def __call__(self, model, batch, fakes):
+        real, fake = judged_both(model, batch, fakes["image"])
+        if self.clock.done() > LATE:
+            is_right = torch.cat(
+                [real > 0.5, fake < 0.5]
+            )  # least squares: 1 for a scan, 0 for a generated one
+            self.right.append(float(is_right.float().mean()))
+        return self.loss(real, fake)
+
+
+def without_discriminator(model, batch, fakes):
+    "A loss without a slope: what nothing is learned from costs no time either."
+    return {"none": sum(0 * p.sum() for p in model.d.parameters())}
+
+
+def train_for(seconds, dls, config, seed, arch="film", weights=None, larger=False):
+    "Train one of TRAININGS: the averaged network, its steps, and the share of patches that its discriminator tells apart."
+    over = {}
+    if larger:
+        size = CONFIGS[config]
+        over = {"disc_base": 4 * size["disc_base"], "n_layers": size["n_layers"] + 1}
+    learn = pix2pix_learner(dls, arch, config, weights=weights, seed=seed, **over)
+    clock = ByProcessor(seconds)
+    watched = Watched(clock)
+    has_adversary = bool(learn.weights.get("adv"))
+    learn.adversarial_trainer.d_loss = watched if has_adversary else without_discriminator
+    average = EMA(500 * dls.train.bs)
+    learn.train_iter = 0
+    with learn.no_bar(), learn.no_logging(), random_state_kept(seed, 0):
+        learn.fit(10_000, cbs=[clock, Repeat(seed), ImageIsTarget(), MustTrain(), average])
+    average.apply()
+    right = float(np.mean(watched.right)) if has_adversary else np.nan
+    return learn.model.eval(), learn.train_iter, right
+
+
+class Held(NamedTuple):
+    "A scene that was not trained on, with what its scan is compared with; images in [-1, 1]."
+
+    condition: torch.Tensor  # (C, H, W)
+    label: str
+    table: pd.DataFrame  # true columns
+    pixel_size: tuple  # nm
+    true: np.ndarray  # (H, W) its scan
+    again: np.ndarray  # (H, W) a second scan of it
+    moved: pd.DataFrame  # the columns of that
+    noise: np.ndarray  # (H, W) of the scan: what it has beside the same scan at a dose without end
+
+
+def held_scenes(folder, channels):
+    "Every scene that was not trained on."
+    recipe, listed, held = read_recipe(folder), list_images(folder), []
+    for _, row in listed[listed.split != "train"].iterrows():
+        image, stack = read(row["image"]), read(row["maps"])
+        table = pd.read_parquet(row["table"])
+        maps = dict(zip(stack.metadata["channels"], np.asarray(stack.data)))
+        index = int(Path(row["image"]).stem)
+        again, _, moved = scan_again(recipe, index)
+        low, high = np.percentile(image.data, (0.01, 99.99))
+        noise = (image.data - without_noise(recipe, index)) * 2 / (high - low)
+        given = condition(maps, table, image.shape, image.pixel_size, channels)
+        held.append(
+            Held(
+                torch.from_numpy(given),
+                row["label"],
+                table,
+                image.pixel_size,
+                unit(image.data),
+                unit(again.data),
+                moved,
+                noise,
+            )
+        )
+    return held
+
+
+def without_noise(recipe, index, more=1e6):
+    "The scan of a scene with its own motion, at a dose at which counting leaves no noise."
+    d = sample_values(recipe, index)
+    shape = (recipe.size + 2 * d.rim,) * 2
+    crystal = columns(
+        recipe.structure, d.fov, d.thickness_nm, origin=d.origin, rotation_deg=d.rotation_deg
+    )
+    tilted = mistilt(displace(crystal, d.field), d.scan.mistilt_mrad, d.scan.mistilt_deg)
+    ideal = haadf(tilted, recipe.pixel_size, d.probe, shape)
+    bright = replace(d.scan, dose_e_A2=more * d.scan.dose_e_A2)
+    return acquire(ideal, bright, d.rng, rim=d.rim).data / more
+
+
+def neighbours(noise):
+    "Correlation of a pixel with the next one, mean of both directions."
+    noise = noise - noise.mean()
+    both = [(noise[:, 1:] * noise[:, :-1]).mean(), (noise[1:] * noise[:-1]).mean()]
+    return float(np.mean(both) / (noise**2).mean())
+
+
+def even(images):
+    "Each image with mean 0 and standard deviation 1, as `compare` takes brightness and contrast out."
+    off_mean = images - images.mean((1, 2), keepdims=True)
+    return off_mean / off_mean.std((1, 2), keepdims=True)
+
+
+def fine_spectrum(true, images, pixel_size):
+    "Rms of log10 of the ratio of mean powers, over the upper half of the frequencies."
+    a, b = (radial_spectrum(even(x), pixel_size) for x in (true, images))
+    upper = a.q > a.q.max() / 2
+    return log_power_distance(a.power.mean(0)[upper], b.power.mean(0)[upper])
+
+
+def two_samples(true, images, n=999):
+    "Kernel distance of two sets of the same scenes, and p: how often it is as large with the pairs exchanged at random."
+    x, y = feature_pair(even(true), even(images), random_extractor())
+    rng = np.random.default_rng(0)
+    found, as_large = kernel_distance(x, y), 0
+    for exchanged in rng.random((n, len(x), 1)) < 0.5:
+        a, b = np.where(exchanged, y, x), np.where(exchanged, x, y)
+        as_large += kernel_distance(a, b) >= found
+    return found, (as_large + 1) / (n + 1)
+
+
+def displacement_pm(image, table):
+    "Error of the displacements, rms over the columns of an image."
+    return structure_errors(image, table)["disp_rms_pm"]
+
+
+def of_images(held, images, tables, n_physics, name=""):
+    "SSIM, columns and displacements of images of the held-out scenes."
+    true = np.stack([scene.true for scene in held])
+    measured = [
+        (Micrograph(image, scene.pixel_size), table)
+        for scene, image, table in zip(held[:n_physics], images, tables)
+    ]
+    return {
+        f"SSIM{name}": (float(ssim(true, images, L=2).mean()), "1"),
+        f"column error{name}": (aim([rms_pm(column_errors(*m)) for m in measured]), "pm rms"),
+        f"displacement error{name}": (aim([displacement_pm(*m) for m in measured]), "pm rms"),
+    }
+
+
+def of_looks(held, images, noise, pairs):
+    "What a set of images looks like beside the true scans."
+    true = np.stack([scene.true for scene in held])
+    own = np.stack([scene.noise for scene in held])
+    distance, p = two_samples(true, images)
+    found = {
+        "noise over that of scans": (float(np.sqrt((noise**2).mean() / (own**2).mean())), "1"),
+        "spectrum, upper half": (fine_spectrum(true, images, held[0].pixel_size), "log10"),
+        "kernel distance to scans": (distance, "1"),
+        "p of the two-sample test": (p, "1"),
+    }
+    if noise.any():
+        found["correlation of neighbouring noise"] = (
+            float(np.mean([neighbours(n) for n in noise])),
+            "1",
+        )
+        found["correlation of what two images differ in"] = (
+            float(np.mean([neighbours(a - b) for a, b in pairs])),
+            "1",
+        )
+    return found
+
+
+def judge_training(model, held, n_physics, draws_noise):
+    "Every number of one training: quantity to value and unit."
+    about, drawn, mean, second = model.about, [], [], []
+    for number, scene in enumerate(held):
+        given = scene.condition, about["vocab"].index(scene.label)
+        z = torch.randn(1, model.g.z_dim, generator=torch.Generator().manual_seed(number))
+        told = {"z": z if model.g.z_dim else None, "noise": draws_noise}
+        drawn.append(model.sample(1, given, number, **told)[0, 0].numpy())
+        second.append(model.sample(1, given, 1000 + number, **told)[0, 0].numpy())
+        mean.append(model.sample(1, given, number, **told | {"noise": False})[0, 0].numpy())
+    drawn, mean = np.stack(drawn), np.stack(mean)
+    tables = [scene.table for scene in held]
+    found = of_images(held, drawn, tables, n_physics)
+    if draws_noise:
+        found |= of_images(held, mean, tables, n_physics, ", noise left out")
+    return found | of_looks(held, drawn, drawn - mean, list(zip(drawn, second)))
+
+
+def judge_scans(held, n_physics):
+    "The same numbers of second scans: what can be reached."
+    again = np.stack([scene.again for scene in held])
+    found = of_images(held, again, [scene.moved for scene in held], n_physics)
+    noise = np.stack([scene.noise for scene in held])
+    pairs = [(scene.true, scene.again) for scene in held]
+    return found | of_looks(held, again, noise, pairs)
+
+
+def adversary_rows(case, trained):
+    "Mean and range over the seeds, as rows of the results."
+    rows = []
+    for what, (_, its_unit) in trained[0].items():
+        values = [found[what][0] for found in trained if what in found]
+        row = {"what": what, "case": case, "value": float(np.mean(values)), "unit": its_unit}
+        if len(values) > 1:
+            row |= {"low": min(values), "high": max(values)}
+        rows.append(row | {"n": len(values)})
+    return rows
+
+
+def adversary(a, folder):
+    "Train each of TRAININGS with every seed for the same processor time, and judge all on the same scenes."
+    torch.set_num_threads(1)
+    config = "small" if a.px <= 64 else "cpu"
+    recipe = Recipe(n=300, size=a.px, pixel_size=0.03, preset="good")  # README's data
+    data = build(recipe, folder / f"walls{a.px}", workers=1)
+    dls = paired_dls(data, bs=8)
+    for _ in dls.train:  # what the first pass makes is no part of a training
+        pass
+    held = held_scenes(data, tuple(dls.channels))
+    setting = f"{a.px} px, {a.cpu_seconds:g} s"
+    scans = adversary_rows(f"second scans, {a.px} px", [judge_scans(held, a.physics)])
+    print(pd.DataFrame(scans)[["what", "value"]].to_string(index=False), flush=True)
+    found = {name: [] for name in TRAININGS}
+    for seed in a.seeds:
+        for name, options in TRAININGS.items():
+            dls = paired_dls(data, bs=8, seed=seed)
+            model, steps, right = train_for(a.cpu_seconds, dls, config, seed, **options)
+            draws_noise = name != "plain U-Net + L1"  # nothing taught it any
+            numbers = judge_training(model, held, a.physics, draws_noise)
+            numbers["steps"] = steps, "steps"
+            if np.isfinite(right):
+                numbers["discriminator right, last quarter"] = right, "1"
+            found[name].append(numbers)
+            shown = ", ".join(f"{what} {value:.4g}" for what, (value, _) in numbers.items())
+            print(f"seed {seed}, {name}: {shown}", flush=True)
+    rows = scans.copy()
+    for name, trained in found.items():
+        rows += adversary_rows(f"{name}, {setting}", trained)
+    if a.save:
+        write("pix2pix", rows)
+    print(pd.DataFrame(rows).drop(columns=["unit"]).to_string(index=False))
+
+
 def main():
     ask = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    ask.add_argument("--part", default="walls", choices=("walls", "adversary"))
+    ask.add_argument("--px", type=int, default=64, choices=(64, 128), help="of the part adversary")
+    ask.add_argument(
+        "--cpu-seconds", type=float, default=60, help="of each training of the part adversary"
+    )
+    ask.add_argument(
+        "--physics",
+        type=int,
+        default=16,
+        help="scenes of the part adversary whose columns are measured",
     )
     ask.add_argument("--minutes", type=float, default=12, help="of training, for each seed")
     ask.add_argument(
@@ -566,7 +871,7 @@ def main():
             (10, 4, 2),
         )
     with TemporaryDirectory() as tmp:
-        run(a, Path(a.keep or tmp))
+        (adversary if a.part == "adversary" else run)(a, Path(a.keep or tmp))
 
 
 def run(a, folder):
