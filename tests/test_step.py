@@ -353,3 +353,53 @@ def test_each_of_two_processes_reads_its_own_images(walls, tmp_path, mixed):
     l1, n_own, n_all = said[0][0].split()[-3:]
     assert np.isfinite(float(l1)) and int(n_all) == 8
     assert int(n_own) == (8 if mixed else 4)
+
+
+class Turned(nn.Module):
+    "A layer whose weight gets a gradient of another layout."
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_out, n_in) * 0.1)
+
+    def forward(self, x):
+        return torch.einsum("bi,oi->bo", x.flatten(1), self.weight)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_gradient_of_any_layout_moves_the_weights_as_it_should(accumulate):
+    "Fused Adam reads the memory as it lies; a step of it is that of Adam which is not fused."
+    from fastai.data.core import DataLoaders
+    from fastai.data.load import DataLoader
+
+    rng = torch.Generator().manual_seed(0)
+    images = [(torch.randn(5, generator=rng), torch.randn(5, generator=rng)) for _ in range(4)]
+    with random_state_kept(0):
+        model = Parts(Turned(5, 5), Turned(5, 1))
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    d_terms, g_term = gan_losses("vanilla")
+    dls = DataLoaders(DataLoader(images, bs=4), DataLoader(images, bs=4))
+    learn = adversarial_learner(
+        dls,
+        model,
+        lambda m, b: m.g(b[0]),
+        lambda m, b, f: d_terms(m.d(b[1]), m.d(f)),
+        lambda m, b, f: {"adv": g_term(m.d(f))},
+        lr=0.01,
+        accumulate=accumulate,
+    )
+    kept = {}
+
+    class Keep(Callback):
+        def before_step(self):
+            for p in self.learn.stepping:
+                kept[id(p)] = p.grad.clone()
+
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=Keep())
+    for (
+        name,
+        p,
+    ) in model.named_parameters():  # the first step of Adam: against the sign of the slope
+        expected = start[name] - 0.01 * kept[id(p)].sign()
+        assert torch.allclose(p.detach(), expected, atol=1e-4), name

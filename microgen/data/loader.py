@@ -236,7 +236,7 @@ class Loader(TfmdDL):
     def one_batch(self):
         "The first batch of the next epoch; the loader stays where it stands."
         places = [(self, name) for name in ("epoch", "step", "_next")]
-        places += [(t, "at") for t in self._augmentation()]
+        places += [(t, name) for t in self._augmentation() for name in ("at", "of_batch")]
         kept = [(o, name, getattr(o, name)) for o, name in places]
         self._next = self.rng_state()["epoch"], 0
         try:

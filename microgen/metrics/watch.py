@@ -146,6 +146,8 @@ class SetMetrics(Callback):
     def after_validate(self):
         "Generate and compare, when it is time."
         learn = self.learn
+        if self.real is None:  # a validation outside of a training
+            return
         epoch = getattr(learn, "epoch", 0) + 1
         is_time = epoch % self.every == 0 or epoch == getattr(learn, "n_epoch", epoch)
         values = self.compare() if is_time else {}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GAN_MODES', 'Parts', 'Every', 'MeanTerm', 'term_values', 'AdversarialTrainer', 'Phase', 'buffers_kept', 'part_of',
-           'in_shares', 'sum_of', 'detached', 'sum_over_processes', 'image_l1', 'adversarial_learner', 'gan_losses',
-           'r1_penalty']
+           'in_shares', 'in_own_memory', 'sum_of', 'detached', 'sum_over_processes', 'image_l1', 'adversarial_learner',
+           'gan_losses', 'r1_penalty']
 
 # %% ../../nbs/59_train.adversarial.ipynb #75dd9bdd
 import warnings
@@ -226,7 +226,9 @@ def train_step(
         fakes = self.run_phase(d_phase, batch, n_images, graph=g_turn)
         if g_turn:
             g_phase = Phase("g", self.g_loss, g_regs, g_params, still=d_params)
-            self.run_phase(g_phase, batch, n_images, fakes)
+            made = [fakes]
+            del fakes  # or their graph would fill the memory while a batch is cut
+            self.run_phase(g_phase, batch, n_images, made.pop())
     learn.stepping = None
     self.fire("after_step")
     self.check_weights()
@@ -332,12 +334,12 @@ def buffers_kept(
     model: nn.Module,  # any
 ) -> Iterator:  # a context manager
     "Run a block and leave the running statistics of a model as they were before it."
-    before = [value.clone() for value in model.buffers()]
+    before = [(value, value.clone()) for value in model.buffers()]
     try:
         yield
     finally:
-        for value, kept in zip(model.buffers(), before):
-            value.copy_(kept)
+        for value, kept in before:
+            value.data.copy_(kept)  # .data: a graph that holds a buffer may still be used
 
 # %% ../../nbs/59_train.adversarial.ipynb #5dad470e
 def part_of(
@@ -391,9 +393,25 @@ def backward(
             lazy = self.weighted(phase.name, reg.terms(model, batch, fakes), {}, share)
             total = total + reg.steps * lazy
     gradients = torch.autograd.grad(total, phase.params, allow_unused=True)
-    for p, gradient in zip(phase.params, gradients):
+    for p, gradient in zip(phase.params, in_own_memory(phase.params, gradients)):
         p.grad = gradient if p.grad is None else sum_of(p.grad, gradient)
     return total.detach()
+
+
+def in_own_memory(
+    params: list,  # parameters
+    gradients: tuple,  # of torch.autograd.grad; None where there is none
+) -> list:  # the gradients, each laid out as its parameter, in memory that no other uses
+    "Copy a gradient where the optimiser, which reads the memory as it lies, would misread it."
+    own, seen = [], set()
+    for p, gradient in zip(params, gradients):
+        if gradient is not None:
+            place = gradient.data_ptr()
+            if gradient.stride() != p.stride() or place in seen:
+                gradient = torch.empty_like(p).copy_(gradient)
+            seen.add(place)
+        own.append(gradient)
+    return own
 
 
 def sum_of(
@@ -419,8 +437,14 @@ def weighted(
     for name, term in terms.items():
         if isinstance(term, MeanTerm):
             value = term.value(whole.get(name))
-            # its value is that of the whole batch, a share of which counts here; its slope counts in full
-            parts.append(value + (share - 1) * value.detach() if share != 1 else value)
+            if share == 1:
+                parts.append(value)
+            elif (
+                name in whole
+            ):  # the value of the whole batch, of which a share counts; the slope counts in full
+                parts.append(value + (share - 1) * value.detach())
+            else:  # of a regulariser: the mean of this share
+                parts.append(share * value)
         else:
             parts.append(share * term.float() if share != 1 else term.float())
         if not name.startswith(("d_", "g_")):
@@ -433,7 +457,8 @@ def weighted(
     noted = self.learn.terms
     for name, value in zip(names, values.detach().unbind()):
         noted[name] = noted[name] + value if name in noted else value
-    return values @ self.on_device(tuple(factors), values.device)
+    # no matrix product: mixed precision would round it
+    return (values * self.on_device(tuple(factors), values.device)).sum()
 
 
 @patch
@@ -519,6 +544,13 @@ def before_fit(self: AdversarialTrainer):
         with suppress(InputError):  # a loader that goes item by item has no shares
             self.learn.dls.train.share(rank, n_processes)
             self.loader_is_shared = True
+
+
+@patch
+def after_fit(self: AdversarialTrainer):
+    "Let the loader read whole batches again."
+    if self.loader_is_shared:
+        self.learn.dls.train.share(0, 1)
 
 
 @patch

@@ -335,7 +335,10 @@ class LossesOnDevice(Callback):
         "Fetch what plots need, in one go."
         recorder = self.learn.recorder
         if recorder.losses:
-            recorder.losses = list(torch.stack(recorder.losses).cpu())
+            device = recorder.losses[
+                -1
+            ].device  # of batches that a resumed run passes over: the CPU
+            recorder.losses = list(torch.stack([x.to(device) for x in recorder.losses]).cpu())
 
 # %% ../../nbs/55_train.core.ipynb #2d2e6f63
 class EMA(Callback):
@@ -369,7 +372,9 @@ class EMA(Callback):
 
     def after_step(self):
         "Count the images; move the average when it is time."
-        n_images = len(self.learn.xb[0])
+        loader = self.learn.dls.train
+        is_shared = getattr(loader, "n_processes", 1) > 1  # each process reads its own images
+        n_images = loader.n_images if is_shared else len(self.learn.xb[0])
         self.seen += n_images
         self.new += n_images
         self.count += 1

@@ -189,4 +189,7 @@ class Optimisers:
     ):
         "Take moments and hyper-parameters from a checkpoint."
         for name, opt in self.opts.items():
+            own = [{key: group.get(key) for key in ("name", "fused")} for group in opt.param_groups]
             opt.load_state_dict(state[name])
+            for group, kept in zip(opt.param_groups, own):
+                group.update(kept)  # an older checkpoint says neither

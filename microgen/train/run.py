@@ -539,7 +539,8 @@ def train(
             with same_bits(options.deterministic):
                 _fit(learn, epochs, callbacks, seed)
         except MicrogenError as e:
-            refused = isinstance(e, InputError) or not learn.train_iter
+            refused = isinstance(e, InputError) and not checkpoint.epochs  # of the first epoch
+            refused = refused or not learn.train_iter
             if is_new and is_first and refused:
                 _forget(out)
             raise
