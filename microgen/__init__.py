@@ -6,7 +6,7 @@ import lazy_loader as _lazy
 __getattr__, __dir__, __all__ = _lazy.attach(
     __name__,
     submodules=[
-        "core", "kind", "plot", "progress", "io", "scan", "stem", "sem", "count", "nets", "train", "gan",
+        "core", "kind", "plot", "progress", "settings", "io", "scan", "stem", "sem", "count", "nets", "train", "gan",
         "data", "metrics", "kinds", "models", "report", "chapters", "tour", "doctor", "cli",
     ],
     submod_attrs={
