@@ -367,7 +367,7 @@ class FirstGradients(Callback):
 
 
 def first_gradients(dls, accumulate):
-    "Of pix2pix without random numbers and without what a forward pass changes."
+    "Gradients and terms of pix2pix without random numbers and without what a forward pass changes."
     learn = pix2pix_learner(
         dls, "film", "small", base=8, depth=2, disc_base=8, norm="none", spectral_norm=False
     )
@@ -377,7 +377,7 @@ def first_gradients(dls, accumulate):
     dls.train.set_epoch(0)
     with learn.no_bar(), learn.no_logging(), random_state_kept(0):
         learn.fit(1, cbs=keep)
-    return keep.kept
+    return keep.kept, {name: float(value) for name, value in learn.terms.items()}
 
 
 STEPS = (
@@ -411,7 +411,7 @@ def step():
             print(f"{case:32s} operations, without views, waits: {counts[case]}", flush=True)
         gan.loss.normal = lambda shape, like, rng=None: torch.zeros(shape).to(like)
         for case, dls in zip(CUT, (paired, mixed)):
-            whole, cut = first_gradients(dls, 1), first_gradients(dls, 4)
+            (whole, _), (cut, _) = first_gradients(dls, 1), first_gradients(dls, 4)
             worst = max(float((a - b).norm() / a.norm()) for a, b in zip(whole, cut))
             differences[case] = float(f"{worst:.2g}")
             print(f"{case:32s} four shares differ by {worst:.1e}", flush=True)

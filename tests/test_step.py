@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ pytest.importorskip("fastai")
 import fastai.callback.hook  # noqa: F401  gives the learner summary
 import fastai.callback.schedule  # noqa: F401  gives the learner its other verbs
 import torch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import CSVLogger
@@ -30,7 +30,6 @@ from fastai.callback.training import (
     ShortEpochCallback,
 )
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from microgen import gan
 from microgen.core import InputError
@@ -46,6 +45,9 @@ from microgen.models.train import train_model
 from microgen.train.adversarial import Parts, adversarial_learner, gan_losses
 from microgen.train.core import random_state_kept
 from microgen.train.run import train
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import training  # what it counts and cuts is held here
 
 TINY = {"config": "small", "base": 8, "depth": 2, "disc_base": 8}
 
@@ -171,59 +173,17 @@ def test_a_plateau_lowers_both_rates(walls):
     assert [hyper["lr"] for hyper in learn.opt.hypers] == pytest.approx([5e-5, 5e-6])
 
 
-# what a GPU would wait for: a number for Python, a tensor from Python, indices of unknown number
-WAITS = ("_local_scalar_dense", "nonzero", "lift_fresh", "is_nonzero")
-
-
-class Operations(TorchDispatchMode):
-    "Count operations, and those for which a GPU would wait."
-
-    def __init__(self):
-        super().__init__()
-        self.total = 0
-        self.waits = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        self.total += 1
-        indices = args[1] if name.startswith(("aten.index.Tensor", "aten.index_put")) else None
-        by_mask = any(getattr(index, "dtype", None) == torch.bool for index in indices or [])
-        if by_mask or any(word in name for word in WAITS):
-            self.waits[name] += 1
-        return function(*args, **(kwargs or {}))
-
-
-class CountOneStep(Callback):
-    "The operations of the third step of a training."
-
-    order = 5
-
-    def before_batch(self):
-        if self.training and self.learn.train_iter == 2:
-            self.counted = Operations()
-            self.counted.__enter__()
-
-    def after_batch(self):
-        if self.training and self.learn.train_iter == 3:
-            self.counted.__exit__(None, None, None)
-
-
-def operations(learn, out):
-    count = CountOneStep()
-    with learn.no_bar(), learn.no_logging():
-        train(learn, 1, out, ema=50, preview_every=None, shown=False, cbs=[count])
-    return count.counted
-
-
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_step_waits_twice_and_is_short(walls, tmp_path, mixed):
     "The guard asks once for each network whether the numbers are finite; nothing else waits."
     dls = paired_dls(walls, bs=8, device="cpu")
     if mixed:
         dls = mixed_dls(walls, walls, bs=8, size=32, device="cpu")
-    counted = operations(pix2pix_learner(dls, "film", "small"), tmp_path / "run")
-    assert dict(counted.waits) == {"aten._local_scalar_dense.default": 2}
-    assert counted.total <= (1400 if mixed else 900)
+    learn, count = pix2pix_learner(dls, "film", "small"), training.ThirdStep()
+    with learn.no_bar(), learn.no_logging():
+        train(learn, 1, tmp_path, ema=50, preview_every=None, shown=False, cbs=[count])
+    assert count.counted.waits == 2
+    assert count.counted.total <= (1400 if mixed else 900)
 
 
 def one_step(walls, mixed, accumulate, monkeypatch):
@@ -234,22 +194,7 @@ def one_step(walls, mixed, accumulate, monkeypatch):
     dls = paired_dls(walls, bs=8, size=32, device="cpu")
     if mixed:
         dls = mixed_dls(walls, walls, ratio=0.25, bs=8, size=32, device="cpu")
-    learn = pix2pix_learner(dls, "film", norm="none", spectral_norm=False, **TINY)
-    learn.adversarial_trainer.accumulate = accumulate
-    learn.model.g.style.forward = lambda image: torch.zeros(len(image), 4)
-    gradients = []
-
-    class Keep(Callback):
-        def before_step(self):
-            gradients.append(torch.cat([p.grad.flatten() for p in self.learn.stepping]))
-
-        def after_step(self):
-            raise CancelFitException
-
-    dls.train.set_epoch(0)
-    with learn.no_bar(), learn.no_logging(), random_state_kept(0):
-        learn.fit(1, cbs=Keep())
-    return gradients, {name: float(value) for name, value in learn.terms.items()}
+    return training.first_gradients(dls, accumulate)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -403,3 +348,22 @@ def test_a_gradient_of_any_layout_moves_the_weights_as_it_should(accumulate):
     ) in model.named_parameters():  # the first step of Adam: against the sign of the slope
         expected = start[name] - 0.01 * kept[id(p)].sign()
         assert torch.allclose(p.detach(), expected, atol=1e-4), name
+
+
+def refuse_locks(*args, **kwargs):
+    "As filelock does on a network folder whose system has no flock."
+    raise NotImplementedError("FileSystem does not appear to support flock")
+
+
+def test_a_folder_without_locks_is_trained_in_and_said(walls, tmp_path, monkeypatch):
+    "Nothing keeps a second training out, so the user is told; conditions are then made anew in each run."
+    data = tmp_path / "walls"
+    shutil.copytree(walls, data, ignore=shutil.ignore_patterns(".cache"))
+    monkeypatch.setattr("filelock.BaseFileLock.acquire", refuse_locks)
+    with pytest.warns(UserWarning, match="takes no locks") as said:
+        train_model(Pix2PixModel(epochs=1, bs=8, judged=0), data, tmp_path / "run", progress=False)
+    texts = " ".join(str(warning.message) for warning in said)
+    assert "nothing keeps a second training out of run" in texts
+    assert "conditions are made anew in each run" in texts
+    assert (tmp_path / "run/model/model.safetensors").exists()
+    assert not list((data / ".cache").glob("*/*.npy"))

@@ -6,7 +6,6 @@
 __all__ = ['MODELS', 'option_type', 'Options', 'Sampling', 'TrainingData', 'Model', 'model_named', 'check_registered']
 
 # %% ../../nbs/90_models.model.ipynb #dac3c93d
-import importlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -26,7 +25,7 @@ from ..core import InputError, Micrograph, PlugError, as_rng, check_number
 from ..data.files import unscale
 from ..data.item import DatasetRecipe, Simulated
 from ..data.load import image_dls
-from ..kind import Kind, kind, kind_of
+from ..kind import Kind, class_named, kind, kind_of
 from ..train.core import fit_weights, read_weights
 from ..train.hub import load_model
 from ..train.run import run_weights
@@ -448,16 +447,7 @@ def model_named(
             f"or notebook that first writes MODELS[{name!r}] = its class."
         )
     found = MODELS[name]
-    if not isinstance(found, str):
-        return found
-    module, _, class_name = found.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise PlugError(
-            f"MODELS[{name!r}] is {found!r}, which cannot be imported ({error}): give the class, or module and "
-            "class, such as 'mine.SqueezeModel', of a module that Python finds."
-        ) from error
+    return class_named(found, f"MODELS[{name!r}]") if isinstance(found, str) else found
 
 
 def check_registered(
