@@ -327,6 +327,15 @@ def test_the_library_says_how_to_resume_as_the_pages_do():
 
 
 @pytest.mark.parametrize("name", readers_pages())
+def test_what_a_page_does_not_run_shows_no_output(name):
+    "An install cell is run at the reader's; what it said on the machine of an author is nobody's business."
+    shown = [
+        c.id for c in cells(name) if c.source.startswith("#| eval: false") and c.get("outputs")
+    ]
+    report([f"nbs/{name} [cell {i}]" for i in shown], "take the output of this cell away.")
+
+
+@pytest.mark.parametrize("name", readers_pages())
 def test_no_page_installs_another_project(name):
     "The name on PyPI is not ours."
     everything = "\n".join(c.source for c in cells(name))
