@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ..nets.blocks import noise_nll, settled
+from ..nets.blocks import noise_nll, power_iteration_held
 from microgen.nets.loss import (
     diversity_term,
     pixel_terms,
@@ -264,7 +264,7 @@ def g_terms(
             real = None
             if mode == "relativistic":
                 real = judged(model, batch.image, batch.maps, paired).detach()
-            with settled(model.d):
+            with power_iteration_held(model.d):
                 fake = judged(model, fakes["image"], batch.maps, paired)
             terms["adv"] = adversarial(fake, real)
         if weights.get("diversity") and "z" in fakes:
