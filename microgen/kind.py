@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import wraps
+from inspect import isfunction, signature
 from numbers import Number
 from pathlib import Path
 from typing import NamedTuple
@@ -127,7 +128,18 @@ def symmetry(
     return SYMMETRIES[name]
 
 # %% ../nbs/01_kind.ipynb #2377ebb5
-class Kind:
+class _Contract(type):
+    "What classes of kinds are made by: a method is looked at whenever a kind gets it, with its class or later, as by @patch."
+
+    def __setattr__(cls, name, value):
+        if name in _METHODS and cls is not Kind:
+            _check_method(cls, name, value)
+            checked = _CHECKED.get(name)
+            value = checked(value) if checked else value
+        super().__setattr__(name, value)
+
+
+class Kind(metaclass=_Contract):
     "Images of which nothing but the pixels is known; kinds that know more override what they know."
 
     name = "images"  # in recipe.json and on the command line
@@ -158,9 +170,9 @@ class Kind:
         "A new kind: what it states is checked now, what it answers whenever it is asked."
         super().__init_subclass__(**kw)
         _check_statements(cls)
-        for name, checked in _CHECKED.items():
+        for name in _METHODS:
             if name in vars(cls):
-                setattr(cls, name, checked(vars(cls)[name]))
+                setattr(cls, name, vars(cls)[name])
 
     def __repr__(self):
         return f"{type(self).__name__}()"
@@ -202,6 +214,41 @@ def _check_statements(cls):
         )
 
 
+_METHODS = (
+    "recipe",
+    "condition",
+    "has_channel",
+    "symmetries",
+    "action",
+    "move_truth",
+    "context",
+    "evaluate",
+    "compare_sets",
+    "same_scene",
+)
+
+
+def _check_method(cls, name, method):
+    "Refuse what cannot be called as the method of a kind will be."
+    arguments = list(signature(getattr(Kind, name)).parameters)
+    call = f"{name}({', '.join(arguments)})"
+    if not isfunction(method):
+        raise PlugError(
+            f"The kind {cls.__name__} states {name} = {method!r:.60}, and a method is called: write def {call}."
+        )
+    taken = signature(method)
+    try:
+        taken.bind(*arguments)
+        if name == "context":  # which is called by the names of its arguments, too
+            own, *others = arguments
+            taken.bind(own, **dict.fromkeys(others))
+    except TypeError:
+        own = ", ".join(taken.parameters)
+        raise PlugError(
+            f"The kind {cls.__name__} has {name}({own}), which is called as {call}: give it these arguments."
+        ) from None
+
+
 def _condition_checked(make):
     "`condition` of a kind, whose array is looked at before it is passed on."
 
@@ -231,6 +278,28 @@ def _condition_checked(make):
         )
 
     return condition
+
+
+def _symmetries_checked(name_them):
+    "`symmetries` of a kind, whose names are looked at before they are passed on."
+
+    @wraps(name_them)
+    def symmetries(self, vocab=()):
+        named = name_them(self, vocab)
+        if not isinstance(named, (tuple, list)):
+            raise PlugError(
+                f"The kind {self.name!r} gave {named!r:.60} as symmetries, and a tuple of names is expected, such as "
+                "('mirror_lr',)."
+            )
+        for one in named:
+            if not isinstance(one, Symmetry) and one not in tuple(SYMMETRIES):
+                raise PlugError(
+                    f"The kind {self.name!r} names the symmetry {one!r}, which there is not: choose among "
+                    f"{', '.join(SYMMETRIES)}."
+                )
+        return named
+
+    return symmetries
 
 
 def _evaluate_checked(measure):
@@ -275,8 +344,8 @@ def _action_checked(make):
     "`action` of a kind: what it gives is looked at, and what that function makes of every batch."
 
     @wraps(make)
-    def action(self, op, vocab=(), channels=()):
-        act = make(self, op, vocab, channels)
+    def action(self, op, *vocab_and_channels, **named):
+        act = make(self, op, *vocab_and_channels, **named)
         if not callable(act):
             raise PlugError(
                 f"The kind {self.name!r} gave a {type(act).__name__} as action of {symmetry(op).name}, and a function "
@@ -347,6 +416,7 @@ def _move_truth_checked(move):
 
 _CHECKED = {
     "condition": _condition_checked,
+    "symmetries": _symmetries_checked,
     "evaluate": _evaluate_checked,
     "action": _action_checked,
     "move_truth": _move_truth_checked,
