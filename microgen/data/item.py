@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import InputError, Micrograph, PlugError, check_number
+from ..core import InputError, KnownFields, Micrograph, PlugError, check_number
 from ..io.files import write_parquet, write_tiff
 from ..kind import Truth, kind
 
@@ -122,7 +122,7 @@ def plan(
     return tuple(names[i] for i in labels), tuple(SPLITS[i] for i in parts)
 
 # %% ../../nbs/73_data.item.ipynb #47aac97a
-class DatasetRecipe:
+class DatasetRecipe(KnownFields):
     "What to simulate and how many: what `build` needs to know of any kind of dataset."
 
     kind = ""  # name of the kind, as recipe.json has it
