@@ -193,6 +193,20 @@ def _check_statements(cls):
             raise PlugError(
                 f"The kind {cls.__name__} states {name} = {value!r}: give a tuple of names, such as ('one',)."
             )
+    if strange := set(cls.table_channels) - set(cls.channels):
+        raise PlugError(
+            f"The kind {cls.__name__} states table_channels = {cls.table_channels!r}, and {min(strange)!r} is none of "
+            f"its channels ({', '.join(cls.channels) or 'none'})."
+        )
+    for name in ("colour", "takes_structure"):
+        if not isinstance(getattr(cls, name), bool):
+            raise PlugError(
+                f"The kind {cls.__name__} states {name} = {getattr(cls, name)!r}: give True or False."
+            )
+    if not isinstance(cls.focus, (str, type(None))):
+        raise PlugError(
+            f"The kind {cls.__name__} states focus = {cls.focus!r}: give the name of a condition channel, or None."
+        )
     if not isinstance(cls.measures, dict):
         raise PlugError(
             f"The kind {cls.__name__} states measures = {cls.measures!r}: give a dict, name of a number "
@@ -203,7 +217,7 @@ def _check_statements(cls):
         is_new = not name.startswith("_") and not any(
             name in vars(base) for base in cls.__mro__[1:]
         )
-        if is_new and (meant := get_close_matches(name, known, 1, cutoff=0.85)):
+        if is_new and (meant := get_close_matches(name, known, 1, cutoff=0.77)):
             raise PlugError(
                 f"The kind {cls.__name__} has {name!r}, which nobody reads: write {meant[0]!r} if that is what you "
                 f"mean, else begin a name of your own so near to it with an underscore."
@@ -354,17 +368,26 @@ def _action_checked(make):
 
         def checked(batch):
             try:
-                after = act(dict(batch))
-            except KeyError as error:
-                if error.args[:1] and isinstance(error.args[0], str) and error.args[0] not in batch:
-                    raise PlugError(_no_field(self, error.args[0], batch)) from error
-                raise
+                after = act(_Batch(batch))
+            except _NoField as error:
+                raise PlugError(_no_field(self, error.args[0], batch)) from error
             _check_moved(self, batch, after)
             return after
 
         return checked
 
     return action
+
+
+class _NoField(KeyError):
+    "A batch does not have this field."
+
+
+class _Batch(dict):
+    "The fields of a batch; one that it does not have is told from any other key that is missing."
+
+    def __missing__(self, name):
+        raise _NoField(name)
 
 
 def _no_field(kind, name, batch):
@@ -539,14 +562,27 @@ def same_scene(
     one: Truth,  # of one image
     other: Truth,  # of another
 ) -> bool:  # True when both show the same objects in the same places, to 0.05 nm or a thousandth of the extent
-    "Do two images show the same scene?"
+    "Do two images show the same scene? By the places of their objects; by their maps where objects have no places."
     if one.table is None or other.table is None or len(one.table) != len(other.table):
         return False
     if not {"y_nm", "x_nm"} <= set(one.table) & set(other.table):
-        return False
+        return _same_maps(one.maps, other.maps)
     a, b = (t[["y_nm", "x_nm"]].to_numpy(float) for t in (one.table, other.table))
     extent = np.abs(a).max() if len(a) else 0
     return bool(np.allclose(a, b, rtol=0, atol=max(0.05, 1e-3 * extent)))
+
+
+def _same_maps(one, other):
+    "Are there maps, the same in both to a thousandth of their range?"
+    if not one or not other or set(one) != set(other):
+        return False
+    for name, values in one.items():
+        values, others = np.asarray(values, float), np.asarray(other[name], float)
+        if values.shape != others.shape:
+            return False
+        if not np.allclose(values, others, rtol=0, atol=1e-3 * max(np.ptp(values), 1e-6)):
+            return False
+    return True
 
 # %% ../nbs/01_kind.ipynb #e8d894fc
 KINDS = {
