@@ -277,7 +277,7 @@ def test_several_images_in_a_file_ask_for_a_name(tmp_path):
         samples.hspy(tmp_path / "a.hspy", samples.image(), names=("BF", "HAADF")),
         samples.velox(tmp_path / "a.emd", samples.image(), detectors=("BF", "HAADF")),
     ):
-        with pytest.raises(ReadError, match="BF, HAADF.*dataset="):
+        with pytest.raises(ReadError, match="0: BF.*, 1: HAADF.*dataset="):
             read(path)
         for which in ("HAADF", 1, -1):
             assert read(path, dataset=which).shape == (24, 32)
@@ -418,7 +418,7 @@ def test_tvips_tiff(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(px=st.floats(1e-4, 1e3), ratio=st.floats(0.2, 5), bits=st.sampled_from([16, 32]))
+@given(px=st.floats(1e-3, 1e3), ratio=st.floats(0.2, 5), bits=st.sampled_from([16, 32]))
 def test_calibration_survives_to_1e_9(tmp_path_factory, px, ratio, bits):
     "ImageJ's tags, HyperSpy's reader and microgen agree with what was written."
     path = write_tiff(

@@ -25,7 +25,6 @@ from typing import NamedTuple
 import numpy as np
 
 from microgen.core import (
-    HOW_TO_CALIBRATE,
     InputError,
     MicrogenError,
     Micrograph,
@@ -36,9 +35,8 @@ from microgen.core import (
     WriteError,
     as_pixel_size,
     check_image,
-    to_nm,
 )
-from .base import NoScale, Raw, Unreadable, plain
+from .base import NoScale, Raw, Statement, Unreadable, agreed, plain
 from .formats import reader_of
 
 # %% ../../nbs/07_io.files.ipynb #594e6fd0
@@ -298,13 +296,9 @@ def calibrated(
     colour: bool = False,  # keep colour as (3, H, W) instead of its luminance
 ) -> Micrograph:  # float32 image with its pixel size
     """Make the micrograph of what a reader found.
-    Raises: NoScale when neither the file nor the user gives a pixel size."""
-    if pixel_size is None and raw.scale is None:
-        raise NoScale(f"it holds no pixel size: {HOW_TO_CALIBRATE}")
+    Raises: NoScale when neither the file nor the user gives a pixel size, or the file gives two."""
     if pixel_size is None:
-        pixel_size = tuple(to_nm(s, u) for s, u in zip(raw.scale, raw.unit))
-        if not all(0 < p < np.inf for p in pixel_size):
-            raise NoScale(f"its pixel size is {raw.scale[0]:g} {raw.unit[0]}: {HOW_TO_CALIBRATE}")
+        pixel_size = agreed(raw.statements).nm()
     data = _without_colour_axis(raw.data, colour) if raw.colours_last else raw.data
     return Micrograph(data, pixel_size, raw.metadata, str(path))
 

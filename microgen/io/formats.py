@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ..core import require, to_nm
-from .base import Raw, Unreadable, check_size, choose_dataset, choose_frame, plain
+from .base import Raw, Statement, Unreadable, check_size, choose, plain
 
 # %% ../../nbs/06_io.formats.ipynb #1fc33579
 class _Scale(NamedTuple):
@@ -171,7 +171,7 @@ def _tiff_pixels(path, tif, series, max_bytes, frame):
     itemsize = series.dtype.itemsize
     check_size(shape, itemsize, max_bytes)
     check_size([prod(series.keyframe.chunks)], itemsize, max_bytes)
-    k = choose_frame(n_images, frame)
+    k = choose(n_images, frame, "frame")
     if series.dataoffset is not None and n_images > 1:  # in one piece
         start = series.dataoffset + k * prod(shape) * itemsize
         check_size(shape, itemsize, max_bytes, stored=file_size - start)
@@ -195,7 +195,7 @@ def _load_tiff(path, max_bytes, frame, dataset) -> Raw:
         if sum(1 for _ in islice(tif.pages, n_pages + 1)) > n_pages:
             # tifffile would follow it for ever
             raise Unreadable("its list of pages has no end: it is damaged")
-        number = choose_dataset(range(len(tif.series)), 0 if dataset is None else dataset)
+        number = choose(len(tif.series), 0 if dataset is None else dataset)
         series = tif.series[number]
         page = series.keyframe
         data = _tiff_pixels(path, tif, series, max_bytes, frame)
@@ -207,7 +207,8 @@ def _load_tiff(path, max_bytes, frame, dataset) -> Raw:
         if described.get("cf") == 0 and described.get("c1"):
             data = described["c0"] + described["c1"] * data.astype(np.float64)
         scale = _tiff_scale(page, tif)
-        return Raw(data, scale.length, scale.unit, _tiff_metadata(page, tif), colours_last)
+        said = [Statement(scale.length, scale.unit, "its tags")] if scale.length else []
+        return Raw(data, said, _tiff_metadata(page, tif), colours_last)
 
 # %% ../../nbs/06_io.formats.ipynb #d0b9ec76
 def _load_picture(path, max_bytes, frame, dataset) -> Raw:
@@ -432,7 +433,7 @@ def _hdf5_pixels(data, frames_last, max_bytes, frame):
         check_size(data.chunks, data.dtype.itemsize, max_bytes)
     if not data.id.get_storage_size():
         raise Unreadable("it declares an image but stores no pixel of it: it is truncated")
-    k = choose_frame(prod(stack), frame)
+    k = choose(prod(stack), frame, "frame")
     if frames_last:
         return data[..., k]
     return data[np.unravel_index(k, stack) if stack else ()]
@@ -451,12 +452,13 @@ def _load_hdf5(path, max_bytes, frame, dataset) -> Raw:
     "HDF5 by h5py."
     with require("h5py", "em").File(path, "r") as file:
         images = _hdf5_images(file, path)
-        image = images[choose_dataset([image.name for image in images], dataset)]
+        image = images[choose([image.name for image in images], dataset)]
         frames_last = "Data/Image" in file and image.data.ndim == 3
         data = _hdf5_pixels(image.data, frames_last, max_bytes, frame)
+        said = [Statement(image.scale, image.unit, f"the axes of {image.name}")]
         with suppress(KeyError):
-            return Raw(data, image.scale, image.unit, image.metadata())
-        return Raw(data, image.scale, image.unit)
+            return Raw(data, said, image.metadata())
+        return Raw(data, said)
 
 # %% ../../nbs/06_io.formats.ipynb #4948ccf5
 _DM_TYPES = {
@@ -530,7 +532,7 @@ def _dm_key(tags, dataset) -> str:
     keys = sorted(kinds, key=lambda key: (len(key), key))
     images = [key for key in keys if kinds[key] != _DM_COLOUR] or keys
     names = [str(tags.get(f"{key}.Name", key.split(".")[-1])) for key in images]
-    return images[choose_dataset(names, dataset)]
+    return images[choose(names, dataset)]
 
 
 def _load_dm(path, max_bytes, frame, dataset) -> Raw:
@@ -543,7 +545,7 @@ def _load_dm(path, max_bytes, frame, dataset) -> Raw:
             f"its pixels are of DigitalMicrograph's type {image.kind}, which microgen does not read"
         )
     dtype, shape = np.dtype(_DM_TYPES[image.kind]), image.shape[-2:]
-    k = choose_frame(prod(image.shape[:-2]), frame)
+    k = choose(prod(image.shape[:-2]), frame, "frame")
     start = image.offset + k * prod(shape) * dtype.itemsize
     check_size(shape, dtype.itemsize, max_bytes, stored=os.path.getsize(path) - start)
     data = np.fromfile(path, dtype.base, prod(shape) * prod(dtype.shape), offset=start)
@@ -555,7 +557,8 @@ def _load_dm(path, max_bytes, frame, dataset) -> Raw:
     for name, value in tags.items():
         if name.startswith(prefix) and np.size(value) <= 64:
             notes[name.removeprefix(prefix)] = value
-    return Raw(data, image.scale, image.unit, plain(notes), is_colour)
+    said = [Statement(image.scale, image.unit, "DigitalMicrograph's calibration")]
+    return Raw(data, said, plain(notes), is_colour)
 
 # %% ../../nbs/06_io.formats.ipynb #ac1ea53a
 def _ser_unit(scale):
@@ -573,7 +576,7 @@ def _load_ser(path, max_bytes, frame, dataset) -> Raw:
     with require("ncempy.io.ser", "em").fileSER(path) as file:
         if int(file.head["DataTypeID"]) != 0x4122:
             raise Unreadable("it holds spectra, no image")
-        k = choose_frame(int(file.head["ValidNumberElements"]), frame)
+        k = choose(int(file.head["ValidNumberElements"]), frame, "frame")
         start = int(file.head["DataOffsetArray"][k])
         with path.open("rb") as f:
             f.seek(start + 40)
@@ -584,7 +587,7 @@ def _load_ser(path, max_bytes, frame, dataset) -> Raw:
         check_size((height, width), itemsize, max_bytes, stored=file_size - start - 50)
         data, metadata = file.getDataset(k)
     scale = [abs(float(axis["CalibrationDelta"])) for axis in metadata["Calibration"][::-1]]
-    return Raw(data, scale, [_ser_unit(s) for s in scale])
+    return Raw(data, [Statement(scale, [_ser_unit(s) for s in scale], "TIA's calibration")])
 
 # %% ../../nbs/06_io.formats.ipynb #160cae8a
 _MRC_BYTES = {0: 1, 1: 2, 2: 4, 6: 2}  # per pixel of each mode
@@ -601,7 +604,7 @@ def _load_mrc(path, max_bytes, frame, dataset) -> Raw:
         )
     if n_images < 1 or extended < 0:
         raise Unreadable(f"it declares {n_images} images behind {extended} bytes")
-    k, itemsize = choose_frame(n_images, frame), _MRC_BYTES[mode]
+    k, itemsize = choose(n_images, frame, "frame"), _MRC_BYTES[mode]
     start = 1024 + extended + k * width * height * itemsize
     check_size((height, width), itemsize, max_bytes, stored=os.path.getsize(path) - start)
     with require("ncempy.io.mrc", "em").fileMRC(path) as file:
@@ -610,9 +613,9 @@ def _load_mrc(path, max_bytes, frame, dataset) -> Raw:
         fei_m = float(file.FEIinfo.get("pixel_size", 0))
     if (field > 0).all() and (grid > 0).all():
         scale = [float(length) / int(n) for length, n in zip(field, grid)]
-        return Raw(data, scale, ["Å", "Å"])
+        return Raw(data, [Statement(scale, "Å", "the cell in the MRC header")])
     if 1e-13 < fei_m < 1e-6:
-        return Raw(data, [fei_m, fei_m], ["m", "m"])
+        return Raw(data, [Statement(fei_m, "m", "FEI's extended MRC header")])
     return Raw(data)
 
 # %% ../../nbs/06_io.formats.ipynb #d49e0ae4
@@ -629,14 +632,15 @@ def _load_other(path, max_bytes, frame, dataset) -> Raw:
     titles = [
         image["metadata"].get("General", {}).get("title") or i for i, image in enumerate(images)
     ]
-    image = images[choose_dataset(titles, dataset)]
+    image = images[choose(titles, dataset)]
     data, axes = image["data"], image["axes"][-2:]
     check_size(data.shape[-2:], data.dtype.itemsize, max_bytes)
     if data.ndim > 2:
         stack = data.shape[:-2]
-        data = data[np.unravel_index(choose_frame(prod(stack), frame), stack)]
+        data = data[np.unravel_index(choose(prod(stack), frame, "frame"), stack)]
     scale = [abs(float(axis["scale"])) for axis in axes]
-    return Raw(np.asarray(data), scale, [axis.get("units") for axis in axes])
+    units = [axis.get("units") for axis in axes]
+    return Raw(np.asarray(data), [Statement(scale, units, "the axes as RosettaSciIO reads them")])
 
 # %% ../../nbs/06_io.formats.ipynb #d49bf6f7
 READERS = {
