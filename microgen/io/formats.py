@@ -23,6 +23,9 @@ import numpy as np
 
 from ..core import require, to_nm
 from .base import Raw, Statement, Unreadable, check_size, choose, plain
+from .detector import is_dectris, load_cbf, load_dectris, load_mib, load_npy, load_smv
+from .emd import emd_images, stack_image
+from .vendor import sidecar_statements, vendor_metadata, vendor_statements
 
 # %% ../../nbs/06_io.formats.ipynb #1fc33579
 class _Scale(NamedTuple):
@@ -208,7 +211,9 @@ def _load_tiff(path, max_bytes, frame, dataset) -> Raw:
             data = described["c0"] + described["c1"] * data.astype(np.float64)
         scale = _tiff_scale(page, tif)
         said = [Statement(scale.length, scale.unit, "its tags")] if scale.length else []
-        return Raw(data, said, _tiff_metadata(page, tif), colours_last)
+        said += vendor_statements(page, tif, path)
+        notes = _tiff_metadata(page, tif) | vendor_metadata(page, tif, path)
+        return Raw(data, said, notes, colours_last)
 
 # %% ../../nbs/06_io.formats.ipynb #d0b9ec76
 def _load_picture(path, max_bytes, frame, dataset) -> Raw:
@@ -221,7 +226,7 @@ def _load_picture(path, max_bytes, frame, dataset) -> Raw:
         if picture.mode not in as_they_are:
             picture = picture.convert("RGB")
         data = np.asarray(picture)
-        return Raw(data, colours_last=data.ndim == 3)
+        return Raw(data, sidecar_statements(path, picture.width), colours_last=data.ndim == 3)
 
 # %% ../../nbs/06_io.formats.ipynb #6ed239e4
 class _Header(NamedTuple):
@@ -389,25 +394,6 @@ def _velox_images(file, path):
         detector = result.get("Detector") or name
         yield _Image(detector, group["Data"], scale, unit, lambda m=metadata: m)
 
-# %% ../../nbs/06_io.formats.ipynb #3a75bdae
-def _berkeley_images(file, path):
-    "EMD of Berkeley: groups with emd_group_type 1, their data, and one vector with a unit per dimension."
-    groups = []  # two floors of the tree
-    for top in file.values():
-        groups += [top, *(top.values() if hasattr(top, "values") else ())]
-    for group in groups:
-        if not hasattr(group, "keys") or "data" not in group:
-            continue
-        if "emd_group_type" not in _attributes(group):
-            continue
-        dims = [group[f"dim{i + 1}"] for i in range(group["data"].ndim)][-2:]
-        if any(d.dtype.kind not in "iuf" or prod(d.chunks or (1,)) > 2**20 for d in dims):
-            raise Unreadable("its dimensions are no lists of numbers")
-        scale = [abs(float(d[-1]) - float(d[0])) / max(d.shape[0] - 1, 1) for d in dims]
-        unit = [_text(_attributes(d).get("units", "")).replace("_", "") for d in dims]
-        name = group.name.split("/")[-1]
-        yield _Image(name, group["data"], scale, unit, lambda: _tree(file["microscope"]))
-
 # %% ../../nbs/06_io.formats.ipynb #0b4a6e0c
 def _atomap_images(file, path):
     "An atom lattice of atomap: its image; the pixel size stands with the sublattices."
@@ -441,16 +427,45 @@ def _hdf5_pixels(data, frames_last, max_bytes, frame):
 # %% ../../nbs/06_io.formats.ipynb #782cc6f2
 def _hdf5_images(file, path):
     "Images of the first layout that is there."
-    for layout in (_hyperspy_images, _velox_images, _berkeley_images, _atomap_images):
+    for layout in (_hyperspy_images, _velox_images, _atomap_images):
         images = list(layout(file, path))
         if images:
             return images
-    raise Unreadable("it holds no image in the layout of HyperSpy, atomap, Berkeley's EMD or Velox")
+    raise Unreadable(
+        "it holds no image in the layout of HyperSpy, atomap, Velox, EMD (Berkeley, Prismatic, "
+        "py4DSTEM) or Dectris"
+    )
+
+
+def _text_in(dataset) -> str:
+    "The text that an HDF5 dataset holds, also one of any length."
+    place = dataset.id.get_offset()
+    if dataset.size == 1 and dataset.dtype.kind == "S":
+        return _text(dataset[()])
+    if dataset.size != 1 or dataset.dtype.kind != "O" or place is None:
+        return ""
+    with open(dataset.file.filename, "rb") as file:
+        file.seek(place)
+        return _heap_text(file, *struct.unpack("<IQI", file.read(16)))
+
+
+def _load_emd(file, images, max_bytes, frame, dataset) -> Raw:
+    "An image of an EMD file."
+    image = images[choose([image.name for image in images], dataset)]
+    data = stack_image(image.data, image.plane, max_bytes, frame)
+    notes = _tree(file["microscope"]) if "microscope" in file else {}
+    return Raw(data, image.statements(), notes)
 
 
 def _load_hdf5(path, max_bytes, frame, dataset) -> Raw:
     "HDF5 by h5py."
     with require("h5py", "em").File(path, "r") as file:
+        if is_dectris(file):
+            return load_dectris(path, max_bytes, frame, dataset)
+        is_other = "Experiments" in file or "Data/Image" in file
+        emd = [] if is_other else emd_images(file, _attributes, _text_in)
+        if emd:
+            return _load_emd(file, emd, max_bytes, frame, dataset)
         images = _hdf5_images(file, path)
         image = images[choose([image.name for image in images], dataset)]
         frames_last = "Data/Image" in file and image.data.ndim == 3
@@ -650,6 +665,10 @@ READERS = {
     ".ser": ("ncempy", _load_ser),
     **dict.fromkeys((".mrc", ".mrcs", ".st", ".rec", ".ali"), ("ncempy", _load_mrc)),
     **dict.fromkeys((".emd", ".hspy", ".hdf5", ".h5"), ("h5py", _load_hdf5)),
+    ".npy": ("NumPy", load_npy),
+    ".cbf": ("microgen", load_cbf),
+    ".img": ("microgen", load_smv),
+    ".mib": ("microgen", load_mib),
 }
 
 IMAGE_SUFFIXES = (  # of the files that are taken for images in a folder
