@@ -7,7 +7,7 @@ import tifffile
 import vendors
 from vendors import PIXEL_NM, UNCALIBRATED, VENDORS
 
-from microgen.core import ReadError, UncalibratedError
+from microgen.core import ReadError, UncalibratedError, to_nm
 from microgen.io.detector import byte_offset
 from microgen.io.files import read
 
@@ -236,17 +236,22 @@ def test_a_lying_array_costs_no_memory(tmp_path):
 # --- Other people's readers
 
 
-def test_hyperspy_reads_the_same(tmp_path):
+@pytest.mark.parametrize("kind", ["tif", "helios", "zeiss", "tvips", "sightx", "sis"])
+def test_hyperspy_reads_the_same_tiff(kind, tmp_path):
     "RosettaSciIO finds the same pixels and the same pixel size in the files that these tests are built on."
-    from rsciio import emd, quantumdetector
     from rsciio import tiff as rsciio_tiff
 
-    for kind in ("sightx", "sis"):
-        (theirs,) = rsciio_tiff.file_reader(str(vendors.write(tmp_path, kind, DATA)))
-        np.testing.assert_array_equal(theirs["data"], DATA)
-        scale = [axis["scale"] for axis in theirs["axes"]]
-        metres = {"nm": 1.0, "m": 1e9}[theirs["axes"][0]["units"]]
-        assert np.multiply(scale, metres) == pytest.approx((PIXEL_NM, PIXEL_NM), rel=1e-4)
+    folder = vendors if kind in VENDORS else samples
+    path = folder.write(tmp_path, kind, DATA)
+    (theirs,) = rsciio_tiff.file_reader(str(path))
+    np.testing.assert_array_equal(theirs["data"], DATA)
+    sizes = [to_nm(axis["scale"], axis["units"]) for axis in theirs["axes"]]
+    assert sizes == pytest.approx(read(path).pixel_size, rel=1e-4)
+
+
+def test_hyperspy_reads_the_same(tmp_path):
+    from rsciio import emd, quantumdetector
+
     (theirs,) = emd.file_reader(str(vendors.write(tmp_path, "prismatic", DATA)))
     np.testing.assert_array_equal(theirs["data"], DATA)
     square = np.arange(256.0**2).reshape(256, 256) % 4000

@@ -20,7 +20,8 @@ ENDING = {
     "prismatic": "emd",
     "py4dstem": "h5",
     **dict.fromkeys(
-        ("tescan", "tescan_hdr", "hitachi", "jeol", "phenom", "titan", "sightx", "sis"), "tif"
+        ("tescan", "tescan_hdr", "hitachi", "jeol", "helios", "phenom", "titan", "sightx", "sis"),
+        "tif",
     ),
 }
 VENDORS = tuple(ENDING)
@@ -60,6 +61,16 @@ def jeol_text(columns, bar_pixels=5000, marker="100nm"):
         "$CM_FORMAT JEOL/SEM\n$CM_VERSION 1.0\n$CM_INSTRUMENT JSM-7800F\n$CM_MAG 5000\n"
         f"$CM_FULL_SIZE {columns} {columns * 3 // 4}\n"
         f"$$SM_MICRON_BAR {bar_pixels}\n$$SM_MICRON_MARKER {marker}\n$$SM_WD 10.0\n"
+    )
+
+
+def helios_text(columns, pixel_m=METRES):
+    "Tag 34682 of a Helios: the pixel, and the width of the field."
+    return (
+        "[User]\r\nDate=03/12/2019\r\nTime=10:22:13 AM\r\n\r\n[System]\r\nType=DualBeam\r\nSystemType=Helios G4 UX\r\n"
+        "\r\n[Beam]\r\nHV=5000\r\nBeam=EBeam\r\nScan=EScan\r\n\r\n[EBeam]\r\nSource=FEG\r\nHV=5000\r\nWD=0.00412\r\n"
+        f"\r\n[Scan]\r\nInternalScan=true\r\nDwelltime=3e-006\r\nPixelWidth={pixel_m!r}\r\nPixelHeight={pixel_m!r}\r\n"
+        f"HorFieldsize={pixel_m * columns!r}\r\n\r\n[Detectors]\r\nNumber=1\r\nName=TLD\r\nMode=SE\r\n"
     )
 
 
@@ -274,6 +285,7 @@ def write(folder, kind, data):
     columns = data.shape[1]
     tags = {
         "tescan": dict(extratags=[(50431, 1, len(tescan_tag()), tescan_tag(), True)]),
+        "helios": dict(extratags=[(34682, 2, 0, helios_text(columns), True)]),
         "phenom": dict(extratags=[(34683, 2, 0, phenom_xml(), True)]),
         "titan": dict(extratags=[(34683, 2, 0, titan_xml(), True)]),
         "sightx": dict(

@@ -32,6 +32,7 @@ _HYPERSPY, _NCEMPY = (
     "test_vendor.py::test_hyperspy_reads_the_same",
     "test_vendor.py::test_ncempy_reads_the_same",
 )
+_HYPERSPY_TIFF = "test_vendor.py::test_hyperspy_reads_the_same_tiff"
 _OTHERS = "test_io.py::test_our_samples_are_real_files_of_their_kind"
 _REAL_SIZES = "test_io.py::test_real_pixel_sizes"
 
@@ -42,7 +43,7 @@ FORMATS = (
         "tags 65003, 65004, 65009, 65010",
         "",
         (_MADE, _ORACLE),
-        (f"{_EVERY}[tif]",),
+        (f"{_EVERY}[tif]", f"{_HYPERSPY_TIFF}[tif]"),
     ),
     Format(
         _TIFF,
@@ -58,7 +59,7 @@ FORMATS = (
         "`PixelWidth` and `PixelHeight` of the scan or beam, m",
         "",
         (_MADE, _ORACLE),
-        (f"{_EVERY}[fei]",),
+        (f"{_EVERY}[fei]", f"{_HYPERSPY_TIFF}[helios]"),
     ),
     Format(
         _TIFF,
@@ -82,7 +83,7 @@ FORMATS = (
         "`AP_IMAGE_PIXEL_SIZE`, and the exact number beside it",
         "",
         (_MADE, _ORACLE),
-        (f"{_EVERY}[zeiss]",),
+        (f"{_EVERY}[zeiss]", f"{_HYPERSPY_TIFF}[zeiss]"),
     ),
     Format(
         _TIFF,
@@ -114,7 +115,7 @@ FORMATS = (
         "magnification in the description and the resolution of the camera",
         "",
         (_MADE, _ORACLE),
-        (f"{_VENDOR}[sightx]", _HYPERSPY),
+        (f"{_VENDOR}[sightx]", f"{_HYPERSPY_TIFF}[sightx]"),
     ),
     Format(
         _TIFF,
@@ -122,9 +123,16 @@ FORMATS = (
         "tag 33560, m",
         "",
         (_MADE, _ORACLE),
-        (f"{_VENDOR}[sis]", _HYPERSPY),
+        (f"{_VENDOR}[sis]", f"{_HYPERSPY_TIFF}[sis]"),
     ),
-    Format(_TIFF, "TVIPS", "`PixelSizeX` and `PixelSizeY`", "", (_MADE,), (f"{_EVERY}[tvips]",)),
+    Format(
+        _TIFF,
+        "TVIPS",
+        "`PixelSizeX` and `PixelSizeY`",
+        "",
+        (_MADE, _ORACLE),
+        (f"{_EVERY}[tvips]", f"{_HYPERSPY_TIFF}[tvips]"),
+    ),
     Format(
         _TIFF,
         "OME",
