@@ -77,17 +77,36 @@ def load_npy(
     return Raw(image, _npy_sidecar(path), {}, is_colour)
 
 # %% ../../nbs/06_io.detector.ipynb #7f51f86e
-def _wide_step(raw, at):
-    "One difference that needs more than a byte, from its first byte of -128, and where the next begins."
-    at += 1
-    for size in (2, 4, 8):
-        if at + size > len(raw):
-            raise Unreadable("its compressed pixels end too early: it is truncated")
-        step = int.from_bytes(raw[at : at + size], "little", signed=True)
-        at += size
-        if step != -(1 << (8 * size - 1)):  # the smallest value says: take the next larger size
-            break
-    return step, at
+class _WideSteps(NamedTuple):
+    "Differences that need more than a byte, in the order of the file."
+
+    at: np.ndarray  # where each begins, bytes
+    length: np.ndarray  # bytes that it takes, with its marks: 3, 7 or 15
+    value: np.ndarray
+
+
+def _wide_steps(raw) -> _WideSteps:
+    "Find the differences that begin with a byte of -128; such a byte inside another is none."
+    small = np.frombuffer(raw, np.int8)
+    marks = np.flatnonzero(small == -128)
+    padded = np.concatenate([small, np.zeros(16, np.int8)]).view(np.uint8)
+
+    def integers(first, size):  # behind each mark, as if it began a difference
+        windows = np.stack([padded[marks + first + k] for k in range(size)], axis=-1)
+        return np.ascontiguousarray(windows).view(f"<i{size}")[:, 0].astype(np.int64)
+
+    value, length = integers(1, 2), np.full(len(marks), 3)
+    for first, size in ((3, 4), (7, 8)):  # the smallest value says: take the next larger size
+        larger = value == -(1 << (4 * size - 1))
+        larger &= length == first
+        value = np.where(larger, integers(first, size), value)
+        length = np.where(larger, first + size, length)
+    kept, end = [], 0
+    for i, (mark, n_bytes) in enumerate(zip(marks.tolist(), length.tolist())):
+        if mark >= end:
+            kept.append(i)
+            end = mark + n_bytes
+    return _WideSteps(marks[kept], length[kept], value[kept])
 
 
 def byte_offset(
@@ -96,22 +115,18 @@ def byte_offset(
 ) -> np.ndarray:  # (n,) int64
     """Decompress CBF's differences ("x-CBF_BYTE_OFFSET").
     Raises: Unreadable when there are fewer than n pixels."""
-    small_steps = np.frombuffer(raw, np.int8)
-    marks = np.flatnonzero(small_steps == -128)  # where larger steps may begin
-    steps = np.empty(n, np.int64)
-    at = done = next_mark = 0
-    while done < n:
-        while next_mark < len(marks) and marks[next_mark] < at:
-            next_mark += 1  # a byte inside a larger step
-        end = marks[next_mark] if next_mark < len(marks) else len(raw)
-        run = int(min(end - at, n - done))
-        steps[done : done + run] = small_steps[at : at + run]
-        done, at = done + run, at + run
-        if done < n and at >= len(raw):
-            raise Unreadable("its compressed pixels end too early: it is truncated")
-        if done < n:
-            steps[done], at = _wide_step(raw, at)
-            done += 1
+    wide = _wide_steps(raw)
+    steps = np.frombuffer(raw, np.int8).astype(np.int64)
+    steps[wide.at] = wide.value
+    is_step = np.ones(len(steps), bool)
+    for k in range(1, 15):  # the bytes of a wide difference behind its first
+        inside = wide.at[wide.length > k] + k
+        is_step[inside[inside < len(steps)]] = False
+    if len(wide.at) and wide.at[-1] + wide.length[-1] > len(steps):
+        is_step[wide.at[-1] :] = False  # the last one is cut
+    steps = steps[is_step][:n]
+    if len(steps) < n:
+        raise Unreadable("its compressed pixels end too early: it is truncated")
     return np.cumsum(steps)
 
 # %% ../../nbs/06_io.detector.ipynb #d464811f
