@@ -194,7 +194,7 @@ class Option:
 def choose(
     options,  # of Option or str; or the number of images, where they have no names
     wanted,  # name, number from 0 or from -1 at the end, or None
-    argument: str = "dataset",  # which argument of `read` says so: "dataset", "frame" or "channel"
+    argument: str = "dataset",  # which argument of read says so: "dataset", "frame" or "channel"
 ) -> int:  # the number of the chosen one
     """Choose one of several images; one of its rank needs no choice.
     Raises: Unreadable when the user must choose, or chose what is not there, with a list."""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAKERS', 'load_tiff']
 
-# %% ../../nbs/05_io.tiff.ipynb #1ef99c59
+# %% ../../nbs/05_io.tiff.ipynb #5631f6ec
 import json
 import os
 from contextlib import suppress
@@ -28,7 +28,7 @@ from microgen.io.base import (
     printed,
 )
 
-# %% ../../nbs/05_io.tiff.ipynb #8c866e6a
+# %% ../../nbs/05_io.tiff.ipynb #010d8f1d
 def _tag(page, tif, *codes):
     "The value of the first of some tags, in a page or in the first page where that has the same shape; else None."
     first = tif.pages.first
@@ -36,7 +36,7 @@ def _tag(page, tif, *codes):
     found = (one.tags.valueof(code) for one in pages for code in codes)
     return next((value for value in found if value), None)
 
-# %% ../../nbs/05_io.tiff.ipynb #d1fab6bd
+# %% ../../nbs/05_io.tiff.ipynb #783ca9da
 _DM_UNITS, _DM_LENGTHS = (65004, 65003), (65010, 65009)  # tags for y and x
 
 
@@ -49,7 +49,7 @@ def _dm_tags(page, tif, path) -> list:
     units = tuple(found[code] for code in _DM_UNITS)
     return [Statement(lengths, units, "DigitalMicrograph's tags 65009 and 65010")]
 
-# %% ../../nbs/05_io.tiff.ipynb #368a3446
+# %% ../../nbs/05_io.tiff.ipynb #24771ef2
 _PAPER_NM = {
     **dict.fromkeys(("inch", "inches", "in", "cm"), 1e3),
     **dict.fromkeys(("mm", "m", "meter", "metre"), 1e4),
@@ -74,7 +74,7 @@ def _imagej(page, tif, path) -> list:
     units = (description.get("yunit") or unit, unit)
     return [Statement((y, x), units, "ImageJ's XResolution and unit", tolerance)]
 
-# %% ../../nbs/05_io.tiff.ipynb #6d712600
+# %% ../../nbs/05_io.tiff.ipynb #19d5c7ac
 _SCANS = ("Scan", "EScan", "IScan", "EBeam", "IBeam")
 
 
@@ -118,7 +118,7 @@ def _fei(page, tif, path) -> list:
             found.append(Statement((y, x), "m", "FEI tag IRBeam.HFW, over Image.ResolutionX"))
     return found
 
-# %% ../../nbs/05_io.tiff.ipynb #b9d51af7
+# %% ../../nbs/05_io.tiff.ipynb #c07f52bf
 _MONITOR = 1024  # columns
 
 
@@ -151,7 +151,7 @@ def _zeiss(page, tif, path) -> list:
             found.append(Statement(number.value * ratio, unit, where, number.tolerance))
     return found
 
-# %% ../../nbs/05_io.tiff.ipynb #3fea65d7
+# %% ../../nbs/05_io.tiff.ipynb #5f4eacaf
 def _tvips(page, tif, path) -> list:
     "TVIPS' binary header."
     header = _tag(page, tif, 37706)
@@ -161,7 +161,7 @@ def _tvips(page, tif, path) -> list:
     units = tuple("m" if length < 1e-5 else "nm" for length in (y, x))
     return [Statement((y, x), units, "TVIPS tag PixelSizeX")] if x > 0 and y > 0 else []
 
-# %% ../../nbs/05_io.tiff.ipynb #696ddb7b
+# %% ../../nbs/05_io.tiff.ipynb #839c064e
 def _ome_pixels(page, tif):
     "Attributes of the OME element Pixels that describes a page; None where it is not clear."
     root = ElementTree.fromstring(tif.pages.first.description)
@@ -198,7 +198,7 @@ def _ome(page, tif, path) -> list:
         found.append(Statement((y.value * ratio, x.value * ratio), units, where))
     return found
 
-# %% ../../nbs/05_io.tiff.ipynb #f4013fce
+# %% ../../nbs/05_io.tiff.ipynb #3c277844
 MAKERS = (_fei, _zeiss, _tvips, _dm_tags, _imagej, _ome)
 
 
@@ -217,7 +217,7 @@ def _statements(page, tif, path, makers) -> list:
             found += maker(page, tif, path)
     return found
 
-# %% ../../nbs/05_io.tiff.ipynb #05ee9ffc
+# %% ../../nbs/05_io.tiff.ipynb #364da1ec
 def _metadata(page, tif) -> dict:
     "What the maker wrote: our own JSON, or the maker's dictionary."
     description = (tif.imagej_metadata or {}) if tif.is_imagej else {}
@@ -230,7 +230,7 @@ def _metadata(page, tif) -> dict:
         written = {key: value for key, value in description.items() if key not in bulky}
     return plain(dict(written))
 
-# %% ../../nbs/05_io.tiff.ipynb #28b080cd
+# %% ../../nbs/05_io.tiff.ipynb #97303a72
 def _is_stored(page, file_size) -> bool:
     "Whether all pixels of a page lie inside the file, and uncompressed ones are as many as it declares."
     if page is None or not page.dataoffsets:
@@ -244,7 +244,7 @@ def _is_stored(page, file_size) -> bool:
     bits = key.imagewidth * key.imagelength * key.samplesperpixel * key.bitspersample
     return 8 * sum(page.databytecounts) >= bits
 
-# %% ../../nbs/05_io.tiff.ipynb #22dcea45
+# %% ../../nbs/05_io.tiff.ipynb #65e7b222
 def _split_axes(axes) -> tuple:
     "Axes of the stack, and axes of one image."
     first = next((i for i, axis in enumerate(axes) if axis in "YXSC"), 0)
@@ -285,7 +285,7 @@ def _pixels(path, tif, series, max_bytes, k, stack, image):
             f"{why}; install what unpacks them with: pip install imagecodecs"
         ) from None
 
-# %% ../../nbs/05_io.tiff.ipynb #3ae9f92b
+# %% ../../nbs/05_io.tiff.ipynb #9b9ec7e2
 def _options(tif) -> list:
     "The series of a file, as the user chooses among them."
     shapes = [series.keyframe.shape[:2] for series in tif.series]
@@ -304,7 +304,7 @@ def _options(tif) -> list:
         options.append(Option(name, series.shape, rank=-1 if is_thumbnail else 0))
     return options
 
-# %% ../../nbs/05_io.tiff.ipynb #2d175224
+# %% ../../nbs/05_io.tiff.ipynb #db6c8bc6
 _WHITE_IS_ZERO, _PALETTE, _INK, _LAB = 0, 3, 5, (8, 9, 10)
 
 
@@ -358,7 +358,7 @@ def _calibrated_grey(data, described):
             return offset + slope * data.astype(np.float64)
     return data
 
-# %% ../../nbs/05_io.tiff.ipynb #346ad81a
+# %% ../../nbs/05_io.tiff.ipynb #64d9b0a8
 def load_tiff(
     path,  # the file
     max_bytes: int,  # limit for the image in memory
