@@ -393,19 +393,25 @@ def _atomap_images(file, path) -> list:
 LAYOUTS = (_hyperspy_images, _velox_images, _berkeley_images, _atomap_images)
 
 # %% ../../nbs/05_io.hdf5.ipynb #a8c48eb2
-def _pixels(data, axes, max_bytes, frame):
-    "One image of an HDF5 dataset, after its place and size are checked."
+def _check_array(data, max_bytes):
+    "Refuse an array that is no image, lies elsewhere, is not stored, or is too large whichever axes are the image."
     if data.external or data.is_virtual:
         raise Unreadable("its pixels lie in other files; microgen reads one file at a time")
     if data.ndim < 2 or data.dtype.kind not in "biufc":
         raise Unreadable(f"it holds {data.ndim}-dimensional data of type {data.dtype}, no image")
-    stack_axes = [i for i in range(data.ndim) if i not in axes]
-    shape, stack = [data.shape[i] for i in axes], [data.shape[i] for i in stack_axes]
-    check_size(shape, data.dtype.itemsize, max_bytes)
+    if data.ndim == 2:
+        check_size(data.shape, data.dtype.itemsize, max_bytes)
     if data.chunks:
         check_size(data.chunks, data.dtype.itemsize, max_bytes)
     if not data.id.get_storage_size():
         raise Unreadable("it declares an image but stores no pixel of it: it is truncated")
+
+
+def _pixels(data, axes, max_bytes, frame):
+    "One image of an HDF5 dataset, after its size is checked."
+    stack_axes = [i for i in range(data.ndim) if i not in axes]
+    shape, stack = [data.shape[i] for i in axes], [data.shape[i] for i in stack_axes]
+    check_size(shape, data.dtype.itemsize, max_bytes)
     k = choose(prod(stack), frame, "frame")
     index = [slice(None)] * data.ndim
     for axis, i in zip(stack_axes, np.unravel_index(k, stack) if stack else ()):
@@ -446,8 +452,7 @@ def load_hdf5(
                 "array with h5py and give that to microgen.as_micrograph, with pixel_size="
             )
         image = images[choose([image.option() for image in images], dataset)]
-        if image.data.ndim < 2:
-            raise Unreadable(f"it holds {image.data.ndim}-dimensional data, no image")
+        _check_array(image.data, max_bytes)
         about = image.describe()
         data = _pixels(image.data, about.axes, max_bytes, frame)
         return Raw(data, about.statements, about.metadata)
