@@ -216,18 +216,15 @@ def test_an_atom_lattice_of_atomap_asks_for_its_unit(tmp_path):
     np.testing.assert_array_equal(read(path, pixel_size=PIXEL_NM).data, samples.image())
     import h5py
 
-    from microgen.io.formats import _atomap_images
+    from microgen.io.hdf5 import _atomap_images
 
     with h5py.File(path) as f:
-        ((name, data, scale, unit, _),) = _atomap_images(f, path)
-        assert (name, data.shape, scale, unit) == (
-            "image_data",
-            (24, 32),
-            [PIXEL_NM, PIXEL_NM],
-            ["", ""],
-        )
+        (image,) = _atomap_images(f, path)
+        about = image.describe()
+        assert (image.name, image.data.shape, about.axes) == ("image_data", (24, 32), (0, 1))
+        assert {(said.length, said.unit) for said in about.statements} == {(PIXEL_NM, "")}
     with h5py.File(samples.hspy(tmp_path / "a.hspy", samples.image())) as f:
-        assert not list(_atomap_images(f, path)), "a file of another layout holds no atom lattice"
+        assert not _atomap_images(f, path), "a file of another layout holds no atom lattice"
 
 
 STACK = np.stack([samples.image(), samples.image() + 1, samples.image() + 2])

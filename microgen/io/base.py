@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALLEST_NM', 'LARGEST_NM', 'Unreadable', 'NoScale', 'Statement', 'Raw', 'Printed', 'printed', 'is_plausible',
-           'agreed', 'check_size', 'Option', 'choose', 'plain']
+           'agreed', 'check_size', 'Option', 'choose', 'image_axes', 'plain']
 
 # %% ../../nbs/05_io.base.ipynb #ec86694f
 import re
@@ -82,15 +82,33 @@ def printed(
     return Printed(value, 0.5 * step / abs(value))
 
 # %% ../../nbs/05_io.base.ipynb #bbe89dce
-SMALLEST_NM, LARGEST_NM = 1e-4, 1e5  # what a pixel of a micrograph may measure
+SMALLEST_NM, LARGEST_NM = 1e-4, 1e6  # what a pixel of a micrograph may measure
+_INCH_NM = 25.4e6
+_DOTS_PER_INCH = (
+    72,
+    96,
+    150,
+    300,
+    600,
+    1200,
+    2400,
+    4800,
+    9600,
+)  # of screens, printers and scanners
 _SAYS_NOTHING = ("", "none", "<undefined>", "_none_", "px", "pixel", "pixels", "pix")
 
 
 def is_plausible(
     size,  # nm per pixel, a number or (y, x)
 ) -> bool:  # whether a pixel of a micrograph can be that long
-    "Whether lengths are inside the window of micrographs, 0.1 pm to 100 µm."
-    return all(SMALLEST_NM <= length <= LARGEST_NM for length in np.ravel(size))
+    "Whether lengths are inside the window of micrographs, 0.1 pm to 1 mm, and not those of paper."
+    inside = all(SMALLEST_NM <= length <= LARGEST_NM for length in np.ravel(size))
+    # 28.35 dots per cm, as some programs write 72 per inch, are 1.4e-4 off
+    return inside and not any(
+        abs(length * dots / _INCH_NM - 1) < 2e-4
+        for length in np.ravel(size)
+        for dots in _DOTS_PER_INCH
+    )
 
 # %% ../../nbs/05_io.base.ipynb #18570110
 def agreed(
@@ -176,7 +194,7 @@ class Option:
 def choose(
     options,  # of Option or str; or the number of images, where they have no names
     wanted,  # name, number from 0 or from -1 at the end, or None
-    argument: str = "dataset",  # which argument of `read` says so: "dataset", "frame" or "channel"
+    argument: str = "dataset",  # which argument of read says so: "dataset", "frame" or "channel"
 ) -> int:  # the number of the chosen one
     """Choose one of several images; one of its rank needs no choice.
     Raises: Unreadable when the user must choose, or chose what is not there, with a list."""
@@ -220,6 +238,34 @@ def _whole(value):
         return int(value)
     is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     return int(value) if is_whole else None
+
+# %% ../../nbs/05_io.base.ipynb #97234d11
+_SPECTRAL = ("wavelength", "energy", "frequency", "raman", "wavenumber")
+
+
+def image_axes(
+    navigates,  # of each axis: whether it leads from one signal to the next; None where nobody says
+    names=(),  # of each axis, where they have names
+) -> tuple:  # (number of the y axis, number of the x axis)
+    """Find the two axes of an array that are an image.
+    Raises: Unreadable when it holds a spectrum, or spectra along a line."""
+    navigates = list(navigates)
+    spectral = [str(name or "").strip().lower().startswith(_SPECTRAL) for name in names]
+    spectral += [False] * (len(navigates) - len(spectral))
+    if any(step is None for step in navigates):
+        signal, steps = list(range(len(navigates)))[-2:], []
+    else:
+        signal = [i for i, step in enumerate(navigates) if not step]
+        steps = [i for i, step in enumerate(navigates) if step]
+    if len(signal) == 2 and not any(spectral[i] for i in signal):
+        return tuple(signal)
+    if len(signal) <= 1 and len(steps) == 2:
+        return tuple(steps)
+    if len(signal) <= 2:
+        kind = "spectra along a line" if len(navigates) == 2 else "a spectrum"
+        kind = kind if len(navigates) <= 2 else "no image among its axes"
+        raise Unreadable(f"it holds {kind}, no image")
+    return tuple(signal[-2:])
 
 # %% ../../nbs/05_io.base.ipynb #2f9413a4
 def plain(

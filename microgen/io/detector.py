@@ -324,11 +324,14 @@ _DECTRIS_DATA = re.compile(r"data(_\d+)?")
 
 
 def is_dectris(
-    file,  # an open h5py.File
-) -> bool:  # whether it has the layout of a Dectris detector
+    path,  # the file
+) -> bool:  # False also for what is no HDF5
     "Whether an HDF5 file holds a series of a Dectris detector, or links to one."
-    names = file["entry/data"] if "entry" in file and "data" in file["entry"] else ()
-    return any(_DECTRIS_DATA.fullmatch(name) for name in names)
+    h5py = require("h5py", "em")
+    with suppress(OSError, KeyError, TypeError, RuntimeError), h5py.File(path, "r") as file:
+        names = list(file["entry/data"])
+        return any(_DECTRIS_DATA.fullmatch(name) for name in names)
+    return False
 
 
 def _dectris_parts(file, path, files) -> list:

@@ -194,10 +194,10 @@ FORMATS = (
         (f"{_VENDOR}[py4dstem]",),
     ),
     Format(
-        (".mrc", ".mrcs", ".st", ".rec", ".ali"),
-        "MRC, SerialEM, IMOD",
+        (".mrc", ".mrcs", ".st", ".rec", ".ali", ".map"),
+        "MRC, SerialEM, IMOD, CCP4",
         "cell in the header, Å, or FEI's extended header",
-        "em",
+        "",
         (_MADE, _ORACLE),
         (f"{_EVERY}[mrc]", f"{_OTHERS}[mrc]"),
     ),
