@@ -6,7 +6,8 @@
 __all__ = ['EXTRAS', 'HOW_TO_CALIBRATE', 'MicrogenError', 'InputError', 'UnitError', 'MissingExtra', 'PlugError', 'ReadError',
            'UncalibratedError', 'WriteError', 'pip_line', 'require', 'as_rng', 'split_rng', 'to_nm', 'check_positive',
            'check_finite', 'check_image', 'check_number', 'check_numbers', 'check_names', 'check_range',
-           'as_pixel_size', 'Micrograph', 'as_micrograph', 'Estimate', 'mean_interval', 'mean_estimate']
+           'as_pixel_size', 'Micrograph', 'check_complete', 'as_micrograph', 'Estimate', 'mean_interval',
+           'mean_estimate']
 
 # %% ../nbs/00_core.ipynb #c2d8501a
 import importlib
@@ -229,13 +230,26 @@ def check_finite(
     return array
 
 # %% ../nbs/00_core.ipynb #8f698166
+def _as_array(image, name) -> np.ndarray:
+    "The pixels of anything that NumPy understands; what a masked array hides is NaN."
+    if isinstance(image, np.ma.MaskedArray):
+        return image.astype(np.float32).filled(np.nan)
+    try:
+        array = np.asarray(image)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"{name} is no array of numbers with rows of one length: {e}.") from None
+    short_float = array.dtype.kind == "V" and "float" in array.dtype.name  # bfloat16 of ml_dtypes
+    return array.astype(np.float32) if short_float else array
+
+
 def check_image(
     image,  # (H, W) or (C, H, W), any real number type
     name: str = "image",  # what it is called, for the message
+    missing: bool = False,  # NaN are pixels without a value, and allowed where others have one
 ) -> np.ndarray:  # the same as float32
-    """Return an image as finite float32.
+    """Return an image as float32, finite but for pixels that may be missing.
     Raises: InputError for complex data, a wrong number of axes, no pixels, NaN or infinity."""
-    array = np.asarray(image)
+    array = _as_array(image, name)
     if array.dtype.kind == "c":
         raise InputError(f"{name} is complex; take its modulus, phase or real part first.")
     if array.dtype.kind not in "biuf":
@@ -251,7 +265,14 @@ def check_image(
             f"{name} has shape {array.shape}, channels last; use np.moveaxis({name}, -1, 0)."
         )
     with np.errstate(over="ignore"):
-        return check_finite(name, np.ascontiguousarray(array, np.float32))
+        data = np.ascontiguousarray(array, np.float32)
+    nan = np.isnan(data) if missing else None
+    if nan is None or not nan.any():
+        return check_finite(name, data)
+    if nan.all():
+        raise InputError(f"{name} has no pixel with a value: all {nan.size} of them are NaN.")
+    check_finite(name, np.where(nan, 0, data))
+    return data
 
 # %% ../nbs/00_core.ipynb #52b9e24e
 def _as_float(value):
@@ -343,29 +364,62 @@ def check_range(
     return numbers
 
 # %% ../nbs/00_core.ipynb #c457c589
+def _length_of_text(text, unit) -> float:
+    "A number with or without its unit, as in '20 pm', in nm."
+    parts = re.fullmatch(r"([-+]?[\d.,]+(?:e[-+]?\d+)?)(.*)", text.strip(), re.IGNORECASE)
+    own = parts[2].strip() if parts else ""
+    return to_nm(float(parts[1]), own.removesuffix("/px").removesuffix("/pixel") or unit)
+
+
 def as_pixel_size(
-    pixel_size,  # one number for both axes, or a pair (y, x); None is an error
-    unit: str = "nm",  # its unit
+    pixel_size,  # one number for both axes, or a pair (y, x); text may name its unit: "20 pm"
+    unit: str = "nm",  # unit of what does not name its own
 ) -> tuple:  # (py, px), nm per pixel
     """Take a pixel size from one number or a pair.
     Raises: UnitError when there is none, InputError for what is no size."""
     if pixel_size is None:
         raise UnitError(f"the pixel size is not known: {HOW_TO_CALIBRATE}.")
-    sizes = np.asarray(to_nm(np.asarray(pixel_size, float), unit)).ravel()
+    is_list = isinstance(pixel_size, (tuple, list))
+    values = pixel_size if is_list else np.atleast_1d(np.asarray(pixel_size, object))
+    try:
+        sizes = [
+            _length_of_text(value, unit) if isinstance(value, str) else to_nm(float(value), unit)
+            for value in values
+        ]
+    except UnitError:
+        raise
+    except (TypeError, ValueError):
+        sizes = []
     if len(sizes) not in (1, 2):
         raise InputError(
-            f"pixel_size={pixel_size!r} must be one number or a pair (y, x) in nm per pixel."
+            f"pixel_size={pixel_size!r} must be one number or a pair (y, x) in nm per pixel, "
+            'or text with its unit, such as "20 pm".'
         )
-    py, px = sizes if len(sizes) == 2 else sizes.repeat(2)
+    py, px = sizes if len(sizes) == 2 else 2 * sizes
     return check_positive("pixel_size", py), check_positive("pixel_size", px)
 
 # %% ../nbs/00_core.ipynb #cc0a4276
+def _with_nearest(data, missing):
+    "An image with its missing pixels replaced by the nearest that has a value."
+    from scipy.ndimage import distance_transform_edt
+
+    nearest = distance_transform_edt(missing, return_distances=False, return_indices=True)
+    return data[tuple(nearest)]
+
+
 def _resample(data, pixel_size, new):
     "Image on the grid (i new_y, j new_x): Gaussian against aliasing, then cubic spline."
     from scipy.ndimage import affine_transform, gaussian_filter
 
     ratio = np.array(new) / np.array(pixel_size)
     shape = tuple(max(1, round(n / r)) for n, r in zip(data.shape, ratio))
+    missing = np.isnan(data)
+    if missing.any():
+        known = _resample(_with_nearest(data, missing), pixel_size, new)
+        near = affine_transform(
+            missing.astype(np.float32), ratio, output_shape=shape, order=1, mode="nearest"
+        )
+        return np.where(near > 0, np.float32(np.nan), known)
     # halves the contrast near the new Nyquist frequency
     sigma = np.sqrt(np.maximum(ratio**2 - 1, 0)) / 2
     smooth = gaussian_filter(data, sigma, mode="reflect") if sigma.any() else data
@@ -387,13 +441,13 @@ class Micrograph:
     """A calibrated image: float32 pixels, the pixel size in nm, and where it comes from.
     Raises: InputError or UnitError when the data are no image or the pixel size is no length."""
 
-    data: np.ndarray  # (H, W) or (C, H, W), kept as float32
+    data: np.ndarray  # (H, W) or (C, H, W), kept as float32; NaN is a pixel without a value
     pixel_size: tuple  # (py, px) in nm per pixel; one number stands for both
     metadata: dict = field(default_factory=dict)  # what the file or the simulation says of it
     source: str = ""  # where it comes from: a file name or the recipe
 
     def __post_init__(self):
-        object.__setattr__(self, "data", check_image(self.data, "data"))
+        object.__setattr__(self, "data", check_image(self.data, "data", missing=True))
         object.__setattr__(self, "pixel_size", as_pixel_size(self.pixel_size))
         object.__setattr__(self, "metadata", dict(self.metadata or {}))
 
@@ -407,6 +461,11 @@ class Micrograph:
         "Field of view, pixels times pixel size."
         return tuple(n * p for n, p in zip(self.shape[-2:], self.pixel_size))
 
+    @property
+    def missing(self) -> np.ndarray:  # (H, W) bool
+        "Where a pixel has no value, as at the borders of a sum of images that drifted."
+        return np.isnan(self.data).reshape(-1, *self.shape[-2:]).any(0)
+
     def crop(
         self,
         y: int,  # top row, px
@@ -416,13 +475,23 @@ class Micrograph:
     ) -> "Micrograph":  # the part, with its own pixels
         """Cut out a rectangle.
         Raises: InputError when it leaves the image."""
+        names = ("y", "x", "height", "width")
+        y, x, height, width = (
+            check_number(f"{name} (in pixels)", value, whole=True)
+            for name, value in zip(names, (y, x, height, width))
+        )
         rows, columns = self.shape[-2:]
         if not (0 <= y < y + height <= rows and 0 <= x < x + width <= columns):
             raise InputError(
                 f"the crop y={y}, x={x}, height={height}, width={width} leaves the image of "
                 f"{rows} × {columns} pixels."
             )
-        return replace(self, data=self.data[..., y : y + height, x : x + width].copy())
+        part = self.data[..., y : y + height, x : x + width].copy()
+        if np.isnan(part).all():
+            raise InputError(
+                f"the crop y={y}, x={x}, height={height}, width={width} holds only missing pixels."
+            )
+        return replace(self, data=part)
 
     def resample(
         self,
@@ -440,7 +509,7 @@ class Micrograph:
         size,  # height and width in px, one number or a pair
         stride=None,  # step in px, one number or a pair; default: size
     ) -> list:  # Micrographs, row by row
-        """Cut into equal tiles; what is left at the right and lower edge is dropped.
+        """Cut into equal tiles; the rest at the right and lower edge is dropped, as is a tile without any value.
         Raises: InputError when one tile is larger than the image."""
         height, width = _two_whole("size", size)
         step_y, step_x = _two_whole("stride", size if stride is None else stride)
@@ -452,7 +521,8 @@ class Micrograph:
         tiles = []
         for y in range(0, rows - height + 1, step_y):
             for x in range(0, columns - width + 1, step_x):
-                tiles.append(self.crop(y, x, height, width))
+                if not np.isnan(self.data[..., y : y + height, x : x + width]).all():
+                    tiles.append(self.crop(y, x, height, width))
         return tiles
 
     def show(
@@ -474,6 +544,17 @@ class Micrograph:
 
         return write_tiff(path, self.data, self.pixel_size, self.metadata, bits)
 
+    def to_hyperspy(self) -> object:  # HyperSpy Signal2D with its scale in nm
+        """Hand the image to HyperSpy, with its calibration and metadata; needs `pip install hyperspy`.
+        Raises: MissingExtra without HyperSpy."""
+        signal = require("hyperspy.api", "hyperspy").signals.Signal2D(self.data.copy())
+        width, height = signal.axes_manager.signal_axes  # HyperSpy counts x first
+        for axis, name, step in zip((height, width), "yx", self.pixel_size):
+            axis.name, axis.scale, axis.units = name, step, "nm"
+        signal.metadata.General.title = Path(self.source).name
+        signal.original_metadata.add_dictionary({"microgen": self.metadata})
+        return signal
+
     def __array__(self, dtype=None, copy=None):
         return self.data.astype(dtype or np.float32, copy=bool(copy))
 
@@ -486,6 +567,22 @@ class Micrograph:
         pixels = " × ".join(map(str, self.shape))
         return f"Micrograph({pixels} px, {size}, {height:.4g} × {width:.4g} nm{name})"
 
+# %% ../nbs/00_core.ipynb #db644a38
+def check_complete(
+    image: Micrograph,  # the image
+    use: str,  # what needs all of its pixels, for the message, such as "fitting columns"
+) -> Micrograph:  # the same
+    """Return an image of which no pixel is missing.
+    Raises: InputError with their number."""
+    missing = int(image.missing.sum())
+    if missing:
+        name = Path(image.source).name or "the image"
+        raise InputError(
+            f"{name} has no value in {missing} of {image.missing.size} pixels (NaN), and {use} "
+            "needs all of them: crop the image to where it has values, or fill them."
+        )
+    return image
+
 # %% ../nbs/00_core.ipynb #dcb7cc36
 def _of_hyperspy(signal) -> tuple:
     "Data, pixel size and unit of a HyperSpy signal with two signal axes."
@@ -494,11 +591,22 @@ def _of_hyperspy(signal) -> tuple:
         raise InputError(
             f"the HyperSpy signal {signal!r} is no single image; pick one with .inav[i]."
         )
+    uneven = [a for a in axes if not getattr(a, "is_uniform", True)]
+    if uneven:
+        raise InputError(
+            f"the axis {uneven[0].name!r} of the HyperSpy signal has no constant step; "
+            "interpolate it first with signal.interpolate_on_axis."
+        )
     return np.asarray(signal.data), [abs(a.scale) for a in axes], [a.units for a in axes]
 
 # %% ../nbs/00_core.ipynb #55494fa4
 def _of_xarray(array) -> tuple:
-    "Data, pixel size and unit of an xarray DataArray; its last two dimensions need even coordinates."
+    "Data, pixel size and unit of an xarray DataArray: y and x by name or the last two, with even coordinates."
+    named = {str(d).lower(): d for d in array.dims}
+    if {"y", "x"} <= set(named):
+        others = [d for d in array.dims if d not in (named["y"], named["x"])]
+        order = (*others, named["y"], named["x"])
+        array = array if order == tuple(array.dims) else array.transpose(*order)
     steps, units = [], []
     for d in array.dims[-2:]:
         if d not in array.coords or array.sizes[d] < 2:
@@ -548,7 +656,8 @@ def as_micrograph(
     kind = type(obj).__name__
     data, scale, units = _data_and_scale(obj)
     if hasattr(data, "detach"):
-        data = data.detach().cpu().numpy()
+        data = data.detach().cpu()
+        data = (data.float() if data.is_floating_point() else data).numpy()  # NumPy has no bfloat16
     if given is None and scale is None:
         raise UnitError(f"the pixel size of this {kind} is not known: {HOW_TO_CALIBRATE}.")
     if given is None:
