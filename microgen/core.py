@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXTRAS', 'HOW_TO_CALIBRATE', 'MicrogenError', 'InputError', 'UnitError', 'MissingExtra', 'PlugError', 'ReadError',
-           'UncalibratedError', 'WriteError', 'pip_line', 'require', 'as_rng', 'split_rng', 'to_nm', 'check_positive',
-           'check_finite', 'check_image', 'check_number', 'check_numbers', 'check_names', 'check_range',
-           'as_pixel_size', 'Micrograph', 'check_complete', 'as_micrograph', 'Estimate', 'mean_interval',
+           'UncalibratedError', 'WriteError', 'pip_line', 'require', 'did_you_mean', 'as_rng', 'split_rng', 'to_nm',
+           'check_positive', 'check_finite', 'check_image', 'check_number', 'check_numbers', 'check_names',
+           'check_range', 'as_pixel_size', 'Micrograph', 'check_complete', 'as_micrograph', 'Estimate', 'mean_interval',
            'mean_estimate']
 
 # %% ../nbs/00_core.ipynb #c2d8501a
@@ -14,6 +14,7 @@ import importlib
 import re
 import unicodedata
 from dataclasses import asdict, dataclass, field, replace
+from difflib import SequenceMatcher, get_close_matches
 from math import inf, isfinite
 from numbers import Integral, Number
 from pathlib import Path
@@ -106,6 +107,19 @@ def require(
         packages = EXTRAS.get(extra, (extra,))
         cure = f"install it with: {pip_line(*packages)}"
         raise MissingExtra(f"{module} is not usable here ({e}); {cure}") from e
+
+# %% ../nbs/00_core.ipynb #a8c7c3c9
+def did_you_mean(
+    word,  # what was given
+    known,  # the names that there are
+) -> str:  # " Did you mean 'typeC'?", with its space; empty where nothing is near
+    "Suggest the name that is nearest to a word, whatever the case of its letters."
+    plain = {str(name).lower(): str(name) for name in known}
+    word = str(word).lower()
+    near = get_close_matches(word, plain, 2)
+    alike = [SequenceMatcher(None, name, word).ratio() for name in near]
+    clear = len(near) == 1 or (near and alike[0] > alike[1])  # one is nearer than all others
+    return f" Did you mean {plain[near[0]]!r}?" if clear else ""
 
 # %% ../nbs/00_core.ipynb #87b1d17e
 def as_rng(
@@ -336,7 +350,8 @@ def check_names(
     strange = [one for one in names if one not in tuple(known)] if is_list else [value]
     if strange or not names:
         wrong = f"holds {strange[0]!r}" if is_list and strange else f"is {value!r}"
-        raise InputError(f"{name} {wrong}: choose among {', '.join(map(str, known))}.")
+        hint = did_you_mean(strange[0], known) if is_list and strange else ""
+        raise InputError(f"{name} {wrong}: choose among {', '.join(map(str, known))}.{hint}")
     return tuple(names)
 
 # %% ../nbs/00_core.ipynb #dbdcff0d
