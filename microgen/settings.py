@@ -9,7 +9,7 @@ __all__ = ['at_share', 'Settings', 'named', 'as_settings']
 import json
 from dataclasses import asdict, fields, replace
 
-from .core import InputError, KnownFields, as_rng, check_known
+from .core import InputError, KnownFields, as_rng, check_known, did_you_mean
 
 # %% ../nbs/04_settings.ipynb #52449f5b
 def at_share(
@@ -121,7 +121,8 @@ def named(
     Raises: InputError for an unknown preset or setting."""
     if not isinstance(name, str) or name not in presets:
         kind = type(next(iter(presets.values()))).__name__.lower()
-        raise InputError(f"Unknown {kind} preset {name!r}; use one of {', '.join(presets)}.")
+        hint = did_you_mean(name, presets)
+        raise InputError(f"Unknown {kind} preset {name!r}; use one of {', '.join(presets)}.{hint}")
     return presets[name].changed(over or {})
 
 

@@ -215,7 +215,7 @@ def quick(folders, out, **options):
 def test_an_unknown_option_to_sample_by_is_called_as_the_user_called_it(folders, tmp_path):
     model = Denoiser(epochs=1, bs=4, judged=0)
     train_model(model, folders["walls"], tmp_path / "run", progress=False)
-    with pytest.raises(InputError, match="denoiser has no sampling option 'walls': use n, seed"):
+    with pytest.raises(InputError, match="denoiser has no sampling option 'walls'. Use n, seed"):
         sample_run(tmp_path / "run", tmp_path / "out", walls="typeC", progress=False)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core import InputError, Micrograph, as_micrograph, split_rng
+from ..core import InputError, Micrograph, as_micrograph, check_complete, split_rng
 from .settings import PRESETS, Scan, as_scan, preset
 from .warp import warp_image, warp_maps, warp_table
 
@@ -321,8 +321,7 @@ def _check_scan(image, maps, rim):
         raise InputError(
             f"A scan needs one image (H, W), not shape {shape}; scan its channels one by one."
         )
-    if not np.isfinite(image.data).all():
-        raise InputError("The image has values that are not finite; replace them before the scan.")
+    check_complete(image, "a scan")
     widest = (min(shape) - 4) // 2
     if rim not in range(widest + 1):
         raise InputError(
