@@ -8,7 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import samples
+import vendors
 from samples import FORMATS, HOW, UNCALIBRATED
+from vendors import VENDORS
 
 from microgen.core import ReadError
 from microgen.io.files import read
@@ -16,6 +18,17 @@ from microgen.io.files import read
 pytest.importorskip("ncempy.io.dm", reason="the fuzz reads every format: pip install ncempy h5py")
 N = 500
 EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
+
+
+KINDS = (*FORMATS, *VENDORS)
+ENDING = {kind: kind for kind in FORMATS} | samples.ENDING | vendors.ENDING
+
+
+def write(folder, kind):
+    "A good file of one format or maker; its path."
+    if kind in VENDORS:
+        return vendors.write(folder, kind, np.floor(samples.image()))
+    return samples.write(folder, kind)
 
 
 def mutate(good, rng):
@@ -47,18 +60,19 @@ def mutate(good, rng):
     return bytes(raw)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_fuzz(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(logging.getLogger("tifffile"), "disabled", True)
-    path = samples.write(tmp_path, kind)
+    path = write(tmp_path, kind)
+    has_no_length = kind in (*UNCALIBRATED, *vendors.UNCALIBRATED)
     good, how = (
         path.read_bytes(),
-        HOW.get(kind, {}) | {"pixel_size": 0.02 if kind in UNCALIBRATED else None},
+        HOW.get(kind, {}) | {"pixel_size": 0.02 if has_no_length else None},
     )
     read(path, **how)  # loads the libraries
     seen, slowest = Counter(), (0.0, 0)
     for seed in range(N):
-        path.write_bytes(mutate(good, np.random.default_rng([FORMATS.index(kind), seed])))
+        path.write_bytes(mutate(good, np.random.default_rng([KINDS.index(kind), seed])))
         begin = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -92,15 +106,19 @@ def test_a_heap_that_runs_in_a_circle(tmp_path):
 
 def test_other_files_under_every_name(tmp_path):
     "A file of one format under the ending of another is refused by name, not misread."
-    made = {kind: samples.write(tmp_path, kind).read_bytes() for kind in FORMATS}
-    for kind in FORMATS:
-        ending = samples.ENDING.get(kind, kind)
+    made = {kind: write(tmp_path, kind).read_bytes() for kind in KINDS}
+    for kind in KINDS:
+        ending = ENDING[kind]
         for other, raw in made.items():
-            other_ending = samples.ENDING.get(other, other)
+            other_ending = ENDING[other]
             if (
                 any(
                     {ending, other_ending} <= same
-                    for same in ({"png", "jpg", "bmp"}, {"dm3", "dm4"}, {"emd", "hspy", "hdf5"})
+                    for same in (
+                        {"png", "jpg", "bmp"},
+                        {"dm3", "dm4"},
+                        {"emd", "hspy", "hdf5", "h5"},
+                    )
                 )
                 or ending == other_ending
             ):

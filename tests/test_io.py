@@ -216,18 +216,15 @@ def test_an_atom_lattice_of_atomap_asks_for_its_unit(tmp_path):
     np.testing.assert_array_equal(read(path, pixel_size=PIXEL_NM).data, samples.image())
     import h5py
 
-    from microgen.io.formats import _atomap_images
+    from microgen.io.hdf5 import _atomap_images
 
     with h5py.File(path) as f:
-        ((name, data, scale, unit, _),) = _atomap_images(f, path)
-        assert (name, data.shape, scale, unit) == (
-            "image_data",
-            (24, 32),
-            [PIXEL_NM, PIXEL_NM],
-            ["", ""],
-        )
+        (image,) = _atomap_images(f, path)
+        about = image.describe()
+        assert (image.name, image.data.shape, about.axes) == ("image_data", (24, 32), (0, 1))
+        assert {(said.length, said.unit) for said in about.statements} == {(PIXEL_NM, "")}
     with h5py.File(samples.hspy(tmp_path / "a.hspy", samples.image())) as f:
-        assert not list(_atomap_images(f, path)), "a file of another layout holds no atom lattice"
+        assert not _atomap_images(f, path), "a file of another layout holds no atom lattice"
 
 
 STACK = np.stack([samples.image(), samples.image() + 1, samples.image() + 2])
@@ -277,7 +274,7 @@ def test_several_images_in_a_file_ask_for_a_name(tmp_path):
         samples.hspy(tmp_path / "a.hspy", samples.image(), names=("BF", "HAADF")),
         samples.velox(tmp_path / "a.emd", samples.image(), detectors=("BF", "HAADF")),
     ):
-        with pytest.raises(ReadError, match="BF, HAADF.*dataset="):
+        with pytest.raises(ReadError, match="0: BF.*, 1: HAADF.*dataset="):
             read(path)
         for which in ("HAADF", 1, -1):
             assert read(path, dataset=which).shape == (24, 32)
@@ -418,7 +415,7 @@ def test_tvips_tiff(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(px=st.floats(1e-4, 1e3), ratio=st.floats(0.2, 5), bits=st.sampled_from([16, 32]))
+@given(px=st.floats(1e-3, 1e3), ratio=st.floats(0.2, 5), bits=st.sampled_from([16, 32]))
 def test_calibration_survives_to_1e_9(tmp_path_factory, px, ratio, bits):
     "ImageJ's tags, HyperSpy's reader and microgen agree with what was written."
     path = write_tiff(

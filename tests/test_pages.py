@@ -15,10 +15,13 @@ import pytest
 import typer
 import yaml
 from house import NBS, ROOT, notebooks, report, settings
+from samples import FORMATS as FILE_KINDS
+from vendors import VENDORS
 
 import microgen
 from microgen.cli import app
 from microgen.io.formats import READERS
+from microgen.io.table import FORMATS, formats_markdown
 
 WRITTEN_ELSEWHERE = {"explanations/house.ipynb", "reference.ipynb"}
 
@@ -111,29 +114,38 @@ def test_the_files_that_the_page_names_are_written(image, tmp_path):
 # --- File formats
 
 
-def test_every_ending_is_in_the_table_of_formats():
-    rows = table_rows(section("file_formats.ipynb", "What is read"))
-    endings = {name for row in rows for name in in_backticks(row[0])}
-    assert endings == set(READERS), "file_formats: the table names what READERS reads"
+def test_the_page_shows_the_table_of_formats():
+    shown = section("file_formats.ipynb", "What is read")
+    assert formats_markdown() in shown, "file_formats: paste microgen.io.table.formats_markdown()"
 
 
-def test_the_extras_of_the_formats_are_those_of_the_readers():
-    extras = {
-        "tifffile": "none",
-        "Pillow": "none",
-        "ncempy": "`em`",
-        "h5py": "`em`",
-    }
-    for row in table_rows(section("file_formats.ipynb", "What is read")):
-        for ending in in_backticks(row[0]):
-            assert row[3] == extras[READERS[ending][0]], (ending, row[3])
+def test_the_table_of_formats_names_what_the_readers_read():
+    endings = {ending for row in FORMATS for ending in row.endings}
+    assert endings == set(READERS)
+    extras = {"ncempy": "em", "h5py": "em"}  # the other readers need nothing more
+    for row in FORMATS:
+        for ending in row.endings:
+            assert row.extra == extras.get(READERS[ending][0], ""), (ending, row.extra)
 
 
-def test_the_real_files_of_the_table_are_those_of_the_tests():
-    tests = (ROOT / "tests" / "test_io.py").read_text(encoding="utf-8")
-    for row in table_rows(section("file_formats.ipynb", "What is read")):
-        real = re.findall(r"a real (\.\w+)", row[4])
-        assert all(re.search(rf'"[\w-]+\{ending}"', tests) for ending in real), row
+def test_each_row_of_the_table_of_formats_has_its_tests():
+    "The tests exist, run on that kind of file, and show what the row claims: an oracle, a real file."
+    kinds = {*FILE_KINDS, *VENDORS}
+    for row in FORMATS:
+        sources = []
+        for name in row.tests:
+            file, function, kind = re.fullmatch(r"(\w+\.py)::(\w+)(?:\[(.+)\])?", name).groups()
+            source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+            parts = re.split(r"^(?=def |@pytest)", source, flags=re.M)
+            body = [part for part in parts if part.startswith(f"def {function}(")]
+            assert body, f"{name} is no test"
+            assert kind is None or kind in kinds or f'"{kind}"' in source, f"{name}: no such file"
+            sources.append(body[0])
+        claims_oracle = "oracle" in row.tested
+        shows_oracle = any(re.search("rsciio|ncempy|tifffile.imread", body) for body in sources)
+        assert not claims_oracle or shows_oracle, f"{row.made_by}: no test asks another program"
+        claims_real = "real file" in row.tested
+        assert claims_real == any(re.search(r"\(real\b", body) for body in sources), row.made_by
 
 
 # --- Which function do I need

@@ -25,7 +25,6 @@ from typing import NamedTuple
 import numpy as np
 
 from microgen.core import (
-    HOW_TO_CALIBRATE,
     InputError,
     MicrogenError,
     Micrograph,
@@ -36,9 +35,8 @@ from microgen.core import (
     WriteError,
     as_pixel_size,
     check_image,
-    to_nm,
 )
-from .base import NoScale, Raw, Unreadable, plain
+from .base import NoScale, Raw, Statement, Unreadable, agreed, choose, plain
 from .formats import reader_of
 
 # %% ../../nbs/07_io.files.ipynb #594e6fd0
@@ -280,8 +278,15 @@ def write_tiff(
     return Path(path)
 
 # %% ../../nbs/07_io.files.ipynb #50eb5b8f
-def _without_colour_axis(data, colour) -> np.ndarray:
-    "(H, W, S) as (H, W): the grey channel or the luminance; with `colour` as (3, H, W). Alpha is dropped."
+def _as_image(raw, colour, channel) -> np.ndarray:
+    "(H, W) or (C, H, W) of what a reader found. Alpha is dropped; infinite values are missing ones."
+    data = raw.data
+    if channel is not None:
+        data = np.moveaxis(data, -1, 0) if raw.colours_last else data
+        data = data if data.ndim > 2 else data[None]
+        return data[choose([f"channel {i}" for i in range(len(data))], channel, "channel")]
+    if not raw.colours_last:
+        return data
     if data.shape[-1] < 3:
         return data[..., 0]
     rgb = data[..., :3].astype(np.float32)
@@ -296,47 +301,115 @@ def calibrated(
     raw: Raw,  # what a reader found in it
     pixel_size=None,  # nm per pixel, one number or (py, px); wins over what the file says
     colour: bool = False,  # keep colour as (3, H, W) instead of its luminance
+    channel=None,  # which channel of several, from 0; None keeps them all
 ) -> Micrograph:  # float32 image with its pixel size
     """Make the micrograph of what a reader found.
-    Raises: NoScale when neither the file nor the user gives a pixel size."""
-    if pixel_size is None and raw.scale is None:
-        raise NoScale(f"it holds no pixel size: {HOW_TO_CALIBRATE}")
+    Raises: NoScale when neither the file nor the user gives a pixel size, or the file gives two."""
     if pixel_size is None:
-        pixel_size = tuple(to_nm(s, u) for s, u in zip(raw.scale, raw.unit))
-        if not all(0 < p < np.inf for p in pixel_size):
-            raise NoScale(f"its pixel size is {raw.scale[0]:g} {raw.unit[0]}: {HOW_TO_CALIBRATE}")
-    data = _without_colour_axis(raw.data, colour) if raw.colours_last else raw.data
-    return Micrograph(data, pixel_size, raw.metadata, str(path))
+        pixel_size = agreed(raw.statements).nm()
+    data = _as_image(raw, colour, channel)
+    try:
+        return Micrograph(data, pixel_size, raw.metadata, str(path))
+    except InputError:
+        if data.dtype.kind != "f" or not np.isinf(data).any():
+            raise
+    without = np.where(np.isinf(data), np.nan, data)  # no detector counts so far
+    return Micrograph(without, pixel_size, raw.metadata, str(path))
 
 # %% ../../nbs/07_io.files.ipynb #f23a8e77
+_BYTES = {
+    "": 1,
+    "k": 1e3,
+    "m": 1e6,
+    "g": 1e9,
+    "t": 1e12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+
+
+def _as_bytes(max_bytes) -> int:
+    "A number of bytes, or a text such as 2 GB."
+    if isinstance(max_bytes, str):
+        parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", max_bytes.lower())
+        if parts and parts[2] in _BYTES:
+            return int(float(parts[1]) * _BYTES[parts[2]])
+    elif isinstance(max_bytes, (int, float, np.integer)) and not isinstance(max_bytes, bool):
+        if 0 < max_bytes < np.inf:
+            return int(max_bytes)
+    raise InputError(
+        f'max_bytes={max_bytes!r} is no number of bytes; give one, such as 2**30 or "4 GB".'
+    )
+
+
+def _as_number(name, value):
+    "A whole number for frame or channel, also as text; None stays None."
+    is_text = isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value)
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if value is None or is_whole or is_text:
+        return None if value is None else int(value)
+    raise InputError(f"{name}={value!r} is no number of an image; give a whole number from 0 up.")
+
+
+def _as_path(path) -> Path:
+    "The path of a file."
+    try:
+        return Path(os.fsdecode(path))
+    except TypeError:
+        raise InputError(
+            f"{path!r:.80} is no path; give the name of a file (arrays go to microgen.as_micrograph)."
+        ) from None
+
+
 def _load(path, load, max_bytes, frame, dataset):
     "What a reader finds in a file that is there and not empty."
-    if not path.exists():
+    if "\0" in str(path) or not path.exists():
         raise Unreadable("there is no such file")
     if path.is_dir() and path.suffix != ".zspy":
         raise Unreadable("it is a folder; name one file in it")
-    if not path.stat().st_size:
-        raise Unreadable("it is empty")
+    if not path.is_dir():
+        with path.open("rb") as file:
+            is_empty = not file.read(1)
+        if is_empty:
+            raise Unreadable("it is empty")
     return load(path, max_bytes, frame, dataset)
 
 
+def _why_not(error) -> str:
+    "The cause in the words of what raised it; damage is named by readers that have proven it."
+    if isinstance(error, PermissionError):
+        return "you have no permission to read it; ask its owner, or copy it to where you have one"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for it; close other programs, or read a part of it"
+    said = " ".join(str(error).split()) or "without a reason"
+    return f"this reader could not: {said} ({type(error).__name__})"
+
+
 def read(
-    path,  # the file: .tif .png .jpg .bmp .dm3 .dm4 .ser .emd .mrc .hspy .hdf5; others with the extra gpl
+    path,  # the file; the page "File formats" lists what is read
     pixel_size=None,  # nm per pixel, one number or (py, px); wins over what the file says
     *,
     frame: int | None = None,  # which image of a stack, from 0
     dataset=None,  # which image of a file that holds several, by name or number
+    channel: int | None = None,  # which channel of several, from 0; None keeps them all
     colour: bool = False,  # keep colour as (3, H, W) instead of its luminance
-    max_bytes: int = 2**30,  # largest image in memory, checked before it is read
+    max_bytes=2**30,  # largest image in memory, checked before it is read; also "4 GB"
 ) -> Micrograph:  # float32 image, pixel size in nm, metadata, source
     """Read a micrograph with its calibration.
     Raises: ReadError naming file, reader and cause (UncalibratedError without a pixel size), MissingExtra."""
-    path = Path(path)
+    path, limit = _as_path(path), _as_bytes(max_bytes)
+    frame, channel = _as_number("frame", frame), _as_number("channel", channel)
+    if not isinstance(dataset, (str, int, np.integer, type(None))) or isinstance(dataset, bool):
+        raise InputError(
+            f"dataset={dataset!r} is no image; give its name, or its number from 0 up."
+        )
     given = None if pixel_size is None else as_pixel_size(pixel_size)
     reader, load = reader_of(path)
     try:
-        raw = _load(path, load, max_bytes, frame, dataset)
-        return calibrated(path, raw, given, colour)
+        raw = _load(path, load, limit, frame, dataset)
+        return calibrated(path, raw, given, colour, channel)
     except MissingExtra:
         raise
     except (NoScale, UnitError) as e:
@@ -344,5 +417,4 @@ def read(
     except (Unreadable, InputError) as e:
         raise ReadError(path, reader, e) from None
     except Exception as e:
-        why = f"it is damaged or not what its ending says ({type(e).__name__}: {e})"
-        raise ReadError(path, reader, why) from e
+        raise ReadError(path, reader, _why_not(e)) from e

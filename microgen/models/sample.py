@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import InputError
+from ..core import InputError, check_known
 from ..data.files import warn
 from ..data.item import Simulated, paths, write_item
 from ..io.files import atomic_path, provenance, write_csv, write_json, write_tiff
@@ -33,9 +33,8 @@ def asked_of(
     names = [option.name for option in fields(model.sampling)]
     if "classes" in names:
         options = {"classes" if name == classes else name: v for name, v in options.items()}
-    if strange := set(options) - set(names):
-        known = ", ".join(classes if name == "classes" else name for name in names)
-        raise InputError(f"{model.name} has no option {min(strange)!r} to sample by: use {known}.")
+    asked_by = [classes if name == "classes" else name for name in names]
+    check_known(f"{model.name} has no sampling option", set(options) - set(names), asked_by)
     return model.sampling(**options)
 
 # %% ../../nbs/92_models.sample.ipynb #67742b61

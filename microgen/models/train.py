@@ -108,6 +108,8 @@ def train_model(
         )
     if processes()[0] == 0:
         _finish(model, learn, known, out, progress)
+        if learn.stopped and progress:
+            print(f"Stopped: {learn.stopped}. Run the same command again to resume.")
     return learn
 
 
