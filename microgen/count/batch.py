@@ -34,7 +34,7 @@ def _with_gaps(path, pixel_size, why):
         raise why
     usual = np.median(raw.data[~bad])
     filled = replace(raw, data=np.where(bad, usual, raw.data))
-    known = pixel_size is not None or raw.scale is not None
+    known = pixel_size is not None or bool(raw.statements)
     image = calibrated(path, filled, pixel_size if known else 1.0)
     gaps = bad.any(-1) if raw.colours_last else bad
     with_gaps = np.where(gaps, np.nan, image.data)
