@@ -107,7 +107,7 @@ def contradictions(folder):
     path = vendors.prismatic(folder / "j.emd", DATA, unit="[n_m]")
     yield path, "0.2 nm", "simulation_parameters rx, ry"
     path = vendors.py4dstem(folder / "k.h5", DATA, calibration_nm=2 * PIXEL_NM)
-    yield path, "coordinates of haadf", "py4DSTEM calibration"
+    yield path, "coordinates of haadf", "py4DSTEM's R_pixel_size"
 
 
 def test_two_statements_that_disagree_are_both_named(tmp_path):

@@ -73,9 +73,7 @@ def _text(value) -> str:
 def image_plane(
     axes,  # of Axis
     x_first: bool = False,  # whether the program stores x before y
-) -> (
-    tuple
-):  # numbers of the axis that runs down and of the one that runs across; empty for what is no image
+) -> tuple:  # (axis that runs down, axis that runs across); empty for no image
     "Choose the axes of the image among those of an array."
     names = [_short(axis) for axis in axes]
     numbers = [i for i, axis in enumerate(axes) if not axis.is_label()]

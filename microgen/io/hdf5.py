@@ -394,15 +394,20 @@ LAYOUTS = (_hyperspy_images, _velox_images, _berkeley_images, _atomap_images)
 
 # %% ../../nbs/05_io.hdf5.ipynb #a8c48eb2
 def _check_array(data, max_bytes):
-    "Refuse an array that is no image, lies elsewhere, is not stored, or is too large whichever axes are the image."
+    "Refuse an array that is no image or lies elsewhere, and one of two axes that is too large or not stored."
     if data.external or data.is_virtual:
         raise Unreadable("its pixels lie in other files; microgen reads one file at a time")
     if data.ndim < 2 or data.dtype.kind not in "biufc":
         raise Unreadable(f"it holds {data.ndim}-dimensional data of type {data.dtype}, no image")
     if data.ndim == 2:
         check_size(data.shape, data.dtype.itemsize, max_bytes)
+        _check_stored(data)
     if data.chunks:
         check_size(data.chunks, data.dtype.itemsize, max_bytes)
+
+
+def _check_stored(data):
+    "Refuse an array without a pixel."
     if not data.id.get_storage_size():
         raise Unreadable("it declares an image but stores no pixel of it: it is truncated")
 
@@ -412,6 +417,7 @@ def _pixels(data, axes, max_bytes, frame):
     stack_axes = [i for i in range(data.ndim) if i not in axes]
     shape, stack = [data.shape[i] for i in axes], [data.shape[i] for i in stack_axes]
     check_size(shape, data.dtype.itemsize, max_bytes)
+    _check_stored(data)
     k = choose(prod(stack), frame, "frame")
     index = [slice(None)] * data.ndim
     for axis, i in zip(stack_axes, np.unravel_index(k, stack) if stack else ()):
