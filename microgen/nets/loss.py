@@ -19,20 +19,25 @@ from .style import luminance, statistics
 
 # %% ../../nbs/53_nets.loss.ipynb #b6fa1b7e
 @constant
-def _gaussian_line(window, device, dtype):
-    "(window,) Gaussian of standard deviation 1.5 pixels, sum 1."
+def _gaussian_lines(window, device, dtype):
+    "Gaussian of standard deviation 1.5 pixels, sum 1, along y (1, 1, window, 1) and along x (1, 1, 1, window)."
     at = torch.arange(window) - window // 2
     line = torch.exp(-at.square() / (2 * 1.5**2))
-    return (line / line.sum()).to(device, dtype)
+    line = (line / line.sum()).to(device, dtype)
+    return line.view(1, 1, -1, 1), line.view(1, 1, 1, -1)
 
 
 def _blurred(images, window):
     "(N, 1, H, W) images through the Gaussian window, reflected at the rim."
-    line = _gaussian_line(window, images.device, images.dtype)
+    along_y, along_x = _gaussian_lines(window, images.device, images.dtype)
     half = window // 2
     images = F.pad(images, (half, half, half, half), mode="reflect")
-    images = F.conv2d(images, line.view(1, 1, -1, 1))
-    return F.conv2d(images, line.view(1, 1, 1, -1))
+    return F.conv2d(F.conv2d(images, along_y), along_x)
+
+
+def _each_channel(images):
+    "(B C, 1, H, W): each channel of (B, C, H, W) by itself."
+    return images.reshape(-1, 1, *images.shape[-2:])
 
 
 def ssim_term(
@@ -42,8 +47,8 @@ def ssim_term(
 ) -> torch.Tensor:  # (B,), 0 for equal images
     """1 - SSIM, image by image.
     Source: Wang et al. 2004, doi 10.1109/TIP.2003.819861, equation 13"""
-    x = image.flatten(0, 1)[:, None]  # each channel by itself
-    y = target.flatten(0, 1)[:, None]
+    x = _each_channel(image)
+    y = _each_channel(target)
     moments = torch.cat([x, y, x * x, y * y, x * y])
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = _blurred(moments, window).chunk(5)
     product = mean_x * mean_y
@@ -86,7 +91,7 @@ def edge_term(
     target: torch.Tensor,  # (B, C, H, W)
 ) -> torch.Tensor:  # (B,)
     "Mean absolute difference of Sobel gradients: where the flanks of bright spots are, image by image."
-    difference = (image - target).flatten(0, 1)[:, None]  # the gradient is linear
+    difference = _each_channel(image - target)  # the gradient is linear
     padded = F.pad(difference, (1, 1, 1, 1), mode="replicate")
     slopes = F.conv2d(padded, _sobel(image.device, image.dtype))
     return slopes.abs().view(len(image), -1).mean(1)
