@@ -392,10 +392,14 @@ def _overview(job, tables, notes):
     some = np.random.default_rng(job.seed).permutation(len(real.data))[:4]
     pictures = _pictures(real.take(some), real) + _pictures(fake.take(some), real)
     titles = ["real"] * len(some) + ["generated"] * len(some)
-    grid = show_grid(pictures, scale, titles, ncols=len(some), size=1.9)
-    section.figure(grid, "Real above, generated below; chosen at random")
-    spectra = show_spectra({"real": real, "generated": fake}, scale or 1).figure
-    section.figure(spectra, "Mean power spectra, band: 16 to 84 % of the images")
+    section.figure(
+        lambda: show_grid(pictures, scale, titles, ncols=len(some), size=1.9),
+        "Real above, generated below; chosen at random",
+    )
+    section.figure(
+        lambda: show_spectra({"real": real, "generated": fake}, scale or 1).figure,
+        "Mean power spectra, band: 16 to 84 % of the images",
+    )
     caption = (
         "Each at N = n: generated half against real half; floor: real half against real half; 95 % intervals "
         "over random halvings. KL and JS in nats"
@@ -442,7 +446,7 @@ def _sets(job, tables, notes):
     originals = _pictures(source.images.take(top.real), real)
     titles = [f"ratio {ratio:.2f}" for ratio in top.ratio] + [f"nearest {name}"] * len(top)
     section.figure(
-        show_grid(generated + originals, titles=titles, ncols=len(top), size=1.9),
+        lambda: show_grid(generated + originals, titles=titles, ncols=len(top), size=1.9),
         f"Generated images that are closest to a {name} image; a ratio far below 1 is a copy",
     )
     if job.train is not None:
@@ -467,7 +471,8 @@ def _pairs(job, tables, notes):
     values = {"generated": ssim(real, fake)}
     if seconds is not None:
         values["two real scans"] = ssim(real, seconds)
-    section = Section("Alike pair by pair?").figure(show_values(values).figure, SSIM_NAME)
+    section = Section("Alike pair by pair?")
+    section.figure(lambda: show_values(values).figure, SSIM_NAME)
     section.table(tables["pairs"], "Means over pairs, 95 % intervals; range: that of the real set")
     return [section]
 

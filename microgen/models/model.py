@@ -258,6 +258,8 @@ class Model(Options):
     preview_every: int | None = None  # steps between previews; twenty in all when not given
     init: Path | None = None  # run whose weights to start from
     freeze: tuple = ()  # parts of the network that keep their weights
+    channels_last: bool = False  # weights in the order that tensor cores read: faster on some GPUs
+    compile: bool = False  # torch.compile for the steps: minutes at the start, then faster on a GPU
     judged: int = 16  # held-out images on which the result is judged; 0 for none
 
     limits = {

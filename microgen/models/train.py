@@ -102,6 +102,8 @@ def train_model(
             largest=metric in (*model.more_is_better, *MORE_IS_BETTER),
             patience=model.patience,
             preview_every=preview_every,
+            channels_last=model.channels_last,
+            compile=model.compile,
             shown=progress,
             cbs=[Progress(progress), *_set_metrics(model, metric)],
             **model.train_arguments(),

@@ -424,10 +424,23 @@ class PixelNoise(nn.Module):
         return self.start * torch.exp(F.hardtanh(log_sd, -6, 4))
 
 # %% ../../nbs/50_nets.blocks.ipynb #f8060c1f
+@constant
+def _second_differences(device, dtype):
+    "(1, 1, 3, 3) filter that keeps the variance of white noise, and nothing of what is smooth."
+    kernel = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
+    return kernel[None, None].to(device, dtype)
+
+
 def noise_nll(
     residual: torch.Tensor,  # (B, C, H, W) true image minus mean image
     sd: torch.Tensor,  # (B, 1, H, W) standard deviation
 ) -> torch.Tensor:  # (B,) nats per pixel, up to a constant
-    "Negative log-likelihood of normal noise, image by image."
-    half_squares = 0.5 * (residual / sd).square()
-    return (torch.log(sd) + half_squares).flatten(1).mean(1)
+    """Negative log-likelihood of white normal noise, image by image; smooth errors of the mean image do not count as noise.
+    Source: Immerkaer 1996, doi 10.1006/cviu.1996.0060 (the filter)"""
+    kernel = _second_differences(residual.device, residual.dtype)
+    each = residual.flatten(0, 1)[:, None]  # each channel by itself
+    fine = F.conv2d(each, kernel).unflatten(0, residual.shape[:2])[:, :, 0]
+    # the variance of a sum of independent values: Σ k² σ²
+    variance = F.conv2d(sd.square(), kernel.square())
+    per_pixel = torch.log(variance) / 2 + fine.square() / (2 * variance)
+    return per_pixel.flatten(1).mean(1)

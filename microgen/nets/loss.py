@@ -40,13 +40,8 @@ def _each_channel(images):
     return images.reshape(-1, 1, *images.shape[-2:])
 
 
-def ssim_term(
-    image: torch.Tensor,  # (B, C, H, W) in [-1, 1]
-    target: torch.Tensor,  # (B, C, H, W) in [-1, 1]
-    window: int = 11,  # pixels
-) -> torch.Tensor:  # (B,), 0 for equal images
-    """1 - SSIM, image by image.
-    Source: Wang et al. 2004, doi 10.1109/TIP.2003.819861, equation 13"""
+def _similarity(image, target, window):
+    "(B, C, H, W) SSIM around each pixel."
     x = _each_channel(image)
     y = _each_channel(target)
     moments = torch.cat([x, y, x * x, y * y, x * y])
@@ -58,15 +53,29 @@ def ssim_term(
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # the range of the grey levels is 2
     similarity = (2 * product + c1) * (2 * covariance + c2)
     similarity = similarity / ((squares + c1) * (variances + c2))
-    return 1 - similarity.view(len(image), -1).mean(1)
+    return similarity.view(image.shape)
+
+
+def ssim_term(
+    image: torch.Tensor,  # (B, C, H, W) in [-1, 1]
+    target: torch.Tensor,  # (B, C, H, W) in [-1, 1]
+    window: int = 11,  # pixels
+) -> torch.Tensor:  # (B,), 0 for equal images
+    """1 - SSIM, image by image, reflected at the rim.
+    Source: Wang et al. 2004, doi 10.1109/TIP.2003.819861, equation 13"""
+    return 1 - _similarity(image, target, window).flatten(1).mean(1)
 
 
 def batch_ssim(
     pred,  # (B, C, H, W) in [-1, 1]
     *targets,  # the last is the true image, same shape
 ) -> torch.Tensor:  # scalar, 1 for equal images
-    "SSIM as a metric that fastai can show (window 11, range 2)."
-    return 1 - ssim_term(pred, targets[-1]).mean()
+    """SSIM as a metric that fastai can show (window 11, range 2), without the border, as `microgen.metrics.image.ssim`.
+    Source: Wang et al. 2004, doi 10.1109/TIP.2003.819861, equation 13"""
+    window = 11  # pixels
+    half = window // 2
+    similarity = _similarity(pred, targets[-1], window)
+    return similarity[..., half:-half, half:-half].mean()
 
 
 def ms_ssim_term(
