@@ -9,7 +9,7 @@ __all__ = ['at_share', 'Settings', 'named', 'as_settings']
 import json
 from dataclasses import asdict, fields, replace
 
-from .core import InputError, KnownFields, as_rng, check_known, did_you_mean
+from .core import InputError, KnownFields, as_rng, check_known, did_you_mean, short_repr
 
 # %% ../nbs/04_settings.ipynb #52449f5b
 def at_share(
@@ -32,6 +32,9 @@ def at_share(
 class Settings(KnownFields):
     """Base of frozen dataclasses with one field per setting, each a number or a range (low, high).
     Raises: InputError for a value that the dataclass refuses."""
+
+    def __repr__(self):
+        return short_repr(self)
 
     def __post_init__(self):
         for setting in fields(self):
