@@ -1,6 +1,11 @@
 __version__ = "0.1.0"
 
+import warnings as _warnings
+
 import lazy_loader as _lazy
+
+# fastai asks torch for a compiler that torch no longer recommends: nothing that a user can mend.
+_warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 # Names load their module when first used, so that `import microgen` costs milliseconds.
 __getattr__, __dir__, __all__ = _lazy.attach(

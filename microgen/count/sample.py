@@ -235,6 +235,7 @@ def count_sample(
     seed: int = 0,  # root seed of the injections
     workers: int = -1,  # processes; -1 takes one per core
     progress: bool = False,  # show one bar
+    **reading,  # frame, dataset, channel and max_bytes of microgen.read, for all files
 ) -> Sample:  # counts, size law with the unseen share, surface area
     """Count the images of one sample; with `calibrate`, say what they miss; with `ecsa`, carry it to surface area.
 
@@ -256,7 +257,9 @@ def count_sample(
         then = partial(_calibrate, n, seed, detector, inner_workers, inner_bar)
         then_settings = {"injected": n, "injection_seed": seed}
     outer_bar = progress and not one_image
-    table = count_images(files, out, pixel_size, detector, workers, outer_bar, then, then_settings)
+    table = count_images(
+        files, out, pixel_size, detector, workers, outer_bar, then, then_settings, **reading
+    )
     fit, note = _fit(out, table)
     area, missing = None, ""
     if inputs is not None and fit is not None:
