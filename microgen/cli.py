@@ -165,7 +165,11 @@ def in_sentences(
                 _stop(as_options(str(error), names), 1)
             except KeyboardInterrupt:
                 goes_on = getattr(function, "__name__", "") in RESUMED
-                kept = "the same command goes on from what was finished" if goes_on else "nothing was written"
+                kept = (
+                    "the same command goes on from what was finished"
+                    if goes_on
+                    else "nothing was written"
+                )
                 _stop(f"stopped by the user; {kept}.", 130)
             finally:
                 for one in dict.fromkeys(str(w.message) for w in said):

@@ -114,13 +114,13 @@ def torchvision_line(
 def check_import(
     module: str,  # module to try
     path: str = "",  # folder that is searched first
-    timeout: float = 120,  # s
+    timeout: float = 300,  # s; a first import on a busy machine takes a minute
 ) -> str:  # empty when it works, else the last line of the error
     "Import a module in a process of its own."
     return _why_not(f"import {module}", path, timeout)
 
 
-def _why_not(code, path="", timeout=120):
+def _why_not(code, path="", timeout=300):
     "Run some Python in a process of its own: nothing when it works, else the last line of the error."
     paths = os.pathsep.join(p for p in (path, os.environ.get("PYTHONPATH")) if p)
     call = dict(env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=timeout)

@@ -134,9 +134,7 @@ def tour(
         read(image, pixel_size=pixel_size)  # a file that cannot be read stops here
     check_folder(out, "tour.json", {}, "tour")
     write_json(make_folder(out) / "tour.json", provenance(seed))
-    context = Context(
-        Path(out), seed, image, structure, pixel_size, size, workers, progress, quick
-    )
+    context = Context(Path(out), seed, image, structure, pixel_size, size, workers, progress, quick)
     planned = [c for c in chapters() if image is not None or c.write is not image_chapter]
     lead = "Micrographs whose truth is known, and what is measured in them."
     report = Report("microgen: a tour", lead)

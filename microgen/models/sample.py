@@ -24,7 +24,7 @@ from microgen.io.files import (
     write_json,
     write_tiff,
 )
-from ..io.folder import one_writer, strangers
+from ..io.folder import strangers
 from .model import Model, Sampling, TrainingData
 from .run import load_run
 from ..progress import progress_bar
@@ -106,11 +106,15 @@ def sample_run(
     generated = {"run": str(run), "model": model.name, "scaling": scaled_by, **asked.to_dict()}
     recipe = {"kind": data.kind, "recipe": data.recipe, "generated": generated}
     rows = []
-    with one_writer(out), atomic_folder(out) as folder:
+    with atomic_folder(out) as folder:
         with progress_bar(asked.n, "sampling", progress, "images") as advance:
             for index, one in enumerate(model.sample(network, data, asked)):
                 rows.append(write_sampled(folder, index, one))
                 advance(1)
         write_csv(folder / "metadata.csv", pd.DataFrame(rows))
         write_json(folder / "recipe.json", recipe | provenance(asked.seed))
+        if strangers(out):
+            raise InputError(
+                f"{out} came into use meanwhile: give the name of a new folder (out=)."
+            )
     return out
