@@ -119,6 +119,11 @@ def plan(
         members = np.flatnonzero(labels == label)
         parts_of_label = np.repeat(np.arange(3), _counts(splits, len(members)))
         parts[members] = rng.permutation(parts_of_label)
+    of_train = np.flatnonzero(parts == 0)
+    if splits[1] > 0 and len(of_train) > 1 and not (parts == 1).any():
+        parts[of_train[-1]] = (
+            1  # so few images round to none, and a training needs one to be judged by
+        )
     return tuple(names[i] for i in labels), tuple(SPLITS[i] for i in parts)
 
 # %% ../../nbs/73_data.item.ipynb #47aac97a
