@@ -626,9 +626,9 @@ def structures():
 @command
 def walls():
     "List the wall names and what they mean."
-    from microgen.stem.wall import wall_names
+    from microgen.stem.wall import walls
 
-    typer.echo(wall_names().to_string(index=False))
+    typer.echo(walls().to_string(index=False))
     typer.echo(
         "Any pair of states is a wall too, such as 'alpha+|beta-', with the angle between its normal and c as in "
         "'alpha+|alpha-@0'; and 'vortex', 'antivortex', 'network'."

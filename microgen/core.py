@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['EXTRAS', 'HOW_TO_CALIBRATE', 'MicrogenError', 'InputError', 'UnitError', 'MissingExtra', 'PlugError', 'ReadError',
-           'UncalibratedError', 'WriteError', 'pip_line', 'require', 'as_rng', 'split_rng', 'to_nm', 'check_positive',
-           'check_finite', 'check_image', 'check_number', 'check_numbers', 'check_names', 'check_range',
-           'as_pixel_size', 'Micrograph', 'as_micrograph', 'Estimate', 'mean_interval', 'mean_estimate']
+           'UncalibratedError', 'WriteError', 'pip_line', 'require', 'did_you_mean', 'as_rng', 'split_rng', 'to_nm',
+           'check_positive', 'check_finite', 'check_image', 'check_number', 'check_numbers', 'check_names',
+           'check_range', 'as_pixel_size', 'short_repr', 'Result', 'sinc_weights', 'Micrograph', 'check_complete',
+           'as_micrograph', 'Estimate', 'mean_interval', 'mean_estimate']
 
 # %% ../nbs/00_core.ipynb #c2d8501a
 import importlib
 import re
 import unicodedata
-from dataclasses import asdict, dataclass, field, replace
+from base64 import b64encode
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import SequenceMatcher, get_close_matches
+from html import escape
 from math import inf, isfinite
 from numbers import Integral, Number
 from pathlib import Path
@@ -105,6 +109,19 @@ def require(
         packages = EXTRAS.get(extra, (extra,))
         cure = f"install it with: {pip_line(*packages)}"
         raise MissingExtra(f"{module} is not usable here ({e}); {cure}") from e
+
+# %% ../nbs/00_core.ipynb #a8c7c3c9
+def did_you_mean(
+    word,  # what was given
+    known,  # the names that there are
+) -> str:  # " Did you mean 'typeC'?", with its space; empty where nothing is near
+    "Suggest the name that is nearest to a word, whatever the case of its letters."
+    plain = {str(name).lower(): str(name) for name in known}
+    word = str(word).lower()
+    near = get_close_matches(word, plain, 2)
+    alike = [SequenceMatcher(None, name, word).ratio() for name in near]
+    clear = len(near) == 1 or (near and alike[0] > alike[1])  # one is nearer than all others
+    return f" Did you mean {plain[near[0]]!r}?" if clear else ""
 
 # %% ../nbs/00_core.ipynb #87b1d17e
 def as_rng(
@@ -229,13 +246,26 @@ def check_finite(
     return array
 
 # %% ../nbs/00_core.ipynb #8f698166
+def _as_array(image, name) -> np.ndarray:
+    "The pixels of anything that NumPy understands; what a masked array hides is NaN."
+    if isinstance(image, np.ma.MaskedArray):
+        return image.astype(np.float32).filled(np.nan)
+    try:
+        array = np.asarray(image)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"{name} is no array of numbers with rows of one length: {e}.") from None
+    short_float = array.dtype.kind == "V" and "float" in array.dtype.name  # bfloat16 of ml_dtypes
+    return array.astype(np.float32) if short_float else array
+
+
 def check_image(
     image,  # (H, W) or (C, H, W), any real number type
     name: str = "image",  # what it is called, for the message
+    missing: bool = False,  # NaN are pixels without a value, and allowed where others have one
 ) -> np.ndarray:  # the same as float32
-    """Return an image as finite float32.
+    """Return an image as float32, finite but for pixels that may be missing.
     Raises: InputError for complex data, a wrong number of axes, no pixels, NaN or infinity."""
-    array = np.asarray(image)
+    array = _as_array(image, name)
     if array.dtype.kind == "c":
         raise InputError(f"{name} is complex; take its modulus, phase or real part first.")
     if array.dtype.kind not in "biuf":
@@ -251,7 +281,14 @@ def check_image(
             f"{name} has shape {array.shape}, channels last; use np.moveaxis({name}, -1, 0)."
         )
     with np.errstate(over="ignore"):
-        return check_finite(name, np.ascontiguousarray(array, np.float32))
+        data = np.ascontiguousarray(array, np.float32)
+    nan = np.isnan(data) if missing else None
+    if nan is None or not nan.any():
+        return check_finite(name, data)
+    if nan.all():
+        raise InputError(f"{name} has no pixel with a value: all {nan.size} of them are NaN.")
+    check_finite(name, np.where(nan, 0, data))
+    return data
 
 # %% ../nbs/00_core.ipynb #52b9e24e
 def _as_float(value):
@@ -315,7 +352,8 @@ def check_names(
     strange = [one for one in names if one not in tuple(known)] if is_list else [value]
     if strange or not names:
         wrong = f"holds {strange[0]!r}" if is_list and strange else f"is {value!r}"
-        raise InputError(f"{name} {wrong}: choose among {', '.join(map(str, known))}.")
+        hint = did_you_mean(strange[0], known) if is_list and strange else ""
+        raise InputError(f"{name} {wrong}: choose among {', '.join(map(str, known))}.{hint}")
     return tuple(names)
 
 # %% ../nbs/00_core.ipynb #dbdcff0d
@@ -343,33 +381,215 @@ def check_range(
     return numbers
 
 # %% ../nbs/00_core.ipynb #c457c589
+def _length_of_text(text, unit) -> float:
+    "A number with or without its unit, as in '20 pm', in nm."
+    parts = re.fullmatch(r"([-+]?[\d.,]+(?:e[-+]?\d+)?)(.*)", text.strip(), re.IGNORECASE)
+    own = parts[2].strip() if parts else ""
+    return to_nm(float(parts[1]), own.removesuffix("/px").removesuffix("/pixel") or unit)
+
+
 def as_pixel_size(
-    pixel_size,  # one number for both axes, or a pair (y, x); None is an error
-    unit: str = "nm",  # its unit
+    pixel_size,  # one number for both axes, or a pair (y, x); text may name its unit: "20 pm"
+    unit: str = "nm",  # unit of what does not name its own
 ) -> tuple:  # (py, px), nm per pixel
     """Take a pixel size from one number or a pair.
     Raises: UnitError when there is none, InputError for what is no size."""
     if pixel_size is None:
         raise UnitError(f"the pixel size is not known: {HOW_TO_CALIBRATE}.")
-    sizes = np.asarray(to_nm(np.asarray(pixel_size, float), unit)).ravel()
+    is_list = isinstance(pixel_size, (tuple, list))
+    values = pixel_size if is_list else np.atleast_1d(np.asarray(pixel_size, object))
+    try:
+        sizes = [
+            _length_of_text(value, unit) if isinstance(value, str) else to_nm(float(value), unit)
+            for value in values
+        ]
+    except UnitError:
+        raise
+    except (TypeError, ValueError):
+        sizes = []
     if len(sizes) not in (1, 2):
         raise InputError(
-            f"pixel_size={pixel_size!r} must be one number or a pair (y, x) in nm per pixel."
+            f"pixel_size={pixel_size!r} must be one number or a pair (y, x) in nm per pixel, "
+            'or text with its unit, such as "20 pm".'
         )
-    py, px = sizes if len(sizes) == 2 else sizes.repeat(2)
+    py, px = sizes if len(sizes) == 2 else 2 * sizes
     return check_positive("pixel_size", py), check_positive("pixel_size", px)
 
-# %% ../nbs/00_core.ipynb #cc0a4276
-def _resample(data, pixel_size, new):
-    "Image on the grid (i new_y, j new_x): Gaussian against aliasing, then cubic spline."
-    from scipy.ndimage import affine_transform, gaussian_filter
+# %% ../nbs/00_core.ipynb #89c27a5b
+def _in_words(value) -> str | None:
+    "A fact in a few characters: text, numbers, the number of rows of a table; None for what is too long to say."
+    if isinstance(value, str):
+        return value if len(value) <= 60 else value[:57] + "..."
+    if value is None or isinstance(value, bool):
+        return str(value)
+    if isinstance(value, Integral):
+        return str(int(value))
+    if isinstance(value, Number):
+        return f"{value:.4g}"
+    if hasattr(value, "columns") and hasattr(value, "index"):
+        return f"{len(value)} rows"
+    if hasattr(value, "shape"):
+        return " × ".join(map(str, value.shape))
+    if isinstance(value, (tuple, list)) and 0 < len(value) <= 4:
+        words = [_in_words(one) for one in value]
+        return None if None in words else f"({', '.join(words)})"
+    return None
 
+
+def short_repr(
+    settings,  # a dataclass with defaults
+) -> str:  # such as "Scan(dose_e_A2=1000.0)"
+    "Name the settings that differ from their defaults."
+    said = []
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if value != setting.default:
+            said.append(f"{setting.name}={value!r}")
+    return f"{type(settings).__name__}({', '.join(said)})"
+
+# %% ../nbs/00_core.ipynb #161d8f5a
+class Result:
+    "What a function found: a line of text, in a notebook a table with a picture; `show` plots it, `save` writes it."
+
+    table_name = ""  # the attribute that `save` writes as .csv
+
+    def facts(self) -> dict:  # what it is to a text or a number with its unit
+        "What is worth knowing of it at a glance."
+        values = {setting.name: getattr(self, setting.name) for setting in fields(self)}
+        words = {name: _in_words(value) for name, value in values.items()}
+        return {name: word for name, word in words.items() if word is not None}
+
+    def __repr__(self):
+        said = ", ".join(f"{name} {word}" for name, word in self.facts().items())
+        line = f"{type(self).__name__}({said})"
+        return line if len(line) <= 300 else f"{line[:296]}...)"
+
+    def _repr_html_(self):
+        rows = [
+            f"<tr><th style='text-align:left'>{escape(str(name))}</th>"
+            f"<td style='text-align:left'>{escape(str(word))}</td></tr>"
+            for name, word in self.facts().items()
+        ]
+        table = f"<b>{escape(type(self).__name__)}</b><table>{''.join(rows)}</table>"
+        picture = f"<img alt='{escape(repr(self))}' src='data:image/png;base64,{self._png()}'>"
+        return f"<div style='display:flex;gap:1em;flex-wrap:wrap'>{picture}<div>{table}</div></div>"
+
+    def _png(self):
+        "The picture of `show`, in base64."
+        import matplotlib.pyplot as plt
+
+        from microgen.plot import to_png
+
+        with plt.ioff():
+            fig = self.show().figure
+        try:
+            return b64encode(to_png(fig)).decode()
+        finally:
+            plt.close(fig)
+
+    def show(self) -> object:  # matplotlib Axes or Figure
+        "Plot it."
+        raise NotImplementedError
+
+    def to_folder(
+        self,
+        out,  # folder
+    ) -> Path:  # the folder
+        "Write everything into a folder, where the result has one."
+        raise NotImplementedError
+
+    def save(
+        self,
+        path,  # .png, .pdf or .svg: the picture; .csv: its table; a folder for everything, where it has one
+    ) -> Path:  # what was written
+        """Write the result; the ending decides as what.
+        Raises: InputError for an ending that it has nothing for, WriteError."""
+        from microgen.io.files import write_csv
+        from microgen.plot import save_figure
+
+        path = Path(path)
+        ending = path.suffix.lower()
+        if ending in (".png", ".pdf", ".svg"):
+            import matplotlib.pyplot as plt
+
+            with plt.ioff():
+                fig = self.show().figure
+            try:
+                return save_figure(path, fig)
+            finally:
+                plt.close(fig)
+        if ending == ".csv" and self.table_name:
+            write_csv(path, getattr(self, self.table_name))
+            return path
+        has_folder = type(self).to_folder is not Result.to_folder
+        if has_folder and not re.fullmatch(r"\.[a-z][a-z0-9]{1,4}", ending):
+            return self.to_folder(path)
+        can = [".png, .pdf or .svg (the picture)"]
+        can += [".csv (its table)"] if self.table_name else []
+        can += ["a folder (everything)"] if has_folder else []
+        kind = type(self).__name__
+        raise InputError(f"{path.name!r}: a {kind} is saved as {', '.join(can)}; give such a name.")
+
+# %% ../nbs/00_core.ipynb #cc0a4276
+def _with_nearest(data, missing):
+    "An image with its missing pixels replaced by the nearest that has a value."
+    from scipy.ndimage import distance_transform_edt
+
+    nearest = distance_transform_edt(missing, return_distances=False, return_indices=True)
+    return data[tuple(nearest)]
+
+
+def sinc_weights(
+    n: int,  # pixels of a line
+    at,  # (N,) where it is sampled, in pixels from the centre of the first
+    coarser: float = 1.0,  # spacing of these places in pixels, above 1: what it cannot carry is taken out
+) -> object:  # scipy sparse (N, n): times the line it gives the samples
+    """Sample a line of pixels through a sinc in a Kaiser window: pass to 0.8 of the new Nyquist frequency, stop from 1.
+    Source: Kaiser, Proc. IEEE ISCAS (1974) 20; 60 dB in the stop band."""
+    from scipy.sparse import csr_matrix
+
+    loss_dB, transition = 60.0, 0.2  # of the new Nyquist frequency
+    nyquist = 0.5 / max(coarser, 1.0)  # cycles per pixel
+    cutoff = nyquist if coarser <= 1 else (1 - transition / 2) * nyquist
+    # N = (A - 7.95) / (2.285 Δω), half of it to each side
+    reach = (loss_dB - 7.95) / (2.285 * 2 * np.pi * transition * nyquist) / 2
+    beta = 0.1102 * (loss_dB - 8.7)
+
+    at = np.asarray(at, float)
+    taps = np.arange(-np.ceil(reach), np.ceil(reach) + 1)
+    pixel = np.round(at)[:, None] + taps
+    t = pixel - at[:, None]
+    window = np.i0(beta * np.sqrt(np.clip(1 - (t / reach) ** 2, 0, None))) * (np.abs(t) <= reach)
+    weight = np.sinc(2 * cutoff * t) * window
+    weight /= weight.sum(1, keepdims=True)
+    # beyond its ends the line is mirrored: d c b a | a b c d
+    turn = pixel.astype(int) % (2 * n)
+    mirrored = np.where(turn < n, turn, 2 * n - 1 - turn)
+    row = np.repeat(np.arange(len(at)), len(taps))
+    entries = (weight.ravel().astype(np.float32), (row, mirrored.ravel()))
+    return csr_matrix(entries, shape=(len(at), n))
+
+
+def _resample(data, pixel_size, new):
+    "Image on the grid (i new_y, j new_x), without what that grid cannot carry."
     ratio = np.array(new) / np.array(pixel_size)
     shape = tuple(max(1, round(n / r)) for n, r in zip(data.shape, ratio))
-    # halves the contrast near the new Nyquist frequency
-    sigma = np.sqrt(np.maximum(ratio**2 - 1, 0)) / 2
-    smooth = gaussian_filter(data, sigma, mode="reflect") if sigma.any() else data
-    return affine_transform(smooth, ratio, output_shape=shape, order=3, mode="reflect")
+    missing = np.isnan(data)
+    if missing.any():
+        from scipy.ndimage import affine_transform
+
+        known = _resample(_with_nearest(data, missing), pixel_size, new)
+        near = affine_transform(
+            missing.astype(np.float32), ratio, output_shape=shape, order=1, mode="nearest"
+        )
+        return np.where(near > 0, np.float32(np.nan), known)
+    for axis in (0, 1):
+        if shape[axis] == data.shape[axis] and abs(ratio[axis] - 1) < 1e-9:
+            continue
+        places = ratio[axis] * np.arange(shape[axis])
+        weights = sinc_weights(data.shape[axis], places, ratio[axis])
+        data = weights @ data if axis == 0 else (weights @ data.T).T
+    return np.ascontiguousarray(data)
 
 # %% ../nbs/00_core.ipynb #712800e6
 def _two_whole(name, value) -> tuple:
@@ -383,17 +603,17 @@ def _two_whole(name, value) -> tuple:
 
 # %% ../nbs/00_core.ipynb #e19ce85f
 @dataclass(frozen=True, eq=False, repr=False)
-class Micrograph:
+class Micrograph(Result):
     """A calibrated image: float32 pixels, the pixel size in nm, and where it comes from.
     Raises: InputError or UnitError when the data are no image or the pixel size is no length."""
 
-    data: np.ndarray  # (H, W) or (C, H, W), kept as float32
+    data: np.ndarray  # (H, W) or (C, H, W), kept as float32; NaN is a pixel without a value
     pixel_size: tuple  # (py, px) in nm per pixel; one number stands for both
     metadata: dict = field(default_factory=dict)  # what the file or the simulation says of it
     source: str = ""  # where it comes from: a file name or the recipe
 
     def __post_init__(self):
-        object.__setattr__(self, "data", check_image(self.data, "data"))
+        object.__setattr__(self, "data", check_image(self.data, "data", missing=True))
         object.__setattr__(self, "pixel_size", as_pixel_size(self.pixel_size))
         object.__setattr__(self, "metadata", dict(self.metadata or {}))
 
@@ -407,6 +627,11 @@ class Micrograph:
         "Field of view, pixels times pixel size."
         return tuple(n * p for n, p in zip(self.shape[-2:], self.pixel_size))
 
+    @property
+    def missing(self) -> np.ndarray:  # (H, W) bool
+        "Where a pixel has no value, as at the borders of a sum of images that drifted."
+        return np.isnan(self.data).reshape(-1, *self.shape[-2:]).any(0)
+
     def crop(
         self,
         y: int,  # top row, px
@@ -416,19 +641,31 @@ class Micrograph:
     ) -> "Micrograph":  # the part, with its own pixels
         """Cut out a rectangle.
         Raises: InputError when it leaves the image."""
+        names = ("y", "x", "height", "width")
+        y, x, height, width = (
+            check_number(f"{name} (in pixels)", value, whole=True)
+            for name, value in zip(names, (y, x, height, width))
+        )
         rows, columns = self.shape[-2:]
         if not (0 <= y < y + height <= rows and 0 <= x < x + width <= columns):
             raise InputError(
                 f"the crop y={y}, x={x}, height={height}, width={width} leaves the image of "
                 f"{rows} × {columns} pixels."
             )
-        return replace(self, data=self.data[..., y : y + height, x : x + width].copy())
+        part = self.data[..., y : y + height, x : x + width].copy()
+        if np.isnan(part).all():
+            raise InputError(
+                f"the crop y={y}, x={x}, height={height}, width={width} holds only missing pixels."
+            )
+        return replace(self, data=part)
 
     def resample(
         self,
         pixel_size,  # new pixel size in nm, one number or (py, px)
     ) -> "Micrograph":  # the same field of view to half a pixel
-        "Change the pixel size, without aliasing; the centre of pixel (0, 0) stays where it is."
+        """Change the pixel size; the centre of pixel (0, 0) stays where it is.
+
+        A wave of up to 0.8 of the new Nyquist frequency keeps its amplitude to 1 %, one above 1 keeps at most 0.2 %."""
         new = as_pixel_size(pixel_size)
         channels = self.data.reshape(-1, *self.shape[-2:])
         resampled = [_resample(channel, self.pixel_size, new) for channel in channels]
@@ -440,7 +677,7 @@ class Micrograph:
         size,  # height and width in px, one number or a pair
         stride=None,  # step in px, one number or a pair; default: size
     ) -> list:  # Micrographs, row by row
-        """Cut into equal tiles; what is left at the right and lower edge is dropped.
+        """Cut into equal tiles; the rest at the right and lower edge is dropped, as is a tile without any value.
         Raises: InputError when one tile is larger than the image."""
         height, width = _two_whole("size", size)
         step_y, step_x = _two_whole("stride", size if stride is None else stride)
@@ -452,7 +689,8 @@ class Micrograph:
         tiles = []
         for y in range(0, rows - height + 1, step_y):
             for x in range(0, columns - width + 1, step_x):
-                tiles.append(self.crop(y, x, height, width))
+                if not np.isnan(self.data[..., y : y + height, x : x + width]).all():
+                    tiles.append(self.crop(y, x, height, width))
         return tiles
 
     def show(
@@ -466,16 +704,66 @@ class Micrograph:
 
     def save(
         self,
-        path,  # the file, .tif
-        bits: int = 32,  # 32 (float) or 16 (unsigned integer)
+        path,  # the file: .tif with everything, or .png in 8 bits, to look at
+        bits: int | None = None,  # of a .tif: 32 (float, the default) or 16 (unsigned integer)
+        scalebar: bool = False,  # draw a scale bar into a .png
     ) -> Path:  # the file
-        "Write a calibrated TIFF that ImageJ, HyperSpy and microgen read."
+        """Write a calibrated TIFF that ImageJ, HyperSpy and microgen read, or an 8-bit PNG; the ending decides.
+        Raises: InputError for another ending, or an argument that belongs to the other; WriteError."""
+        path = Path(path)
+        ending = path.suffix.lower()
+        if ending not in (".tif", ".tiff", ".png"):
+            raise InputError(
+                f"{path.name!r}: a micrograph is saved as .tif (with its pixel size) or .png "
+                "(8 bits, to look at); give such a name."
+            )
+        if ending == ".png":
+            from microgen.plot import write_png
+
+            if bits not in (None, 8):
+                raise InputError(f"bits={bits!r}: a .png has 8 bits here; save a .tif for more.")
+            return write_png(path, self, scalebar)
+        if scalebar:
+            raise InputError("A scale bar belongs into a .png: a .tif holds the measured pixels.")
         from microgen.io.files import write_tiff
 
-        return write_tiff(path, self.data, self.pixel_size, self.metadata, bits)
+        return write_tiff(
+            path, self.data, self.pixel_size, self.metadata, 32 if bits is None else bits
+        )
+
+    def to_hyperspy(self) -> object:  # HyperSpy Signal2D with its scale in nm
+        """Hand the image to HyperSpy, with its calibration and metadata; needs `pip install hyperspy`.
+        Raises: MissingExtra without HyperSpy."""
+        signal = require("hyperspy.api", "hyperspy").signals.Signal2D(self.data.copy())
+        width, height = signal.axes_manager.signal_axes  # HyperSpy counts x first
+        for axis, name, step in zip((height, width), "yx", self.pixel_size):
+            axis.name, axis.scale, axis.units = name, step, "nm"
+        signal.metadata.General.title = Path(self.source).name
+        signal.original_metadata.add_dictionary({"microgen": self.metadata})
+        return signal
 
     def __array__(self, dtype=None, copy=None):
         return self.data.astype(dtype or np.float32, copy=bool(copy))
+
+    def facts(self) -> dict:  # what it is, in words
+        "Size, scale, field of view and source."
+        height, width = self.fov
+        py, px = (1e3 * p for p in self.pixel_size)  # pm
+        square = abs(py - px) < 1e-6 * px
+        said = {
+            "pixels": " × ".join(map(str, self.shape)),
+            "pixel size": f"{py:.4g} pm" if square else f"{py:.4g} × {px:.4g} pm",
+            "field of view": f"{height:.4g} × {width:.4g} nm",
+        }
+        if unit := self.metadata.get("unit"):
+            said["grey values"] = (
+                f"{unit}, {np.nanmin(self.data):.4g} to {np.nanmax(self.data):.4g}"
+            )
+        if missing := int(self.missing.sum()):
+            said["pixels without a value"] = str(missing)
+        if self.source:
+            said["source"] = Path(self.source).name
+        return said
 
     def __repr__(self):
         height, width = self.fov
@@ -486,6 +774,28 @@ class Micrograph:
         pixels = " × ".join(map(str, self.shape))
         return f"Micrograph({pixels} px, {size}, {height:.4g} × {width:.4g} nm{name})"
 
+    def _png(self):
+        "The picture of `show`, in base64; of the first channel where there are neither one nor three."
+        grey_or_colour = self.data.ndim == 2 or len(self.data) in (1, 3)
+        image = self if grey_or_colour else replace(self, data=self.data[0])
+        return super(Micrograph, image)._png()
+
+# %% ../nbs/00_core.ipynb #db644a38
+def check_complete(
+    image: Micrograph,  # the image
+    use: str,  # what needs all of its pixels, for the message, such as "fitting columns"
+) -> Micrograph:  # the same
+    """Return an image of which no pixel is missing.
+    Raises: InputError with their number."""
+    missing = int(image.missing.sum())
+    if missing:
+        name = Path(image.source).name or "the image"
+        raise InputError(
+            f"{name} has no value in {missing} of {image.missing.size} pixels (NaN), and {use} "
+            "needs all of them: crop the image to where it has values, or fill them."
+        )
+    return image
+
 # %% ../nbs/00_core.ipynb #dcb7cc36
 def _of_hyperspy(signal) -> tuple:
     "Data, pixel size and unit of a HyperSpy signal with two signal axes."
@@ -494,11 +804,22 @@ def _of_hyperspy(signal) -> tuple:
         raise InputError(
             f"the HyperSpy signal {signal!r} is no single image; pick one with .inav[i]."
         )
+    uneven = [a for a in axes if not getattr(a, "is_uniform", True)]
+    if uneven:
+        raise InputError(
+            f"the axis {uneven[0].name!r} of the HyperSpy signal has no constant step; "
+            "interpolate it first with signal.interpolate_on_axis."
+        )
     return np.asarray(signal.data), [abs(a.scale) for a in axes], [a.units for a in axes]
 
 # %% ../nbs/00_core.ipynb #55494fa4
 def _of_xarray(array) -> tuple:
-    "Data, pixel size and unit of an xarray DataArray; its last two dimensions need even coordinates."
+    "Data, pixel size and unit of an xarray DataArray: y and x by name or the last two, with even coordinates."
+    named = {str(d).lower(): d for d in array.dims}
+    if {"y", "x"} <= set(named):
+        others = [d for d in array.dims if d not in (named["y"], named["x"])]
+        order = (*others, named["y"], named["x"])
+        array = array if order == tuple(array.dims) else array.transpose(*order)
     steps, units = [], []
     for d in array.dims[-2:]:
         if d not in array.coords or array.sizes[d] < 2:
@@ -548,7 +869,8 @@ def as_micrograph(
     kind = type(obj).__name__
     data, scale, units = _data_and_scale(obj)
     if hasattr(data, "detach"):
-        data = data.detach().cpu().numpy()
+        data = data.detach().cpu()
+        data = (data.float() if data.is_floating_point() else data).numpy()  # NumPy has no bfloat16
     if given is None and scale is None:
         raise UnitError(f"the pixel size of this {kind} is not known: {HOW_TO_CALIBRATE}.")
     if given is None:

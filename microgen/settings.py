@@ -8,9 +8,8 @@ __all__ = ['at_share', 'Settings', 'named', 'as_settings']
 # %% ../nbs/04_settings.ipynb #5bd082b9
 import json
 from dataclasses import asdict, fields, replace
-from difflib import get_close_matches
 
-from .core import InputError, as_rng
+from .core import InputError, as_rng, did_you_mean, short_repr
 
 # %% ../nbs/04_settings.ipynb #52449f5b
 def at_share(
@@ -33,6 +32,9 @@ def at_share(
 class Settings:
     """Base of frozen dataclasses with one field per setting, each a number or a range (low, high).
     Raises: InputError for a value that the dataclass refuses."""
+
+    def __repr__(self):
+        return short_repr(self)
 
     def __post_init__(self):
         for setting in fields(self):
@@ -77,9 +79,8 @@ class Settings:
         kind = type(self).__name__
         known = [setting.name for setting in fields(self)]
         for name in set(over) - set(known):
-            near = get_close_matches(str(name), known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"see help({kind})."
-            raise InputError(f"{kind} has no setting {name!r}; {hint}")
+            hint = did_you_mean(name, known) or f" See help({kind})."
+            raise InputError(f"{kind} has no setting {name!r}.{hint}")
         return replace(self, **over)
 
     def to_json(self) -> str:  # one JSON object
@@ -126,7 +127,8 @@ def named(
     Raises: InputError for an unknown preset or setting."""
     if not isinstance(name, str) or name not in presets:
         kind = type(next(iter(presets.values()))).__name__.lower()
-        raise InputError(f"Unknown {kind} preset {name!r}; use one of {', '.join(presets)}.")
+        hint = did_you_mean(name, presets)
+        raise InputError(f"Unknown {kind} preset {name!r}; use one of {', '.join(presets)}.{hint}")
     return presets[name].changed(over or {})
 
 

@@ -17,13 +17,14 @@ from scipy import ndimage as ndi
 from scipy.spatial import cKDTree
 from scipy.special import ndtri
 
-from ..core import InputError, as_rng
+from ..core import InputError, Result, as_rng
 from .appearance import Look, in_pixels, inject, unit_per_px
 from .detect import Detector, detect
 from .fitting import d50_shift, fitted_sizes, look_error, look_of, size_shift
 from .law import DetectionCurve, SizeResponse, fit_detection, fit_response
 from .propose import overlay_mask
 from .size import size_axis
+from ..plot import subplots
 from ..progress import progress_bar
 
 # %% ../../nbs/45_count.calibrate.ipynb #c566db5c
@@ -170,8 +171,8 @@ def _inject_and_count(detection, look, detector, room, overlap, d_px, seed):
     )
 
 # %% ../../nbs/45_count.calibrate.ipynb #4a9d327b
-@dataclass(frozen=True, eq=False)
-class Calibration:
+@dataclass(frozen=True, eq=False, repr=False)
+class Calibration(Result):
     "What a counter finds in one image, and how well it sizes what it finds."
 
     curve: DetectionCurve  # share found of each diameter, in the unit of the image
@@ -182,6 +183,21 @@ class Calibration:
     note: str  # what to know about it
     unit: str = "nm"  # "nm", or "px" where the image has no pixel size
     pixel_size: float = 1.0  # nm per pixel; 1 where it is not known
+
+    table_name = "injections"
+
+    def facts(self) -> dict:  # what it is, in words
+        "The curve and the errors of sizes."
+        c = self.curve
+        return {
+            "d50": f"{c.d50:.3g} ± {c.d50_se:.2g} {self.unit}",
+            "width": f"{c.width:.2f}",
+            "upper": f"{c.upper:.2f}",
+            "size error": f"{100 * self.size_error:.0f} %",
+            "look error at d50": f"{100 * self.look_error(c.d50):.1f} %",
+            "injected": len(self.injections),
+            "found": int(self.injections["found"].sum()),
+        } | ({"note": self.note} if self.note else {})
 
     def look_error(
         self,
@@ -377,7 +393,7 @@ def show_calibration(
     found = rows["found"].to_numpy()
     measured = rows[f"measured_{unit}"].to_numpy()
     s = np.geomspace(d.min(), d.max(), 200)
-    fig, (of_curve, of_sizes) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    fig, (of_curve, of_sizes) = subplots(1, 2, figsize=(8, 3), dpi=100)
     middle, share, error = _share_in_groups(d, found, bins)
     of_curve.errorbar(middle, share, error, fmt="k.", label="injected")
     of_curve.semilogx(s, calibration.curve(s), "k", label="curve")

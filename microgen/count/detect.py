@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage as ndi
 
-from ..core import InputError, Micrograph, as_micrograph
+from ..core import InputError, Micrograph, Result, as_micrograph, short_repr
 from microgen.count.contour import (
     N_RAYS,
     Outlines,
@@ -39,7 +39,7 @@ from microgen.count.propose import (
 from ..io.files import atomic_path, provenance, write_csv, write_json
 
 # %% ../../nbs/39_count.detect.ipynb #a3bb5fac
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Detector:
     """Settings of the method; lengths in px, because it is the pixels that limit what can be seen.
     Raises: InputError for a value out of range."""
@@ -67,6 +67,9 @@ class Detector:
     margin: float = 1.25  # what stands out as well: a score down to this factor below that of three quarters of the particles
     uneven: float = 1.4  # how much better blobs must explain the edges than levels do, for the support to be uneven
     edge_rule: str = "weight"  # frame: "weight" drops cut particles and weights the rest, "drop" drops them, "count" keeps them
+
+    def __repr__(self):
+        return short_repr(self)
 
     def __post_init__(self):
         for f in fields(self):
@@ -165,7 +168,7 @@ def _largest_pieces(label):
 
 # %% ../../nbs/39_count.detect.ipynb #ea00eec9
 @dataclass(frozen=True, eq=False, repr=False)
-class Detection:
+class Detection(Result):
     "The particles of one image."
 
     micrograph: Micrograph  # the image
@@ -173,6 +176,28 @@ class Detection:
     labels: np.ndarray  # (H, W) int32: 0 ground, n the particle with id n
     summary: dict  # count, density, sizes, counting rule, settings, notes
     unit: str = "nm"  # "nm", or "px" where the image has no pixel size
+
+    table_name = "particles"
+
+    def facts(self) -> dict:  # what it is, in words
+        "Number, sizes and what they were counted on."
+        s = self.summary
+        said = {
+            "particles": s["n_particles"],
+            "median diameter": f"{s['median_diameter']:.3g} {self.unit}",
+            "counted as": f"{s['polarity']} on {s['support']} ground",
+        }
+        return said | {f"note {k}": note for k, note in enumerate(s["notes"], 1)}
+
+    def show(
+        self,
+        **kw,  # as microgen.plot.show
+    ) -> object:  # matplotlib Axes, in nm; in px where the pixel size is not known
+        "Show the image with its outlines: red counted, blue cut by the frame and left out."
+        from microgen.plot import show
+
+        kw.setdefault("scalebar", self.unit == "nm")
+        return show(overlay(self), self.micrograph.pixel_size, **kw)
 
     def __repr__(self):
         s = self.summary
@@ -658,4 +683,4 @@ def _png(file, rgb):
     matplotlib.image.imsave(file, rgb, format="png")
 
 
-Detection.save = save
+Detection.to_folder = save

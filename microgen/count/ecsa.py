@@ -16,13 +16,14 @@ import pandas as pd
 from scipy.special import expit, log_expit
 from scipy.stats import norm
 
-from ..core import InputError, check_positive
+from ..core import InputError, Result, check_positive
 from .electrode import SOURCES, EcsaInputs, ErrorBudget, ecsa_inputs, stated
 from .law import FAMILIES, DetectionCurve
 from .likelihood import ThinnedLikelihood
 from .size import SizeFit, envelope, fit_family, text_figure, visible_sizes
 from ..io.base import plain
 from ..io.files import provenance, write_csv, write_json
+from ..plot import subplots
 
 # %% ../../nbs/47_count.ecsa.ipynb #d226aecf
 class _SurfaceLikelihood:
@@ -201,8 +202,8 @@ _ANSWERS = ("r_tot", "total", "r_vis", "visible", "measured")  # the furthest fi
 _COLUMNS = ["source", "minus_percent", "plus_percent", "share_percent"]
 
 # %% ../../nbs/47_count.ecsa.ipynb #6995096c
-@dataclass(frozen=True)
-class Ecsa:
+@dataclass(frozen=True, repr=False)
+class Ecsa(Result):
     "Surface area of the particles of a sample, seen and unseen, and what it explains of the measured one."
 
     d32_nm: ErrorBudget  # surface-weighted diameter of all particles, nm
@@ -220,6 +221,14 @@ class Ecsa:
     refused: str | None  # why there are bounds in place of values, or None
     limits: tuple  # what the numbers do not say, in sentences
     about: dict  # particles, images, level, field
+
+    def facts(self) -> dict:  # what it is, in words
+        "The answers with their intervals, and what they rest on."
+        units = {"d32_nm": "", "visible": f" {self.unit}", "total": f" {self.unit}"}
+        units |= {"measured": f" {self.unit}", "r_vis": "", "r_tot": ""}
+        there = self.quantities()
+        said = {name: f"{there[name]}{unit}" for name, unit in units.items() if name in there}
+        return said | ({"refused": self.refused} if self.refused else {})
 
     def __str__(self):
         return _as_text(self)
@@ -254,7 +263,7 @@ class Ecsa:
         "Everything, ready for JSON."
         return _as_dict(self)
 
-    def save(
+    def to_folder(
         self,
         folder,  # where to; files of the same names are replaced
     ) -> Path:  # the folder
@@ -314,7 +323,7 @@ def _plot_budget(result, name):
     "Bars of the interval that each source makes."
     quantity = result.quantities()[name]
     table = _budget_table(quantity)
-    fig, ax = plt.subplots(figsize=(5.5, 2.8), layout="constrained")
+    fig, ax = subplots(figsize=(5.5, 2.8), dpi=100)
     y = np.arange(len(table))
     colour = np.where(table.source == "total", ".25", ".6")
     ax.barh(y, table.plus_percent, color=colour)
@@ -536,8 +545,8 @@ def ecsa(
     )
 
 # %% ../../nbs/47_count.ecsa.ipynb #4b08f7ea
-@dataclass(frozen=True)
-class EcsaRatio:
+@dataclass(frozen=True, repr=False)
+class EcsaRatio(Result):
     "Surface areas of sample A over those of sample B."
 
     measured: ErrorBudget | None  # of the measured ECSA
@@ -548,7 +557,8 @@ class EcsaRatio:
     shared: tuple  # inputs that cancel
     limits: tuple  # what the numbers do not say
 
-    def __str__(self):
+    def _ratios(self):
+        "Those that could be computed, by what they are called."
         rows = {
             "measured ratio A/B": self.measured,
             "of visible particles": self.visible,
@@ -556,7 +566,29 @@ class EcsaRatio:
             "visible / measured": self.explained_visible,
             "all / measured": self.explained_total,
         }
-        lines = [f"  {name:22s} {ratio}" for name, ratio in rows.items() if ratio is not None]
+        return {name: ratio for name, ratio in rows.items() if ratio is not None}
+
+    def facts(self) -> dict:  # what it is, in words
+        "The ratios with their intervals, and which errors cancelled."
+        said = {name: str(ratio) for name, ratio in self._ratios().items()}
+        return said | {"cancelled": ", ".join(self.shared) or "nothing"}
+
+    def show(self) -> plt.Figure:  # ratios with their intervals
+        "Plot the ratios of A over B; a bound is an arrow."
+        fig, ax = subplots(figsize=(5.5, 2), dpi=100)
+        for k, (_name, ratio) in enumerate(self._ratios().items()):
+            if not ratio.refused:
+                ends = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
+                ax.errorbar(ratio.value, k, xerr=ends, fmt="ko", capsize=3)
+            elif ratio.low > 0:
+                ax.annotate("", (2 * ratio.low, k), (ratio.low, k), arrowprops={"arrowstyle": "->"})
+        ax.axvline(1, color="0.7", lw=1)
+        ax.set(yticks=range(len(self._ratios())), yticklabels=list(self._ratios()))
+        ax.set(xlabel="A / B", ylim=(len(self._ratios()) - 0.5, -0.5))
+        return fig
+
+    def __str__(self):
+        lines = [f"  {name:22s} {ratio}" for name, ratio in self._ratios().items()]
         lines += [f"cancelled: {', '.join(self.shared) or 'nothing'}", "limits:"]
         lines += [f"  - {limit}" for limit in self.limits]
         return "\n".join(lines)

@@ -12,14 +12,14 @@ import numpy as np
 from scipy.optimize import brentq, minimize
 from scipy.special import digamma, expit, gammaln, logit, ndtr, polygamma
 
-from ..core import InputError, as_rng, check_finite, check_positive
+from ..core import InputError, Result, as_rng, check_finite, check_positive
 
 # %% ../../nbs/41_count.law.ipynb #cdf2c937
 _Z90 = 1.2815515655446004  # nine tenths of a normal distribution lie below
 
 
-@dataclass(frozen=True)
-class DetectionCurve:
+@dataclass(frozen=True, repr=False)
+class DetectionCurve(Result):
     "Share of the particles of each size that is found, p(d) = upper Φ(ln(d/d50)/width), and how well it is known."
 
     d50: float  # diameter found half as often as a large one, nm
@@ -54,6 +54,38 @@ class DetectionCurve:
     def d50_se(self):
         "Standard error of d50, nm."
         return 0.0 if self.covariance is None else self.d50 * self.covariance[0][0] ** 0.5
+
+    def facts(self) -> dict:  # what it is, in words
+        "Its three numbers."
+        error = f" ± {self.d50_se:.2g}" if self.d50_se else ""
+        return {
+            "d50": f"{self.d50:.3g}{error} nm",
+            "10 to 90 %": f"{self.d10:.3g} to {self.d90:.3g} nm",
+            "width": f"{self.width:.3g}",
+            "upper": f"{self.upper:.3g}",
+        }
+
+    def show(
+        self,
+        ax=None,  # matplotlib Axes; default: a new figure
+    ) -> object:  # matplotlib Axes: share found over diameter
+        "Plot the share found, with the band of 95 % in which the curve lies."
+        from microgen.plot import subplots
+
+        if ax is None:
+            _, ax = subplots(figsize=(4, 2.8))
+        d = np.geomspace(self.d10 / 3, self.d90 * 3, 200)
+        if self.covariance is not None:
+            rng = np.random.default_rng(0)
+            psi = np.log([self.d50, self.width]).tolist() + [logit(min(self.upper, 1 - 1e-9))]
+            shares = [
+                _share_found(one, np.log(d))[0]
+                for one in rng.multivariate_normal(psi, self.covariance, 200)
+            ]
+            ax.fill_between(d, *np.percentile(shares, [2.5, 97.5], axis=0), alpha=0.3)
+        ax.semilogx(d, self(d), "k")
+        ax.set(xlabel="diameter, nm", ylabel="share found", ylim=(0, 1.02))
+        return ax
 
 
 def _checked_covariance(covariance):

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..core import InputError
+from ..core import InputError, Result
 from .batch import count_images, image_files
 from .calibrate import calibrate
 from .detect import Detector
@@ -26,7 +26,7 @@ from .electrode import ecsa_inputs
 from .law import DetectionCurve, SizeResponse
 from .size import SizeFit, fit_sizes, show_sizes, text_figure
 from ..io.files import atomic_path, provenance, write_csv, write_json
-from ..plot import to_png
+from ..plot import subplots, to_png
 
 # %% ../../nbs/48_count.sample.ipynb #d8efcbed
 def _calibrate(n, seed, detector, workers, progress, detection, folder):
@@ -80,8 +80,8 @@ def _calibrated_image(folder):
     )
 
 # %% ../../nbs/48_count.sample.ipynb #758ee1dc
-@dataclass(frozen=True)
-class Sample:
+@dataclass(frozen=True, repr=False)
+class Sample(Result):
     "What the images of one sample say together."
 
     out: Path  # folder with one folder per image
@@ -90,6 +90,21 @@ class Sample:
     ecsa: Ecsa | None  # surface area
     note: str  # why there is no fit, or which images take no part in it; empty when all do
     missing: str = ""  # why there is no surface area although it was asked for; empty otherwise
+
+    table_name = "table"
+
+    def facts(self) -> dict:  # what it is, in words
+        "Particles, sizes and surface area."
+        counted = self.counted
+        total = int(counted.n_particles.sum()) if len(counted) else 0
+        said = {"images": f"{len(counted)} of {len(self.table)} counted", "particles": total}
+        if self.fit is not None:
+            said |= self.fit.facts() | {"particles": total}
+        if self.ecsa is not None:
+            said |= self.ecsa.facts()
+        said |= {"note": self.note} if self.note else {}
+        said |= {"no surface area": self.missing} if self.missing else {}
+        return said | {"folder": str(self.out)}
 
     @property
     def counted(self) -> pd.DataFrame:  # rows of table
@@ -140,7 +155,7 @@ def _plot_sample(sample, n_images):
     "Overlays of the first images, and a histogram of all diameters, by unit."
     counted = sample.counted
     size = (3.4 * n_images + 3.4, 3.2)
-    fig, axes = plt.subplots(1, n_images + 1, figsize=size, layout="constrained")
+    fig, axes = subplots(1, n_images + 1, figsize=size)
     *overlays, histogram = axes
     for ax, row in zip(overlays, counted.itertuples()):
         ax.imshow(plt.imread(sample.out / row.folder / "overlay.png"))
@@ -157,7 +172,7 @@ def _plot_sample(sample, n_images):
 
 def _write_png(path, fig):
     with atomic_path(path) as whole:
-        whole.write_bytes(to_png(fig, 100))
+        whole.write_bytes(to_png(fig, 300))
     plt.close(fig)
 
 # %% ../../nbs/48_count.sample.ipynb #bce21d2b

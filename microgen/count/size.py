@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator
 from scipy.special import expit
 from scipy.stats import chi2, norm
 
-from ..core import InputError, check_finite, check_positive
+from ..core import InputError, Result, check_finite, check_positive
 from .law import FAMILIES, DetectionCurve, SizeLaw, SizeResponse
 from microgen.count.likelihood import (
     LikelihoodAt,
@@ -32,6 +32,7 @@ from microgen.count.likelihood import (
     true_sizes,
 )
 from ..io.base import plain
+from ..plot import Picture, subplots
 
 # %% ../../nbs/43_count.size.ipynb #42906809
 def _stands_for(curves, sizes):
@@ -117,8 +118,8 @@ class Unseen:
 _SHARES = ("number", "surface", "mass")
 
 
-@dataclass(frozen=True)
-class SizeFit:
+@dataclass(frozen=True, repr=False)
+class SizeFit(Result):
     "What a set of diameters says about all particles, seen and unseen."
 
     unseen_number: Unseen  # share of the particles
@@ -132,6 +133,26 @@ class SizeFit:
     images: tuple  # what was fitted: sizes, curve and frame of each image
     settings: dict  # families, level, least share found
     unit: str = "nm"  # of all lengths here, "nm" or "px"
+
+    table_name = "families"
+
+    def facts(self) -> dict:  # what it is, in words
+        "Particles, law and unseen shares."
+        said = {"particles": sum(len(image.x) for image in self.images)}
+        if self.supported:
+            said["law"] = (
+                f"{self.law.family}, median {self.law.median_nm:.3g} {self.unit}, "
+                f"GSD {self.law.gsd:.3g}"
+            )
+            said["goodness of fit"] = f"p = {self.gof_p:.2g}"
+        return said | {f"unseen {name}": str(share) for name, share in self.unseen.items()}
+
+    def show(
+        self,
+        **kw,  # as show_sizes
+    ) -> plt.Figure:  # histogram with the law, detection curve, unseen shares
+        "Plot the sizes with the law and its unseen part."
+        return show_sizes(self, **kw)
 
     @property
     def unseen(self) -> dict:  # name -> Unseen
@@ -647,7 +668,7 @@ def text_figure(
     text: str,  # a sentence
 ) -> plt.Figure:  # as wide as a plot, one line high
     "Say in a figure why there is no plot."
-    fig = plt.figure(figsize=(5.5, 1))
+    fig = plt.figure(figsize=(5.5, 1), FigureClass=Picture)
     fig.text(0.02, 0.5, text, wrap=True, va="center", fontsize=9)
     return fig
 
@@ -739,7 +760,7 @@ def show_sizes(
     bins: int = 30,  # bars of the histogram
 ) -> plt.Figure:  # histogram with the law, detection curve, unseen shares
     "Plot the sizes with the fitted law and its unseen part, the detection curve, and the unseen shares."
-    fig, (of_law, of_curve, of_shares) = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    fig, (of_law, of_curve, of_shares) = subplots(1, 3, figsize=(11, 3), dpi=100)
     _plot_law(fit, of_law, bins)
     _plot_curves(fit, of_curve)
     _plot_shares(fit, of_shares)

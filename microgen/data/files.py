@@ -19,7 +19,14 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import InputError, ReadError, UncalibratedError, WriteError, as_rng
+from microgen.core import (
+    InputError,
+    ReadError,
+    UncalibratedError,
+    WriteError,
+    as_rng,
+    check_complete,
+)
 from .cache import Arrays, Cache, code_of, read_array, write_array
 from .item import SPLITS, warn
 from ..io.files import read
@@ -261,7 +268,7 @@ def read_maps(
 ) -> dict:  # name to (H, W) array: float32, or int32 where whole numbers were written
     """Read the maps of one image.
     Raises: InputError when the file does not name its maps; ReadError."""
-    stack = read(path, pixel_size)
+    stack = check_complete(read(path, pixel_size), "training")
     names = stack.metadata.get("channels")
     if not names:
         raise InputError(
@@ -512,6 +519,7 @@ def _read(self: Pixels, i):
     except UncalibratedError:
         image = read(path, 1.0, **how)
         image.metadata["pixel_size_unknown"] = True
+    check_complete(image, "training")
     known = _known_pixel_size(image)
     if self.pixel_size and not known:
         raise InputError(

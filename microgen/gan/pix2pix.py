@@ -27,7 +27,7 @@ from ..nets.unet import Generated, PatchGAN, UNet
 from ..plot import show
 from ..train.adversarial import Every, Parts, adversarial_learner
 from ..train.core import device_of, fit_weights, plain_tensor
-from ..train.hub import HubModel
+from ..train.hub import HubModel, network_line
 
 # %% ../../nbs/63_gan.pix2pix.ipynb #a63575c8
 ARCHITECTURES = ("plain", "film", "attention")
@@ -109,6 +109,15 @@ class Pix2Pix(Parts, HubModel):
         super().__init__(g, d)
         self.out_ch = out_ch
         self.about = dict(about or {})
+
+    __str__ = nn.Module.__repr__  # print(model) lists every layer
+
+    def __repr__(self):
+        return network_line(self)
+
+    def _repr_html_(self):
+        metrics = pd.DataFrame(self.facts.get("metrics", []))
+        return f"<b>{self!r}</b>{metrics.to_html(index=False) if len(metrics) else ''}"
 
     @staticmethod
     def generator(

@@ -202,6 +202,29 @@ class Comparison:
         where = f"; {self.out.name}" if self.out else ""
         return f"Comparison({', '.join(self.tables)}{where})"
 
+    def _repr_html_(self):
+        short = {name: table for name, table in self.tables.items() if len(table) <= 20}
+        said = [f"<b>{name}</b>{table.to_html(index=False)}" for name, table in short.items()]
+        return "".join(["<b>Comparison</b>", *said])
+
+    def show(self) -> object:  # IPython HTML
+        "Show the report in a notebook, with its pictures."
+        from IPython.display import HTML
+
+        return HTML(self.report.html())
+
+    def save(
+        self,
+        path,  # the file, .html
+    ) -> Path:  # the file
+        """Write the report.
+        Raises: InputError for another ending, WriteError."""
+        if Path(path).suffix.lower() != ".html":
+            raise InputError(
+                f"{Path(path).name!r}: a comparison is saved as .html; give such a name."
+            )
+        return self.report.save(path)
+
 
 def compare(
     real,  # real images: folder, array as as_images takes them, list of Micrographs

@@ -142,6 +142,8 @@ def _read(path, pixel_size):
         m = replace(m, metadata=m.metadata | {"pixel size": "unknown"})
     except ReadError:
         return None
+    if m.missing.any():
+        return None
     is_grey = m.data.ndim == 3 and len(m.data) == 3 and (m.data == m.data[:1]).all()
     return replace(m, data=m.data[0]) if is_grey else m
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 from torch import nn
 
 from ..core import ReadError
@@ -27,6 +28,14 @@ class Run(NamedTuple):
     network: nn.Module  # trained, in evaluation mode
     data: TrainingData  # what is known of its images
     facts: dict  # all that facts.json holds
+
+    def __repr__(self):
+        classes = ", ".join(self.data.classes[:6]) or "none"
+        return f"Run({self.model.name} of {self.data.kind}, classes {classes}, {type(self.network).__name__})"
+
+    def _repr_html_(self):
+        metrics = pd.DataFrame(self.facts.get("metrics", []))
+        return f"<b>{self!r}</b>{metrics.to_html(index=False) if len(metrics) else ''}"
 
 
 def training_facts(

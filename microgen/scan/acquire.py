@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core import InputError, Micrograph, as_micrograph, split_rng
+from ..core import InputError, Micrograph, Result, as_micrograph, check_complete, split_rng
 from .settings import PRESETS, Scan, as_scan, preset
 from .warp import warp_image, warp_maps, warp_table
 
@@ -321,8 +321,7 @@ def _check_scan(image, maps, rim):
         raise InputError(
             f"A scan needs one image (H, W), not shape {shape}; scan its channels one by one."
         )
-    if not np.isfinite(image.data).all():
-        raise InputError("The image has values that are not finite; replace them before the scan.")
+    check_complete(image, "a scan")
     widest = (min(shape) - 4) // 2
     if rim not in range(widest + 1):
         raise InputError(
@@ -350,8 +349,8 @@ def _scan_metadata(s, pixel_size):
     return {"unit": "electrons", "electrons_per_pixel": electrons(s, pixel_size), "scan": asdict(s)}
 
 # %% ../../nbs/12_scan.acquire.ipynb #839c3edf
-@dataclass(frozen=True)
-class Acquired:
+@dataclass(frozen=True, repr=False)
+class Acquired(Result):
     "A scanned image with the truth that moved with it."
 
     image: Micrograph  # detected electrons per pixel, or the fraction of the beam at infinite dose
@@ -359,6 +358,25 @@ class Acquired:
     table: object  # DataFrame, positions where the columns appear
     settings: Scan  # the values of this image
     field: np.ndarray  # displacement (2, H, W), nm
+
+    table_name = "table"
+
+    def facts(self) -> dict:  # what it is, in words
+        "The image, its dose and its truth."
+        dose = self.settings.dose_e_A2
+        return self.image.facts() | {
+            "dose": "infinite" if dose is None else f"{dose:.3g} e/Å²",
+            "largest distortion": f"{1e3 * np.abs(self.field).max():.3g} pm",
+            "maps": ", ".join(self.maps or {}) or "none",
+            "columns": 0 if self.table is None else len(self.table),
+        }
+
+    def show(
+        self,
+        **kw,  # as microgen.plot.show
+    ) -> object:  # matplotlib Axes, in nm
+        "Show the image with its scale bar."
+        return self.image.show(**kw)
 
 
 def _probed(specimen, d, pixel_size, rim, smear):

@@ -63,7 +63,7 @@ def _sampled(name, value, share):
     return at_share(value, share, logarithmic=name == "dose_e_A2", whole=name in _WHOLE)
 
 # %% ../../nbs/11_scan.settings.ipynb #97547397
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scan(Settings):
     """What happens during one scan: motion, specimen, detector; each value a number or a range (low, high).
 

@@ -164,7 +164,7 @@ def _sampled(name, value, share):
     return at_share(value, share, logarithmic=name in _LOGARITHMIC, whole=name in _WHOLE)
 
 # %% ../../nbs/31_sem.preset.ipynb #95803a14
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scene(Settings):
     """Particles on a support and how they are imaged; each value a number or a range (low, high).
     Raises: InputError for a value out of its limits."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import InputError, Micrograph, split_rng
+from ..core import InputError, Micrograph, Result, split_rng
 from microgen.sem.image import (
     blur,
     burn_in,
@@ -445,8 +445,8 @@ def _numbered(labels, table):
     return new_id[labels], table.assign(id=ids).reset_index(drop=True)
 
 # %% ../../nbs/32_sem.scene.ipynb #6f30f967
-@dataclass(frozen=True)
-class SceneImage:
+@dataclass(frozen=True, repr=False)
+class SceneImage(Result):
     "A simulated micrograph and its truth."
 
     image: Micrograph  # what is seen
@@ -455,6 +455,27 @@ class SceneImage:
     scene: Scene  # the values of this image
     burnt_in: np.ndarray  # (H, W) bool: burnt-in bars and letters
     clean: np.ndarray  # (H, W) float32: the signal without noise, 1 is white
+
+    table_name = "table"
+
+    def facts(self) -> dict:  # what it is, in words
+        "The image and its particles."
+        d = self.table.diameter_nm
+        return self.image.facts() | {
+            "particles": len(self.table),
+            "median diameter": f"{d.median():.3g} nm" if len(d) else "none",
+            "mode": self.scene.mode,
+        }
+
+    def show(
+        self,
+        truth: bool = True,  # colour the particles
+        **kw,  # as microgen.plot.show
+    ) -> object:  # matplotlib Axes, in nm
+        "Show the image, its particles in colour."
+        from microgen.plot import show_mask
+
+        return show_mask(self.image, self.labels, **kw) if truth else self.image.show(**kw)
 
 
 def simulate_scene(

@@ -17,7 +17,7 @@ from scipy.sparse.linalg import splu
 from scipy.spatial import cKDTree
 from skimage.feature import peak_local_max
 
-from ..core import InputError, Micrograph, as_micrograph
+from ..core import InputError, Micrograph, as_micrograph, check_complete
 
 # %% ../../nbs/24_stem.column.ipynb #25c959ea
 def _column_sigma(
@@ -99,8 +99,7 @@ def check_image(
         raise InputError(
             f"columns are measured in one channel, this image has shape {m.data.shape}: pass data[channel]"
         )
-    if not np.isfinite(m.data).all():
-        raise InputError("the image holds NaN or infinity: crop or fill these pixels first")
+    check_complete(m, "measuring columns")
     if min(m.data.shape) < 16 or np.ptp(m.data) == 0:
         raise InputError(
             f"no columns to measure in an image of shape {m.data.shape} that varies by {np.ptp(m.data):g}"

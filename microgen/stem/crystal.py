@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from pymatgen.core import Lattice, Structure
 
-from ..core import InputError
+from ..core import InputError, Result
 from microgen.stem.structure import (
     load_structure,
     mn_plane_height,
@@ -124,8 +124,8 @@ def _nodes(net: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return np.stack(np.meshgrid(i, j, indexing="ij"), -1).reshape(-1, 2)
 
 # %% ../../nbs/16_stem.crystal.ipynb #38bae2a0
-@dataclass(frozen=True)
-class Columns:
+@dataclass(frozen=True, repr=False)
+class Columns(Result):
     "Atomic columns of a crystal seen along a zone axis; `table` has one row per column and element."
 
     table: pd.DataFrame  # y_nm, x_nm, element, site, n_atoms, depth_nm, trimer, layer
@@ -138,8 +138,31 @@ class Columns:
     polar_deg: float = 0.0  # direction of +c, degrees counter-clockwise from up; nan along the beam
     depth_disp_pm: np.ndarray | None = None  # (N, D) displacement in D equal slices, pm
 
+    table_name = "table"
+
     def __len__(self):
         return len(self.table)
+
+    def facts(self) -> dict:  # what it is, in words
+        "Structure, size and elements."
+        counted = self.table.element.value_counts()
+        return {
+            "structure": self.name,
+            "columns": len(self),
+            "elements": ", ".join(f"{element} {n}" for element, n in counted.items()),
+            "field of view": f"{self.fov[0]:g} × {self.fov[1]:g} nm",
+            "thickness": f"{self.thickness_nm:.2f} nm",
+        }
+
+    def show(
+        self,
+        by="element",  # the column of the table that gives the colour
+        **kw,  # as microgen.plot.show_columns
+    ) -> object:  # matplotlib Axes, in nm
+        "Plot where the columns are."
+        from microgen.plot import show_columns
+
+        return show_columns(None, self.table, by, **kw)
 
     def __repr__(self):
         return (

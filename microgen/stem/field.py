@@ -15,14 +15,36 @@ import numpy as np
 from fastcore.basics import patch
 from scipy import fft, ndimage
 
-from ..core import InputError
+from ..core import InputError, Result, short_repr
 from .order import KINK_WIDTH, landau_lengths, wall_width
 
 # %% ../../nbs/18_stem.field.ipynb #c063fb73
-class Field:
+class Field(Result):
     "An order-parameter field: called with positions in nm, it answers Q and phi."
 
     varies_with_depth = False
+
+    def __repr__(self):
+        line = short_repr(self)
+        return line if len(line) <= 300 else f"{line[:296]}...)"
+
+    def show(
+        self,
+        fov=None,  # (h, w) that is shown, nm; None: its own, or twice its centre
+        pixel_size: float | None = None,  # nm; None: 200 pixels along the longer side
+        **kw,  # as microgen.plot.show_phase
+    ) -> object:  # matplotlib Axes, in nm
+        "Plot amplitude and angle at mid-depth."
+        from microgen.plot import show_phase
+
+        if fov is None:
+            twice = tuple(2 * c for c in getattr(self, "center", (2.5, 2.5)))
+            fov = getattr(self, "fov", twice if min(twice) > 0 else (5.0, 5.0))
+        height, width = np.broadcast_to(fov, 2)
+        step = pixel_size or max(height, width) / 200
+        y, x = np.arange(0, height, step)[:, None], np.arange(0, width, step)[None]
+        Q, phi = self(y, x)
+        return show_phase(Q, phi, step, **kw)
 
     def __call__(
         self,
@@ -95,7 +117,7 @@ def _between_states(Q, phi):
     return (off > 0.1) | (Q < 0.5)
 
 # %% ../../nbs/18_stem.field.ipynb #49f54616
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Domain(Field):
     "One domain."
 
@@ -119,7 +141,7 @@ COLUMN_NM = 0.1772  # spacing of R columns along a row of YMnO3 along [100]: a s
 LAYER_NM = 0.5704  # spacing of its R rows: c/2, nm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Wall(Field):
     "A domain wall of any jump, direction, width, step, roughness and inclination."
 
@@ -268,7 +290,7 @@ def _evaluate(self: Wall, y, x, z):
     return FieldValues(Q, phi, core)
 
 # %% ../../nbs/18_stem.field.ipynb #0e5199e1
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Vortex(Field):
     "A vortex (sign +1: phi increases counter-clockwise) or antivortex (-1) of the six states."
 
@@ -364,7 +386,7 @@ def _quench(seed, shape, time):
     return tuple(ndimage.spline_filter(part, 3, mode="grid-wrap") for part in (psi.real, psi.imag))
 
 # %% ../../nbs/18_stem.field.ipynb #36f215e0
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Network(Field):
     "A random network of domains and vortices, from a quench."
 
@@ -408,7 +430,7 @@ class Network(Field):
         return FieldValues(Q, phi, _between_states(Q, phi))
 
 # %% ../../nbs/18_stem.field.ipynb #c70bb2a7
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sum(Field):
     "Several fields in one: their phases add, their amplitudes multiply."
 

@@ -15,7 +15,7 @@ from scipy import sparse
 from scipy.interpolate import LinearNDInterpolator
 from scipy.spatial import cKDTree
 
-from ..core import InputError, Micrograph
+from ..core import InputError, Micrograph, Result
 from .column import check_image, find_columns, fit_image
 from microgen.stem.domain import (
     MAX_PHI_SE,
@@ -78,8 +78,8 @@ def displacements(
     return (up, right, *np.sqrt(S.power(2) @ var).T), S
 
 # %% ../../nbs/27_stem.measure.ipynb #3d6bc5cd
-@dataclass
-class Measurement:
+@dataclass(repr=False)
+class Measurement(Result):
     "What was measured in one micrograph."
 
     columns: pd.DataFrame  # one row each: y_nm, x_nm, element, site, disp_pm, phi, Q, errors, ...
@@ -89,6 +89,23 @@ class Measurement:
     micrograph: Micrograph  # the image
     model: np.ndarray  # (H, W) the fitted image
     settings: dict = field(default_factory=dict)  # structure, affine map, detector noise, steps
+
+    table_name = "columns"
+
+    def facts(self) -> dict:  # what it is, in words
+        "Columns, their precision, and the walls."
+        error_pm = 1e3 * np.median(self.columns[["y_se_nm", "x_se_nm"]].to_numpy())
+        said = {
+            "structure": self.settings.get("structure") or "none",
+            "columns": len(self.columns),
+            "error of a position": f"{error_pm:.2g} pm",
+            "walls": len(self.walls),
+        }
+        for k, w in enumerate(self.walls.itertuples(), 1):
+            said[f"wall {k}"] = (
+                f"x = {w.x_nm:.3g} nm, width {w.width_nm:.2g} ± {w.width_se_nm:.1g} nm"
+            )
+        return said
 
     def __repr__(self):
         structure = self.settings.get("structure") or "no structure"
@@ -134,7 +151,7 @@ class Measurement:
             )
         return ax.set(xlim=(0, self.micrograph.fov[1]), ylim=(self.micrograph.fov[0], 0)) and ax
 
-    def save(
+    def to_folder(
         self,
         out,  # folder
     ) -> Path:  # the folder, with columns.csv, walls.csv, wall_rows.csv, maps/*.tif, overlay.png, measurement.json
@@ -152,7 +169,7 @@ class Measurement:
                 write_csv(folder / f"{name}.csv", getattr(self, name))
             for name, data in self.maps.items():
                 write_tiff(folder / "maps" / f"{name}.tif", data, self.micrograph.pixel_size)
-            fig.savefig(folder / "overlay.png", dpi=150, format="png")
+            fig.savefig(folder / "overlay.png", dpi=300, format="png")
             write_json(
                 folder / "measurement.json",
                 {**provenance(), **self.settings, "image": self.micrograph.source},

@@ -19,7 +19,7 @@ import pandas as pd
 from pymatgen.core import Composition, DummySpecies, Structure
 from pymatgen.io.cif import CifFile, CifParser
 
-from ..core import InputError, ReadError
+from ..core import InputError, ReadError, did_you_mean
 
 # %% ../../nbs/15_stem.structure.ipynb #62e82c36
 def shipped_files() -> dict:  # name to file, in order of names
@@ -134,6 +134,7 @@ def load_structure(
         raise InputError(
             f"There is no structure or file {name!r}: "
             f"give the path of a CIF file or one of {', '.join(shipped_files())}."
+            f"{did_you_mean(name, shipped_files())}"
         )
     n_bytes = path.stat().st_size
     if n_bytes > max_bytes:
