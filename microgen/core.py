@@ -840,7 +840,9 @@ def _of_napari(layer) -> tuple:
         )
     units = getattr(layer, "units", None)
     units = None if units is None else [str(u) for u in units][-2:]
-    return np.asarray(layer.data), list(layer.scale)[-2:], units
+    # of a pyramid, NumPy would get the smallest picture, and the scale is that of the largest
+    data = layer.data[0] if getattr(layer, "multiscale", False) else layer.data
+    return np.asarray(data), list(layer.scale)[-2:], units
 
 # %% ../nbs/00_core.ipynb #8ada91e5
 def _data_and_scale(obj) -> tuple:
