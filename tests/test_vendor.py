@@ -194,7 +194,7 @@ def test_a_cut_file_is_called_truncated(kind, tmp_path):
         ("cbf", b"X-Binary-Size:", b"X-Binary-Sign:", "lacks a number"),
         ("smv", b"unsigned_short", b"float_ieee_oth", "type float_ieee_oth"),
         ("smv", b"SIZE1", b"SIZE9", "lacks SIZE1 or SIZE2"),
-        ("mib", b"U16", b"R64", "raw mode"),
+        ("mib", b"U16", b"U99", "type .U99."),
         ("mib", b"MQ1", b"MZ1", "no file of a Merlin"),
         ("npy", b"'<f4'", b"'|O' ", "pickle"),
     ],

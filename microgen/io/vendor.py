@@ -189,7 +189,7 @@ def sidecars(
     path = Path(path)
     ending = path.suffix.lstrip(".")
     names = [f"{path.stem}.txt", f"{path.stem}-{ending}.hdr", f"{path.stem}.hdr"]
-    names += [name[: -len("txt")] + name[-len("txt") :].upper() for name in names]
+    names += [f"{Path(name).stem}{Path(name).suffix.upper()}" for name in names]
     found = []
     for name in names:
         candidate = path.with_name(name)
@@ -232,11 +232,19 @@ def _bytes_of(value) -> bytes:
     return value.encode("latin-1", "replace") if isinstance(value, str) else bytes(value)
 
 
+def _tescan_text(page) -> str:
+    "The text in TESCAN's tag, a line for each entry; empty where it has none."
+    import tifffile
+
+    try:
+        raw = _bytes_of(page.tags[_TESCAN].value)
+    except (KeyError, TypeError, ValueError, tifffile.TiffFileError):
+        return ""
+    return re.sub(r"[\0\r\n]+", "\n", raw.decode("latin-1"))
+
+
 def _in_tescan_tag(page, tif, path):
-    if _TESCAN not in page.tags:
-        return []
-    text = _bytes_of(page.tags[_TESCAN].value).decode("latin-1")
-    return tescan_statements(re.sub(r"[\0\r\n]+", "\n", text), "TESCAN tag 50431")
+    return tescan_statements(_tescan_text(page), "TESCAN tag 50431")
 
 
 def _in_fei_xml(page, tif, path):
@@ -294,8 +302,5 @@ def vendor_metadata(
             found |= pairs(text)
         elif "$CM_" in text or "$$SM_" in text:
             found |= pairs(text, " ")
-    if _TESCAN in page.tags:
-        text = _bytes_of(page.tags[_TESCAN].value).decode("latin-1")
-        lines = re.findall(r"^[A-Za-z]\w*=[ -~]*$", re.sub(r"[\0\r\n]+", "\n", text), re.MULTILINE)
-        found |= pairs("\n".join(lines))
-    return found
+    lines = re.findall(r"^[A-Za-z]\w*=[ -~]*$", _tescan_text(page), re.MULTILINE)
+    return found | pairs("\n".join(lines))
