@@ -454,9 +454,8 @@ def load_hdf5(
         images = next(filter(None, (layout(file, path) for layout in layouts)), [])
         if not images:
             raise Unreadable(
-                "it holds no image in the layout of HyperSpy, atomap, EMD (Berkeley, Prismatic, py4DSTEM), "
-                "Velox or Dectris; open its array with h5py and give that to microgen.as_micrograph, "
-                "with pixel_size="
+                "it holds no image in the layout of HyperSpy, atomap, Berkeley's EMD or Velox; open its "
+                "array with h5py and give that to microgen.as_micrograph, with pixel_size="
             )
         image = images[choose([image.option() for image in images], dataset)]
         _check_array(image.data, max_bytes)
