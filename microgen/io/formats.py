@@ -30,7 +30,7 @@ from .hdf5 import LAYOUTS, load_hdf5
 from .mrc import load_mrc
 from .tia import load_ser
 from .tiff import MAKERS, load_tiff
-from .vendor import sidecar_statements, vendor_metadata, vendor_statements
+from .vendor import picture_statements, vendor_metadata, vendor_statements
 
 # %% ../../nbs/06_io.formats.ipynb #d0b9ec76
 _AS_THEY_ARE = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N", "F", "RGB", "RGBA")
@@ -97,10 +97,10 @@ def _load_tiff(path, max_bytes, frame=None, dataset=None) -> Raw:
 
 
 def _load_picture(path, max_bytes, frame=None, dataset=None) -> Raw:
-    "A picture, with what a text beside it states."
+    "A picture, with what is stated in it or beside it."
     raw = load_picture(path, max_bytes, frame, dataset)
     columns = raw.data.shape[1]
-    return replace(raw, statements=[*raw.statements, *sidecar_statements(path, columns)])
+    return replace(raw, statements=[*raw.statements, *picture_statements(path, columns)])
 
 
 def _load_hdf5(path, max_bytes, frame=None, dataset=None) -> Raw:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TIFF_VENDORS', 'decoded', 'pairs', 'hitachi_statements', 'jeol_statements', 'tescan_statements', 'fei_xml_statements',
-           'sightx_statements', 'sis_statements', 'sidecars', 'sidecar_text', 'sidecar_statements', 'vendor_statements',
-           'vendor_metadata']
+           'sightx_statements', 'sis_statements', 'sidecars', 'sidecar_text', 'sidecar_statements',
+           'picture_statements', 'vendor_statements', 'vendor_metadata']
 
 # %% ../../nbs/05_io.vendor.ipynb #10c384d8
 import re
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -221,6 +222,29 @@ def sidecar_statements(
                 found += tescan_statements(text, "TESCAN sidecar")
             elif not is_header:
                 found += hitachi_statements(text, columns) + jeol_statements(text, columns)
+    return found
+
+# %% ../../nbs/05_io.vendor.ipynb #327f668c
+_XML = re.compile(rb"<FeiImage\b.*?</FeiImage>", re.DOTALL)
+_EACH_END = 2**18  # bytes searched at the beginning and at the end of a picture
+
+
+def picture_statements(
+    path,  # a PNG, JPEG or BMP
+    columns: int = None,  # its columns, where they are known
+) -> list:  # of Statement
+    "Collect what the makers of this module state in a picture or beside it."
+    found = sidecar_statements(path, columns)
+    with open(path, "rb") as file:
+        begin = file.read(_EACH_END)
+        size = file.seek(0, 2)
+        file.seek(max(len(begin), size - _EACH_END))
+        end = file.read()
+    xml = _XML.search(begin + end)
+    if xml:
+        with suppress(ValueError, ElementTree.ParseError):
+            in_picture = fei_xml_statements(decoded(xml[0]))
+            found += [replace(one, where="Phenom XML in the picture") for one in in_picture]
     return found
 
 # %% ../../nbs/05_io.vendor.ipynb #21527dd3
