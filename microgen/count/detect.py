@@ -184,7 +184,7 @@ class Detection(Result):
         s = self.summary
         said = {
             "particles": s["n_particles"],
-            "median diameter": f"{s['median_diameter']:.3g} {self.unit}",
+            "median diameter": f"{s[f'median_diameter_{self.unit}']:.3g} {self.unit}",
             "counted as": f"{s['polarity']} on {s['support']} ground",
         }
         return said | {f"note {k}": note for k, note in enumerate(s["notes"], 1)}
@@ -201,8 +201,9 @@ class Detection(Result):
 
     def __repr__(self):
         s = self.summary
+        median = s[f"median_diameter_{self.unit}"]
         return (
-            f"Detection({s['n_particles']} particles, median diameter {s['median_diameter']:.3g} {self.unit}, "
+            f"Detection({s['n_particles']} particles, median diameter {median:.3g} {self.unit}, "
             f"{s['polarity']} on {s['support']} ground)"
         )
 
@@ -626,8 +627,8 @@ def _result(m, known, notes, d, found, valid) -> Detection:
         "weighted_count": weight,
         f"field_area_{unit}2": area,
         f"density_per_{unit}2": weight / area if area else None,
-        "median_diameter": float(size.median()) if len(size) else float("nan"),
-        "mean_diameter": float(size.mean()) if len(size) else float("nan"),
+        f"median_diameter_{unit}": float(size.median()) if len(size) else float("nan"),
+        f"mean_diameter_{unit}": float(size.mean()) if len(size) else float("nan"),
         "geometric_sd": float(np.exp(np.log(size).std())) if len(size) > 1 else float("nan"),
         "unit": unit,
         "pixel_size_nm": list(m.pixel_size) if known else None,
