@@ -27,6 +27,7 @@ from .law import DetectionCurve, SizeResponse
 from .size import SizeFit, fit_sizes, show_sizes, text_figure
 from ..io.files import atomic_path, provenance, write_csv, write_json
 from ..plot import subplots, to_png
+from ..progress import is_shown
 
 # %% ../../nbs/48_count.sample.ipynb #d8efcbed
 def _calibrate(n, seed, detector, workers, progress, detection, folder):
@@ -247,12 +248,13 @@ def count_sample(
     n: int = 2000,  # particles injected into each image
     seed: int = 0,  # root seed of the injections
     workers: int = -1,  # processes; -1 takes one per core
-    progress: bool = False,  # show one bar
+    progress: bool | None = None,  # show one bar; None: in a notebook
 ) -> Sample:  # counts, size law with the unseen share, surface area
     """Count the images of one sample; with `calibrate`, say what they miss; with `ecsa`, carry it to surface area.
 
     What an earlier run wrote into the same folder is removed first.
     Raises: InputError when there is no image, for too few injections, and for inputs of the surface area that cannot be right."""
+    progress = is_shown(progress)
     files = image_files(paths)
     injects = calibrate or ecsa is not None
     if injects and n < _LEAST:

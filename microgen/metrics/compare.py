@@ -243,7 +243,7 @@ def compare(
     most=1000,  # images of each set at most
     most_evaluated=16,  # images that are compared with their truth at most
     rng=0,  # seed of every random choice
-    progress=False,  # show a bar
+    progress: bool | None = None,  # show a bar; None: in a notebook
 ) -> Comparison:  # tables, sentences and the report
     """Compare two sets of images in every way that applies.
     Raises: InputError when they cannot be compared: one image, other sizes, other pixel sizes, NaN, no files."""
