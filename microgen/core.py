@@ -471,7 +471,11 @@ class Result:
             for name, word in self.facts().items()
         ]
         table = f"<b>{escape(type(self).__name__)}</b><table>{''.join(rows)}</table>"
-        picture = f"<img alt='{escape(repr(self))}' src='data:image/png;base64,{self._png()}'>"
+        try:
+            png = self._png()
+            picture = f"<img alt='{escape(repr(self))}' src='data:image/png;base64,{png}'>"
+        except Exception as e:  # the table is worth showing all the same
+            picture = f"<i>no picture: {escape(str(e))}</i>"
         return f"<div style='display:flex;gap:1em;flex-wrap:wrap'>{picture}<div>{table}</div></div>"
 
     def _png(self):
