@@ -79,7 +79,7 @@ def __getattr__(name):
 # Modules that are called like a function: `microgen.tour("out")` as well as `microgen.tour.chapters()`.
 _CALLS = {
     "doctor": ("microgen.doctor", lambda module, *given, **named: print(module.report(module.doctor(*given, **named)))),
-    "tour": ("microgen.tour", lambda module, *given, **named: module.tour(*given, **named)),
+    "tour": ("microgen.tour", lambda module, *given, **named: module.tour(*given, **{"progress": True} | named)),
     "count": ("microgen.count.sample", lambda module, *given, **named: module.count_sample(*given, **named)),
 }
 

@@ -157,7 +157,7 @@ def test_metadata_holds_what_a_learner_needs(walls):
         "normal_deg",
         "width_nm",
         "thickness_nm",
-        "dose",
+        "dose_e_A2",
         "preset",
         "pixel_size_nm",
         "seed",

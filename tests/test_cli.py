@@ -157,7 +157,7 @@ def test_options_reach_the_training(tmp_path):
         3,
         "--bf16",
         "--properties",
-        "dose",
+        "dose_e_A2",
         "--contrast",
         0.1,
         "--gamma",
@@ -172,7 +172,7 @@ def test_options_reach_the_training(tmp_path):
         and settings["weights"]["adv"] == 0.01
         and settings["contrast"] == settings["gamma"] == 0.1
     )
-    assert settings["properties"] == ["dose"] and settings["best_by"] == "valid_loss"
+    assert settings["properties"] == ["dose_e_A2"] and settings["best_by"] == "valid_loss"
     assert (tmp_path / "run/previews/00000003.png").exists()
     best = json.loads((tmp_path / "run/result.json").read_text())["best"]
     history = pd.read_csv(tmp_path / "run/history.csv").valid_loss.dropna().to_numpy()
@@ -185,12 +185,12 @@ def test_options_reach_the_training(tmp_path):
         "--n",
         2,
         "--prop",
-        "dose=300000",
+        "dose_e_A2=300000",
         "--out",
         tmp_path / "drawn",
     )
     assert drawn.exit_code == 0, drawn.output
-    assert set(pd.read_csv(tmp_path / "drawn/metadata.csv").dose) == {300000}
+    assert set(pd.read_csv(tmp_path / "drawn/metadata.csv").dose_e_A2) == {300000}
     strange = go(
         "sample",
         tmp_path / "run",

@@ -405,7 +405,7 @@ def test_count_on_the_command_line(tmp_path):
         command(tmp_path / "a.tif", "--pixel-size", 0.5, "--out", tmp_path / "out").exit_code == 0
     )
     summary = json.loads((tmp_path / "out" / "a" / "summary.json").read_text())
-    assert summary["unit"] == "nm" and abs(summary["median_diameter"] - 9) < 0.2
+    assert summary["unit"] == "nm" and abs(summary["median_diameter_nm"] - 9) < 0.2
     assert command(
         tmp_path / "a.tif",
         "--pixel-size",

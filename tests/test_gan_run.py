@@ -176,7 +176,7 @@ def test_drawn_in_the_style_of_real_images(data, tmp_path):
 
 
 def test_what_only_pairs_have_is_refused_with_real_images(data, tmp_path):
-    for asked in ({"group": "seed"}, {"properties": ("dose",)}):
+    for asked in ({"group": "seed"}, {"properties": ("dose_e_A2",)}):
         with pytest.raises(InputError, match=next(iter(asked))):
             images = list_images(data).image[0].parent
             model = Pix2PixModel(real=images, epochs=1, **asked)

@@ -284,7 +284,7 @@ def test_complex_and_one_dimensional_data_are_refused(tmp_path):
     for data, why in (
         (np.ones((8, 8), complex), "complex"),
         (np.ones(8), "1-dimensional"),
-        (np.array([[1.0, np.nan]]), "NaN"),
+        (np.full((2, 2), np.nan), "NaN"),
     ):
         with pytest.raises(ReadError, match=why):
             read(samples.hspy(tmp_path / "a.hspy", data))

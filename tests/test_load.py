@@ -305,7 +305,7 @@ def test_predictions_come_in_the_order_of_the_items(walls, tmp_path, kind, part)
 def test_batches_have_names(walls, tmp_path):
     "What is in a batch is told by dls.fields, whatever was asked for."
     tree(tmp_path, [f"s{k}.tif" for k in range(3)], (64, 64))
-    conditional = paired_dls(walls, bs=2, properties=("dose",), device="cpu")
+    conditional = paired_dls(walls, bs=2, properties=("dose_e_A2",), device="cpu")
     both = mixed_dls(
         walls, tmp_path, 0.5, bs=2, device="cpu", classes=("typeC", "UP"), contrast=0.3, gamma=0.3
     )

@@ -202,7 +202,7 @@ def test_style_of_real_images_is_learned_without_pairs(tmp_path):
 
 def test_properties_are_a_condition(data, tmp_path):
     learn = pix2pix_learner(
-        paired_dls(data, bs=8, properties=("dose", "thickness_nm")), "film", **SMALL
+        paired_dls(data, bs=8, properties=("dose_e_A2", "thickness_nm")), "film", **SMALL
     )
     learn.fit(1)
     model, maps = learn.model, batch(learn.dls)[0]
@@ -210,20 +210,21 @@ def test_properties_are_a_condition(data, tmp_path):
     assert (
         float(model.g.unet.bottom.films[0].linear.weight[:, n + 1 : n + 3].detach().abs().min()) > 0
     )
-    mean, sd = model.about["properties"]["dose"]
+    mean, sd = model.about["properties"]["dose_e_A2"]
 
     def draw(**kw):
         return model.sample(2, (maps[0], 0), rng=0, noise=False, **kw)
 
-    assert torch.equal(draw(), draw(props={"dose": mean}))
-    assert not torch.equal(draw(), draw(props={"dose": mean + 2 * sd}))
-    assert torch.allclose(draw(props={"dose": [mean, mean + sd]})[0], draw()[0], atol=1e-5)
+    assert torch.equal(draw(), draw(props={"dose_e_A2": mean}))
+    assert not torch.equal(draw(), draw(props={"dose_e_A2": mean + 2 * sd}))
+    assert torch.allclose(draw(props={"dose_e_A2": [mean, mean + sd]})[0], draw()[0], atol=1e-5)
     with pytest.raises(InputError, match="dose, thickness_nm"):
         draw(props={"gain": 1})
     model.save_pretrained(tmp_path / "model")
     again = Pix2Pix.from_pretrained(tmp_path / "model")
     one, two = (
-        m.sample(1, (maps[0], 0), rng=0, props={"dose": mean + sd}) for m in (model.eval(), again)
+        m.sample(1, (maps[0], 0), rng=0, props={"dose_e_A2": mean + sd})
+        for m in (model.eval(), again)
     )
     assert torch.equal(one, two)
 

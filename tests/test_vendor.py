@@ -162,6 +162,15 @@ def test_a_text_beside_a_picture_calibrates_it(tmp_path):
     assert read(path).pixel_size == (5.0, 5.0)
 
 
+def test_a_jpeg_of_phenom_carries_its_length(tmp_path):
+    path = samples.write(tmp_path, "jpg")
+    path.write_bytes(path.read_bytes() + vendors.phenom_xml(5.0).encode())
+    assert read(path).pixel_size == pytest.approx((5.0, 5.0))
+    beside(path, "jpg.txt", vendors.hitachi_text(DATA.shape[1], 7.0))
+    with pytest.raises(UncalibratedError, match="Phenom XML in the picture.*Hitachi"):
+        read(path)
+
+
 def test_what_the_maker_says_of_the_microscope_is_kept(tmp_path):
     for kind, key, value in (
         ("tescan", "HV", "15000.0"),
@@ -194,7 +203,7 @@ def test_a_cut_file_is_called_truncated(kind, tmp_path):
         ("cbf", b"X-Binary-Size:", b"X-Binary-Sign:", "lacks a number"),
         ("smv", b"unsigned_short", b"float_ieee_oth", "type float_ieee_oth"),
         ("smv", b"SIZE1", b"SIZE9", "lacks SIZE1 or SIZE2"),
-        ("mib", b"U16", b"R64", "raw mode"),
+        ("mib", b"U16", b"U99", "type .U99."),
         ("mib", b"MQ1", b"MZ1", "no file of a Merlin"),
         ("npy", b"'<f4'", b"'|O' ", "pickle"),
     ],

@@ -260,7 +260,7 @@ def calibrate(
     rng=0,  # seed or generator
     detection=None,  # Detection of this image, if it is at hand
     workers=1,  # processes
-    progress=False,  # show a bar
+    progress: bool | None = None,  # show a bar; None: in a notebook
 ) -> Calibration:  # detection curve, size error and bias
     """Inject particles of known size into an image, count again, and fit the detection curve.
     Raises: InputError when fewer than ten particles show how they look, or the sizes found fix no curve."""

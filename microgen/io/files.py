@@ -235,7 +235,7 @@ def _as_16_bit(data) -> _Scaled:
 # %% ../../nbs/07_io.files.ipynb #64ac0e7b
 def write_tiff(
     path,  # the file, .tif
-    data,  # (H, W) or (C, H, W), finite numbers
+    data,  # (H, W) or (C, H, W); NaN is a pixel without a value, in 32 bits
     pixel_size,  # nm per pixel, one number or (py, px)
     metadata=None,  # dict that goes with it as JSON (ImageJ shows it under Image > Show Info)
     bits: int = 32,  # 32 (float) or 16 (unsigned integer)
@@ -245,7 +245,7 @@ def write_tiff(
     Raises: InputError when the data are no image, UnitError without a pixel size, WriteError."""
     import tifffile
 
-    data = check_image(data, "data")
+    data = check_image(data, "data", missing=bits == 32)
     py, px = as_pixel_size(pixel_size)
     if bits not in (16, 32):
         raise InputError(f"bits={bits!r} must be 32 (float) or 16 (unsigned integer).")

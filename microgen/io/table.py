@@ -263,13 +263,14 @@ FORMATS = (
     Format(
         (".png", ".jpg", ".jpeg", ".bmp"),
         "any program",
-        "`NAME.txt` of Hitachi or JEOL, or pass `pixel_size=`",
+        "`NAME.txt` of Hitachi or JEOL, `NAME-png.hdr` of TESCAN, XML in a JPEG of Phenom, or pass `pixel_size=`",
         "",
         (_MADE, _REAL),
         (
             "test_io.py::test_png_and_jpeg",
             "test_io.py::test_a_png_of_a_real_wall_needs_a_pixel_size",
             "test_vendor.py::test_a_text_beside_a_picture_calibrates_it",
+            "test_vendor.py::test_a_jpeg_of_phenom_carries_its_length",
         ),
     ),
     Format(

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TIFF_VENDORS', 'decoded', 'pairs', 'hitachi_statements', 'jeol_statements', 'tescan_statements', 'fei_xml_statements',
-           'sightx_statements', 'sis_statements', 'sidecars', 'sidecar_text', 'sidecar_statements', 'vendor_statements',
-           'vendor_metadata']
+           'sightx_statements', 'sis_statements', 'sidecars', 'sidecar_text', 'sidecar_statements',
+           'picture_statements', 'vendor_statements', 'vendor_metadata']
 
 # %% ../../nbs/05_io.vendor.ipynb #10c384d8
 import re
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -189,7 +190,7 @@ def sidecars(
     path = Path(path)
     ending = path.suffix.lstrip(".")
     names = [f"{path.stem}.txt", f"{path.stem}-{ending}.hdr", f"{path.stem}.hdr"]
-    names += [name[: -len("txt")] + name[-len("txt") :].upper() for name in names]
+    names += [f"{Path(name).stem}{Path(name).suffix.upper()}" for name in names]
     found = []
     for name in names:
         candidate = path.with_name(name)
@@ -223,6 +224,29 @@ def sidecar_statements(
                 found += hitachi_statements(text, columns) + jeol_statements(text, columns)
     return found
 
+# %% ../../nbs/05_io.vendor.ipynb #327f668c
+_XML = re.compile(rb"<FeiImage\b.*?</FeiImage>", re.DOTALL)
+_EACH_END = 2**18  # bytes searched at the beginning and at the end of a picture
+
+
+def picture_statements(
+    path,  # a PNG, JPEG or BMP
+    columns: int = None,  # its columns, where they are known
+) -> list:  # of Statement
+    "Collect what the makers of this module state in a picture or beside it."
+    found = sidecar_statements(path, columns)
+    with open(path, "rb") as file:
+        begin = file.read(_EACH_END)
+        size = file.seek(0, 2)
+        file.seek(max(len(begin), size - _EACH_END))
+        end = file.read()
+    xml = _XML.search(begin + end)
+    if xml:
+        with suppress(ValueError, ElementTree.ParseError):
+            in_picture = fei_xml_statements(decoded(xml[0]))
+            found += [replace(one, where="Phenom XML in the picture") for one in in_picture]
+    return found
+
 # %% ../../nbs/05_io.vendor.ipynb #21527dd3
 _TESCAN, _FEI_XML, _MAKE = 50431, 34683, 271
 
@@ -232,11 +256,19 @@ def _bytes_of(value) -> bytes:
     return value.encode("latin-1", "replace") if isinstance(value, str) else bytes(value)
 
 
+def _tescan_text(page) -> str:
+    "The text in TESCAN's tag, a line for each entry; empty where it has none."
+    import tifffile
+
+    try:
+        raw = _bytes_of(page.tags[_TESCAN].value)
+    except (KeyError, TypeError, ValueError, tifffile.TiffFileError):
+        return ""
+    return re.sub(r"[\0\r\n]+", "\n", raw.decode("latin-1"))
+
+
 def _in_tescan_tag(page, tif, path):
-    if _TESCAN not in page.tags:
-        return []
-    text = _bytes_of(page.tags[_TESCAN].value).decode("latin-1")
-    return tescan_statements(re.sub(r"[\0\r\n]+", "\n", text), "TESCAN tag 50431")
+    return tescan_statements(_tescan_text(page), "TESCAN tag 50431")
 
 
 def _in_fei_xml(page, tif, path):
@@ -294,8 +326,5 @@ def vendor_metadata(
             found |= pairs(text)
         elif "$CM_" in text or "$$SM_" in text:
             found |= pairs(text, " ")
-    if _TESCAN in page.tags:
-        text = _bytes_of(page.tags[_TESCAN].value).decode("latin-1")
-        lines = re.findall(r"^[A-Za-z]\w*=[ -~]*$", re.sub(r"[\0\r\n]+", "\n", text), re.MULTILINE)
-        found |= pairs("\n".join(lines))
-    return found
+    lines = re.findall(r"^[A-Za-z]\w*=[ -~]*$", _tescan_text(page), re.MULTILINE)
+    return found | pairs("\n".join(lines))

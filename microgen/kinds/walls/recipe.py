@@ -337,7 +337,7 @@ def _parameters(recipe, values, thickness_nm):
     numbers = {name: wall[name] for name in _OF_WALL}
     numbers |= {
         "thickness_nm": thickness_nm,
-        "dose": scan.dose_e_A2 or np.inf,
+        "dose_e_A2": scan.dose_e_A2 or np.inf,
         "pixel_size_nm": recipe.pixel_size,
         "rotation_deg": values.rotation_deg,
         "defocus_nm": values.probe.defocus_nm,
