@@ -501,7 +501,11 @@ class Result:
             for name, word in self.facts().items()
         ]
         table = f"<b>{escape(type(self).__name__)}</b><table>{''.join(rows)}</table>"
-        picture = f"<img alt='{escape(repr(self))}' src='data:image/png;base64,{self._png()}'>"
+        try:
+            png = self._png()
+            picture = f"<img alt='{escape(repr(self))}' src='data:image/png;base64,{png}'>"
+        except Exception as e:  # the table is worth showing all the same
+            picture = f"<i>no picture: {escape(str(e))}</i>"
         return f"<div style='display:flex;gap:1em;flex-wrap:wrap'>{picture}<div>{table}</div></div>"
 
     def _png(self):
@@ -870,7 +874,9 @@ def _of_napari(layer) -> tuple:
         )
     units = getattr(layer, "units", None)
     units = None if units is None else [str(u) for u in units][-2:]
-    return np.asarray(layer.data), list(layer.scale)[-2:], units
+    # of a pyramid, NumPy would get the smallest picture, and the scale is that of the largest
+    data = layer.data[0] if getattr(layer, "multiscale", False) else layer.data
+    return np.asarray(data), list(layer.scale)[-2:], units
 
 # %% ../nbs/00_core.ipynb #8ada91e5
 def _data_and_scale(obj) -> tuple:

@@ -153,7 +153,7 @@ def walls_chapter(
 
     images = {}
     for one in scenes:
-        images[f"{one.about['label']}, {one.about['dose']:,.0f} e/Å²"] = one.image
+        images[f"{one.about['label']}, {one.about['dose_e_A2']:,.0f} e/Å²"] = one.image
     part = Section(TITLE)
     part.text(
         "A domain with its polarisation up (UP), one with it down (DN), and a stepped wall between two domains "

@@ -27,6 +27,7 @@ from .law import DetectionCurve, SizeResponse
 from .size import SizeFit, fit_sizes, show_sizes, text_figure
 from ..io.files import atomic_path, provenance, write_csv, write_json
 from ..plot import subplots, to_png
+from ..progress import is_shown
 
 # %% ../../nbs/48_count.sample.ipynb #d8efcbed
 def _calibrate(n, seed, detector, workers, progress, detection, folder):
@@ -249,12 +250,14 @@ def count_sample(
     n: int = 2000,  # particles injected into each image
     seed: int = 0,  # root seed of the injections
     workers: int = -1,  # processes; -1 takes one per core
-    progress: bool = False,  # show one bar
+    progress: bool | None = None,  # show one bar; None: in a notebook
+    **reading,  # frame, dataset, channel and max_bytes of microgen.read, for all files
 ) -> Sample:  # counts, size law with the unseen share, surface area
     """Count the images of one sample; with `calibrate`, say what they miss; with `ecsa`, carry it to surface area.
 
     A folder that holds the same count goes on with the images that are missing; see `count_images`.
     Raises: InputError when there is no image, for too few injections, for inputs of the surface area that cannot be right, and for a folder that holds anything else."""
+    progress = is_shown(progress)
     injects = calibrate or ecsa is not None
     if injects and n < _LEAST:
         raise InputError(
@@ -271,7 +274,9 @@ def count_sample(
         then = partial(_calibrate, n, seed, detector, inner_workers, inner_bar)
         then_settings = {"injected": n, "injection_seed": seed}
     outer_bar = progress and not one_image
-    table = count_images(files, out, pixel_size, detector, workers, outer_bar, then, then_settings)
+    table = count_images(
+        files, out, pixel_size, detector, workers, outer_bar, then, then_settings, **reading
+    )
     fit, note = _fit(out, table)
     area, missing = None, ""
     if inputs is not None and fit is not None:

@@ -85,7 +85,7 @@ def build(
     workers: int | None = None,  # processes; None takes one per core
     # address of a Dask scheduler, instead of processes of this machine
     scheduler: str | None = None,
-    progress: bool = False,  # show a bar
+    progress: bool | None = None,  # show a bar; None: in a notebook
 ) -> Path:  # the folder
     """Write the dataset of a recipe; what an earlier, interrupted run has made is kept.
     Raises: InputError when the folder holds another dataset; PlugError for a recipe that its kind does not read back or an item of another form; MicrogenError for a full disk or a dead worker."""

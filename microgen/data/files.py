@@ -78,10 +78,16 @@ def _list_dataset(folder):
     return listed
 
 
+_EARLIER_NAMES = {"dose": "dose_e_A2"}  # columns of datasets that were made by an earlier microgen
+
+
 def _metadata(path):
     "The rows of metadata.csv, each with file name and label, and with a split where others have one"
     try:
         listed = pd.read_csv(path)
+        for earlier, name in _EARLIER_NAMES.items():
+            if earlier in listed and name not in listed:
+                listed[name] = listed[earlier]
     except (OSError, ValueError) as e:
         raise ReadError(path, "pandas", f"{e}; write it as a table with a column file_name") from e
     if "file_name" not in listed:

@@ -7,6 +7,7 @@ __all__ = ['READERS', 'ROSETTA', 'IMAGE_SUFFIXES', 'load_picture', 'reader_of']
 
 # %% ../../nbs/06_io.formats.ipynb #2cb09935
 from dataclasses import replace
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 
@@ -14,14 +15,22 @@ import numpy as np
 
 from ..core import require
 from .base import Option, Raw, Statement, Unreadable, check_size, choose, image_axes
-from .detector import is_dectris, load_cbf, load_dectris, load_mib, load_npy, load_smv
+from microgen.io.detector import (
+    OtherFormat,
+    is_dectris,
+    load_cbf,
+    load_dectris,
+    load_mib,
+    load_npy,
+    load_smv,
+)
 from .emd import emd_images
 from .gatan import load_dm
 from .hdf5 import LAYOUTS, load_hdf5
 from .mrc import load_mrc
 from .tia import load_ser
 from .tiff import MAKERS, load_tiff
-from .vendor import sidecar_statements, vendor_metadata, vendor_statements
+from .vendor import picture_statements, vendor_metadata, vendor_statements
 
 # %% ../../nbs/06_io.formats.ipynb #d0b9ec76
 _AS_THEY_ARE = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N", "F", "RGB", "RGBA")
@@ -79,18 +88,19 @@ def _load_tiff(path, max_bytes, frame=None, dataset=None) -> Raw:
     notes = {}
 
     def other_makers(page, tif, path):
+        found = vendor_statements(page, tif, path)
         notes.update(vendor_metadata(page, tif, path))
-        return vendor_statements(page, tif, path)
+        return found
 
     raw = load_tiff(path, max_bytes, frame, dataset, (*MAKERS, other_makers))
     return replace(raw, metadata=raw.metadata | notes)
 
 
 def _load_picture(path, max_bytes, frame=None, dataset=None) -> Raw:
-    "A picture, with what a text beside it states."
+    "A picture, with what is stated in it or beside it."
     raw = load_picture(path, max_bytes, frame, dataset)
     columns = raw.data.shape[1]
-    return replace(raw, statements=[*raw.statements, *sidecar_statements(path, columns)])
+    return replace(raw, statements=[*raw.statements, *picture_statements(path, columns)])
 
 
 def _load_hdf5(path, max_bytes, frame=None, dataset=None) -> Raw:
@@ -139,6 +149,26 @@ def _option(i, signal) -> Option:
     is_image = len(signal["axes"]) > 1
     return Option(str(title), signal["data"].shape, rank=0 if is_image else -1)
 
+# %% ../../nbs/06_io.formats.ipynb #d6bb182d
+def _load_smv(path, max_bytes, frame=None, dataset=None) -> Raw:
+    "An SMV image, or one of JEOL's by RosettaSciIO where that is installed."
+    return _or_rosettasciio(load_smv, path, max_bytes, frame, dataset)
+
+
+def _load_mib(path, max_bytes, frame=None, dataset=None) -> Raw:
+    "A frame of a Merlin, in raw mode by RosettaSciIO where that is installed."
+    return _or_rosettasciio(load_mib, path, max_bytes, frame, dataset)
+
+
+def _or_rosettasciio(load, path, max_bytes, frame, dataset) -> Raw:
+    "What a reader finds, or RosettaSciIO in a file that the reader knows to be another's."
+    try:
+        return load(path, max_bytes, frame, dataset)
+    except OtherFormat:
+        if find_spec("rsciio") is None:
+            raise
+        return _load_other(path, max_bytes, frame, dataset)
+
 # %% ../../nbs/06_io.formats.ipynb #d49bf6f7
 READERS = {
     **dict.fromkeys((".tif", ".tiff"), ("tifffile", _load_tiff)),
@@ -149,8 +179,8 @@ READERS = {
     **dict.fromkeys((".emd", ".hspy", ".hdf5", ".h5"), ("h5py", _load_hdf5)),
     ".npy": ("NumPy", load_npy),
     ".cbf": ("microgen", load_cbf),
-    ".img": ("microgen", load_smv),
-    ".mib": ("microgen", load_mib),
+    ".img": ("microgen", _load_smv),
+    ".mib": ("microgen", _load_mib),
 }
 
 ROSETTA = frozenset(  # endings that RosettaSciIO knows

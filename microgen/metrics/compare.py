@@ -23,7 +23,8 @@ from microgen.core import (
     as_rng,
     mean_estimate,
 )
-from ..io.files import make_folder, write_csv
+from ..io.files import atomic_folder, provenance, write_csv, write_json
+from ..io.folder import check_folder
 from ..kind import Kind
 from microgen.metrics.features import (
     MissingWeights,
@@ -243,10 +244,13 @@ def compare(
     most=1000,  # images of each set at most
     most_evaluated=16,  # images that are compared with their truth at most
     rng=0,  # seed of every random choice
-    progress=False,  # show a bar
+    progress: bool | None = None,  # show a bar; None: in a notebook
 ) -> Comparison:  # tables, sentences and the report
     """Compare two sets of images in every way that applies.
     Raises: InputError when they cannot be compared: one image, other sizes, other pixel sizes, NaN, no files."""
+    about = {"real": _what_it_is(real), "fake": _what_it_is(fake)}
+    if out is not None:
+        check_folder(out, "comparison.json", about, "comparison")  # before the work
     draw = np.random.default_rng(as_rng(rng).integers(2**63))
     seed = int(draw.integers(2**31))
     notes = []
@@ -290,12 +294,19 @@ def compare(
             advance()
     for note in notes:
         sections[0].text(note)
-    about = f"{len(real.names)} images of each; floors are real against real."
-    report = Report("Real against generated", about, sections)
+    lead = f"{len(real.names)} images of each; floors are real against real."
+    report = Report("Real against generated", lead, sections)
     if out is None:
         return Comparison(tables, notes, report)
-    _write(Path(out), tables, report, rng)
+    _write(Path(out), tables, report, rng, about)
     return Comparison(tables, notes, report, Path(out))
+
+
+def _what_it_is(source):
+    "A folder by its name; images of Python by their number."
+    if isinstance(source, (str, Path)):
+        return str(source)
+    return f"{len(source) if hasattr(source, '__len__') else 'some'} images"
 
 
 @dataclass
@@ -396,12 +407,14 @@ def _extractors(in_colour, notes):
     return found
 
 
-def _write(out, tables, report, seed):
-    "The report, and a CSV file per table."
-    make_folder(out)
-    for name, table in tables.items():
-        write_csv(out / f"{name}.csv", table)
-    report.save(out / "report.html", seed if isinstance(seed, int) else None)
+def _write(out, tables, report, seed, about):
+    "The report, and a CSV file per table: all of it, or nothing."
+    seed = seed if isinstance(seed, int) else None
+    with atomic_folder(out) as folder:
+        for name, table in tables.items():
+            write_csv(folder / f"{name}.csv", table)
+        report.save(folder / "report.html", seed)
+        write_json(folder / "comparison.json", provenance(seed) | about)
 
 # %% ../../nbs/83_metrics.compare.ipynb #d8af36eb
 def _overview(job, tables, notes):

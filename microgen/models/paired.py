@@ -99,7 +99,7 @@ class PairedModel(Model):
     real: Path | None = None  # folder of real images that join without maps
     ratio: float = 0.25  # share of real images in a batch
     channels: tuple = ()  # condition channels; those of the kind of image when not given
-    properties: tuple = ()  # columns of metadata.csv that are conditions too, such as dose
+    properties: tuple = ()  # columns of metadata.csv that are conditions too, such as dose_e_A2
 
     limits = {"ratio": (0, 1)}
     sampling = SceneSampling

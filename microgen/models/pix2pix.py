@@ -30,7 +30,7 @@ class Pix2PixSampling(SceneSampling):
 
     domain: str = "simulated"  # whose style: simulated, or real after a training with real images
     noise: bool = True  # generate the noise of the pixels too
-    props: dict | None = None  # a condition of the training, such as dose=3000; else its mean
+    props: dict | None = None  # a condition of the training, such as dose_e_A2=3000; else its mean
 
     flags = {"props": "--prop"}
     choices = {"domain": DOMAINS}

@@ -154,7 +154,7 @@ def _about_the_data(model, learn, known, data, recipe):
     }
     if recipe is not None:
         facts["simulation"] = recipe.facts()
-        dose = list_images(data).get("dose")
+        dose = list_images(data).get("dose_e_A2")
         if dose is not None:
             facts["simulation"]["Dose"] = f"{dose.min():.3g} to {dose.max():.3g} e/Å²"
     return facts
