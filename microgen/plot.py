@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['DrawnImage', 'Picture', 'subplots', 'bar_length', 'NiceBar', 'show', 'show_grid', 'show_columns', 'show_arrows',
-           'show_mask', 'phase_rgb', 'phase_cmap', 'show_phase', 'to_png', 'save_figure', 'write_png']
+           'show_mask', 'phase_rgb', 'phase_cmap', 'show_phase', 'to_png', 'figure_bytes', 'pixels_as_png']
 
 # %% ../nbs/02_plot.ipynb #875f29a3
 from io import BytesIO
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -528,34 +527,27 @@ def to_png(
     return png.getvalue()
 
 
-def save_figure(
-    path,  # the file: .png, .pdf or .svg
+def figure_bytes(
     fig,  # matplotlib Figure or Axes
+    ending: str,  # png, pdf or svg
     dpi=300,  # dots per inch
-) -> Path:  # the file
-    """Save a figure as journals take it: whole or not at all.
-    Raises: InputError for another ending, WriteError."""
-    from microgen.io.files import atomic_path
-
-    path = Path(path)
-    ending = path.suffix.lower().removeprefix(".")
+) -> bytes:  # of the file
+    """Turn a figure into what journals take.
+    Raises: InputError for another ending."""
     if ending not in ("png", "pdf", "svg"):
-        raise InputError(f"{path.name!r}: a figure is saved as .png, .pdf or .svg.")
-    with atomic_path(path) as whole:
-        getattr(fig, "figure", fig).savefig(whole, format=ending, dpi=dpi)
-    return path
+        raise InputError(f"ending={ending!r}: a figure is saved as png, pdf or svg.")
+    file = BytesIO()
+    getattr(fig, "figure", fig).savefig(file, format=ending, dpi=dpi)
+    return file.getvalue()
 
 
-def write_png(
-    path,  # the file, .png
+def pixels_as_png(
     image,  # Micrograph (H, W), or (3, H, W) in colour
     scalebar: bool = False,  # draw a scale bar into the lower right corner
-) -> Path:  # the file
-    """Write the pixels of an image in 8 bits, between the limits of `show`; black where one is missing.
-    Raises: InputError when it is no image to show, WriteError."""
+) -> bytes:  # of a PNG of the same pixels
+    """Turn the pixels of an image into a PNG of 8 bits, between the limits of `show`; black where one is missing.
+    Raises: InputError when it is no image to show."""
     from PIL import Image
-
-    from microgen.io.files import atomic_path
 
     data, pixel_size = _as_picture(image, None)
     if data.ndim == 2:
@@ -565,9 +557,9 @@ def write_png(
     picture = Image.fromarray(np.round(255 * share).astype(np.uint8))
     if scalebar:
         _burn_in_bar(picture, pixel_size)
-    with atomic_path(path) as whole:
-        picture.save(whole, format="PNG")
-    return Path(path)
+    file = BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
 
 
 def _burn_in_bar(picture, pixel_size):
