@@ -22,7 +22,7 @@ def progress_place() -> str:  # "terminal", "notebook" or "log"
 
 def is_shown(
     shown: bool | None,  # True, False, or None: in a notebook
-) -> bool:
+) -> bool:  # whether it is shown
     "Settle whether progress is shown."
     return progress_place() == "notebook" if shown is None else bool(shown)
 

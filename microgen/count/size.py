@@ -32,7 +32,7 @@ from microgen.count.likelihood import (
     true_sizes,
 )
 from ..io.base import plain
-from ..plot import Picture, subplots
+from ..plot import subplots
 
 # %% ../../nbs/43_count.size.ipynb #42906809
 def _stands_for(curves, sizes):
@@ -668,7 +668,8 @@ def text_figure(
     text: str,  # a sentence
 ) -> plt.Figure:  # as wide as a plot, one line high
     "Say in a figure why there is no plot."
-    fig = plt.figure(figsize=(5.5, 1), FigureClass=Picture)
+    fig, ax = subplots(figsize=(5.5, 1), layout=None)
+    ax.set_axis_off()
     fig.text(0.02, 0.5, text, wrap=True, va="center", fontsize=9)
     return fig
 
