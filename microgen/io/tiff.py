@@ -368,9 +368,7 @@ def load_tiff(
 ) -> Raw:  # its pixels and what is said of them
     """Read an image of a TIFF file.
     Raises: Unreadable with the cause."""
-    import tifffile
-
-    with tifffile.TiffFile(path) as tif:
+    with _open(path) as tif:
         n_pages = len(tif.pages)
         if sum(1 for _ in islice(tif.pages, n_pages + 1)) > n_pages:
             # tifffile would follow it for ever
@@ -391,6 +389,18 @@ def load_tiff(
         data = _calibrated_grey(data, (tif.imagej_metadata or {}) if tif.is_imagej else {})
         statements = _statements(page, tif, path, makers)
         return Raw(data, statements, _metadata(page, tif), colours_last)
+
+
+def _open(path):
+    "The file by tifffile."
+    import tifffile
+
+    try:
+        return tifffile.TiffFile(path)
+    except tifffile.TiffFileError as e:
+        if "not a TIFF file" not in str(e):
+            raise
+        raise Unreadable("it is not a TIFF file, whatever its name says") from None
 
 
 def _page_of(series, k, n_images):
