@@ -407,6 +407,6 @@ def _page_of(series, k, n_images):
     "The page that describes image number k of a series."
     pages_each = len(series.pages) // n_images
     page = series.pages[k * pages_each] if pages_each else None
-    if page is None or page.is_virtual:
-        return series.keyframe
-    return page.aspage()
+    with suppress(ValueError):  # a page that tifffile only imagines has no tags
+        return series.keyframe if page is None else page.aspage()
+    return series.keyframe
