@@ -12,7 +12,8 @@ test split are unseen. The seeds change weights, order and noise; the images are
 generator, against four things: the true image; a second scan of the same scene (the same specimen, optics and settings, other
 noise and other jitter: the ceiling for samples in the style of the true image; a mean over z is free of noise and can pass it); scans
 of the same scene by other microscopes (the ceiling for samples with any z); and the Cramér-Rao bound of the true image's columns.
-Intervals are 95 % bootstrap intervals over scenes, which all seeds share. Set metrics are those of a network with random weights,
+Intervals are of 95 % over scenes, which all seeds share: those of the package for a mean (Student, and Hall for skewed values), of
+the jackknife's pseudo-values where a number is no mean, and of order statistics for a median. Set metrics are those of a network with random weights,
 each beside its floor, real half against real half. The samples of one scene over z are compared with scans of that scene by the
 microscopes (optics, thickness, dose) of other images.
 The second half of a training lowers its rates to zero. By the clock: half of the minutes at the full rate, then as many steps again.
@@ -43,11 +44,12 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelFitException, CancelValidException
 from results import write
+from scipy.stats import binom
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from microgen.core import Micrograph
+from microgen.core import Micrograph, mean_interval
 from microgen.data.build import build, read_recipe
 from microgen.data.files import list_images, scale
 from microgen.data.load import paired_dls
@@ -56,9 +58,12 @@ from microgen.gan.pix2pix import CONFIGS, pix2pix_learner, spread
 from microgen.io.files import read
 from microgen.kinds.walls.condition import condition
 from microgen.kinds.walls.evaluate import (
+    RIM_NM,
     bragg_transfer,
     column_errors,
+    in_rim,
     position_bound,
+    rim_difference,
     rms_pm,
     structure_errors,
 )
@@ -325,11 +330,27 @@ def aim(v, how="rms"):
     )
 
 
-def over_scenes(statistic, *tables, n=999):
-    "Value and 95 % interval of a function of tables (seeds, scenes), with the scenes sampled anew."
-    rng, size = np.random.default_rng(0), tables[0].shape[1]
-    draws = [statistic(*(t[:, i] for t in tables)) for i in rng.integers(size, size=(n, size))]
-    return statistic(*tables), *np.nanpercentile(draws, (2.5, 97.5))
+def over_scenes(statistic, *tables):
+    "Value and 95 % interval of a smooth function of tables (seeds, scenes): the interval of the mean of the jackknife's pseudo-values."
+    known = np.all([np.isfinite(t).any(0) for t in tables], axis=0)  # scenes that were measured
+    tables = [t[:, known] for t in tables]
+    value, n = statistic(*tables), int(known.sum())
+    if n < 3:
+        return value, np.nan, np.nan
+    without = np.array([statistic(*(np.delete(t, i, 1) for t in tables)) for i in range(n)])
+    pseudo = n * value - (n - 1) * without  # of a mean: the values themselves
+    low, high = mean_interval(pseudo)
+    return value, float(low), float(high)
+
+
+def median_over_scenes(table):
+    "Median and 95 % interval of a table (seeds, scenes), from the order of the scenes' own medians."
+    of_scene = np.sort([np.nanmedian(v) for v in table.T if np.isfinite(v).any()])
+    value, n = aim(table, "median"), len(of_scene)
+    if n < 6:  # the outermost of five hold a median less often than 95 %
+        return value, np.nan, np.nan
+    k = int(binom.ppf(0.025, n, 0.5))  # P(fewer than k scenes below the median) < 2.5 %
+    return value, min(of_scene[k - 1], value), max(of_scene[n - k], value)
 
 
 # Quantity, column of the scenes, how they are averaged, unit.
@@ -372,11 +393,13 @@ def judgements(seeds, again):
     for what, key, how, unit in ROWS:
 
         def one(values, how=how):
-            return aim(values, how)
+            if how == "median":
+                return median_over_scenes(values)
+            return over_scenes(lambda v: aim(v, how), values)
 
-        generated = over_scenes(one, column(tables, key))
+        generated = one(column(tables, key))
         each = [aim(t[key], how) for t in tables]
-        scans = over_scenes(one, column([again], key)) if key in again else None
+        scans = one(column([again], key)) if key in again else None
         found.append(Judgement(what, unit, generated, each, scans))
     return found + _ratios(tables, again)
 
@@ -537,12 +560,23 @@ def save_picture(fig, file):
 
 
 ONLY_L1 = dict.fromkeys(WEIGHTS, 0.0) | {"l1": 1.0}
+# the terms of the first results: structure, edges and spectrum beside L1
+EVERY_TERM = WEIGHTS | {"adv": 0.02, "ssim": 1.0, "edge": 0.5, "spectral": 0.1}
 TRAININGS = {
     "as it is": {},
     "no adversary": {"weights": {"adv": 0.0}},
     "plain U-Net + L1": {"arch": "plain", "weights": ONLY_L1},
+    "plain U-Net + L1 + patch discriminator": {"arch": "plain", "weights": ONLY_L1 | {"adv": 0.01}},
     "larger discriminator": {"larger": True},
+    "every term": {"weights": EVERY_TERM},
 }
+
+
+def option_of(training):
+    "The name of a training as a word of the command line."
+    return training.lower().replace(" + ", "+").replace(" ", "-")
+
+
 LATE = 0.75  # share of the processor time after which the discriminator is scored
 
 
@@ -711,14 +745,31 @@ def displacement_pm(image, table):
 def of_images(held, images, tables, n_physics, name=""):
     "SSIM, columns and displacements of images of the held-out scenes."
     true = np.stack([scene.true for scene in held])
-    measured = [
-        (Micrograph(image, scene.pixel_size), table)
-        for scene, image, table in zip(held[:n_physics], images, tables)
-    ]
+    inside, outside, displacements = [], [], []
+    for scene, image, table in zip(held[:n_physics], images, tables):
+        image = Micrograph(image, scene.pixel_size)
+        errors = column_errors(image, table, rim_nm=0.0)
+        inside.append(rms_pm(in_rim(errors, image, rim_nm=np.inf, cut_nm=RIM_NM)))
+        outside.append(rms_pm(in_rim(errors, image)))
+        displacements.append(displacement_pm(image, table))
     return {
         f"SSIM{name}": (float(ssim(true, images, L=2).mean()), "1"),
-        f"column error{name}": (aim([rms_pm(column_errors(*m)) for m in measured]), "pm rms"),
-        f"displacement error{name}": (aim([displacement_pm(*m) for m in measured]), "pm rms"),
+        f"column error{name}": (aim(inside), "pm rms"),
+        f"column error in the outer 0.25 nm{name}": (aim(outside), "pm rms"),
+        f"displacement error{name}": (aim(displacements), "pm rms"),
+    }
+
+
+def of_rim(held, images):
+    "Difference of images to the scans of their scenes: the rim beside the inside."
+    found = []
+    for scene, image in zip(held, images):
+        pair = (Micrograph(i, scene.pixel_size) for i in (image, scene.true))
+        found.append(rim_difference(*pair))
+    rim, inside = np.sqrt(np.mean(np.square(found), axis=0))
+    return {
+        "difference to scans in the outer 0.25 nm": (rim, "1"),
+        "difference to scans inside": (inside, "1"),
     }
 
 
@@ -757,7 +808,7 @@ def judge_training(model, held, n_physics, draws_noise):
         mean.append(model.sample(1, given, number, **told | {"noise": False})[0, 0].numpy())
     drawn, mean = np.stack(drawn), np.stack(mean)
     tables = [scene.table for scene in held]
-    found = of_images(held, drawn, tables, n_physics)
+    found = of_images(held, drawn, tables, n_physics) | of_rim(held, drawn)
     if draws_noise:
         found |= of_images(held, mean, tables, n_physics, ", noise left out")
     return found | of_looks(held, drawn, drawn - mean, list(zip(drawn, second)))
@@ -767,9 +818,23 @@ def judge_scans(held, n_physics):
     "The same numbers of second scans: what can be reached."
     again = np.stack([scene.again for scene in held])
     found = of_images(held, again, [scene.moved for scene in held], n_physics)
+    found |= of_rim(held, again)
     noise = np.stack([scene.noise for scene in held])
     pairs = [(scene.true, scene.again) for scene in held]
     return found | of_looks(held, again, noise, pairs)
+
+
+def judge_floor(held, n_physics):
+    "What is measured in the scans themselves without their noise, and with white noise of its strength: the error of measuring."
+    rng = np.random.default_rng(0)
+    quiet = np.stack([scene.true - scene.noise for scene in held]).astype(np.float32)
+    strength = np.array([scene.noise.std() for scene in held])[:, None, None]
+    noisy = quiet + (strength * rng.standard_normal(quiet.shape)).astype(np.float32)
+    tables = [scene.table for scene in held]
+    return {
+        "scans without noise": of_images(held, quiet, tables, n_physics),
+        "scans with white noise instead": of_images(held, noisy, tables, n_physics),
+    }
 
 
 def adversary_rows(case, trained):
@@ -796,10 +861,17 @@ def adversary(a, folder):
     held = held_scenes(data, tuple(dls.channels))
     setting = f"{a.px} px, {a.cpu_seconds:g} s"
     scans = adversary_rows(f"second scans, {a.px} px", [judge_scans(held, a.physics)])
-    print(pd.DataFrame(scans)[["what", "value"]].to_string(index=False), flush=True)
-    found = {name: [] for name in TRAININGS}
+    for name, numbers in judge_floor(held, a.physics).items():
+        scans += adversary_rows(f"{name}, {a.px} px", [numbers])
+    print(pd.DataFrame(scans)[["what", "case", "value"]].to_string(index=False), flush=True)
+    trainings = {
+        name: options
+        for name, options in TRAININGS.items()
+        if not a.trainings or option_of(name) in a.trainings
+    }
+    found = {name: [] for name in trainings}
     for seed in a.seeds:
-        for name, options in TRAININGS.items():
+        for name, options in trainings.items():
             dls = paired_dls(data, bs=8, seed=seed)
             model, steps, right = train_for(a.cpu_seconds, dls, config, seed, **options)
             draws_noise = name != "plain U-Net + L1"  # nothing taught it any
@@ -810,11 +882,11 @@ def adversary(a, folder):
             found[name].append(numbers)
             shown = ", ".join(f"{what} {value:.4g}" for what, (value, _) in numbers.items())
             print(f"seed {seed}, {name}: {shown}", flush=True)
-    rows = scans.copy()
-    for name, trained in found.items():
-        rows += adversary_rows(f"{name}, {setting}", trained)
-    if a.save:
-        write("pix2pix", rows)
+        rows = scans.copy()
+        for name, trained in found.items():
+            rows += adversary_rows(f"{name}, {setting}", trained)
+        if a.save:  # after each seed: n says how many
+            write("pix2pix", rows)
     print(pd.DataFrame(rows).drop(columns=["unit"]).to_string(index=False))
 
 
@@ -832,6 +904,12 @@ def main():
         type=int,
         default=16,
         help="scenes of the part adversary whose columns are measured",
+    )
+    ask.add_argument(
+        "--trainings",
+        nargs="+",
+        choices=list(map(option_of, TRAININGS)),
+        help="of the part adversary; default: all",
     )
     ask.add_argument("--minutes", type=float, default=12, help="of training, for each seed")
     ask.add_argument(

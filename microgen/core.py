@@ -6,15 +6,15 @@
 __all__ = ['EXTRAS', 'HOW_TO_CALIBRATE', 'MicrogenError', 'InputError', 'UnitError', 'MissingExtra', 'PlugError', 'ReadError',
            'UncalibratedError', 'WriteError', 'pip_line', 'require', 'did_you_mean', 'as_rng', 'split_rng', 'to_nm',
            'check_positive', 'check_finite', 'check_image', 'check_number', 'check_numbers', 'check_names',
-           'check_range', 'as_pixel_size', 'short_repr', 'Result', 'sinc_weights', 'Micrograph', 'check_complete',
-           'as_micrograph', 'Estimate', 'mean_interval', 'mean_estimate']
+           'check_known', 'KnownFields', 'check_range', 'as_pixel_size', 'short_repr', 'Result', 'sinc_weights',
+           'Micrograph', 'check_complete', 'as_micrograph', 'Estimate', 'mean_interval', 'mean_estimate']
 
 # %% ../nbs/00_core.ipynb #c2d8501a
 import importlib
 import re
 import unicodedata
 from base64 import b64encode
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import SequenceMatcher, get_close_matches
 from html import escape
 from math import inf, isfinite
@@ -355,6 +355,36 @@ def check_names(
         hint = did_you_mean(strange[0], known) if is_list and strange else ""
         raise InputError(f"{name} {wrong}: choose among {', '.join(map(str, known))}.{hint}")
     return tuple(names)
+
+# %% ../nbs/00_core.ipynb #aecb8c81
+def check_known(
+    whose: str,  # for the message, such as "Probe has no setting"
+    names,  # names that were given
+    known,  # names that there are
+) -> None:
+    """Check that there is something of every name.
+    Raises: InputError with the name that was probably meant, or all."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known) or f" Use {', '.join(known)}."
+            raise InputError(f"{whose} {name!r}.{hint}")
+
+
+class KnownFields:
+    """Base of dataclasses that refuse a setting which there is not.
+    Raises: InputError with the name that was probably meant; PlugError for a class that is no dataclass."""
+
+    def __new__(cls, *values, **named):
+        known = [one.name for one in fields(cls) if one.init] if is_dataclass(cls) else []
+        for base in cls.__mro__:
+            written = "__dataclass_fields__" in vars(base)
+            if not written and (lost := set(named) & set(vars(base).get("__annotations__", {}))):
+                raise PlugError(
+                    f"{base.__name__} has the setting {min(lost)!r} and is no dataclass: write @dataclass above its class."
+                )
+        check_known(f"{cls.__name__} has no", named, known)
+        return super().__new__(cls)
 
 # %% ../nbs/00_core.ipynb #dbdcff0d
 def check_range(

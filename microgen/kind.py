@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import wraps
+from inspect import isfunction, signature
 from numbers import Number
 from pathlib import Path
 from typing import NamedTuple
@@ -127,7 +128,18 @@ def symmetry(
     return SYMMETRIES[name]
 
 # %% ../nbs/01_kind.ipynb #2377ebb5
-class Kind:
+class _Contract(type):
+    "What classes of kinds are made by: a method is looked at whenever a kind gets it, with its class or later, as by @patch."
+
+    def __setattr__(cls, name, value):
+        if name in _METHODS and cls is not Kind:
+            _check_method(cls, name, value)
+            checked = _CHECKED.get(name)
+            value = checked(value) if checked else value
+        super().__setattr__(name, value)
+
+
+class Kind(metaclass=_Contract):
     "Images of which nothing but the pixels is known; kinds that know more override what they know."
 
     name = "images"  # in recipe.json and on the command line
@@ -158,9 +170,9 @@ class Kind:
         "A new kind: what it states is checked now, what it answers whenever it is asked."
         super().__init_subclass__(**kw)
         _check_statements(cls)
-        for name, checked in _CHECKED.items():
+        for name in _METHODS:
             if name in vars(cls):
-                setattr(cls, name, checked(vars(cls)[name]))
+                setattr(cls, name, vars(cls)[name])
 
     def __repr__(self):
         return f"{type(self).__name__}()"
@@ -181,6 +193,20 @@ def _check_statements(cls):
             raise PlugError(
                 f"The kind {cls.__name__} states {name} = {value!r}: give a tuple of names, such as ('one',)."
             )
+    if strange := set(cls.table_channels) - set(cls.channels):
+        raise PlugError(
+            f"The kind {cls.__name__} states table_channels = {cls.table_channels!r}, and {min(strange)!r} is none of "
+            f"its channels ({', '.join(cls.channels) or 'none'})."
+        )
+    for name in ("colour", "takes_structure"):
+        if not isinstance(getattr(cls, name), bool):
+            raise PlugError(
+                f"The kind {cls.__name__} states {name} = {getattr(cls, name)!r}: give True or False."
+            )
+    if not isinstance(cls.focus, (str, type(None))):
+        raise PlugError(
+            f"The kind {cls.__name__} states focus = {cls.focus!r}: give the name of a condition channel, or None."
+        )
     if not isinstance(cls.measures, dict):
         raise PlugError(
             f"The kind {cls.__name__} states measures = {cls.measures!r}: give a dict, name of a number "
@@ -191,7 +217,7 @@ def _check_statements(cls):
         is_new = not name.startswith("_") and not any(
             name in vars(base) for base in cls.__mro__[1:]
         )
-        if is_new and (meant := get_close_matches(name, known, 1, cutoff=0.85)):
+        if is_new and (meant := get_close_matches(name, known, 1, cutoff=0.77)):
             raise PlugError(
                 f"The kind {cls.__name__} has {name!r}, which nobody reads: write {meant[0]!r} if that is what you "
                 f"mean, else begin a name of your own so near to it with an underscore."
@@ -200,6 +226,41 @@ def _check_statements(cls):
         raise PlugError(
             f"The kind {cls.__name__} has no name: give its class one, such as name = 'mine'."
         )
+
+
+_METHODS = (
+    "recipe",
+    "condition",
+    "has_channel",
+    "symmetries",
+    "action",
+    "move_truth",
+    "context",
+    "evaluate",
+    "compare_sets",
+    "same_scene",
+)
+
+
+def _check_method(cls, name, method):
+    "Refuse what cannot be called as the method of a kind will be."
+    arguments = list(signature(getattr(Kind, name)).parameters)
+    call = f"{name}({', '.join(arguments)})"
+    if not isfunction(method):
+        raise PlugError(
+            f"The kind {cls.__name__} states {name} = {method!r:.60}, and a method is called: write def {call}."
+        )
+    taken = signature(method)
+    try:
+        taken.bind(*arguments)
+        if name == "context":  # which is called by the names of its arguments, too
+            own, *others = arguments
+            taken.bind(own, **dict.fromkeys(others))
+    except TypeError:
+        own = ", ".join(taken.parameters)
+        raise PlugError(
+            f"The kind {cls.__name__} has {name}({own}), which is called as {call}: give it these arguments."
+        ) from None
 
 
 def _condition_checked(make):
@@ -231,6 +292,28 @@ def _condition_checked(make):
         )
 
     return condition
+
+
+def _symmetries_checked(name_them):
+    "`symmetries` of a kind, whose names are looked at before they are passed on."
+
+    @wraps(name_them)
+    def symmetries(self, vocab=()):
+        named = name_them(self, vocab)
+        if not isinstance(named, (tuple, list)):
+            raise PlugError(
+                f"The kind {self.name!r} gave {named!r:.60} as symmetries, and a tuple of names is expected, such as "
+                "('mirror_lr',)."
+            )
+        for one in named:
+            if not isinstance(one, Symmetry) and one not in tuple(SYMMETRIES):
+                raise PlugError(
+                    f"The kind {self.name!r} names the symmetry {one!r}, which there is not: choose among "
+                    f"{', '.join(SYMMETRIES)}."
+                )
+        return named
+
+    return symmetries
 
 
 def _evaluate_checked(measure):
@@ -275,8 +358,8 @@ def _action_checked(make):
     "`action` of a kind: what it gives is looked at, and what that function makes of every batch."
 
     @wraps(make)
-    def action(self, op, vocab=(), channels=()):
-        act = make(self, op, vocab, channels)
+    def action(self, op, *vocab_and_channels, **named):
+        act = make(self, op, *vocab_and_channels, **named)
         if not callable(act):
             raise PlugError(
                 f"The kind {self.name!r} gave a {type(act).__name__} as action of {symmetry(op).name}, and a function "
@@ -285,17 +368,26 @@ def _action_checked(make):
 
         def checked(batch):
             try:
-                after = act(dict(batch))
-            except KeyError as error:
-                if error.args[:1] and isinstance(error.args[0], str) and error.args[0] not in batch:
-                    raise PlugError(_no_field(self, error.args[0], batch)) from error
-                raise
+                after = act(_Batch(batch))
+            except _NoField as error:
+                raise PlugError(_no_field(self, error.args[0], batch)) from error
             _check_moved(self, batch, after)
             return after
 
         return checked
 
     return action
+
+
+class _NoField(KeyError):
+    "A batch does not have this field."
+
+
+class _Batch(dict):
+    "The fields of a batch; one that it does not have is told from any other key that is missing."
+
+    def __missing__(self, name):
+        raise _NoField(name)
 
 
 def _no_field(kind, name, batch):
@@ -347,6 +439,7 @@ def _move_truth_checked(move):
 
 _CHECKED = {
     "condition": _condition_checked,
+    "symmetries": _symmetries_checked,
     "evaluate": _evaluate_checked,
     "action": _action_checked,
     "move_truth": _move_truth_checked,
@@ -469,14 +562,27 @@ def same_scene(
     one: Truth,  # of one image
     other: Truth,  # of another
 ) -> bool:  # True when both show the same objects in the same places, to 0.05 nm or a thousandth of the extent
-    "Do two images show the same scene?"
+    "Do two images show the same scene? By the places of their objects; by their maps where objects have no places."
     if one.table is None or other.table is None or len(one.table) != len(other.table):
         return False
     if not {"y_nm", "x_nm"} <= set(one.table) & set(other.table):
-        return False
+        return _same_maps(one.maps, other.maps)
     a, b = (t[["y_nm", "x_nm"]].to_numpy(float) for t in (one.table, other.table))
     extent = np.abs(a).max() if len(a) else 0
     return bool(np.allclose(a, b, rtol=0, atol=max(0.05, 1e-3 * extent)))
+
+
+def _same_maps(one, other):
+    "Are there maps, the same in both to a thousandth of their range?"
+    if not one or not other or set(one) != set(other):
+        return False
+    for name, values in one.items():
+        values, others = np.asarray(values, float), np.asarray(other[name], float)
+        if values.shape != others.shape:
+            return False
+        if not np.allclose(values, others, rtol=0, atol=1e-3 * max(np.ptp(values), 1e-6)):
+            return False
+    return True
 
 # %% ../nbs/01_kind.ipynb #e8d894fc
 KINDS = {

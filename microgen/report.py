@@ -22,12 +22,26 @@ def _captioned(body, caption):
     return f"<figure>{head}{body}</figure>"
 
 
+def _picture(fig, caption, dpi):
+    "A figure as an embedded PNG; it is closed."
+    import matplotlib.pyplot as plt
+
+    png = io.BytesIO()
+    fig.savefig(png, format="png", dpi=dpi, bbox_inches="tight")
+    plt.close(fig)
+    code = base64.b64encode(png.getvalue()).decode()
+    picture = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{code}">'
+    return _captioned(picture, caption)
+
+
 @dataclass
 class Section:
     "A titled part of a report, filled in the reader's order."
 
     title: str  # heading
-    parts: list = field(default_factory=list)  # HTML fragments in order
+    parts: list = field(
+        default_factory=list
+    )  # HTML fragments, or functions that make them, in order
 
     def text(
         self,
@@ -52,20 +66,20 @@ class Section:
 
     def figure(
         self,
-        fig,  # matplotlib Figure, or anything with .savefig
+        fig,  # matplotlib Figure, anything with .savefig, or a function that makes one for the page
         caption: str = "",  # one line above the figure
         dpi: int = 90,  # dots per inch of the embedded PNG
     ) -> "Section":  # the section itself
         "Add a figure as an embedded PNG, and close it."
-        import matplotlib.pyplot as plt
-
-        png = io.BytesIO()
-        fig.savefig(png, format="png", dpi=dpi, bbox_inches="tight")
-        plt.close(fig)
-        code = base64.b64encode(png.getvalue()).decode()
-        picture = f'<img alt="{html.escape(caption)}" src="data:image/png;base64,{code}">'
-        self.parts.append(_captioned(picture, caption))
+        if callable(fig):
+            self.parts.append(lambda: _picture(fig(), caption, dpi))
+        else:
+            self.parts.append(_picture(fig, caption, dpi))
         return self
+
+    def html(self) -> str:  # of the parts, in order
+        "Write the section as one string."
+        return "".join(part() if callable(part) else part for part in self.parts)
 
 # %% ../nbs/09_report.ipynb #77a7b860
 _STYLE = """
@@ -105,7 +119,7 @@ class Report:
         for i, section in enumerate(self.sections):
             heading = html.escape(section.title)
             links.append(f'<a href="#s{i}">{heading}</a>')
-            body.append(f'<h2 id="s{i}">{heading}</h2>{"".join(section.parts)}')
+            body.append(f'<h2 id="s{i}">{heading}</h2>{section.html()}')
         title, lead = html.escape(self.title), html.escape(self.lead)
         return (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'

@@ -9,7 +9,7 @@ __all__ = ['at_share', 'Settings', 'named', 'as_settings']
 import json
 from dataclasses import asdict, fields, replace
 
-from .core import InputError, as_rng, did_you_mean, short_repr
+from .core import InputError, KnownFields, as_rng, check_known, did_you_mean, short_repr
 
 # %% ../nbs/04_settings.ipynb #52449f5b
 def at_share(
@@ -29,7 +29,7 @@ def at_share(
     return float(low + share * (high - low))
 
 # %% ../nbs/04_settings.ipynb #6e20c707
-class Settings:
+class Settings(KnownFields):
     """Base of frozen dataclasses with one field per setting, each a number or a range (low, high).
     Raises: InputError for a value that the dataclass refuses."""
 
@@ -76,11 +76,8 @@ class Settings:
     ) -> "Settings":  # the same settings, but for these
         """Replace some values.
         Raises: InputError for an unknown setting, or a value out of its limits."""
-        kind = type(self).__name__
         known = [setting.name for setting in fields(self)]
-        for name in set(over) - set(known):
-            hint = did_you_mean(name, known) or f" See help({kind})."
-            raise InputError(f"{kind} has no setting {name!r}.{hint}")
+        check_known(f"{type(self).__name__} has no setting", over, known)
         return replace(self, **over)
 
     def to_json(self) -> str:  # one JSON object

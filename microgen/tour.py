@@ -15,7 +15,8 @@ from pathlib import Path
 import microgen.chapters
 from .chapters.base import CHAPTERS, Chapter, Context, chapter
 from .core import InputError, MicrogenError
-from .io.files import make_folder, read
+from .io.files import make_folder, provenance, read, write_json
+from .io.folder import check_folder
 from .report import Report, Section
 
 # %% ../nbs/97_tour.ipynb #39d0fddc
@@ -127,13 +128,13 @@ def tour(
     quick: bool = False,  # less work in every chapter, to see that it runs
 ) -> Path:  # the report
     """Go through all chapters and write the report.
-    Raises: ReadError (image) or WriteError (folder) before any work; MicrogenError after it, for a chapter that failed."""
+    Raises: ReadError (image), WriteError (folder) or InputError (a folder of something else) before any work; MicrogenError after it, for a chapter that failed."""
     image = None if image is None else Path(image)
     if image is not None:
         read(image, pixel_size=pixel_size)  # a file that cannot be read stops here
-    context = Context(
-        make_folder(out), seed, image, structure, pixel_size, size, workers, progress, quick
-    )
+    check_folder(out, "tour.json", {}, "tour")
+    write_json(make_folder(out) / "tour.json", provenance(seed))
+    context = Context(Path(out), seed, image, structure, pixel_size, size, workers, progress, quick)
     planned = [c for c in chapters() if image is not None or c.write is not image_chapter]
     lead = "Micrographs whose truth is known, and what is measured in them."
     report = Report("microgen: a tour", lead)

@@ -221,3 +221,110 @@ def test_options_reach_the_training(tmp_path):
         and "fid" in unknown.output
         and len(re.findall(r"\n", unknown.output.strip())) < 4
     )
+
+
+def said(done):
+    return " ".join(done.output.split())
+
+
+def test_results_of_others_are_never_touched(pictures, tmp_path):
+    "measure, compare, tour, sample and simulate refuse a folder that is not theirs before any work."
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("columns.csv", "overlay.png", "report.html", "metadata.csv"):
+        (mine / name).write_text("weeks of work", encoding="utf-8")
+    for words in (
+        ("measure", pictures / "a" / "0.tif"),
+        ("compare", pictures / "a", pictures / "b"),
+        ("simulate", "--n", 2, "--size", 32, "--pixel-size", 0.03, "--workers", 1),
+        ("count", pictures / "a"),
+        ("tour",),
+    ):
+        refused = go(*words, "--out", mine)
+        assert refused.exit_code == 1 and "is not empty" in said(refused), refused.output
+    assert {p.read_text(encoding="utf-8") for p in mine.iterdir()} == {"weeks of work"}
+    assert len(list(mine.iterdir())) == 4
+
+
+def test_a_second_measurement_replaces_its_own_and_no_other(tmp_path):
+    import shutil
+
+    from microgen.kinds.walls.recipe import Recipe, simulate
+
+    recipe = Recipe(walls=("UP",), n=2, size=96, pixel_size=0.025, preset="good")
+    for k in range(2):
+        simulate(recipe, k).image.save(tmp_path / f"{k}.tif")
+    out = tmp_path / "measured"
+    assert go("measure", tmp_path / "0.tif", "--out", out).exit_code == 0
+    first = (out / "columns.csv").read_bytes()
+    other = go("measure", tmp_path / "1.tif", "--out", out)
+    assert other.exit_code == 1 and "image is '0.tif' there and '1.tif' here" in said(other)
+    assert (out / "columns.csv").read_bytes() == first
+    shutil.copy(tmp_path / "1.tif", tmp_path / "0.tif")  # another image under the same name
+    assert go("measure", tmp_path / "0.tif", "--out", out).exit_code == 1
+    assert (out / "columns.csv").read_bytes() == first
+
+
+def test_an_image_of_a_stack_is_named_on_the_command_line(tmp_path):
+    import tifffile
+
+    from microgen.kinds.walls.recipe import Recipe, simulate
+
+    one = simulate(Recipe(walls=("UP",), n=1, size=96, pixel_size=0.025, preset="good"), 0).image
+    tifffile.imwrite(tmp_path / "stack.tif", np.stack([one.data] * 3), photometric="minisblack")
+    words = ("measure", tmp_path / "stack.tif", "--pixel-size", 0.025, "--out", tmp_path / "out")
+    asked = go(*words)
+    assert asked.exit_code == 1 and "--frame" in said(asked), asked.output
+    assert go(*words, "--frame", 1).exit_code == 0
+    too_large = go(*words, "--frame", 1, "--max-bytes", "10kB")
+    assert too_large.exit_code == 1 and "--max-bytes" in said(too_large), too_large.output
+    pm = go("measure", tmp_path / "stack.tif", "--frame", 0, "--pixel-size", 25)
+    assert pm.exit_code == 1 and "give it in nm" in said(pm), pm.output
+
+
+def test_a_small_dataset_can_be_trained_on_and_its_own_classes_are_sampled(tmp_path):
+    "Eight images of three walls keep one to judge by; a training on two of three classes samples these two."
+    import pandas as pd
+
+    data, run = tmp_path / "data", tmp_path / "run"
+    small = ("--size", 32, "--pixel-size", 0.03, "--preset", "good", "--workers", 1)
+    assert go("simulate", "--n", 8, *small, "--out", data).exit_code == 0
+    assert "valid" in set(pd.read_csv(data / "metadata.csv").split)
+    words = ("--epochs", 1, "--bs", 2, "--config", "small", "--classes", "UP,DN", "--out", run)
+    trained = go("train", "pix2pix", "--data", data, *words)
+    assert trained.exit_code == 0, trained.output
+    sampled = go("sample", run, "--n", 4, "--out", tmp_path / "sampled")
+    assert sampled.exit_code == 0, sampled.output
+    assert set(pd.read_csv(tmp_path / "sampled/metadata.csv").label) <= {"UP", "DN"}
+    wrong = go("sample", run, "--domian", "real")
+    assert wrong.exit_code == 2 and "did you mean --domain?" in said(wrong), wrong.output
+
+
+def test_a_terminal_without_letters_of_other_languages(tmp_path):
+    "Å and ² become question marks where the terminal has none; nothing stops."
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    for words in (["walls"], ["structures"], ["particles", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "microgen", *words], env=env, capture_output=True, cwd=tmp_path
+        )
+        assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process group is killed")
+def test_workers_end_with_a_command_that_is_killed(tmp_path):
+    import signal
+    import time
+
+    words = ("particles", "--n", 400, "--size", 256, "--workers", 2, "--out", tmp_path / "set")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "microgen", *map(str, words)]
+    run = subprocess.Popen(line, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while len(list(tmp_path.glob("set/images/*/*.tif"))) < 3 and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    time.sleep(3)
+    made = sorted(tmp_path.glob("set/images/*/*.tif"))
+    time.sleep(3)
+    assert len(made) >= 3 and sorted(tmp_path.glob("set/images/*/*.tif")) == made

@@ -2,7 +2,9 @@
 
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -279,29 +281,65 @@ def test_nothing_counted_is_drawn_as_a_sentence(tmp_path):
     )
 
 
-def test_an_earlier_run_leaves_nothing_behind(tmp_path):
-    from microgen.count.batch import OWN
-    from microgen.count.sample import OWN as TOGETHER
-
+def test_a_folder_of_others_is_refused_and_stays(tmp_path):
+    "Also one with a summary.csv and folders of the names that a count would give."
     Micrograph(grid(40, 9, (120, 160)), 1.0).save(tmp_path / "a.tif")
     out = tmp_path / "out"
-    for folder in ("a", "gone"):
-        (out / folder).mkdir(parents=True)
-        for name in (*OWN, "mine.txt"):
-            (out / folder / name).write_text("old")
-    for name in TOGETHER:
-        (out / name).write_text("old")
-    (out / "summary.csv").write_text("file,folder\na.tif,a\ngone.tif,gone\n../b.tif,..\n")
-    count_sample(tmp_path / "a.tif", out, calibrate=False, workers=1)
-    assert sorted(p.name for p in out.iterdir()) == ["a", "gone", "summary.csv"]
-    assert sorted(p.name for p in (out / "a").iterdir()) == [
-        "labels.tif",
-        "mine.txt",
-        "overlay.png",
-        "particles.csv",
-        "summary.json",
-    ]
-    assert [p.name for p in (out / "gone").iterdir()] == ["mine.txt"]
+    (out / "a").mkdir(parents=True)
+    for name in ("summary.csv", "sizes.json", "a/particles.csv", "a/mine.txt"):
+        (out / name).write_text("weeks of work", encoding="utf-8")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for images in (tmp_path / "a.tif", tmp_path / "mistyped.tif"):
+        with pytest.raises(InputError, match="is not empty|there is no file"):
+            count_sample(images, out, calibrate=False, workers=1)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_second_count_deletes_nothing(tmp_path):
+    "A mistyped name and another sample are refused; the same images go on, with more of them."
+    for name, n in (("a", 40), ("b", 41), ("c", 42)):
+        Micrograph(grid(n, 9, (120, 160)), 1.0).save(tmp_path / f"{name}.tif")
+    images, out = [tmp_path / "a.tif", tmp_path / "b.tif"], tmp_path / "out"
+    count_sample(images, out, calibrate=False, workers=1)
+    (out / "a" / "mine.txt").write_text("a note", encoding="utf-8")
+
+    def written():
+        return {p: p.stat().st_mtime_ns for p in out.glob("*/*")}
+
+    before = written()
+    for wrong, why in (
+        ([tmp_path / "a.tif", tmp_path / "typo.tif"], "no file .*typo.tif"),
+        ([tmp_path / "c.tif"], "holds the count of .* too"),
+    ):
+        with pytest.raises(InputError, match=why):
+            count_sample(wrong, out, calibrate=False, workers=1)
+    with pytest.raises(InputError, match="another count .detector is"):
+        count_images(images, out, detector=Detector(accept=0.5), workers=1, progress=False)
+    assert written() == before
+    more = count_sample([*images, tmp_path / "c.tif"], out, calibrate=False, workers=1)
+    assert len(more.counted) == 3 and before.items() <= written().items()
+    assert (out / "c" / "particles.csv").exists()
+
+
+def test_an_interrupted_count_goes_on(tmp_path):
+    "Killed between two images: what was finished is not counted again, and the table is the same."
+    for name in "abc":
+        Micrograph(grid(40, 9, (120, 160)) + ord(name), 1.0).save(tmp_path / f"{name}.tif")
+    code = "import sys; from microgen.count.batch import count_images; count_images(sys.argv[1], sys.argv[2], workers=1)"
+    out = tmp_path / "out"
+    run = subprocess.Popen([sys.executable, "-c", code, tmp_path, out], stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    while run.poll() is None and not list(out.glob("*/row.json")) and time.monotonic() < until:
+        time.sleep(0.001)
+    run.kill()
+    run.wait()
+    kept = {p: p.stat().st_mtime_ns for p in out.glob("*/row.json")}
+    assert kept
+    files = sorted(tmp_path.glob("*.tif"))
+    table = count_images(files, out, workers=1, progress=False)
+    assert all(p.stat().st_mtime_ns == then for p, then in kept.items())
+    fresh = count_images(files, tmp_path / "fresh", workers=1, progress=False)
+    pd.testing.assert_frame_equal(table, fresh)
 
 
 def test_missing_pixels_of_a_file_are_left_out_as_those_of_an_array(tmp_path):
@@ -316,8 +354,7 @@ def test_missing_pixels_of_a_file_are_left_out_as_those_of_an_array(tmp_path):
         and "80 pixels are not finite" in table.notes[0]
     )
     assert (
-        count_images(tmp_path / "a.tif", tmp_path / "out", workers=1, progress=False).unit[0]
-        == "px"
+        count_images(tmp_path / "a.tif", tmp_path / "px", workers=1, progress=False).unit[0] == "px"
     )
 
 
@@ -328,7 +365,7 @@ def test_a_stack_says_what_to_do(tmp_path):
     error = count_images(
         tmp_path / "stack.tif", tmp_path / "out", 1.0, workers=1, progress=False
     ).error[0]
-    assert "stack of 3 images" in error and "a file of its own" in error
+    assert "stack of 3 images" in error and "frame=" in error
 
 
 def test_the_explorer_draws_anew_when_a_slider_moves(monkeypatch):

@@ -1,5 +1,6 @@
 """Loading: splits, order and resume, truth that stays with its pixels, real files and bad ones."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -13,12 +14,14 @@ import pytest
 pytest.importorskip("fastai")
 import tifffile
 import torch
+from fastcore.basics import noop
 
 from microgen.core import InputError, ReadError
 from microgen.data.build import build
 from microgen.data.cache import CACHE
 from microgen.data.files import label_of, list_images, split_by_group, split_images, unscale
 from microgen.data.load import image_dls, mixed_dls, paired_dls, target_dls, unpaired_dls
+from microgen.data.loader import Travelling
 from microgen.io.files import read, write_tiff
 from microgen.kinds.walls.condition import CHANNELS, condition, move, sites
 from microgen.kinds.walls.recipe import Recipe
@@ -393,6 +396,71 @@ def test_kept_conditions_are_16_bit_and_exact_enough(walls):
     assert 0 < worst < 5e-4
 
 
+MINE = """
+from dataclasses import dataclass
+
+from dots.rule import strength
+from microgen.kinds.walls.walls import Walls
+
+
+@dataclass(eq=False)
+class Dots(Walls):
+    "Walls whose condition is stronger or weaker."
+
+    name = "dots"
+    factor: float = 1.0
+
+    def condition(self, *args):
+        return self.factor * strength() * super().condition(*args)
+"""
+
+
+@pytest.fixture
+def dots(tmp_path, monkeypatch):
+    "The module of a kind of somebody's own, and another module that it imports a rule from."
+    folder = tmp_path / "code/dots"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "rule.py").write_text("def strength():\n    return 1.0\n")
+    (folder / "kinds.py").write_text(MINE)
+    monkeypatch.syspath_prepend(folder.parent)
+
+    def fresh():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "dots"]:
+            monkeypatch.delitem(sys.modules, name)
+        importlib.invalidate_caches()
+        return importlib.import_module("dots.kinds").Dots
+
+    return folder, fresh
+
+
+def strongest(folder, kind):
+    dls = paired_dls(folder, bs=2, device="cpu", kind=kind)
+    return max(float(batch[0].abs().max()) for batch in dls.valid)
+
+
+def test_kept_conditions_are_never_those_of_another_kind(copy, dots):
+    "Neither of other settings of the same class, nor of a module that its module imports and that has changed."
+    code, fresh = dots
+    weak, strong = fresh()(factor=0.5), fresh()(factor=2.0)
+    one = strongest(copy, weak)
+    assert strongest(copy, strong) == pytest.approx(4 * one, rel=1e-3)
+    assert strongest(copy, weak) == one
+    assert len(entries(copy)) == 2, "settings stand side by side"
+    (code / "rule.py").write_text("def strength():\n    return 0.25 * 1.0\n")
+    assert strongest(copy, fresh()(factor=2.0)) == pytest.approx(one, rel=1e-3)
+    assert len(entries(copy)) == 1, "those of the older code are removed"
+
+
+def test_a_kind_that_cannot_be_compared_keeps_nothing_and_says_so(copy, dots):
+    odd = dots[1]()(factor=1.0)
+    odd.rule = lambda: 1.0
+    said = "The kind 'dots' holds a function as rule.*so conditions are made anew in each run"
+    with pytest.warns(UserWarning, match=said):
+        paired_dls(copy, bs=2, device="cpu", kind=odd)
+    assert not (copy / CACHE).exists()
+
+
 @pytest.mark.parametrize("what", ["map", "table", "image", "label"])
 def test_kept_conditions_are_never_those_of_other_files(copy, what):
     "Each thing that a condition or an image is made of is changed behind the back of the metadata."
@@ -619,6 +687,42 @@ def test_balanced_training_shows_each_class_equally_often(uneven):
     assert np.ptp(np.bincount(plain)) > 20
     valid = [b[0] for b in dls.valid]
     assert sum(map(len, valid)) == len(dls.valid_ds), "validation shows each image once"
+
+
+def test_balanced_mixtures_show_each_class_equally_often(walls, uneven):
+    "Of the simulated images and of the real ones, at the same share of a batch."
+    how = {"ratio": 0.5, "bs": 4, "size": 32, "device": "cpu", "real_pixel_size": 0.03}
+    lonely = list_images(walls).query("split == 'train'").label.value_counts()
+    dls = mixed_dls(walls, uneven, balance=True, **how)
+    shown = [batch[dls.fields.index("label")] for batch in dls.train]
+    domain = torch.cat([batch[dls.fields.index("domain")] for batch in dls.train])
+    labels = torch.cat(shown)
+    assert all(len(one) == 4 for one in shown) and int(domain.sum()) == len(labels) // 2
+    for part in (0, 1):
+        counts = torch.bincount(labels[domain == part])
+        counts = counts[counts > 0]
+        assert counts.max() - counts.min() <= 1, counts
+    plain = mixed_dls(walls, uneven, **how)
+    labels = torch.cat(
+        [b[plain.fields.index("label")][b[plain.fields.index("domain")] == 1] for b in plain.train]
+    )
+    assert np.ptp(torch.bincount(labels)[-3:].numpy()) > 1
+    assert lonely.size > 1
+
+
+def test_batches_travel_to_a_gpu_without_being_waited_for(walls, monkeypatch):
+    "What a pinned loader gives is what any loader gives."
+    how = {"bs": 2, "size": 40, "seed": 5, "device": "cpu", "num_workers": 0}
+    plain, pinned = paired_dls(walls, **how).train, paired_dls(walls, **how).train
+    sent = []
+    begin = Travelling.arrived
+    monkeypatch.setattr(Travelling, "arrived", lambda batch: sent.append(1) or begin(batch))
+    list(plain)
+    assert not sent
+    pinned = pinned.new(pin_memory=True)
+    assert same(list(paired_dls(walls, **how).train), list(pinned)) and len(sent) == len(pinned)
+    bare = pinned.new(after_batch=noop)  # without a transform that takes it in
+    assert all(isinstance(batch, tuple) for batch in bare)
 
 
 def test_pages_of_a_stack_are_images_of_one_group(tmp_path):

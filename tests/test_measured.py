@@ -226,3 +226,37 @@ def test_the_interval_of_the_package_holds_what_it_says():
     for row in results.read("intervals"):
         if row["what"] == "coverage, n = 16" and row["case"].endswith(": outer"):
             assert 0.93 <= float(row["value"]) <= 0.97, row
+
+
+def test_intervals_of_generated_walls_hold_what_they_say():
+    import numpy as np
+    import pix2pix
+
+    from microgen.core import mean_interval
+
+    rng = np.random.default_rng(0)
+    table = rng.lognormal(size=(3, 12))  # seeds, scenes
+    _, *ends = pix2pix.over_scenes(lambda v: pix2pix.aim(v, "mean"), table)
+    assert ends == pytest.approx([float(end) for end in mean_interval(table.mean(0))])
+    assert math.isnan(pix2pix.over_scenes(np.mean, table[:, :2])[1])  # two scenes have no interval
+
+    rms_held, median_held, n_sets = 0, 0, 300
+    for _ in range(n_sets):
+        scenes = rng.normal(size=(1, 20))
+        _, low, high = pix2pix.over_scenes(pix2pix.aim, scenes)
+        rms_held += low <= 1 <= high
+        value, low, high = pix2pix.median_over_scenes(scenes)
+        assert low <= value <= high
+        median_held += low <= 0 <= high
+    assert 0.91 <= rms_held / n_sets <= 0.99 and 0.93 <= median_held / n_sets <= 0.99
+
+
+def test_what_the_adversary_is_worth_is_shown_for_every_training_that_was_measured():
+    cases = {r["case"] for r in results.read("pix2pix") if "--part adversary" in r["command"]}
+    whats = {r["what"] for r in results.read("pix2pix") if r["case"].startswith("as it is")}
+    assert any(case.startswith("as it is, 64 px") for case in cases)
+    assert any(case.startswith("plain U-Net + L1, 64 px") for case in cases)
+    assert any(case.startswith("scans without noise") for case in cases)
+    asked = {"displacement error", "p of the two-sample test"}
+    rim = {"difference to scans in the outer 0.25 nm", "column error in the outer 0.25 nm"}
+    assert asked | rim <= whats

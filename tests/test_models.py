@@ -76,8 +76,21 @@ class Denoiser(Model):
         return card_rows(pd.DataFrame({"error": errors}), {"error": "mean error of a clean image"})
 
 
-FOLDERS = ("walls", "particles", "grey", "colour")  # each kind; images of anything twice
 SPLITS = (0.5, 0.25, 0.25)
+
+
+def small_recipe(name):
+    "A recipe on which every model trains in no time; a new kind is made as its recipe comes."
+    if name == "walls":
+        return Recipe(n=12, size=32, pixel_size=0.03, preset="good", splits=SPLITS)
+    if name == "particles":
+        settings = dict(presets=("spheres",), settings={"n": 6}, pixel_size=2.0)
+        return ParticleRecipe(n=12, size=64, splits=SPLITS, **settings)
+    return kind(name).recipe()(n=12, size=64, splits=SPLITS)
+
+
+SIMULATED = [name for name in KINDS if kind(name).recipe() is not None]
+FOLDERS = (*SIMULATED, "grey", "colour")  # each kind; images of anything twice
 CHOICES = {"epochs": 2, "bs": 4, "judged": 2}
 
 
@@ -85,14 +98,9 @@ CHOICES = {"epochs": 2, "bs": 4, "judged": 2}
 def folders(tmp_path_factory):
     "A small folder of each kind of image."
     at = tmp_path_factory.mktemp("kinds")
-    walls = Recipe(n=12, size=32, pixel_size=0.03, preset="good", splits=SPLITS)
-    particles = ParticleRecipe(
-        n=12, size=64, pixel_size=2.0, presets=("spheres",), settings={"n": 6}, splits=SPLITS
-    )
-    made = {
-        "walls": build(walls, at / "walls", workers=1),
-        "particles": build(particles, at / "particles", workers=1),
-    }
+    made = {}
+    for name in SIMULATED:
+        made[name] = build(small_recipe(name), at / name, workers=1)
     for name, shape in (("grey", (32, 32)), ("colour", (32, 32, 3))):
         made[name] = at / name
         made[name].mkdir()
@@ -183,8 +191,10 @@ def test_every_model_on_every_kind(name, folder, folders, tmp_path):
     one, two = (list_images(folder) for folder in out)
     assert len(one) == 2 and list(one.sha256) == list(two.sha256)
     assert kind_of(out[0]).name == kind_of(folders[folder]).name
-    has_truth = one["maps"].notna().all()
-    assert has_truth == (run.data.recipe is not None and name != "denoiser")
+    has_truth = one["maps"].notna() if "maps" in one else pd.Series(False, one.index)
+    assert has_truth.nunique() == 1
+    if name in ("pix2pix", "router"):
+        assert has_truth.all() == (run.data.recipe is not None)
 
 
 def test_some_pairs_are_accepted_and_some_refused():
@@ -205,9 +215,7 @@ def quick(folders, out, **options):
 def test_an_unknown_option_to_sample_by_is_called_as_the_user_called_it(folders, tmp_path):
     model = Denoiser(epochs=1, bs=4, judged=0)
     train_model(model, folders["walls"], tmp_path / "run", progress=False)
-    with pytest.raises(
-        InputError, match="denoiser has no option 'walls' to sample by: use n, seed"
-    ):
+    with pytest.raises(InputError, match="denoiser has no sampling option 'walls'. Use n, seed"):
         sample_run(tmp_path / "run", tmp_path / "out", walls="typeC", progress=False)
 
 

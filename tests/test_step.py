@@ -183,7 +183,7 @@ def test_a_step_waits_twice_and_is_short(walls, tmp_path, mixed):
     with learn.no_bar(), learn.no_logging():
         train(learn, 1, tmp_path, ema=50, preview_every=None, shown=False, cbs=[count])
     assert count.counted.waits == 2
-    assert count.counted.total <= (1400 if mixed else 900)
+    assert count.counted.total <= (1300 if mixed else 800)
 
 
 def one_step(walls, mixed, accumulate, monkeypatch):

@@ -78,7 +78,7 @@ def particles_chapter(
     scene.image.save(file)
     sample = count_sample(
         file,
-        tour.out / "particles",
+        tour.out / ("particles/quick" if tour.quick else "particles") / f"seed_{tour.seed}",
         calibrate=not tour.quick,
         n=INJECTED,
         seed=tour.seed,

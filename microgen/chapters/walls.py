@@ -148,7 +148,7 @@ def walls_chapter(
     table = pd.DataFrame([score(one, measured) for one, measured in zip(scenes, found)])
     for name, one, measured in zip(names, scenes, found):
         one.image.save(tour.out / f"{name}.tif")
-        measured.save(tour.out / name)
+        measured.save(tour.out / name / f"seed_{tour.seed}_{size}px")
     write_csv(tour.out / "scores.csv", table)
 
     images = {}

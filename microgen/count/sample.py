@@ -70,7 +70,7 @@ class _Calibrated(NamedTuple):
 
 def _calibrated_image(folder):
     "Read what was counted and calibrated."
-    facts = json.loads((folder / "calibration.json").read_text())
+    facts = json.loads((folder / "calibration.json").read_text(encoding="utf-8"))
     particles = pd.read_csv(folder / "particles.csv")
     whole = particles[particles.edge_weight > 0]
     return _Calibrated(
@@ -217,7 +217,9 @@ def _area(fit, inputs, table):
 
 
 def _save(sample, seed):
-    "Write the files of all images together."
+    "Write the files of all images together; those of an earlier run that has fewer images are replaced, or go."
+    for name in OWN:
+        (sample.out / name).unlink(missing_ok=True)
     if sample.fit is not None:
         write_json(sample.out / "sizes.json", sample.fit.to_dict() | provenance(seed))
         write_csv(sample.out / "families.csv", sample.fit.families)
@@ -249,30 +251,32 @@ def count_sample(
     seed: int = 0,  # root seed of the injections
     workers: int = -1,  # processes; -1 takes one per core
     progress: bool | None = None,  # show one bar; None: in a notebook
+    **reading,  # frame, dataset, channel and max_bytes of microgen.read, for all files
 ) -> Sample:  # counts, size law with the unseen share, surface area
     """Count the images of one sample; with `calibrate`, say what they miss; with `ecsa`, carry it to surface area.
 
-    What an earlier run wrote into the same folder is removed first.
-    Raises: InputError when there is no image, for too few injections, and for inputs of the surface area that cannot be right."""
+    A folder that holds the same count goes on with the images that are missing; see `count_images`.
+    Raises: InputError when there is no image, for too few injections, for inputs of the surface area that cannot be right, and for a folder that holds anything else."""
     progress = is_shown(progress)
-    files = image_files(paths)
     injects = calibrate or ecsa is not None
     if injects and n < _LEAST:
         raise InputError(
             f"n={n} injected particles fix no curve; give {_LEAST} or more, best 2000."
         )
     inputs = None if ecsa is None else ecsa_inputs(ecsa)
+    files = image_files(paths)
     out = Path(out)
-    for name in OWN:
-        (out / name).unlink(missing_ok=True)
-    then = None
+    then, then_settings = None, {}
     one_image = injects and len(files) == 1  # its injections take the processes and show the bar
     if injects:
         inner_workers = workers if one_image else 1
         inner_bar = progress and one_image
         then = partial(_calibrate, n, seed, detector, inner_workers, inner_bar)
+        then_settings = {"injected": n, "injection_seed": seed}
     outer_bar = progress and not one_image
-    table = count_images(files, out, pixel_size, detector, workers, outer_bar, then)
+    table = count_images(
+        files, out, pixel_size, detector, workers, outer_bar, then, then_settings, **reading
+    )
     fit, note = _fit(out, table)
     area, missing = None, ""
     if inputs is not None and fit is not None:

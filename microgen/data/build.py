@@ -7,7 +7,7 @@ __all__ = ['read_recipe', 'build', 'metadata']
 
 # %% ../../nbs/74_data.build.ipynb #a200f5c6
 import hashlib
-import json
+import os
 import shutil
 import warnings
 from contextlib import contextmanager
@@ -17,7 +17,8 @@ import pandas as pd
 
 from ..core import InputError, MicrogenError, PlugError, require
 from .item import DatasetRecipe, paths
-from ..io.files import make_folder, provenance, write_csv, write_json
+from ..io.files import provenance, write_csv, write_json
+from ..io.folder import beside_parent, one_writer, read_mark, strangers
 from ..kind import kind, kind_of
 from ..progress import progress_bar
 
@@ -29,11 +30,7 @@ def read_recipe(
     """Read the recipe of a dataset folder, whatever its kind.
     Raises: InputError when the folder is no dataset, or one of a newer microgen."""
     file = Path(folder) / "recipe.json"
-    try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-        recipe = held["recipe"]
-    except (OSError, ValueError, KeyError, TypeError):
-        recipe = None
+    recipe = (read_mark(file) or {}).get("recipe")
     if recipe is None:
         raise InputError(f"{folder} holds no readable recipe.json: name the folder of a dataset.")
     held_kind = kind_of(folder)
@@ -62,8 +59,11 @@ def _local(recipe, out, chunks, workers):
     pool = Parallel(
         n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs"
     )
+    me = os.getpid()
     try:
-        yield from pool(delayed(_make_chunk)(recipe, out, chunk) for chunk in chunks)
+        yield from pool(
+            delayed(beside_parent)(me, _make_chunk, recipe, out, chunk) for chunk in chunks
+        )
     finally:
         get_reusable_executor().shutdown()  # idle workers would keep the process from ending for minutes
 
@@ -89,25 +89,17 @@ def build(
 ) -> Path:  # the folder
     """Write the dataset of a recipe; what an earlier, interrupted run has made is kept.
     Raises: InputError when the folder holds another dataset; PlugError for a recipe that its kind does not read back or an item of another form; MicrogenError for a full disk or a dead worker."""
-    from filelock import FileLock, Timeout
-
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}: give at least 1, or None.")
     out = Path(out).absolute()
     _check_is_read_back(recipe)
     recipe.rehearse()
     _check_space(recipe, out)
-    make_folder(out)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            _claim(recipe, out)
-            _sweep(out)
-            _make_missing(recipe, out, workers, scheduler, progress)
-            write_csv(out / "metadata.csv", metadata(recipe, out))
-    except Timeout:
-        raise MicrogenError(
-            f"Another process is writing {out}: wait, or choose another folder."
-        ) from None
+    with one_writer(out):
+        _claim(recipe, out)
+        _sweep(out)
+        _make_missing(recipe, out, workers, scheduler, progress)
+        write_csv(out / "metadata.csv", metadata(recipe, out))
     return out
 
 
@@ -126,15 +118,12 @@ def _claim(recipe, out):
     "Write recipe.json, or check that the folder holds the same recipe."
     file = out / "recipe.json"
     if not file.exists():
-        strangers = [
-            p.name for p in out.iterdir() if p.name not in (".lock", "images", "maps", "tables")
-        ]
-        if strangers:
-            raise InputError(f"{out} is not empty (it holds {strangers[0]}): choose a new folder.")
+        if held := strangers(out):
+            raise InputError(f"{out} is not empty (it holds {held[0]}): choose a new folder.")
         write_json(
             file, {"kind": recipe.kind, "recipe": recipe.to_dict(), **provenance(recipe.seed)}
         )
-    about = json.loads(file.read_text(encoding="utf-8"))
+    about = read_mark(file) or {}
     if "generated" in about:
         raise InputError(f"{out} holds generated images: choose a new folder.")
     held = read_recipe(out)
@@ -209,9 +198,18 @@ def _check_space(recipe, out):
     free = shutil.disk_usage(disk).free
     if need > free:
         raise MicrogenError(
-            f"The dataset needs about {need / 1e9:.1f} GB and {out} has {free / 1e9:.1f} GB "
+            f"The dataset needs about {_in_bytes(need)} and {out} has {_in_bytes(free)} "
             "free: make room, or ask for fewer or smaller images."
         )
+
+
+def _in_bytes(n):
+    "A number of bytes to three digits, in the unit that suits it."
+    for unit in ("bytes", "kB", "MB"):
+        if n < 999.5:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} GB" if n < 999.5 else f"{n:,.0f} GB"
 
 
 @contextmanager
@@ -219,16 +217,20 @@ def _sentences(out):
     "Turn what stops a run into one sentence; what was finished stays."
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    again = "what was finished is kept, and the same command goes on from there"
+    def again():
+        if any((out / "images").rglob("*.tif")):
+            return "what was finished is kept, and the same command goes on from there"
+        return "no image was finished, so the same command begins anew"
+
     try:
         yield
     except TerminatedWorkerError:
         raise MicrogenError(
-            f"A worker died, perhaps for want of memory; {again}, with fewer --workers if need be."
+            f"A worker died, perhaps for want of memory; {again()}, with fewer --workers if need be."
         ) from None
     except OSError as error:
         raise MicrogenError(
-            f"Writing to {out} failed ({error.strerror or error}); {again}."
+            f"Writing to {out} failed ({error.strerror or error}); {again()}."
         ) from error
 
 # %% ../../nbs/74_data.build.ipynb #8bb0a2d6

@@ -21,13 +21,14 @@ from fastcore.basics import patch
 
 from microgen.core import (
     InputError,
+    PlugError,
     ReadError,
     UncalibratedError,
     WriteError,
     as_rng,
     check_complete,
 )
-from .cache import Arrays, Cache, code_of, read_array, write_array
+from .cache import Arrays, Cache, code_of, read_array, state_of, write_array
 from .item import SPLITS, warn
 from ..io.files import read
 from ..io.formats import IMAGE_SUFFIXES
@@ -601,14 +602,19 @@ def _map_names(self: Pixels):
 @patch
 def _cache(self: Pixels):
     "Where conditions are kept, and what they are made of; None where there are none, or nowhere to keep them."
-    code = code_of(self.kind)
-    if self.cache is None or code is None or not self.has_maps.any():
+    if self.cache is None or not self.has_maps.any():
+        return None
+    try:
+        code, state = code_of(self.kind), state_of(self.kind)
+    except PlugError as why:
+        warn(f"{why}, so conditions are made anew in each run.")
         return None
     folder = Path(self.cache)
     kind = type(self.kind)
     made_of = {
         "code": code,
         "kind": f"{kind.__module__}.{kind.__qualname__}",
+        "settings": state,
         "channels": self.channels,
         "pixel_size": self.pixel_size and [float(p) for p in self.pixel_size],
         "colour": self.colour,

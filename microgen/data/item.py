@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import InputError, Micrograph, PlugError, check_number
+from ..core import InputError, KnownFields, Micrograph, PlugError, check_number
 from ..io.files import write_parquet, write_tiff
 from ..kind import Truth, kind
 
@@ -119,10 +119,15 @@ def plan(
         members = np.flatnonzero(labels == label)
         parts_of_label = np.repeat(np.arange(3), _counts(splits, len(members)))
         parts[members] = rng.permutation(parts_of_label)
+    of_train = np.flatnonzero(parts == 0)
+    if splits[1] > 0 and len(of_train) > 1 and not (parts == 1).any():
+        parts[of_train[-1]] = (
+            1  # so few images round to none, and a training needs one to be judged by
+        )
     return tuple(names[i] for i in labels), tuple(SPLITS[i] for i in parts)
 
 # %% ../../nbs/73_data.item.ipynb #47aac97a
-class DatasetRecipe:
+class DatasetRecipe(KnownFields):
     "What to simulate and how many: what `build` needs to know of any kind of dataset."
 
     kind = ""  # name of the kind, as recipe.json has it
@@ -239,6 +244,12 @@ class DatasetRecipe:
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}: use a whole number from 0.")
         names = self.classes
+        if not isinstance(names, tuple) or not names:
+            raise InputError(
+                f"{self.classes_field} is {names!r}: give a tuple of names, such as ({names!r},)."
+                if names
+                else f"{self.classes_field} is empty: name at least one."
+            )
         if self.shares is not None and not _are_shares(self.shares, len(names)):
             raise InputError(
                 f"shares {self.shares} do not fit {names}: give one non-negative number for each."
@@ -281,7 +292,39 @@ def _simulated(recipe, index):
             f"simulate of {own} gave about = {one.about!r:.60}, and a dict with label and split is expected: "
             "label, split = self.plan(index)."
         )
+    if one.about["label"] not in recipe.classes:
+        raise PlugError(
+            f"simulate of {own} gave the label {one.about['label']!r}, which is none of its classes "
+            f"({', '.join(map(str, recipe.classes))}): label, split = self.plan(index)."
+        )
+    if not isinstance(one.image, Micrograph):
+        raise PlugError(
+            f"simulate of {own} gave a {type(one.image).__name__} as image, and a Micrograph is expected: "
+            "Micrograph(pixels, pixel_size, about)."
+        )
+    if wrong := _wrong_maps(one.maps):
+        raise PlugError(
+            f"simulate of {own} gave {wrong} as maps, and a dict of (H, W) arrays of one shape is expected, a name "
+            "for each; several channels are several maps."
+        )
+    if not isinstance(one.table, (pd.DataFrame, type(None))):
+        raise PlugError(
+            f"simulate of {own} gave a {type(one.table).__name__} as table, and a DataFrame or None is expected."
+        )
     return one
+
+
+def _wrong_maps(maps):
+    "What is wrong with the maps of an item; nothing where they are right."
+    if maps is None:
+        return ""
+    if not isinstance(maps, dict):
+        return f"a {type(maps).__name__}"
+    shapes = {name: np.shape(values) for name, values in maps.items()}
+    flat = all(len(shape) == 2 for shape in shapes.values())
+    if flat and len(set(shapes.values())) <= 1:
+        return ""
+    return ", ".join(f"{name} of shape {shape}" for name, shape in shapes.items())
 
 
 def _are_shares(numbers, n):

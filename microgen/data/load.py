@@ -211,16 +211,20 @@ def _properties(listed, names, rows):
 # %% ../../nbs/77_data.load.ipynb #04bd1a34
 def _balanced(rng, labels):
     "Order of an epoch: as many images as there are, equally many of each class; unshuffled, each image once."
-    n = len(labels)
     if rng is None:
-        return list(range(n))
+        return list(range(len(labels)))
+    return _evenly(rng, labels, len(labels)).tolist()
+
+
+def _evenly(rng, labels, n):
+    "n places among the labels, shuffled: equally many of each class to within one."
     classes = np.unique(labels)
     n_each = np.full(len(classes), n // len(classes))
     n_each[rng.permutation(len(classes))[: n % len(classes)]] += 1
     chosen = [
         _cycle(rng, np.flatnonzero(labels == name), k) for name, k in zip(classes, n_each) if k
     ]
-    return rng.permutation(np.concatenate(chosen)).tolist()
+    return rng.permutation(np.concatenate(chosen))
 
 
 def _balanced_order(balance, labels, parts):
@@ -521,6 +525,7 @@ def mixed_dls(
     progress: bool = False,  # show progress while reading
     kind: Kind | str | None = None,  # what the images show; None is what sim says
     cache: bool = True,  # conditions are made once and kept beside sim's images
+    balance: bool = False,  # training shows each class equally often, of both parts
 ) -> DataLoaders:  # batches (maps, label, focus, domain, image), in validation simulated ones only
     """Load simulated images with their truth and real ones without, in one batch.
     Raises: InputError, one sentence each, for what is wrong with the folders or the arguments."""
@@ -561,6 +566,9 @@ def mixed_dls(
             f"{len(of_sim)} simulated training images do not fill a batch of {bs}: simulate "
             "more, or give a smaller bs."
         )
+    mixture = {"sim": of_sim, "real": of_real, "bs": bs, "n_real": n_real}
+    if balance:
+        mixture["labels"] = labels[parts[0]]
     dls = _loaders(
         pixels,
         parts,
@@ -571,7 +579,7 @@ def mixed_dls(
         bs=bs,
         seed=seed,
         values={"label": labels, "domain": domain},
-        orders=[partial(_mixture, sim=of_sim, real=of_real, bs=bs, n_real=n_real)],
+        orders=[partial(_mixture, **mixture)],
         num_workers=num_workers,
         device=device,
         contrast=contrast,
@@ -594,12 +602,18 @@ def _training(listed, folder):
     return used.assign(label=used["label"].replace("", "real"))
 
 
-def _mixture(rng, sim, real, bs, n_real):
-    "Order of an epoch: in each batch the same share of real images; unshuffled, each image once."
+def _mixture(rng, sim, real, bs, n_real, labels=None):
+    "Order of an epoch: in each batch the same share of real images, with labels of each class as many; unshuffled, each image once."
     if rng is None:
         return list(range(len(sim) + len(real)))
+
+    def chosen(members, n):
+        if labels is None:
+            return _cycle(rng, members, n)
+        return members[_evenly(rng, labels[members], n)]
+
     n_sim = bs - n_real
     n_batches = len(sim) // n_sim
-    sims = _cycle(rng, sim, n_batches * n_sim).reshape(n_batches, n_sim)
-    reals = _cycle(rng, real, n_batches * n_real).reshape(n_batches, n_real)
+    sims = chosen(sim, n_batches * n_sim).reshape(n_batches, n_sim)
+    reals = chosen(real, n_batches * n_real).reshape(n_batches, n_real)
     return rng.permuted(np.hstack([sims, reals]), axis=1).ravel().tolist()

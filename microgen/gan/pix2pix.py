@@ -126,6 +126,10 @@ class Pix2Pix(Parts, HubModel):
         "Make the generator; a model with another one replaces this."
         return Generator(*settings)
 
+    def to_compile(self) -> list:  # modules and the names of their methods
+        "What `train(compile=True)` compiles: each U-Net."
+        return [(self.g.get_submodule(name), "generate") for name in self.g.nets]
+
 # %% ../../nbs/63_gan.pix2pix.ipynb #06ae5739
 @patch
 @torch.no_grad()
@@ -311,6 +315,10 @@ def pix2pix_learner(
     has_focus = bool(getattr(dls, "has_focus", True))
     used = _used(weights, model.g, len(about["domains"]), has_focus)
     d_regs = []
+    if r1 and "adv" not in used:
+        raise InputError(
+            "r1 teaches the discriminator, which stands still where the weight of adv is 0: leave one of the two out."
+        )
     if r1:
         used["r1"] = float(r1)
         d_regs.append(Every(16, r1_term))
@@ -338,6 +346,7 @@ def pix2pix_learner(
         lr_d=min(size["lr"], 5e-4),
         d_regs=d_regs,
         autocast=autocast,
+        n_disc=1 if "adv" in used else 0,  # without an adversary nothing teaches it, or is taught
         read=named,
         share_loader="domain" not in dls.fields,  # a real image takes maps of others in the batch
         metrics=[_SSIM(batch_ssim)],

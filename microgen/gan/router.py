@@ -143,6 +143,9 @@ def experts_by_focus(
 ) -> dict:  # class to expert
     """Look at the training images: a class in which nothing is in focus is made by "film", others by "attention".
     Raises: InputError for data whose focus is not known."""
+    kind = getattr(dls, "kind", None)
+    if kind is not None and kind.focus is None:  # nothing to look at in any image of this kind
+        return dict.fromkeys(dls.vocab, "film")
     if not getattr(dls, "has_focus", True) or "focus" not in dls.fields:
         raise InputError(
             "These data do not say where to look: name the experts, experts={class: 'film' or 'attention'}."

@@ -23,7 +23,8 @@ from microgen.core import (
     as_rng,
     mean_estimate,
 )
-from ..io.files import make_folder, write_csv
+from ..io.files import atomic_folder, provenance, write_csv, write_json
+from ..io.folder import check_folder
 from ..kind import Kind
 from microgen.metrics.features import (
     MissingWeights,
@@ -247,6 +248,9 @@ def compare(
 ) -> Comparison:  # tables, sentences and the report
     """Compare two sets of images in every way that applies.
     Raises: InputError when they cannot be compared: one image, other sizes, other pixel sizes, NaN, no files."""
+    about = {"real": _what_it_is(real), "fake": _what_it_is(fake)}
+    if out is not None:
+        check_folder(out, "comparison.json", about, "comparison")  # before the work
     draw = np.random.default_rng(as_rng(rng).integers(2**63))
     seed = int(draw.integers(2**31))
     notes = []
@@ -290,12 +294,19 @@ def compare(
             advance()
     for note in notes:
         sections[0].text(note)
-    about = f"{len(real.names)} images of each; floors are real against real."
-    report = Report("Real against generated", about, sections)
+    lead = f"{len(real.names)} images of each; floors are real against real."
+    report = Report("Real against generated", lead, sections)
     if out is None:
         return Comparison(tables, notes, report)
-    _write(Path(out), tables, report, rng)
+    _write(Path(out), tables, report, rng, about)
     return Comparison(tables, notes, report, Path(out))
+
+
+def _what_it_is(source):
+    "A folder by its name; images of Python by their number."
+    if isinstance(source, (str, Path)):
+        return str(source)
+    return f"{len(source) if hasattr(source, '__len__') else 'some'} images"
 
 
 @dataclass
@@ -396,12 +407,14 @@ def _extractors(in_colour, notes):
     return found
 
 
-def _write(out, tables, report, seed):
-    "The report, and a CSV file per table."
-    make_folder(out)
-    for name, table in tables.items():
-        write_csv(out / f"{name}.csv", table)
-    report.save(out / "report.html", seed if isinstance(seed, int) else None)
+def _write(out, tables, report, seed, about):
+    "The report, and a CSV file per table: all of it, or nothing."
+    seed = seed if isinstance(seed, int) else None
+    with atomic_folder(out) as folder:
+        for name, table in tables.items():
+            write_csv(folder / f"{name}.csv", table)
+        report.save(folder / "report.html", seed)
+        write_json(folder / "comparison.json", provenance(seed) | about)
 
 # %% ../../nbs/83_metrics.compare.ipynb #d8af36eb
 def _overview(job, tables, notes):
@@ -415,10 +428,14 @@ def _overview(job, tables, notes):
     some = np.random.default_rng(job.seed).permutation(len(real.data))[:4]
     pictures = _pictures(real.take(some), real) + _pictures(fake.take(some), real)
     titles = ["real"] * len(some) + ["generated"] * len(some)
-    grid = show_grid(pictures, scale, titles, ncols=len(some), size=1.9)
-    section.figure(grid, "Real above, generated below; chosen at random")
-    spectra = show_spectra({"real": real, "generated": fake}, scale or 1).figure
-    section.figure(spectra, "Mean power spectra, band: 16 to 84 % of the images")
+    section.figure(
+        lambda: show_grid(pictures, scale, titles, ncols=len(some), size=1.9),
+        "Real above, generated below; chosen at random",
+    )
+    section.figure(
+        lambda: show_spectra({"real": real, "generated": fake}, scale or 1).figure,
+        "Mean power spectra, band: 16 to 84 % of the images",
+    )
     caption = (
         "Each at N = n: generated half against real half; floor: real half against real half; 95 % intervals "
         "over random halvings. KL and JS in nats"
@@ -465,7 +482,7 @@ def _sets(job, tables, notes):
     originals = _pictures(source.images.take(top.real), real)
     titles = [f"ratio {ratio:.2f}" for ratio in top.ratio] + [f"nearest {name}"] * len(top)
     section.figure(
-        show_grid(generated + originals, titles=titles, ncols=len(top), size=1.9),
+        lambda: show_grid(generated + originals, titles=titles, ncols=len(top), size=1.9),
         f"Generated images that are closest to a {name} image; a ratio far below 1 is a copy",
     )
     if job.train is not None:
@@ -490,7 +507,8 @@ def _pairs(job, tables, notes):
     values = {"generated": ssim(real, fake)}
     if seconds is not None:
         values["two real scans"] = ssim(real, seconds)
-    section = Section("Alike pair by pair?").figure(show_values(values).figure, SSIM_NAME)
+    section = Section("Alike pair by pair?")
+    section.figure(lambda: show_values(values).figure, SSIM_NAME)
     section.table(tables["pairs"], "Means over pairs, 95 % intervals; range: that of the real set")
     return [section]
 

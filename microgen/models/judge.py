@@ -107,6 +107,8 @@ def judge_scene(
         if np.isfinite(value):  # what cannot be seen in the true image is asked of no other
             measured[name] = own.get(name, np.nan)
             measured[f"{name}, {TRUE}"] = value
+    if within_reach:  # what compares an image with the true one says nothing of that one itself
+        measured |= {name: value for name, value in own.items() if name not in within_reach}
     return measured
 
 

@@ -21,7 +21,15 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from torch import nn
 
-from ..core import InputError, Micrograph, PlugError, as_rng, check_number
+from microgen.core import (
+    InputError,
+    KnownFields,
+    Micrograph,
+    PlugError,
+    as_rng,
+    check_known,
+    check_number,
+)
 from ..data.files import unscale
 from ..data.item import DatasetRecipe, Simulated
 from ..data.load import image_dls
@@ -40,8 +48,9 @@ def option_type(
     return named, NoneType in parts
 
 
-class Options:
-    "A dataclass of options that are checked when it is made."
+class Options(KnownFields):
+    """Base of dataclasses of options, which are checked when they are made.
+    Raises: InputError for an option that there is not, or a value that it cannot have."""
 
     limits = {}  # name of a number: the least and the most that is allowed
     choices = {}  # name of a text: the values that it may have
@@ -70,9 +79,7 @@ class Options:
     ) -> "Options":  # the same options
         """Make options of their names and values.
         Raises: InputError for an option that there is not, or a value that it cannot have."""
-        names = [option.name for option in fields(cls)]
-        if strange := set(held) - set(names):
-            raise InputError(f"There is no option {min(strange)!r} here: use {', '.join(names)}.")
+        check_known("There is no option", held, [option.name for option in fields(cls)])
         return cls(**held)
 
     def to_dict(self) -> dict:  # name to number, text, list or dict: ready for JSON
@@ -251,6 +258,8 @@ class Model(Options):
     preview_every: int | None = None  # steps between previews; twenty in all when not given
     init: Path | None = None  # run whose weights to start from
     freeze: tuple = ()  # parts of the network that keep their weights
+    channels_last: bool = False  # weights in the order that tensor cores read: faster on some GPUs
+    compile: bool = False  # torch.compile for the steps: minutes at the start, then faster on a GPU
     judged: int = 16  # held-out images on which the result is judged; 0 for none
 
     limits = {
@@ -455,6 +464,12 @@ def check_registered(
 ) -> None:
     """Refuse a model that MODELS does not lead to: its runs could be neither loaded nor sampled from.
     Raises: InputError with the line that registers it."""
+    if not isinstance(model, Model):
+        given = getattr(model, "__name__", repr(model))
+        raise InputError(
+            f"{given} is no model with its options: give one, such as Pix2PixModel(epochs=10) of "
+            "microgen.models.pix2pix."
+        )
     own = type(model).__name__
     if not model.name:
         raise InputError(f"The model {own} has no name: give its class one, such as name = 'mine'.")

@@ -65,7 +65,8 @@ def new_scenes(
     size = asked.size or data.size[0]
     # the scenes of a seed are those of the training, if that had the same: new ones have seeds of their own
     new_seed = int(np.random.SeedSequence([asked.seed, 1]).generate_state(1)[0])
-    recipe = recipe.asking(asked.classes or None, asked.n, new_seed, size)
+    learned = tuple(name for name in data.classes if name) or None  # perhaps not all of the recipe
+    recipe = recipe.asking(asked.classes or learned, asked.n, new_seed, size)
     for index in range(asked.n):
         yield AskedScene(recipe.truth(index), {}, {"seed": asked.seed})
 

@@ -56,7 +56,7 @@ class AdversarialModel(PairedModel):
 
     config: str | None = None  # size of the networks; by image size and machine when not given
     gan: str = "lsgan"  # adversarial loss: vanilla, lsgan, hinge or relativistic
-    weights: dict | None = None  # of loss terms, such as adv=0.05; see microgen.gan.loss.WEIGHTS
+    weights: dict | None = None  # of terms in microgen.gan.loss.WEIGHTS; adv=0: no discriminator
     bf16: bool = False  # mixed precision: faster and smaller on a GPU
 
     choices = {"config": tuple(CONFIGS), "gan": ("vanilla", "lsgan", "hinge", "relativistic")}

@@ -13,10 +13,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import InputError
+from ..core import InputError, check_known
 from ..data.files import warn
 from ..data.item import Simulated, paths, write_item
-from ..io.files import atomic_path, provenance, write_csv, write_json, write_tiff
+from microgen.io.files import (
+    atomic_folder,
+    atomic_path,
+    provenance,
+    write_csv,
+    write_json,
+    write_tiff,
+)
+from ..io.folder import strangers
 from .model import Model, Sampling, TrainingData
 from .run import load_run
 from ..progress import progress_bar
@@ -33,9 +41,8 @@ def asked_of(
     names = [option.name for option in fields(model.sampling)]
     if "classes" in names:
         options = {"classes" if name == classes else name: v for name, v in options.items()}
-    if strange := set(options) - set(names):
-        known = ", ".join(classes if name == "classes" else name for name in names)
-        raise InputError(f"{model.name} has no option {min(strange)!r} to sample by: use {known}.")
+    asked_by = [classes if name == "classes" else name for name in names]
+    check_known(f"{model.name} has no sampling option", set(options) - set(names), asked_by)
     return model.sampling(**options)
 
 # %% ../../nbs/92_models.sample.ipynb #67742b61
@@ -87,8 +94,8 @@ def sample_run(
     out = Path(out)
     model, network, data, _ = load_run(run)
     asked = asked_of(model, data, {"n": n, "seed": seed, **options})
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is in use: give the name of a new folder.")
+    if out.is_file() or strangers(out):
+        raise InputError(f"{out} is in use: give the name of a new folder (out=).")
     scaled_by = data.scaling.get("mode", "image")  # limits of each image, or of the dataset
     if scaled_by == "image" and asked.intensity == "sampled" and not data.limits:
         warn(
@@ -96,13 +103,18 @@ def sample_run(
             "get the median ones."
         )
         asked = replace(asked, intensity="median")
-    rows = []
-    with progress_bar(asked.n, "sampling", progress, "images") as advance:
-        for index, one in enumerate(model.sample(network, data, asked)):
-            rows.append(write_sampled(out, index, one))
-            advance(1)
-    write_csv(out / "metadata.csv", pd.DataFrame(rows))
     generated = {"run": str(run), "model": model.name, "scaling": scaled_by, **asked.to_dict()}
     recipe = {"kind": data.kind, "recipe": data.recipe, "generated": generated}
-    write_json(out / "recipe.json", recipe | provenance(asked.seed))
+    rows = []
+    with atomic_folder(out) as folder:
+        with progress_bar(asked.n, "sampling", progress, "images") as advance:
+            for index, one in enumerate(model.sample(network, data, asked)):
+                rows.append(write_sampled(folder, index, one))
+                advance(1)
+        write_csv(folder / "metadata.csv", pd.DataFrame(rows))
+        write_json(folder / "recipe.json", recipe | provenance(asked.seed))
+        if strangers(out):
+            raise InputError(
+                f"{out} came into use meanwhile: give the name of a new folder (out=)."
+            )
     return out

@@ -102,12 +102,16 @@ def train_model(
             largest=metric in (*model.more_is_better, *MORE_IS_BETTER),
             patience=model.patience,
             preview_every=preview_every,
+            channels_last=model.channels_last,
+            compile=model.compile,
             shown=progress,
             cbs=[Progress(progress), *_set_metrics(model, metric)],
             **model.train_arguments(),
         )
     if processes()[0] == 0:
         _finish(model, learn, known, out, progress)
+        if learn.stopped and progress:
+            print(f"Stopped: {learn.stopped}. Run the same command again to resume.")
     return learn
 
 

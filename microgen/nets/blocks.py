@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'norm_layer', 'zeroed', 'spectral', 'power_iteration_held', 'parametrized', 'initialise', 'constant',
-           'code_length', 'code', 'check_classes', 'FiLM', 'scales_and_shifts', 'shrink', 'grow', 'Block', 'FocusGate',
-           'PixelNoise', 'noise_nll']
+           'code_length', 'code', 'check_classes', 'FiLM', 'scales_and_shifts', 'joined', 'modulated', 'shrink', 'grow',
+           'Block', 'FocusGate', 'PixelNoise', 'noise_nll']
 
 # %% ../../nbs/50_nets.blocks.ipynb #14af175d
 from collections.abc import Callable, Iterator
@@ -121,11 +121,16 @@ def constant(
     "Remember what a function makes of its arguments, so that a constant is copied to a device once."
 
     @lru_cache(maxsize=64)
-    @wraps(make)
-    def made_once(*args):
+    def kept(*args):
         with torch.inference_mode(False), torch.no_grad():  # a training may use it later
             return make(*args)
 
+    @wraps(make)
+    def made_once(*args):
+        return kept(*args)
+
+    # what torch.compiler.assume_constant_result sets: torch.compile puts the tensor in as it is
+    made_once._dynamo_marked_constant = True
     return made_once
 
 # %% ../../nbs/50_nets.blocks.ipynb #0f18b6d4
@@ -154,21 +159,22 @@ def code(
     n = like.shape[0]
     if not code_length(n_classes, z_dim, n_props):
         return like.new_zeros(n, 0)
-    of_class = like.new_zeros(n, n_classes)
+    parts = {}
     if label is not None and n_classes:
         label = torch.as_tensor(label, device=like.device).reshape(-1, 1)
         is_class = label == _numbers(n_classes, like.device, label.dtype)
-        of_class = is_class.to(like).expand(n, n_classes)
-    of_domain = like.new_zeros(n, 1)
+        parts["class"] = is_class.to(like).expand(n, n_classes)
     if domain is not None:
-        of_domain = torch.as_tensor(domain).to(of_domain).reshape(-1, 1).expand(n, 1)
-    of_props = like.new_zeros(n, n_props)
+        parts["domain"] = torch.as_tensor(domain).to(like).reshape(-1, 1).expand(n, 1)
     if props is not None and n_props:
-        of_props = _of_shape(props, "props", (n, n_props)).to(like)
-    of_z = like.new_zeros(n, z_dim)
+        parts["props"] = _of_shape(props, "props", (n, n_props)).to(like)
     if z is not None and z_dim:
-        of_z = _of_shape(z, "z", (n, z_dim)).to(like)
-    return torch.cat([of_class, of_domain, of_props, of_z], 1)
+        parts["z"] = _of_shape(z, "z", (n, z_dim)).to(like)
+    lengths = {"class": n_classes, "domain": 1, "props": n_props, "z": z_dim}
+    for name, length in lengths.items():
+        if length and name not in parts:
+            parts[name] = like.new_zeros(n, length)
+    return torch.cat([parts[name] for name, length in lengths.items() if length], 1)
 
 
 @constant
@@ -209,28 +215,95 @@ class FiLM(nn.Module):
 
     def forward(self, h, code):
         ((scale, shift),) = scales_and_shifts([self], code)
-        return scale * h + shift
+        return modulated(nn.Identity(), h, scale, shift)
 
 
 def scales_and_shifts(
     films: list,  # of FiLM
     code: torch.Tensor,  # (B, n_code)
-) -> list:  # of pairs (1 + gamma, beta), each (B, C, 1, 1)
-    "What the code says to many layers, by one product for all of them."
-    weight = torch.cat([film.linear.weight for film in films])
-    bias = torch.cat([film.linear.bias for film in films])
-    sizes = [film.linear.out_features // 2 for film in films for _ in range(2)]
-    is_scale = _every_second(tuple(sizes), bias.device, bias.dtype)
-    told = F.linear(code, weight, bias + is_scale)  # 1 + gamma and beta of each layer in turn
-    parts = told[:, :, None, None].split(sizes, 1)
-    return list(zip(parts[::2], parts[1::2]))
+    norms: list = (),  # the norm before each of them; none to leave them out
+) -> (
+    list
+):  # of pairs (scale, shift), each (B C,): the channels of the first image, of the second, ...
+    "What the code says to many layers, by one product for all of them; the numbers of a GroupNorm are worked in."
+    sizes = tuple(film.linear.out_features // 2 for film in films)
+    weight = joined([film.linear.weight for film in films])
+    bias = joined([film.linear.bias for film in films])
+    is_scale = _every_second(sizes, bias.device, bias.dtype)
+    # 1 + gamma and beta of each layer in turn
+    scale, shift = _layer_by_layer(F.linear(code, weight, bias + is_scale), sizes)
+    if any(isinstance(norm, nn.GroupNorm) for norm in norms):
+        own = joined([of_norm for norm in norms for of_norm in (norm.weight, norm.bias)])
+        own_scale, own_shift = _layer_by_layer(own.expand(len(code), -1), sizes)
+        shift = own_shift * scale + shift  # (1 + gamma) (w x + b) + beta
+        scale = own_scale * scale
+    of_layer = [size * len(code) for size in sizes]
+    return list(zip(scale.split(of_layer), shift.split(of_layer)))
 
 
 @constant
 def _every_second(sizes, device, dtype):
-    "(sum of sizes,) 1 in the first, third, ... part, 0 in the others."
-    ones = [torch.full((size,), float(k % 2 == 0)) for k, size in enumerate(sizes)]
-    return torch.cat(ones).to(device, dtype)
+    "(2 sum of sizes,) 1 for the scale of each layer, 0 for its shift."
+    halves = [torch.tensor([1.0, 0.0]).repeat_interleave(size) for size in sizes]
+    return torch.cat(halves).to(device, dtype)
+
+
+def _layer_by_layer(numbers, sizes):
+    "All scales and all shifts (sum of B C,), layer by layer, of (B, 2 sum of C), which are image by image."
+    if torch.compiler.is_compiling():  # where B may be any number, and small copies become one
+        both = [size for size in sizes for _ in range(2)]
+        parts = [part.flatten() for part in numbers.split(both, 1)]
+        return torch.cat(parts[::2]), torch.cat(parts[1::2])
+    order = _in_layers(sizes, len(numbers), numbers.device)
+    return numbers.flatten()[order].unbind()
+
+
+@constant
+def _in_layers(sizes, n_images, device):
+    "(2, sum of B C) places of the scales, and of the shifts, in numbers (B, 2 sum of C)."
+    width = 2 * sum(sizes)
+    places = torch.arange(n_images * width).view(n_images, width)
+    halves = places.split([size for size in sizes for _ in range(2)], 1)
+    scales = torch.cat([half.flatten() for half in halves[::2]])
+    shifts = torch.cat([half.flatten() for half in halves[1::2]])
+    return torch.stack([scales, shifts]).to(device)
+
+
+class _Joined(torch.autograd.Function):
+    "Tensors one behind the other, whose gradient is cut by one operation instead of one for each."
+
+    @staticmethod
+    def forward(ctx, *parts):
+        ctx.lengths = [len(part) for part in parts]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope.split(ctx.lengths)
+
+
+def joined(
+    parts: list,  # of tensors (n, ...)
+) -> torch.Tensor:  # (sum of n, ...)
+    "Put many parameters one behind the other, as torch.cat does."
+    return _Joined.apply(*parts)
+
+
+def modulated(
+    norm: nn.Module,  # a layer of norm_layer; nn.Identity for none
+    h: torch.Tensor,  # (B, C, H, W) features
+    scale: torch.Tensor,  # (B C,) of scales_and_shifts, which was given the norm
+    shift: torch.Tensor,  # (B C,)
+) -> torch.Tensor:  # (B, C, H, W)
+    "Normalise each image, then scale and shift each of its channels by numbers of its own."
+    n_images, n_channels, height, width = h.shape
+    if not isinstance(norm, nn.GroupNorm):
+        of_channel = n_images, n_channels, 1, 1
+        return scale.view(of_channel) * norm(h) + shift.view(of_channel)
+    # the images side by side, as channels of a single one: norm, scale and shift are one operation
+    side_by_side = h.reshape(1, n_images * n_channels, height, width)
+    n_groups = n_images * norm.num_groups
+    return F.group_norm(side_by_side, n_groups, scale, shift, norm.eps).view(h.shape)
 
 # %% ../../nbs/50_nets.blocks.ipynb #b92a31fe
 def shrink(
@@ -240,7 +313,16 @@ def shrink(
     Source: Zhang 2019, arXiv 1904.11486."""
     n_channels = h.shape[1]
     kernel = _binomial(n_channels, h.device, h.dtype)
-    return F.conv2d(F.pad(h, (1, 1, 1, 1), mode="replicate"), kernel, stride=2, groups=n_channels)
+    return F.conv2d(_rim_repeated(h), kernel, stride=2, groups=n_channels)
+
+
+def _rim_repeated(h):
+    "(B, C, H + 2, W + 2) with the outermost pixels once more."
+    if not torch.compiler.is_compiling():
+        return F.pad(h, (1, 1, 1, 1), mode="replicate")
+    # torch 2.15 expects the gradient of the padding in another layout than it has
+    h = torch.cat([h[..., :1, :], h, h[..., -1:, :]], -2)
+    return torch.cat([h[..., :1], h, h[..., -1:]], -1)
 
 
 @constant
@@ -277,13 +359,11 @@ class Block(nn.Module):
         self.films = nn.ModuleList([FiLM(n_out, n_code), FiLM(n_out, n_code)] if n_code else [])
         self.short = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
 
-    def forward(self, h, told=()):
+    def forward(self, h, pairs=()):
         out = h
         for k in range(2):
-            out = self.norms[k](self.convs[k](out))
-            if told:
-                scale, shift = told[k]
-                out = scale * out + shift
+            out = self.convs[k](out)
+            out = modulated(self.norms[k], out, *pairs[k]) if pairs else self.norms[k](out)
             out = F.silu(out)
         return (out + self.short(h)) / 2**0.5
 
@@ -341,13 +421,26 @@ class PixelNoise(nn.Module):
         log_sd = self.head(h)
         if self.told is not None:
             log_sd = log_sd + self.told(code)[:, :, None, None]
-        return self.start * torch.exp(log_sd.clamp(-6, 4))
+        return self.start * torch.exp(F.hardtanh(log_sd, -6, 4))
 
 # %% ../../nbs/50_nets.blocks.ipynb #f8060c1f
+@constant
+def _second_differences(device, dtype):
+    "(1, 1, 3, 3) filter that keeps the variance of white noise, and nothing of what is smooth."
+    kernel = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
+    return kernel[None, None].to(device, dtype)
+
+
 def noise_nll(
     residual: torch.Tensor,  # (B, C, H, W) true image minus mean image
     sd: torch.Tensor,  # (B, 1, H, W) standard deviation
 ) -> torch.Tensor:  # (B,) nats per pixel, up to a constant
-    "Negative log-likelihood of normal noise, image by image."
-    per_pixel = torch.log(sd) + residual.square() / (2 * sd.square())
+    """Negative log-likelihood of white normal noise, image by image; smooth errors of the mean image do not count as noise.
+    Source: Immerkaer 1996, doi 10.1006/cviu.1996.0060 (the filter)"""
+    kernel = _second_differences(residual.device, residual.dtype)
+    each = residual.flatten(0, 1)[:, None]  # each channel by itself
+    fine = F.conv2d(each, kernel).unflatten(0, residual.shape[:2])[:, :, 0]
+    # the variance of a sum of independent values: Σ k² σ²
+    variance = F.conv2d(sd.square(), kernel.square())
+    per_pixel = torch.log(variance) / 2 + fine.square() / (2 * variance)
     return per_pixel.flatten(1).mean(1)

@@ -19,31 +19,31 @@ from .style import luminance, statistics
 
 # %% ../../nbs/53_nets.loss.ipynb #b6fa1b7e
 @constant
-def _gaussian_line(window, device, dtype):
-    "(window,) Gaussian of standard deviation 1.5 pixels, sum 1."
+def _gaussian_lines(window, device, dtype):
+    "Gaussian of standard deviation 1.5 pixels, sum 1, along y (1, 1, window, 1) and along x (1, 1, 1, window)."
     at = torch.arange(window) - window // 2
     line = torch.exp(-at.square() / (2 * 1.5**2))
-    return (line / line.sum()).to(device, dtype)
+    line = (line / line.sum()).to(device, dtype)
+    return line.view(1, 1, -1, 1), line.view(1, 1, 1, -1)
 
 
 def _blurred(images, window):
     "(N, 1, H, W) images through the Gaussian window, reflected at the rim."
-    line = _gaussian_line(window, images.device, images.dtype)
+    along_y, along_x = _gaussian_lines(window, images.device, images.dtype)
     half = window // 2
     images = F.pad(images, (half, half, half, half), mode="reflect")
-    images = F.conv2d(images, line.view(1, 1, -1, 1))
-    return F.conv2d(images, line.view(1, 1, 1, -1))
+    return F.conv2d(F.conv2d(images, along_y), along_x)
 
 
-def ssim_term(
-    image: torch.Tensor,  # (B, C, H, W) in [-1, 1]
-    target: torch.Tensor,  # (B, C, H, W) in [-1, 1]
-    window: int = 11,  # pixels
-) -> torch.Tensor:  # (B,), 0 for equal images
-    """1 - SSIM, image by image.
-    Source: Wang et al. 2004, doi 10.1109/TIP.2003.819861, equation 13"""
-    x = image.flatten(0, 1)[:, None]  # each channel by itself
-    y = target.flatten(0, 1)[:, None]
+def _each_channel(images):
+    "(B C, 1, H, W): each channel of (B, C, H, W) by itself."
+    return images.reshape(-1, 1, *images.shape[-2:])
+
+
+def _similarity(image, target, window):
+    "(B, C, H, W) SSIM around each pixel."
+    x = _each_channel(image)
+    y = _each_channel(target)
     moments = torch.cat([x, y, x * x, y * y, x * y])
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = _blurred(moments, window).chunk(5)
     product = mean_x * mean_y
@@ -53,15 +53,29 @@ def ssim_term(
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # the range of the grey levels is 2
     similarity = (2 * product + c1) * (2 * covariance + c2)
     similarity = similarity / ((squares + c1) * (variances + c2))
-    return 1 - similarity.view(len(image), -1).mean(1)
+    return similarity.view(image.shape)
+
+
+def ssim_term(
+    image: torch.Tensor,  # (B, C, H, W) in [-1, 1]
+    target: torch.Tensor,  # (B, C, H, W) in [-1, 1]
+    window: int = 11,  # pixels
+) -> torch.Tensor:  # (B,), 0 for equal images
+    """1 - SSIM, image by image, reflected at the rim.
+    Source: Wang et al. 2004, doi 10.1109/TIP.2003.819861, equation 13"""
+    return 1 - _similarity(image, target, window).flatten(1).mean(1)
 
 
 def batch_ssim(
     pred,  # (B, C, H, W) in [-1, 1]
     *targets,  # the last is the true image, same shape
 ) -> torch.Tensor:  # scalar, 1 for equal images
-    "SSIM as a metric that fastai can show (window 11, range 2)."
-    return 1 - ssim_term(pred, targets[-1]).mean()
+    """SSIM as a metric that fastai can show (window 11, range 2), without the border, as `microgen.metrics.image.ssim`.
+    Source: Wang et al. 2004, doi 10.1109/TIP.2003.819861, equation 13"""
+    window = 11  # pixels
+    half = window // 2
+    similarity = _similarity(pred, targets[-1], window)
+    return similarity[..., half:-half, half:-half].mean()
 
 
 def ms_ssim_term(
@@ -86,7 +100,7 @@ def edge_term(
     target: torch.Tensor,  # (B, C, H, W)
 ) -> torch.Tensor:  # (B,)
     "Mean absolute difference of Sobel gradients: where the flanks of bright spots are, image by image."
-    difference = (image - target).flatten(0, 1)[:, None]  # the gradient is linear
+    difference = _each_channel(image - target)  # the gradient is linear
     padded = F.pad(difference, (1, 1, 1, 1), mode="replicate")
     slopes = F.conv2d(padded, _sobel(image.device, image.dtype))
     return slopes.abs().view(len(image), -1).mean(1)

@@ -37,9 +37,8 @@ def statistics(
     slope_var = slope_y_var + slope_x_var
     slope_var = slope_var - noise_var  # each of the two holds half of the noise's variance
 
-    contrast = signal_var.clamp_min(1e-8).sqrt()
-    noise = noise_var.clamp_min(1e-8).sqrt()
-    slope = slope_var.clamp_min(1e-8).sqrt()
+    variances = torch.stack([signal_var, noise_var, slope_var])
+    contrast, noise, slope = variances.clamp_min(1e-8).sqrt().unbind()
     level = image.mean((1, 2, 3))
     return torch.stack([level, contrast, noise, slope / contrast], 1)
 
@@ -81,7 +80,7 @@ class Style(nn.Module):
             s = torch.cat([numbers[:, :1], numbers[:, 1:].log()], 1)[:, : len(self.mean)]
             if self.training:
                 self.observe(s)
-            floor = 1e-6 * torch.eye(len(self.cov), device=s.device)  # alike images have rank 0
+            floor = _floor(len(self.cov), s.device)
             lower, _ = torch.linalg.cholesky_ex(self.cov + floor)  # unchecked: a GPU would wait
             # z = L^-1 (s - m)
             return torch.linalg.solve_triangular(lower, (s - self.mean).T, upper=False).T
@@ -92,7 +91,13 @@ class Style(nn.Module):
     ):
         "Let the moments follow a batch."
         before = self.seen.clamp_max(self.memory)
-        self.mean.lerp_(s.mean(0), 1 / (before + 1))
+        self.mean.lerp_(s.mean(0), torch.reciprocal(before + 1))
         off = s - self.mean
-        self.cov.lerp_(off.T @ off / len(s), 1 / (before + 2))
+        self.cov.lerp_(off.T @ off / len(s), torch.reciprocal(before + 2))
         self.seen += 1
+
+
+@constant
+def _floor(n, device):
+    "(n, n) what keeps the covariance of images that are alike from rank 0."
+    return 1e-6 * torch.eye(n).to(device)

@@ -118,7 +118,7 @@ class UNet(nn.Module):
             mean = self.head(h.float())
             sd = self.noise(h.float(), c.float())
         image = mean if noise is None else mean + sd * noise  # x = mu + sigma eps
-        return Generated(image.clamp(-1, 1), mean, sd, focus)
+        return Generated(F.hardtanh(image), mean, sd, focus)  # cut to [-1, 1]
 
     def features(
         self,
@@ -130,7 +130,8 @@ class UNet(nn.Module):
         told = [()] * len(blocks)
         if c.shape[1]:
             films = [film for block in blocks for film in block.films]
-            pairs = scales_and_shifts(films, c)
+            norms = [norm for block in blocks for norm in block.norms]
+            pairs = scales_and_shifts(films, c, norms)
             told = list(zip(pairs[::2], pairs[1::2]))  # two layers a block
         told = iter(told)
 

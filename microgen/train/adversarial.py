@@ -8,11 +8,13 @@ __all__ = ['GAN_MODES', 'Parts', 'Every', 'MeanTerm', 'term_values', 'Adversaria
            'gan_losses', 'r1_penalty']
 
 # %% ../../nbs/59_train.adversarial.ipynb #75dd9bdd
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType, MethodType
 
 import torch
 import torch.distributed as dist
@@ -45,6 +47,10 @@ class Parts(nn.Module):
         super().__init__()
         self.g = g
         self.d = d
+
+    def to_compile(self) -> list:  # modules and the names of their methods
+        "What `train(compile=True)` compiles: the generator."
+        return [(self.g, "forward")]
 
     def forward(self, *xb):
         return self.g(*xb)
@@ -121,7 +127,7 @@ class AdversarialTrainer(Callback):
         d_regs=(),  # terms of d that are not in every step: Every(16, r1)
         g_regs=(),  # terms of g that are not in every step of g: Every(8, path_length)
         autocast: str | None = None,  # None for float32, "bf16" for bfloat16 on CPU and GPU
-        n_disc: int = 1,  # steps of d for each of g
+        n_disc: int = 1,  # steps of d for each of g; 0 leaves d alone, for a g_loss without it
         accumulate: int = 1,  # shares that a batch is cut into, to save memory
         # tuple of tensors -> NamedTuple of tensors; None for the tuple
         read: Callable | None = None,
@@ -147,9 +153,14 @@ class AdversarialTrainer(Callback):
         self.names = set()  # of the terms that were seen
         self.factors = {}  # weights and device -> tensor
         self.unused = set(self.weights)  # weights whose term was not seen yet
-        intervals = [n_disc]
+        if n_disc == 0 and self.d_regs:
+            raise InputError(
+                "n_disc is 0, so the discriminator takes no steps: leave d_regs out, or let it learn."
+            )
+        self.every = max(n_disc, 1)  # batches for each step of g
+        intervals = [self.every]
         intervals += [reg.steps for reg in self.d_regs]
-        intervals += [reg.steps * n_disc for reg in self.g_regs]
+        intervals += [reg.steps * self.every for reg in self.g_regs]
         self.unchecked = max(intervals)  # steps until all terms have been seen
 
     def before_batch(self):
@@ -201,8 +212,8 @@ def train_step(
     Raises: InputError for a batch that has not an image for each process."""
     learn = self.learn
     step = learn.train_iter
-    g_step, after_g = divmod(step, self.n_disc)
-    g_turn = after_g == self.n_disc - 1
+    g_step, after_g = divmod(step, self.every)
+    g_turn = after_g == self.every - 1
     g_params, d_params = learn.opt.param_lists
     d_regs = [reg for reg in self.d_regs if reg.is_due(step)]
     g_regs = [reg for reg in self.g_regs if reg.is_due(g_step)]
@@ -222,13 +233,14 @@ def train_step(
 
     learn.terms = {}
     with numbers:
-        d_phase = Phase("d", self.d_loss, d_regs, d_params, still=[])
-        fakes = self.run_phase(d_phase, batch, n_images, graph=g_turn)
+        made = [None]
+        if self.n_disc:
+            d_phase = Phase("d", self.d_loss, d_regs, d_params, still=[])
+            made = [self.run_phase(d_phase, batch, n_images, graph=g_turn)]
         if g_turn:
             g_phase = Phase("g", self.g_loss, g_regs, g_params, still=d_params)
-            made = [fakes]
-            del fakes  # or their graph would fill the memory while a batch is cut
-            self.run_phase(g_phase, batch, n_images, made.pop())
+            # given away, or their graph would fill the memory while a batch is cut
+            self.run_phase(g_phase, batch, n_images, made.pop(), graph=True)
     learn.stepping = None
     self.fire("after_step")
     self.check_weights()
@@ -246,12 +258,19 @@ def run_phase(
     "Move one network by the mean gradient over the batch."
     learn = self.learn
     n_processes = processes()[1]
+    device = batch[0].device
     terms_before = learn.terms
     while True:
         learn.opt.zero_grad()
         learn.terms = dict(terms_before)
-        total, fakes, shortage = self.gradient(phase, batch, n_images, fakes, graph)
-        if not any_process(shortage is not None, batch[0].device):
+        sums, fakes, shortage = self.own_sums(phase, batch, fakes, graph)
+        # all ask each other before one waits for sums that another, whose memory is short, never sends
+        is_short = any_process(shortage is not None, device)
+        if not is_short:
+            whole = _over_processes(sums)
+            total, fakes, shortage = self.gradient(phase, batch, n_images, fakes, whole)
+            is_short = any_process(shortage is not None, device)
+        if not is_short:
             break
         fakes = None
         fullest = -(-n_images // n_processes)  # images of the process that has most
@@ -269,30 +288,47 @@ def run_phase(
 
 
 @patch
+def own_sums(
+    self: AdversarialTrainer,
+    phase: Phase,  # of d or of g
+    batch: tuple,  # of tensors, the images of this process
+    fakes,  # of the whole batch, or None
+    graph: bool,  # whether the generator shall learn from new ones
+) -> (
+    tuple
+):  # what sums_of_shares gives, fakes of the whole batch or None, the error where memory was short
+    "Make the fakes of a batch that is not cut, and add up what its shares bring to means."
+    try:
+        if fakes is None and self.accumulate == 1:
+            fakes = self.make_fakes(batch, graph)
+        sums = self.sums_of_shares(phase, in_shares(batch, self.accumulate), fakes)
+    except torch.OutOfMemoryError as error:
+        return {}, None, error.with_traceback(None)
+    return sums, fakes, None
+
+
+@patch
 def gradient(
     self: AdversarialTrainer,
     phase: Phase,  # of d or of g
     batch: tuple,  # of tensors, the images of this process
     n_images: int,  # of all processes
     fakes,  # of the whole batch, or None
-    graph: bool,  # whether the generator shall learn from new ones later
+    whole: dict,  # name of each MeanTerm -> its sums over the whole batch of all processes
 ) -> tuple:  # loss, fakes of the whole batch or None, the error where memory was short
     "Sum the gradient up over the shares of a batch."
-    total = batch[0].new_zeros((), dtype=torch.float32)
+    total = None
     for p in phase.still:
         p.requires_grad_(False)
     try:
-        if phase.name == "d" and self.accumulate == 1:
-            fakes = self.make_fakes(batch, graph)
-        shares = in_shares(batch, self.accumulate)
-        whole = self.sums_of_shares(phase, shares, fakes)
-        for share in shares:
+        for share in in_shares(batch, self.accumulate):
             of_share = fakes
             if of_share is None:
                 of_share = self.make_fakes(share, graph=phase.name == "g")
-            total = total + self.backward(phase, share, of_share, whole, len(share[0]) / n_images)
+            loss = self.backward(phase, share, of_share, whole, len(share[0]) / n_images)
+            total = loss if total is None else total + loss
     except torch.OutOfMemoryError as error:
-        return total, None, error.with_traceback(None)
+        return None, None, error.with_traceback(None)
     finally:
         for p in phase.still:
             p.requires_grad_(True)
@@ -305,10 +341,9 @@ def sums_of_shares(
     phase: Phase,  # of d or of g
     shares: list,  # batches of this process
     fakes,  # of the only share, or None
-) -> dict:  # name of each MeanTerm -> (K + 1,) sums over the whole batch; empty if nothing is cut
-    "Add up the means over all shares and processes."
-    n_processes = processes()[1]
-    if len(shares) == 1 and n_processes == 1:
+) -> dict:  # name of each MeanTerm -> (K + 1,) sums of this process; empty if nothing is cut
+    "Add up what the shares of this process bring to the means."
+    if len(shares) == 1 and processes()[1] == 1:
         return {}
     sums = {}
     model = self.learn.model
@@ -321,12 +356,17 @@ def sums_of_shares(
                     sums[name] = sums.get(name, 0) + term.sums()
             if not sums:
                 return {}  # plain means need no more than their weight
-    if n_processes > 1:
-        lengths = [len(value) for value in sums.values()]
-        flat = torch.cat(list(sums.values()))
-        dist.all_reduce(flat)
-        sums = dict(zip(sums, flat.split(lengths)))
     return sums
+
+
+def _over_processes(sums):
+    "The sums of all processes, in one message."
+    if not sums or processes()[1] == 1:
+        return sums
+    lengths = [len(value) for value in sums.values()]
+    flat = torch.cat(list(sums.values()))
+    dist.all_reduce(flat)
+    return dict(zip(sums, flat.split(lengths)))
 
 
 @contextmanager
@@ -520,8 +560,9 @@ def sum_over_processes(
     flat = torch.cat([*numbers, scalars])
     dist.all_reduce(flat)
     *gradients, scalars = flat.split([p.numel() for p in params] + [len(scalars)])
-    for p, gradient in zip(params, gradients):
-        p.grad = gradient.view_as(p).to(p.dtype)
+    gradients = [gradient.view(p.shape).to(p.dtype) for p, gradient in zip(params, gradients)]
+    for p, gradient in zip(params, in_own_memory(params, gradients)):
+        p.grad = gradient
     total, *of_all = scalars.unbind()
     return total, dict(zip(terms, of_all))
 
@@ -538,7 +579,9 @@ def before_fit(self: AdversarialTrainer):
     rank, n_processes = processes()
     if n_processes > 1:
         for value in self.learn.model.state_dict().values():
-            dist.broadcast(value, 0)
+            sent = value.contiguous()  # itself, unless its channels lie last
+            dist.broadcast(sent, 0)
+            value.copy_(sent)
     self.loader_is_shared = False
     if n_processes > 1 and self.share_loader and hasattr(self.learn.dls.train, "share"):
         with suppress(InputError):  # a loader that goes item by item has no shares
@@ -579,14 +622,39 @@ def check_weights(self: AdversarialTrainer):
 def with_memory(
     self: AdversarialTrainer,
 ) -> list:  # objects with state and load_state, each once
-    "The losses that remember something."
+    "The losses that remember something, and what they use that does: a `watch` of `gan_losses`, say."
     functions = [self.generate, self.d_loss, self.g_loss]
     functions += [reg.terms for reg in (*self.d_regs, *self.g_regs)]
     found = []
     for function in functions:
-        known = any(function is other for other in found)
-        if hasattr(function, "load_state") and not known:
-            found.append(function)
+        for one in _remembering(function):
+            if not any(one is other for other in found):
+                found.append(one)
+    return found
+
+
+def _remembering(function):
+    "Objects with state and load_state that a function is, or uses: by its closure, or by name from its own module."
+    home = getattr(function, "__module__", None)
+    found, seen, waiting = [], set(), [function]
+    while waiting:
+        one = waiting.pop(0)
+        if id(one) in seen or isinstance(one, (type, Callback, nn.Module)):
+            continue  # callbacks and modules are stored by themselves
+        seen.add(id(one))
+        if callable(getattr(one, "state", None)) and callable(getattr(one, "load_state", None)):
+            found.append(one)
+        elif isinstance(one, partial):
+            waiting += [one.func, *one.args, *one.keywords.values()]
+        elif isinstance(one, MethodType):
+            waiting += [one.__self__, one.__func__]
+        elif isinstance(one, FunctionType):
+            used = inspect.getclosurevars(one)
+            waiting += [*used.nonlocals.values(), *(one.__defaults__ or ())]
+            if one.__module__ == home:
+                waiting += used.globals.values()
+        elif callable(one) and hasattr(one, "__dict__"):
+            waiting += vars(one).values()
     return found
 
 
@@ -641,7 +709,7 @@ def adversarial_learner(
     d_regs=(),  # terms of d that are not in every step: Every(16, r1)
     g_regs=(),  # terms of g that are not in every step of g: Every(8, path_length)
     autocast: str | None = None,  # None or "bf16"
-    n_disc: int = 1,  # steps of d for each of g
+    n_disc: int = 1,  # steps of d for each of g; 0 leaves d alone, for a g_loss without it
     accumulate: int = 1,  # shares that a batch is cut into, to save memory
     read: Callable | None = None,  # tuple of tensors -> NamedTuple of tensors; None for the tuple
     share_loader: bool = True,  # of several processes each reads its own images; not where read compares images
@@ -684,7 +752,8 @@ GAN_MODES = ("vanilla", "lsgan", "hinge", "relativistic")
 
 def gan_losses(
     mode: str = "vanilla",  # one of GAN_MODES
-    # (logits of real, logits of fakes) -> None, without graph, after each pass of d in its own turn
+    # (logits of real, logits of fakes) -> None, without graph, after each pass of d in its own turn;
+    # what it remembers is stored with a run if it has state() and load_state(state)
     watch: Callable | None = None,
 ) -> tuple:  # d(real, fake) -> dict of scalars; g(fake, real=None) -> scalar; all of logits
     """The adversarial terms: cross-entropy, least squares, hinge, or relativistic pairs (real logits in g too).
@@ -695,6 +764,9 @@ def gan_losses(
             f"mode={mode!r} is no adversarial loss; choose from {', '.join(GAN_MODES)}."
         )
 
+    def squares(logits, wanted):
+        return F.mse_loss(logits, torch.full_like(logits, wanted))
+
     def d_terms(real, fake):
         real = real.float()
         fake = fake.float()
@@ -703,7 +775,7 @@ def gan_losses(
         if mode == "vanilla":
             return {"real": F.softplus(-real).mean(), "fake": F.softplus(fake).mean()}
         if mode == "lsgan":
-            return {"real": (real - 1).square().mean(), "fake": fake.square().mean()}
+            return {"real": squares(real, 1.0), "fake": squares(fake, 0.0)}
         if mode == "hinge":
             return {"real": F.relu(1 - real).mean(), "fake": F.relu(1 + fake).mean()}
         return {"pair": F.softplus(fake - real).mean()}
@@ -713,7 +785,7 @@ def gan_losses(
         if mode == "vanilla":
             return F.softplus(-fake).mean()
         if mode == "lsgan":
-            return (fake - 1).square().mean()
+            return squares(fake, 1.0)
         if mode == "hinge":
             return -fake.mean()
         if real is None:

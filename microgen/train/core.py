@@ -6,7 +6,7 @@
 __all__ = ['plain_tensor', 'device_of', 'random_state', 'set_random_state', 'seed_everything', 'random_state_kept', 'Repeat',
            'processes', 'any_process', 'save_weights', 'read_weights', 'misfit', 'fit_weights', 'ImageIsTarget',
            'MustTrain', 'gradient_norm', 'LossesOnDevice', 'EMA', 'averaged_weights', 'Diverged', 'NaNGuard',
-           'TimeBudget']
+           'TimeBudget', 'Compiled', 'compiler_failed']
 
 # %% ../../nbs/55_train.core.ipynb #df8ae563
 import math
@@ -15,8 +15,9 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -640,3 +641,54 @@ class TimeBudget(Callback):
     def after_fit(self):
         "Give the signals back."
         self.release()
+
+# %% ../../nbs/55_train.core.ipynb #f01d6bd7
+class Compiled(Callback):
+    "Compile what a model computes in the steps of a training."
+
+    order = 20  # after EMA, which copies the model
+
+    def __init__(
+        self,
+        backend: str = "inductor",  # of torch.compile; inductor needs a compiler of C++, or Triton
+    ):
+        self.backend = backend
+        self.replaced = []  # modules and the names of their methods
+
+    def before_fit(self):
+        "Put the compiled methods in the place of the others."
+        model = self.learn.model
+        methods = model.to_compile() if hasattr(model, "to_compile") else [(model, "forward")]
+        for module, name in methods:
+            setattr(module, name, self.in_steps(getattr(module, name)))
+            self.replaced.append((module, name))
+
+    def in_steps(
+        self,
+        plain: Callable,  # a method
+    ) -> Callable:  # the same, compiled where gradients are asked for
+        "Choose by whether something is to be learned."
+        fast = torch.compile(plain, backend=self.backend)
+
+        @wraps(plain)
+        def either(*args, **kwargs):
+            return (fast if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+        return either
+
+    def remove(self):
+        "Give the model its own methods back."
+        for module, name in self.replaced:
+            delattr(module, name)
+        self.replaced = []
+
+    def after_fit(self):
+        "Leave the model as it was."
+        self.remove()
+
+
+def compiler_failed(
+    error: Exception,  # what a step raised
+) -> bool:  # whether torch.compile raised it
+    "Tell what a compiler says from what a model says."
+    return any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__)

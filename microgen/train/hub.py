@@ -8,6 +8,7 @@ __all__ = ['model_card', 'network_line', 'HubModel', 'load_model']
 # %% ../../nbs/60_train.hub.ipynb #bf083949
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -174,9 +175,13 @@ class HubModel(_hub_mixin()):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        "Load a model from a folder, a run folder, or the Hub; in evaluation mode."
+        """Load a model from a folder, a run folder, or the Hub as OWNER/NAME; in evaluation mode.
+        Raises: ReadError when there is none; a path never goes to the network. InputError for another model."""
         name = str(pretrained_model_name_or_path)
         folder = Path(name)
+        if not folder.exists() and not _names_the_hub(name):
+            why = "there is no such folder; give a run folder, or OWNER/NAME for a model of the Hub"
+            raise ReadError(name, "run", why)
         if (folder / "model/config.json").exists():  # a run folder
             folder = folder / "model"
         if folder.exists():
@@ -217,6 +222,13 @@ class HubModel(_hub_mixin()):
     def generate_model_card(self, *args, **kwargs):
         "The card from the facts."
         return _hub_card(model_card(type(self).__name__, self.facts | kwargs))
+
+
+def _names_the_hub(name):
+    "Can this be OWNER/NAME, and no path that was mistyped?"
+    owner, slash, _ = name.partition("/")
+    spelled = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
+    return bool(slash and spelled) and not Path(owner).exists()
 
 
 def _check_settings(folder):

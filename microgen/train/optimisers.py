@@ -193,3 +193,8 @@ class Optimisers:
             opt.load_state_dict(state[name])
             for group, kept in zip(opt.param_groups, own):
                 group.update(kept)  # an older checkpoint says neither
+            for p, moments in opt.state.items():
+                for name, value in moments.items():
+                    if value.shape == p.shape and value.stride() != p.stride():
+                        # a fused step reads the memory as it lies
+                        moments[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)

@@ -33,12 +33,14 @@ from ..io.files import provenance, write_json
 from .checkpoint import BestBy, Checkpoint, read_checkpoint, stored_about
 from microgen.train.core import (
     EMA,
+    Compiled,
     ImageIsTarget,
     LossesOnDevice,
     MustTrain,
     NaNGuard,
     Repeat,
     TimeBudget,
+    compiler_failed,
     fit_weights,
     processes,
     random_state_kept,
@@ -124,6 +126,8 @@ class RunOptions:
     checkpoint_every: int | None = None  # steps
     shown: bool = True  # previews in the notebook
     deterministic: bool = False  # the same bits on a GPU too
+    channels_last: bool = False  # order of the weights in memory
+    compile: bool = False  # one program of the steps
 
     def __post_init__(self):
         _check_at_least("epochs", self.epochs, 1)
@@ -177,6 +181,8 @@ def _run_callbacks(out, options, preview):
     ]
     if options.ema:
         cbs.append(EMA(options.ema))
+    if options.compile:
+        cbs.append(Compiled())
     if options.fade is not None:
         cbs.append(Fade(options.fade))
     if options.freeze:
@@ -261,6 +267,8 @@ def _check_same(out, about, config, stored=None):
     differ = []
     for name in dict.fromkeys([*was, *config]):
         if was.get(name) == given.get(name) or name in FREE_OPTIONS:
+            continue
+        if name not in was and not given[name]:  # an option that is newer than the run, and off
             continue
         if name in STARTING_OPTIONS and given.get(name) is None:
             continue
@@ -380,12 +388,20 @@ def _fit(learn, epochs, callbacks, seed):
         raise MicrogenError(
             f"the memory of the GPU does not hold a batch of {learn.dls.train.bs}: take a smaller one."
         ) from e
+    except Exception as e:
+        if not compiler_failed(e):
+            raise
+        why = str(e).strip().splitlines()[0]
+        raise MicrogenError(
+            f"torch could not compile the model ({why}): leave compile out, or install what torch.compile needs here, "
+            "a compiler of C++ on a CPU and Triton on a GPU."
+        ) from e
     finally:
         budget.release()
         for cb in callbacks:
             if isinstance(cb, History):
                 cb.write()
-            if isinstance(cb, EMA):
+            if isinstance(cb, (EMA, Compiled)):
                 cb.remove()
     learn.stopped = budget.why
 
@@ -470,6 +486,8 @@ def train(
     checkpoint_every: int | None = None,  # steps between checkpoints, instead of minutes
     shown: bool = True,  # previews in the notebook
     deterministic: bool = False,  # the same bits on a GPU too, some steps slower
+    channels_last: bool = False,  # weights of convolutions in the order that tensor cores read
+    compile: bool = False,  # torch.compile for the steps: minutes at the start, then faster
     cbs=(),  # more callbacks
 ) -> Learner:  # its model is the result; .stopped says why it ended early, or is empty
     """Train into a folder, so that nothing is ever lost.
@@ -490,6 +508,8 @@ def train(
         checkpoint_every=checkpoint_every,
         shown=shown,
         deterministic=deterministic,
+        channels_last=channels_last,
+        compile=compile,
     )
     out = Path(out)
     config = config or {}
@@ -501,6 +521,8 @@ def train(
             _check_folder(out)
         learn.opt = None
         learn.stopped = ""
+        if options.channels_last:
+            learn.model.to(memory_format=torch.channels_last)
         about = _describe(learn, config, options)
         callbacks = [*_run_callbacks(out, options, preview), *cbs]
         checkpoint = callbacks[0]

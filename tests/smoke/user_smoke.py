@@ -1,4 +1,5 @@
-"""What a user does in the first minutes, in an environment without the dev extra: run by .ci/run, or by hand.
+"""What a user does in the first minutes, in an environment without the dev extra: run by .ci/run with the newest and
+with the lowest versions that the requirements allow, or by hand.
 
 python tests/smoke/user_smoke.py FOLDER
 """
@@ -31,6 +32,19 @@ def microgen(*words, code=0):
     )
     assert "Traceback" not in text, text
     return text
+
+
+def every_help():
+    "Every command answers --help; all in one process, as each loads the same."
+    from typer.testing import CliRunner
+
+    from microgen.cli import app
+
+    commands = [command.callback.__name__ for command in app.registered_commands]
+    for words in ([], *([name] for name in commands), ["train"], ["train", "pix2pix"], ["sample"]):
+        asked = CliRunner().invoke(app, [*words, "--help"])
+        assert asked.exit_code == 0 and "Usage" in asked.output, (words, asked.output)
+    say(f"the help of {len(commands) + 3} commands")
 
 
 def in_python():
@@ -66,6 +80,7 @@ def on_the_command_line(image):
     "doctor, simulate, particles, measure, and two mistakes."
     text = microgen("doctor")
     assert "torch" in text and "shipped structures" in text
+    assert "Everything works." in text, text  # parquet, readers, a simulation, a training
     say("doctor")
     microgen(
         "simulate",
@@ -142,5 +157,6 @@ def on_the_command_line(image):
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
+    every_help()
     on_the_command_line(in_python())
     say("done")
