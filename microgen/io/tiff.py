@@ -368,9 +368,7 @@ def load_tiff(
 ) -> Raw:  # its pixels and what is said of them
     """Read an image of a TIFF file.
     Raises: Unreadable with the cause."""
-    import tifffile
-
-    with tifffile.TiffFile(path) as tif:
+    with _open(path) as tif:
         n_pages = len(tif.pages)
         if sum(1 for _ in islice(tif.pages, n_pages + 1)) > n_pages:
             # tifffile would follow it for ever
@@ -393,10 +391,22 @@ def load_tiff(
         return Raw(data, statements, _metadata(page, tif), colours_last)
 
 
+def _open(path):
+    "The file by tifffile."
+    import tifffile
+
+    try:
+        return tifffile.TiffFile(path)
+    except tifffile.TiffFileError as e:
+        if "not a TIFF file" not in str(e):
+            raise
+        raise Unreadable("it is not a TIFF file, whatever its name says") from None
+
+
 def _page_of(series, k, n_images):
     "The page that describes image number k of a series."
     pages_each = len(series.pages) // n_images
     page = series.pages[k * pages_each] if pages_each else None
-    if page is None or page.is_virtual:
-        return series.keyframe
-    return page.aspage()
+    with suppress(ValueError):  # a page that tifffile only imagines has no tags
+        return series.keyframe if page is None else page.aspage()
+    return series.keyframe
