@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage as ndi
-from scipy.special import ive
+from scipy.special import i0e
 
 from ..core import as_rng
 
@@ -107,11 +107,11 @@ def radial_profile(
     emitted = -np.expm1(-d * cos / depth_px)
     face = emitted * _SHARE * rho * d / 2 * cos / variance
     rim = face * _steepness(cos, d, depth_px)
-    # exp(-(r^2 + rho^2) / 2 v) I0(r rho / v), with ive(0, z) = exp(-z) I0(z)
+    # exp(-(r^2 + rho^2) / 2 v) I0(r rho / v), with i0e(z) = exp(-z) I0(z)
     r = np.abs(from_edge + d / 2)[:, :, None]
     ring = rho[:, None]
     across = np.exp(-((r - ring) ** 2) / 2 / variance)
-    spread = across * ive(0, r * ring / variance)
+    spread = across * i0e(r * ring / variance)
     of_face = np.einsum("nrk,nk->nr", spread, face)
     of_rim = np.einsum("nrk,nk->nr", spread, rim)
     return of_face, of_rim
