@@ -538,8 +538,8 @@ class Result:
     ) -> Path:  # what was written
         """Write the result; the ending decides as what.
         Raises: InputError for an ending that it has nothing for, WriteError."""
-        from microgen.io.files import write_csv
-        from microgen.plot import save_figure
+        from microgen.io.files import atomic_path, write_csv
+        from microgen.plot import figure_bytes
 
         path = Path(path)
         ending = path.suffix.lower()
@@ -549,9 +549,12 @@ class Result:
             with plt.ioff():
                 fig = self.show().figure
             try:
-                return save_figure(path, fig)
+                picture = figure_bytes(fig, ending.removeprefix("."))
             finally:
                 plt.close(fig)
+            with atomic_path(path) as whole:
+                whole.write_bytes(picture)
+            return path
         if ending == ".csv" and self.table_name:
             write_csv(path, getattr(self, self.table_name))
             return path
@@ -752,11 +755,14 @@ class Micrograph(Result):
                 "(8 bits, to look at); give such a name."
             )
         if ending == ".png":
-            from microgen.plot import write_png
+            from microgen.io.files import atomic_path
+            from microgen.plot import pixels_as_png
 
             if bits not in (None, 8):
                 raise InputError(f"bits={bits!r}: a .png has 8 bits here; save a .tif for more.")
-            return write_png(path, self, scalebar)
+            with atomic_path(path) as whole:
+                whole.write_bytes(pixels_as_png(self, scalebar))
+            return path
         if scalebar:
             raise InputError("A scale bar belongs into a .png: a .tif holds the measured pixels.")
         from microgen.io.files import write_tiff

@@ -65,6 +65,7 @@ def _counted_particles(tour, image):
         tour.image,
         tour.out / "image",
         tour.pixel_size,
+        n=300 if tour.quick else 2000,
         seed=tour.seed,
         workers=tour.workers,
         progress=tour.progress,
