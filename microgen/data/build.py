@@ -95,6 +95,7 @@ def build(
     _check_is_read_back(recipe)
     recipe.rehearse()
     _check_space(recipe, out)
+    _refuse_strangers(out)  # before a lock is left there
     with one_writer(out):
         _claim(recipe, out)
         _sweep(out)
@@ -114,12 +115,17 @@ def _check_is_read_back(recipe):
         )
 
 
+def _refuse_strangers(out):
+    "Refuse a folder of files that are not of a dataset."
+    held = strangers(out)
+    if held and not (out / "recipe.json").exists():
+        raise InputError(f"{out} is not empty (it holds {held[0]}): choose a new folder.")
+
+
 def _claim(recipe, out):
     "Write recipe.json, or check that the folder holds the same recipe."
     file = out / "recipe.json"
     if not file.exists():
-        if held := strangers(out):
-            raise InputError(f"{out} is not empty (it holds {held[0]}): choose a new folder.")
         write_json(
             file, {"kind": recipe.kind, "recipe": recipe.to_dict(), **provenance(recipe.seed)}
         )
