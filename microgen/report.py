@@ -39,9 +39,8 @@ class Section:
     "A titled part of a report, filled in the reader's order."
 
     title: str  # heading
-    parts: list = field(
-        default_factory=list
-    )  # HTML fragments, or functions that make them, in order
+    # HTML fragments, or functions that make them, in order
+    parts: list = field(default_factory=list)
 
     def text(
         self,

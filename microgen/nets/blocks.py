@@ -222,9 +222,8 @@ def scales_and_shifts(
     films: list,  # of FiLM
     code: torch.Tensor,  # (B, n_code)
     norms: list = (),  # the norm before each of them; none to leave them out
-) -> (
-    list
-):  # of pairs (scale, shift), each (B C,): the channels of the first image, of the second, ...
+    # of pairs (scale, shift), each (B C,): the channels of the first image, of the second, ...
+) -> list:
     "What the code says to many layers, by one product for all of them; the numbers of a GroupNorm are worked in."
     sizes = tuple(film.linear.out_features // 2 for film in films)
     weight = joined([film.linear.weight for film in films])

@@ -294,9 +294,8 @@ def own_sums(
     batch: tuple,  # of tensors, the images of this process
     fakes,  # of the whole batch, or None
     graph: bool,  # whether the generator shall learn from new ones
-) -> (
-    tuple
-):  # what sums_of_shares gives, fakes of the whole batch or None, the error where memory was short
+    # what sums_of_shares gives, fakes of the whole batch or None, the error where memory was short
+) -> tuple:
     "Make the fakes of a batch that is not cut, and add up what its shares bring to means."
     try:
         if fakes is None and self.accumulate == 1:

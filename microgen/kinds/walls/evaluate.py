@@ -191,9 +191,8 @@ def rim_difference(
     image,  # Micrograph: generated
     reference,  # Micrograph: a scan of the same scene
     rim_nm=RIM_NM,  # width of the ring, nm
-) -> (
-    RimDifference
-):  # of the ring and of what it encloses; 0 where the images agree up to level and contrast
+    # of the ring and of what it encloses; 0 where the images agree up to level and contrast
+) -> RimDifference:
     """Compare the rim of an image with that of a scan, and the inside with the inside.
     Raises: InputError when the sizes differ, or nothing is left inside."""
     m, scan = as_micrograph(image), as_micrograph(reference)
