@@ -514,6 +514,7 @@ class Result:
 
         from microgen.plot import to_png
 
+        plt.draw_if_interactive()  # a notebook turns figures on with its backend, which this loads
         with plt.ioff():
             fig = self.show().figure
         try:
@@ -546,6 +547,7 @@ class Result:
         if ending in (".png", ".pdf", ".svg"):
             import matplotlib.pyplot as plt
 
+            plt.draw_if_interactive()
             with plt.ioff():
                 fig = self.show().figure
             try:

@@ -155,3 +155,16 @@ def test_a_module_is_callable_however_it_was_imported():
     code = "from microgen.tour import tour\nimport microgen\nprint(callable(microgen.tour))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_a_notebook_shows_figures_after_a_result_has_shown_itself():
+    nbclient = pytest.importorskip("nbclient")
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    result = "import microgen\nmicrogen.sample('near', truth=True)"
+    figure = "microgen.show(microgen.sample('near'));"
+    notebook = new_notebook(cells=[new_code_cell(result), new_code_cell(figure)])
+    nbclient.NotebookClient(notebook, kernel_name="python3").execute()
+    first, second = (cell.outputs for cell in notebook.cells)
+    assert "<table" in first[0].data["text/html"]
+    assert any("image/png" in output.get("data", {}) for output in second), second

@@ -56,7 +56,7 @@ def score(
     return {
         "label": one.about["label"],
         "thickness_nm": one.about["thickness_nm"],
-        "dose_e_A2": one.about["dose"],
+        "dose_e_A2": one.about["dose_e_A2"],
         "r_columns": (one.table.site == "R").sum(),
         "found": len(pairs),
         "disp_rms_error_pm": np.sqrt(np.nanmean(error_pm**2)),
