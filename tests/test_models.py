@@ -229,6 +229,16 @@ def test_a_model_that_nobody_could_load_is_refused_before_it_trains(folders, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_training_shows_no_bar_of_fastai(folders, tmp_path, monkeypatch):
+    shown = []
+    bar = type("ProgressCallback", (Callback,), {"before_fit": lambda self: shown.append(1)})
+    plain = Denoiser.learner
+    with_bar = lambda self, dls, data: plain(self, dls, data).add_cb(bar())  # noqa: E731
+    monkeypatch.setattr(Denoiser, "learner", with_bar)
+    learn = quick(folders, tmp_path / "run")
+    assert not shown and any(type(one) is bar for one in learn.cbs)
+
+
 WRONG_JUDGEMENTS = {
     "number": (0.3, "0.3 \\(a float\\)"),
     "nothing": (None, "None"),

@@ -7,6 +7,7 @@ __all__ = ['Progress', 'train_model']
 
 # %% ../../nbs/92_models.train.ipynb #dc47aa99
 import json
+from contextlib import contextmanager
 from numbers import Number
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def train_model(
     shows_something = hasattr(learn.model, "sample") or dls.n_inp < len(dls.fields)
     if not shows_something:  # no images to sample, and no target to compare with
         preview_every = None
-    with learn.no_logging():
+    with learn.no_logging(), _own_bar_only(learn):
         learn = train(
             learn,
             model.epochs,
@@ -113,6 +114,17 @@ def train_model(
         if learn.stopped and progress:
             print(f"Stopped: {learn.stopped}. Run the same command again to resume.")
     return learn
+
+
+@contextmanager
+def _own_bar_only(learn):
+    "Leave fastai's bars out; importing their class would add them to every learner, so they go by name."
+    theirs = [cb for cb in learn.cbs if type(cb).__name__ == "ProgressCallback"]
+    learn.remove_cbs(theirs)
+    try:
+        yield
+    finally:
+        learn.add_cbs(theirs)
 
 
 def _set_metrics(model, metric):
