@@ -141,7 +141,7 @@ def test_too_little_room_is_said_before_the_first_image(recipe, tmp_path, monkey
     import microgen.data.build as room
 
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(MicrogenError, match="GB free"):
+    with pytest.raises(MicrogenError, match="1 kB free"):
         build(recipe, tmp_path / "set", workers=1)
     assert not list(tmp_path.iterdir())
 
