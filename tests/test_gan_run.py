@@ -62,7 +62,8 @@ def test_the_card_says_what_was_measured(runs, data, model):
     measures = Walls().measures.values()
     asked = [name for name in names[2:] if not name.endswith("; true images")]
     assert set(asked) <= set(measures) and bool(asked) == bool(measures)
-    assert {r[3] for r in rows} == {"3"}
+    assert {r[3] for r in rows[:2]} == {"3"}
+    assert {r[3] for r in rows} <= {"2", "3"}  # an image may show no column of a rim
     for line in (
         "**Structure**: YMnO3",
         "**Scan preset**: good",
