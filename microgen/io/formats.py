@@ -6,6 +6,7 @@
 __all__ = ['READERS', 'ROSETTA', 'IMAGE_SUFFIXES', 'load_picture', 'reader_of']
 
 # %% ../../nbs/06_io.formats.ipynb #2cb09935
+import os
 from dataclasses import replace
 from importlib.util import find_spec
 from math import prod
@@ -54,6 +55,19 @@ def _opened(path, begin):
     raise Unreadable("it is neither PNG nor JPEG nor BMP, whatever its name says")
 
 
+_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # per pixel, for each type of colour of a PNG
+
+
+def _holds_too_little(path, begin):
+    "Is a PNG too small for the pixels that it declares? Deflate makes at most 1032 bytes of one."
+    if not begin.startswith(_PNG) or len(begin) < 26:
+        return False
+    width, height = int.from_bytes(begin[16:20], "big"), int.from_bytes(begin[20:24], "big")
+    bits = begin[24] * _SAMPLES.get(begin[25], 1)  # of a pixel
+    line = 1 + (width * bits + 7) // 8  # bytes, with its filter
+    return height * line > 1032 * os.path.getsize(path)
+
+
 def load_picture(
     path,  # the file
     max_bytes: int,  # limit for the image in memory
@@ -72,6 +86,11 @@ def load_picture(
         check_size(
             (picture.height, picture.width, n_bands), 2 if has_deep_colours else 1, max_bytes
         )
+        if _holds_too_little(path, begin):
+            raise Unreadable(
+                f"it declares {picture.height} × {picture.width} pixels, more than its "
+                f"{os.path.getsize(path)} bytes can hold: it is truncated"
+            )
         if has_deep_colours:
             import imagecodecs
 
