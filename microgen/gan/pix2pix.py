@@ -19,7 +19,15 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..core import InputError, as_rng
-from .loss import WEIGHTS, d_terms, g_terms, generate, r1_term, read_batch
+from microgen.gan.loss import (
+    MIXED_WEIGHTS,
+    WEIGHTS,
+    d_terms,
+    g_terms,
+    generate,
+    r1_term,
+    read_batch,
+)
 from ..nets.blocks import FocusGate
 from ..nets.loss import batch_ssim, check_weights
 from ..nets.style import STYLE, Style, statistics
@@ -271,7 +279,8 @@ def pix2pix_learner(
     arch: str = "film",  # "plain", "film" or "attention"
     config: str = "full",  # a size of CONFIGS
     gan: str = "lsgan",  # "vanilla", "lsgan", "hinge" or "relativistic"
-    weights: dict | None = None,  # loss term to weight; missing ones as in WEIGHTS
+    # loss term to weight; missing ones as in WEIGHTS, beside real images as in MIXED_WEIGHTS
+    weights: dict | None = None,
     r1: float = 0.0,  # weight of the gradient penalty, applied every 16th step
     norm: str = "instance",  # norm of both networks
     spectral_norm: bool = True,  # divide the discriminator's weights by their spectral norm
@@ -290,8 +299,9 @@ def pix2pix_learner(
     unknown = set(size) - set(CONFIGS["full"])
     if unknown:
         raise InputError(f"Unknown settings: {', '.join(sorted(unknown))}.")
-    weights = check_weights(WEIGHTS | (weights or {}), WEIGHTS)
     about = _about(dls) | (about or {})
+    usual = MIXED_WEIGHTS if len(about["domains"]) > 1 else WEIGHTS
+    weights = check_weights(usual | (weights or {}), WEIGHTS)
     if arch == "plain" and len(about["domains"]) > 1:
         raise InputError(
             'A network with arch="plain" cannot be told that an image is real: use film, attention or a router.'
