@@ -523,15 +523,19 @@ class Result:
             plt.close(fig)
 
     def show(self) -> object:  # matplotlib Axes or Figure
-        "Plot it."
-        raise NotImplementedError
+        """Plot it.
+        Raises: PlugError for a result that does not say how."""
+        raise PlugError(f"{type(self).__name__} does not say how it is plotted: write show(self).")
 
     def to_folder(
         self,
         out,  # folder
     ) -> Path:  # the folder
-        "Write everything into a folder, where the result has one."
-        raise NotImplementedError
+        """Write everything into a folder, where the result has one.
+        Raises: InputError for a result that is no folder."""
+        raise InputError(
+            f"A {type(self).__name__} is not saved as a folder: save it under a name that ends in .png or .csv."
+        )
 
     def save(
         self,

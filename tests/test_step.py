@@ -363,7 +363,7 @@ def test_a_folder_without_locks_is_trained_in_and_said(walls, tmp_path, monkeypa
     with pytest.warns(UserWarning, match="takes no locks") as said:
         train_model(Pix2PixModel(epochs=1, bs=8, judged=0), data, tmp_path / "run", progress=False)
     texts = " ".join(str(warning.message) for warning in said)
-    assert "nothing keeps a second training out of run" in texts
+    assert "nothing keeps a second process out of it" in texts
     assert "conditions are made anew in each run" in texts
     assert (tmp_path / "run/model/model.safetensors").exists()
     assert not list((data / ".cache").glob("*/*.npy"))

@@ -81,14 +81,16 @@ def _short(value):
 # %% ../../nbs/08_io.folder.ipynb #52f3e680
 @contextmanager
 def one_writer(
-    folder,  # folder that is written to; it is made
+    folder,  # folder that is written to; it is made where the lock lies in it
+    lock=None,  # file of the lock; .lock in the folder when not given
 ) -> Iterator:  # a context manager
     """Keep other processes of microgen from writing to a folder.
     Raises: InputError when another one does."""
     from filelock import FileLock, Timeout
 
-    folder = make_folder(folder)
-    lock = FileLock(folder / ".lock")
+    place = Path(lock or make_folder(folder) / ".lock")
+    make_folder(place.parent)
+    lock = FileLock(place)
     try:
         lock.acquire(timeout=0)
     except Timeout:

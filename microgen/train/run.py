@@ -25,11 +25,11 @@ import torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.basics import noop
-from filelock import FileLock, Timeout
 from torch import nn
 
 from ..core import InputError, MicrogenError, ReadError
 from ..io.files import provenance, write_json
+from ..io.folder import one_writer
 from .checkpoint import BestBy, Checkpoint, read_checkpoint, stored_about
 from microgen.train.core import (
     EMA,
@@ -336,23 +336,8 @@ def _alone(out, is_first) -> Iterator:
     if not is_first or out.is_file():
         yield
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.with_name(f".{out.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(
-            f"another process trains into {out}; wait for it, or give another folder."
-        ) from None
-    except (OSError, NotImplementedError) as e:  # some network folders know no locks
-        warnings.warn(
-            f"the folder {out.parent} takes no locks ({e}), so nothing keeps a second training out of {out.name}; "
-            "start only one."
-        )
-    try:
+    with one_writer(out, lock=out.with_name(f".{out.name}.lock")):
         yield
-    finally:
-        lock.release()
 
 
 def _finished_epochs(out):
